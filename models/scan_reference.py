@@ -1,0 +1,46 @@
+"""The selective scan as the recurrence is written on paper: one Python step per token.
+
+Shapes: B batch, E channels (inner width), L tokens, N state. u, delta, z (B, E, L); A (E, N); B, C (B, N, L);
+D, delta_bias (E,); states (B, E, N). Slow and obvious; every other backend is tested against it, and autograd
+differentiates it without help.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """See ``selective_scan.selective_scan``, whose arguments these are. Returns y (B, E, L) and the last state."""
+    dtype = torch.float64 if u.dtype is torch.float64 else torch.float32
+    u_, delta_, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
+    if delta_bias is not None:
+        delta_ = delta_ + delta_bias.to(dtype)[:, None]
+    if delta_softplus:
+        delta_ = F.softplus(delta_, threshold=20)
+    batch, channels, length = u.shape
+    state = u_.new_zeros(batch, channels, A.shape[1]) if initial_state is None else initial_state.to(dtype)
+    y = u_.new_zeros(batch, channels, length)
+    for t in reversed(range(length)) if reverse else range(length):
+        decay = torch.exp(delta_[:, :, t, None] * A)
+        state = decay * state + (delta_ * u_)[:, :, t, None] * B[:, None, :, t]
+        y[:, :, t] = (state * C[:, None, :, t]).sum(-1)
+    if D is not None:
+        y = y + u_ * D.to(dtype)[:, None]
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return y.to(u.dtype), state
