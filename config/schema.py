@@ -1,0 +1,218 @@
+"""Every configuration key: its type, its default, its meaning. An unknown key is an error.
+
+``config/paths.yaml`` is what the user edits; this file is what it may contain.
+Relative paths start at the folder of the repository, so a script gives the same result
+from whichever folder it is started.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from config.errors import InputError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DEFAULT_CONFIG = REPOSITORY / "config" / "paths.yaml"
+
+SlicePolicy = Literal["mask", "middle"]
+
+
+def _key(default: Any, doc: str, *, role: str, minimum: int | None = None) -> Any:
+    """A dataclass field. ``role``: ``path`` is resolved to an absolute path, ``place`` is any other
+    value that belongs to this machine or data set, ``arch`` shapes the network (and so must agree
+    with a checkpoint), ``run`` may change between runs."""
+    metadata = {"doc": doc, "role": role, "minimum": minimum}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The resolved configuration of one run; written into its output folder before step 0."""
+
+    # data
+    caption_csv_train: str | None = _key(None, "training table: image_path,question,answer[,mask_path]", role="path")
+    caption_csv_val: str | None = _key(None, "validation table, same columns", role="path")
+    caption_prompt_json: str | None = _key(None, "questions for rows without one", role="path")
+    image_root: str | None = _key(None, "where relative image paths start (empty: the table's folder)", role="path")
+    path_map: dict[str, str] = _key({}, 'prefixes of another machine, e.g. "d:/": "/mnt/d/"', role="place")
+    cache_dir: str = _key("outputs/cache", "preprocessed volumes are kept here", role="path")
+    output_dir: str = _key("outputs", "everything a run writes", role="path")
+    num_workers: int = _key(0, "processes that load data (0: the main process)", role="run", minimum=0)
+    # encoder
+    nnunet_encoder_checkpoint: str | None = _key(None, "your nnU-Net checkpoint_best.pth", role="path")
+    encoder_output_stage: int | None = _key(
+        None, "encoder stage used (empty: the deepest that still fills the token grid)", role="arch", minimum=0
+    )
+    encoder_target_spatial: int = _key(28, "side of the token grid: 28 -> 784 tokens", role="arch", minimum=1)
+    train_encoder: bool = _key(True, "false keeps the nnU-Net encoder as it was trained", role="run")
+    slices: int = _key(1, "axial slices per case (2-D encoder) or depth planes (3-D encoder)", role="arch", minimum=1)
+    slice_policy: SlicePolicy = _key(
+        "mask", "mask: slices with most lesion where a row has a mask, else middle; or middle", role="run"
+    )
+    # bridge
+    bridge_depth: int = _key(2, "Vision-Mamba blocks", role="arch", minimum=1)
+    bridge_width: int = _key(512, "inner width of the bridge; its output has the LLM's width", role="arch", minimum=8)
+    max_visual_tokens: int = _key(64, "visual tokens given to the LLM (largest square grid that fits)", role="arch", minimum=1)
+    roi_side: int | None = _key(None, "centre crop of the feature map: 7 -> 49 tokens", role="arch", minimum=1)
+    use_cmi: bool = _key(False, "the question steers the visual tokens (Cross-Mamba Interaction)", role="arch")
+    cmi_compress_to: int | None = _key(None, "visual tokens after CMI, if fewer", role="arch", minimum=1)
+    # language model
+    mamba_model: str = _key("state-spaces/mamba-2.8b-hf", "hub name or local folder of the Mamba LLM", role="place")
+    mamba_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key(
+        "auto", "auto: bfloat16 on a GPU or for a large model, else float32", role="run"
+    )
+    max_question_tokens: int = _key(128, "questions are cut here", role="run", minimum=1)
+    max_answer_tokens: int = _key(1024, "reports are cut here; how many were is printed", role="run", minimum=1)
+
+    def resolved(self, key: str) -> Path:
+        """The path under ``key``. Raises :class:`InputError` when the key is empty."""
+        value = getattr(self, key)
+        if not value:
+            raise InputError(f"configuration key '{key}' is empty: set it in the configuration file")
+        return Path(value)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> Config:
+        return build_config({**self.to_dict(), **changes}, origin="command line")
+
+
+FIELDS: dict[str, dataclasses.Field] = {f.name: f for f in dataclasses.fields(Config)}
+_TYPES = get_type_hints(Config)
+
+
+def keys_with_role(role: str) -> list[str]:
+    return [name for name, f in FIELDS.items() if f.metadata["role"] == role]
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys in silence; a forgotten duplicate is an error here."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                line = key_node.start_mark.line + 1
+                raise InputError(f"{self.name}: key '{key_node.value}' stands twice (line {line}); keep one")
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: str | Path | None = None, **overrides: Any) -> Config:
+    """Read a YAML configuration; ``overrides`` that are not ``None`` win over the file.
+
+    Raises:
+        InputError: the file is missing or is not YAML, or a key is unknown or of the wrong type.
+    """
+    path = Path(path) if path else DEFAULT_CONFIG
+    if not path.is_file():
+        raise InputError(f"configuration file not found: {path}; pass --config FILE (the shipped one is {DEFAULT_CONFIG})")
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            loader = _UniqueKeyLoader(stream)
+            loader.name = str(path)
+            try:
+                values = loader.get_single_data()
+            finally:
+                loader.dispose()
+    except yaml.YAMLError as error:
+        detail = " ".join(str(error).split())
+        raise InputError(
+            f"{path} is not valid YAML: {detail} (write Windows paths with forward slashes or in single quotes)"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected 'key: value' lines, found a {type(values).__name__}")
+    values.update({key: value for key, value in overrides.items() if value is not None})
+    return build_config(values, origin=str(path))
+
+
+def build_config(values: dict[str, Any], origin: str) -> Config:
+    """Check ``values`` against the schema and resolve its paths; ``origin`` is named in errors."""
+    for key in values:
+        if key not in FIELDS:
+            near = difflib.get_close_matches(key, FIELDS, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(FIELDS)}"
+            raise InputError(f"{origin}: unknown configuration key '{key}'; {hint}")
+    checked = {key: _checked(key, value, origin) for key, value in values.items()}
+    path_map = checked.get("path_map", {})
+    for key in keys_with_role("path"):
+        if checked.get(key):
+            checked[key] = str(resolve_path(checked[key], REPOSITORY, path_map))
+    defaults = Config()
+    for key in ("cache_dir", "output_dir"):
+        checked.setdefault(key, str(resolve_path(getattr(defaults, key), REPOSITORY, path_map)))
+    if "mamba_model" in checked:
+        local = resolve_path(checked["mamba_model"], REPOSITORY, path_map)
+        if local.is_dir():
+            checked["mamba_model"] = str(local)
+    return Config(**checked)
+
+
+def resolve_path(raw: str, base: Path, path_map: dict[str, str] | None = None) -> Path:
+    """Apply ``path_map`` (longest prefix first, case and slash direction ignored), then ``base``."""
+    unified = raw.strip().replace("\\", "/")
+    for prefix, target in sorted((path_map or {}).items(), key=lambda item: -len(item[0])):
+        unified_prefix = prefix.replace("\\", "/")
+        if unified.lower().startswith(unified_prefix.lower()):
+            unified = target.replace("\\", "/") + unified[len(unified_prefix) :]
+            break
+    path = Path(unified).expanduser()
+    has_drive = len(unified) > 1 and unified[1] == ":"  # of another machine, when this one is not Windows
+    return path if path.is_absolute() or has_drive else (base / path).resolve()
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Write every key with its one-line comment; the result can be given to ``--config``."""
+    lines = ["# The resolved configuration of this run; usable with --config."]
+    for name, f in FIELDS.items():
+        text = yaml.safe_dump({name: getattr(config, name)}, allow_unicode=True, default_flow_style=None).strip()
+        lines += [f"# {f.metadata['doc']}", text]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _checked(key: str, value: Any, origin: str) -> Any:
+    expected = _TYPES[key]
+    if not _matches(value, expected):
+        raise InputError(f"{origin}: '{key}' is {value!r}, expected {_describe(expected)}")
+    minimum = FIELDS[key].metadata["minimum"]
+    if minimum is not None and value is not None and value < minimum:
+        raise InputError(f"{origin}: '{key}' is {value}, expected at least {minimum}")
+    return value
+
+
+def _matches(value: Any, expected: Any) -> bool:
+    origin = get_origin(expected)
+    if origin in (Union, types.UnionType):
+        return any(_matches(value, option) for option in get_args(expected))
+    if origin is Literal:
+        return value in get_args(expected)
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(t, str) for pair in value.items() for t in pair)
+    if expected is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, expected)
+
+
+def _describe(expected: Any) -> str:
+    origin = get_origin(expected)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in get_args(expected))
+    if origin is Literal:
+        return "one of " + ", ".join(repr(option) for option in get_args(expected))
+    names = {int: "a whole number", bool: "true or false", str: "text", type(None): "nothing (empty)"}
+    return names.get(expected, "'text: text' pairs")

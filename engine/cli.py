@@ -1,0 +1,85 @@
+"""What every entry point shares: its common flags, its exit codes, and a console that takes any text."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from config.errors import InputError
+from config.schema import Config, load_config
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+class Interrupted(Exception):
+    """Ctrl-C or a polite kill, after the state was saved. The message says how to go on."""
+
+
+def force_utf8() -> None:
+    """Chinese reports on a GBK console or into a redirected file: never an encoding crash."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run an entry point. Bad input is one line and status 2; a defect keeps its traceback."""
+    force_utf8()
+    try:
+        code = main()
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_BAD_INPUT)
+    except Interrupted as stop:
+        print(f"interrupted: {stop}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(code or 0)
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, help="configuration file (default: config/paths.yaml)")
+    parser.add_argument("--output_dir", type=Path, help="where this run writes (default: output_dir of the configuration)")
+    parser.add_argument("--seed", type=int, default=42)
+
+
+def add_training_flags(parser: argparse.ArgumentParser, *, epochs: int, batch_size: int, lr: float) -> None:
+    """Flags that both stages take, with the stage's own defaults."""
+    add_common_flags(parser)
+    parser.add_argument("--epochs", type=positive_int, default=epochs)
+    parser.add_argument("--batch_size", type=positive_int, default=batch_size, help="cases per process and step")
+    parser.add_argument("--lr", type=positive_float, default=lr, help="peak learning rate")
+    parser.add_argument("--grad_accumulation", type=positive_int, default=1, help="batches per optimizer step")
+    parser.add_argument("--warmup_ratio", type=float, default=0.05, help="share of all steps; cosine decay follows")
+    parser.add_argument("--weight_decay", type=float, default=0.05)
+    parser.add_argument("--max_grad_norm", type=positive_float, default=1.0)
+    parser.add_argument(
+        "--mixed_precision", choices=("auto", "no", "bf16", "fp16"), default="auto", help="auto: bf16 on a GPU that has it"
+    )
+    parser.add_argument("--resume", default="auto", metavar="auto|PATH|never", help="continue an interrupted run")
+    parser.add_argument("--save_every", type=positive_int, default=200, help="steps between saved training states")
+
+
+def config_from(args: argparse.Namespace, **overrides: object) -> Config:
+    """The configuration with the flags that override it."""
+    output_dir = str(args.output_dir.resolve()) if args.output_dir else None
+    return load_config(args.config, output_dir=output_dir, **overrides)
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value

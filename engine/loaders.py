@@ -1,0 +1,70 @@
+"""Data loaders of a run, and the pass that fills the cache before the first step."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from config.plans import PreprocessPlan
+from config.schema import Config
+from data.cache import VolumeCache
+from data.caption_table import CaptionRow
+from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
+from engine.run import EpochShuffle
+
+
+def build_loaders(
+    args: argparse.Namespace,
+    config: Config,
+    plan: PreprocessPlan,
+    stride: Sequence[int],
+    collator: CaptionCollator,
+    accelerator: Accelerator,
+) -> tuple[DataLoader, DataLoader, EpochShuffle]:
+    """Training and validation loader, sharded over the processes, and the training order.
+
+    Raises:
+        InputError: a table is missing or has a bad row, or a volume cannot be read: before step 0.
+    """
+    train = MedicalVLMDataset.from_config(config, config.resolved("caption_csv_train"), plan, stride, args.seed)
+    val = MedicalVLMDataset.from_config(config, config.resolved("caption_csv_val"), plan, stride, args.seed)
+    with accelerator.main_process_first():
+        fill_cache(train.cache, [*train.rows, *val.rows], config.num_workers)
+    if accelerator.is_main_process:
+        print(f"data: {len(train)} training cases, {len(val)} validation cases, cache {config.cache_dir}", flush=True)
+    options = {
+        "batch_size": args.batch_size,
+        "collate_fn": collator,
+        "num_workers": config.num_workers,
+        "persistent_workers": config.num_workers > 0,
+        "pin_memory": accelerator.device.type == "cuda",
+    }
+    order = EpochShuffle(len(train), args.seed)
+    train_loader = DataLoader(train, sampler=order, **options)
+    return *accelerator.prepare(train_loader, DataLoader(val, **options)), order
+
+
+def fill_cache(cache: VolumeCache, rows: Sequence[CaptionRow], workers: int) -> None:
+    """Preprocess what is not cached yet, so that a broken file stops the run now and not at midnight."""
+    files = sorted({(row.image_path, row.mask_path) for row in rows}, key=str)
+    bar = {"total": len(files), "desc": "preparing volumes", "unit": "case", "disable": None}
+    if workers == 0:
+        for image, mask in tqdm(files, **bar):
+            cache.get(image, mask)
+        return
+    # Spawned on every system, as Windows does it: nothing is inherited by accident.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(_prepare, cache, image, mask) for image, mask in files]
+        for job in tqdm(jobs, **bar):
+            job.result()
+
+
+def _prepare(cache: VolumeCache, image: Path, mask: Path | None) -> None:
+    cache.get(image, mask)

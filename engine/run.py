@@ -1,0 +1,95 @@
+"""Starting a run: seeds, devices, the output folder, and the resolved configuration in it before step 0."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from torch.utils.data import Sampler
+
+from config.schema import Config, write_config
+
+
+def set_seeds(seed: int) -> None:
+    """Python, NumPy and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def mixed_precision(wanted: str) -> str:
+    """``auto``: bf16 on a GPU that computes in it, else none."""
+    if wanted != "auto":
+        return wanted
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
+def start_run(args: argparse.Namespace, config: Config, name: str) -> tuple[Accelerator, Path]:
+    """Seeds, accelerator and output folder of a training run; writes what was resolved.
+
+    ``OUTPUT/<name>_config.yaml`` can be given to ``--config``; ``OUTPUT/<name>_run.json`` holds the
+    flags, the versions and the machine.
+    """
+    set_seeds(args.seed)
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision(args.mixed_precision),
+        gradient_accumulation_steps=args.grad_accumulation,
+        # The shuffling below is already the same in every process and needs no second one.
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
+    )
+    output = config.resolved("output_dir")
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        write_config(config, output / f"{name}_config.yaml")
+        record = {"command": sys.argv, "flags": jsonable(vars(args)), "config": config.to_dict(), **environment()}
+        (output / f"{name}_run.json").write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+        print(f"{name}: device {accelerator.device}, {accelerator.num_processes} process(es), "
+              f"precision {accelerator.mixed_precision}, seed {args.seed}, output {output}", flush=True)  # fmt: skip
+    return accelerator, output
+
+
+def environment() -> dict[str, str]:
+    import accelerate
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+    }
+
+
+def jsonable(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+class EpochShuffle(Sampler[int]):
+    """A permutation that depends on seed and epoch alone, so that a resumed epoch goes on in its order."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed = length, seed
+        self.epoch, self.skip = 0, 0
+
+    def start_epoch(self, epoch: int, skip: int = 0) -> None:
+        """``skip``: samples of this epoch that an interrupted run has seen already."""
+        self.epoch, self.skip = epoch, skip
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(torch.randperm(self.length, generator=generator)[self.skip :].tolist())
+
+    def __len__(self) -> int:
+        return self.length - self.skip

@@ -1,0 +1,160 @@
+"""The state of an unfinished run: enough to go on as if nothing had happened.
+
+Weights, optimizer, schedule, gradient scaler, random-number generators, and where in which epoch.
+It is written atomically at every ``--save_every`` steps, at each epoch's end and on Ctrl-C, and is
+removed when the run is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from config.errors import InputError
+from config.schema import Config
+from engine.checkpoint import read_torch_file, save_atomically
+
+STATE_FORMAT = "mamba-ct-report-state"
+
+
+@dataclass
+class Progress:
+    """Where a run stands. ``best``: lowest validation loss so far; ``history``: one record per epoch."""
+
+    epoch: int = 0
+    batch: int = 0  # batches of this epoch that are done, per process
+    step: int = 0
+    best: float = float("inf")
+    history: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # of this epoch, for its mean
+
+
+class TrainState:
+    """Saves and restores everything that a step depends on."""
+
+    def __init__(
+        self,
+        path: Path,
+        fingerprint: dict[str, Any],
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+    ) -> None:
+        """``model``: the part whose weights are trained; ``fingerprint``: what must agree to go on."""
+        self.path, self.fingerprint, self.accelerator = path, fingerprint, accelerator
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.progress = Progress()
+
+    def save(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler
+        content = {
+            "format": STATE_FORMAT,
+            "fingerprint": self.fingerprint,
+            "progress": dict(vars(self.progress)),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "random": {
+                "python": random.getstate(),
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            },
+        }
+        save_atomically(content, self.path)
+
+    def resume(self, wanted: str) -> bool:
+        """``auto``: go on where a run with the same settings stopped, if there is one; ``never``: start
+        anew; a path: go on from that file or refuse. Returns whether it goes on.
+
+        Raises:
+            InputError: the named file is missing, unreadable, or of a run with other settings.
+        """
+        if wanted == "never":
+            return False
+        path = self.path if wanted == "auto" else Path(wanted)
+        if wanted == "auto" and not path.is_file():
+            return False
+        content = read_torch_file(path, "training state")
+        if content.get("format") != STATE_FORMAT:
+            raise InputError(f"{path} is not a training state: expected the *_state.pt that an interrupted run leaves")
+        differing = [
+            f"{key} {content['fingerprint'].get(key)!r} there, {value!r} now"
+            for key, value in self.fingerprint.items()
+            if content["fingerprint"].get(key) != value
+        ]
+        if differing:
+            if wanted != "auto":
+                raise InputError(f"{path} belongs to a run with other settings: {'; '.join(differing)}; repeat them or use --resume never")
+            aside = path.with_name(f"{path.stem}.previous{path.suffix}")
+            if self.accelerator.is_main_process:
+                path.replace(aside)
+                print(f"not resuming {path.name}: {'; '.join(differing)}; it is kept as {aside.name}", flush=True)
+            return False
+        self._restore(content)
+        return True
+
+    def _restore(self, content: dict[str, Any]) -> None:
+        self.model.load_state_dict(content["model"], strict=True)
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.schedule.load_state_dict(content["schedule"])
+        if self.accelerator.scaler is not None and content["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(content["scaler"])
+        state = content["random"]
+        random.setstate((state["python"][0], tuple(state["python"][1]), state["python"][2]))
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])
+        self.progress = Progress(**content["progress"])
+
+    def finish(self) -> None:
+        """The run is complete: nothing is left to resume."""
+        if self.accelerator.is_main_process:
+            self.path.unlink(missing_ok=True)
+
+
+def fingerprint(args: argparse.Namespace, config: Config, **extra: Any) -> dict[str, Any]:
+    """The settings that an interrupted run and the one that goes on from it must share."""
+    flags = ("epochs", "batch_size", "lr", "seed", "grad_accumulation", "warmup_ratio", "weight_decay", "max_grad_norm")
+    where_only = {"output_dir", "cache_dir", "num_workers", "path_map"}
+    settings = {key: value for key, value in config.to_dict().items() if key not in where_only}
+    return {**settings, **{flag: getattr(args, flag) for flag in flags}, **extra}
+
+
+class StopRequest:
+    """Turns Ctrl-C and a polite kill into a flag that is looked at between steps.
+
+    A second Ctrl-C stops at once: the state of the last save stays as it is.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.wanted:
+            raise KeyboardInterrupt
+        self.wanted = True

@@ -1,0 +1,247 @@
+"""The frozen language model: any Mamba of the hub or of a local folder, fed with embeddings.
+
+    inputs_embeds [B, L, D] → hidden [B, L, D] → logits [B, L, V]
+
+``V`` counts embedding rows (50,280 for Mamba-2.8B), the tokenizer knows fewer (50,277): rows that
+no token stands for are masked, or garbage is sampled from them.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerBase,
+)
+
+from config.errors import InputError
+from models.mamba_mixer import use_our_scan
+
+IGNORED = -100  # label of a position that the loss skips
+TIED_MESSAGE = "lm_head 已绑定到 input_embeddings"  # users look for this line
+LARGE_MODEL = 1_000_000_000  # parameters from which "auto" means bfloat16 on a CPU too
+
+
+class _Mamba(MambaForCausalLM):
+    # Rounded decay rates accumulate over the sequence; both stay float32 whatever the weights' dtype.
+    _keep_in_fp32_modules_strict = {"A_log", "mixer.D"}
+
+
+class KnownTokensOnly(LogitsProcessor):
+    """Sets the logits of embedding rows without a token to −∞, so that they are never generated."""
+
+    def __init__(self, known: int) -> None:
+        self.known = known
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, self.known :] = -torch.inf
+        return scores
+
+
+@dataclass(frozen=True)
+class LMIdentity:
+    """What a checkpoint remembers of its language model, to notice a different one later."""
+
+    name: str
+    width: int
+    layers: int
+    vocabulary: int
+    tokens: int
+
+    def to_dict(self) -> dict[str, str | int]:
+        return dict(vars(self))
+
+
+def read_lm_config(name: str) -> MambaConfig:
+    """The model's configuration alone (no weights).
+
+    Raises:
+        InputError: neither a folder nor reachable on the hub, or not a Mamba-1 model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(_not_found(name, error)) from error
+    if config.model_type != "mamba":
+        raise InputError(f"mamba_model '{name}' is a '{config.model_type}' model; expected model_type 'mamba' (Mamba-1)")
+    return config
+
+
+def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, padded with the end-of-text token where it has no padding of its own.
+
+    Raises:
+        InputError: the files are missing, or the tokenizer has no end-of-text token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"mamba_model '{name}' has no usable tokenizer: put tokenizer.json (and tokenizer_config.json) into "
+            f"the folder ({_first_line(error)})"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of mamba_model '{name}' has no eos_token: set it in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def lm_identity(name: str) -> LMIdentity:
+    """Raises: InputError as :func:`read_lm_config` and :func:`read_tokenizer` do."""
+    config, tokenizer = read_lm_config(name), read_tokenizer(name)
+    return LMIdentity(name, config.hidden_size, config.num_hidden_layers, config.vocab_size, len(tokenizer))
+
+
+class MambaLM(nn.Module):
+    """A frozen ``MambaForCausalLM`` with its tokenizer."""
+
+    def __init__(self, model: MambaForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.known_tokens = min(len(tokenizer), model.config.vocab_size)
+        use_our_scan(model)
+        self.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def load(
+        cls, name: str, *, dtype: str = "auto", device: torch.device | str = "cpu", load_in_8bit: bool = False
+    ) -> MambaLM:
+        """
+        Args:
+            name: hub name or local folder.
+            dtype: ``auto`` (bfloat16 on an accelerator or from a billion parameters, else float32) or
+                a torch dtype's name.
+            load_in_8bit: weights in int8 through bitsandbytes (GPU only).
+
+        Raises:
+            InputError: not found, not a Mamba-1, weights missing, bitsandbytes missing.
+        """
+        config, tokenizer = read_lm_config(name), read_tokenizer(name)
+        device = torch.device(device)
+        options: dict = {"dtype": _dtype(dtype, config, device)}
+        if load_in_8bit:
+            options |= _eight_bit_options(device)
+        try:
+            model, report = _Mamba.from_pretrained(name, output_loading_info=True, **options)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(_not_found(name, error)) from error
+        missing = set(report["missing_keys"]) - {"lm_head.weight"}
+        if missing or report["mismatched_keys"]:
+            what = sorted(missing)[:3] or sorted(map(str, report["mismatched_keys"]))[:3]
+            raise InputError(f"weights of mamba_model '{name}' are incomplete or of another shape: {', '.join(what)}")
+        _tie_head(model, head_missing="lm_head.weight" in report["missing_keys"])
+        if not load_in_8bit:
+            model.to(device)
+        return cls(model, tokenizer, name)
+
+    @property
+    def width(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def identity(self) -> LMIdentity:
+        config = self.model.config
+        return LMIdentity(self.name, config.hidden_size, config.num_hidden_layers, config.vocab_size, len(self.tokenizer))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, L) token ids → (B, L, D)."""
+        return self.model.get_input_embeddings()(ids)
+
+    def answer_loss(self, inputs_embeds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the labelled tokens given everything before them.
+
+        Args:
+            inputs_embeds: (B, L, D), padded on the right: a causal model needs no mask then.
+            labels: (B, L) token ids, :data:`IGNORED` where nothing is to be learnt.
+
+        Returns:
+            Sum of the losses in nats, and the number of labelled tokens.
+        """
+        hidden = self.model.backbone(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+        target = labels[:, 1:]
+        wanted = target != IGNORED
+        # Only the answer's positions meet the vocabulary: the rest of the logits would be thrown away.
+        logits = self.model.lm_head(hidden[:, :-1][wanted])[:, : self.known_tokens].float()
+        return F.cross_entropy(logits, target[wanted], reduction="sum"), wanted.sum()
+
+    @torch.no_grad()
+    def generate(self, inputs_embeds: Tensor, attention_mask: Tensor, max_new_tokens: int, **options: object) -> list[str]:
+        """Continue left-padded embeddings; greedy unless ``options`` (of HF ``generate``) say otherwise.
+
+        Args:
+            inputs_embeds: (B, L, D), padded on the left.
+            attention_mask: (B, L), 0 on the padding.
+
+        Returns:
+            B texts, exactly what the model wrote, without special tokens.
+        """
+        ids = self.model.generate(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            logits_processor=LogitsProcessorList([KnownTokensOnly(self.known_tokens)]),
+            **{"do_sample": False, **options},
+        )
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def _dtype(wanted: str, config: MambaConfig, device: torch.device) -> torch.dtype:
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    # in_proj, out_proj and the embedding table are nearly all of a Mamba's parameters.
+    inner = config.intermediate_size
+    parameters = config.num_hidden_layers * 3 * config.hidden_size * inner + config.vocab_size * config.hidden_size
+    return torch.bfloat16 if device.type != "cpu" or parameters > LARGE_MODEL else torch.float32
+
+
+def _tie_head(model: MambaForCausalLM, head_missing: bool) -> None:
+    """The official ``-hf`` files hold no head: it is the embedding table, or it would be random."""
+    table = model.get_input_embeddings().weight
+    if head_missing:
+        model.lm_head.weight = table
+    if model.lm_head.weight is table:
+        print(TIED_MESSAGE, flush=True)
+    else:
+        logging.getLogger(__name__).warning("lm_head has weights of its own in these files; it is not tied")
+
+
+def _eight_bit_options(device: torch.device) -> dict:
+    try:
+        import bitsandbytes  # noqa: F401  (a CUDA build; present on few machines)
+        from transformers import BitsAndBytesConfig
+    except (ImportError, RuntimeError) as error:
+        raise InputError(
+            f"--llm_8bit needs bitsandbytes, which does not import here ({_first_line(error)}): "
+            "pip install -r requirements-cuda.txt, or leave the flag out"
+        ) from error
+    if device.type == "cpu":
+        raise InputError("--llm_8bit needs a CUDA device: add --llm_device auto, or leave the flag out")
+    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _not_found(name: str, error: Exception) -> str:
+    return (
+        f"mamba_model '{name}' could not be loaded: give a local folder with config.json and *.safetensors, or a hub "
+        f"name with the hub reachable (a mirror: set HF_ENDPOINT). Cause: {_first_line(error)}"
+    )

@@ -1,0 +1,157 @@
+"""Assembly: scan and question in, report out.
+
+    images [B, K, C_in, H, W] (2-D)  or  [B, C_in, z, y, x] (3-D)
+      NnUNetEncoder → features [B, K, C, T, T]
+      RoI crop      → [B, K, C, r, r]               (optional)
+      VimBridge     → visual [B, L, D]
+      CMI           → visual [B, L', D]             (optional, steered by the question)
+      [visual][question]\\n[answer]  → frozen Mamba → loss on the answer, or generated text
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from config.schema import Config
+from models.cmi import CMI
+from models.mamba_lm import IGNORED, MambaLM
+from models.nnunet_encoder import NnUNetEncoder
+from models.roi_crop import center_crop
+from models.vim_bridge import VimBridge
+
+Images = Tensor | list[Tensor]
+
+
+class VisionBridge(nn.Module):
+    """Everything that is trained, and everything a checkpoint's ``model_state_dict`` holds."""
+
+    def __init__(self, encoder: NnUNetEncoder, bridge: VimBridge, cmi: CMI | None, *, roi_side: int | None, planes: int):
+        super().__init__()
+        self.encoder = encoder
+        self.bridge = bridge
+        self.cmi = cmi
+        self.roi_side = roi_side
+        self.planes = planes
+
+    @classmethod
+    def build(cls, config: Config, encoder: NnUNetEncoder, llm_width: int, output_std: float, *, with_cmi: bool):
+        """A fresh bridge (and CMI) around ``encoder``, as the configuration describes."""
+        bridge = VimBridge(
+            encoder.out_channels,
+            llm_width,
+            width=config.bridge_width,
+            depth=config.bridge_depth,
+            grid=config.encoder_target_spatial,
+            max_visual_tokens=config.max_visual_tokens,
+            output_std=output_std,
+        )
+        cmi = CMI(llm_width, compress_to=config.cmi_compress_to) if with_cmi else None
+        return cls(encoder, bridge, cmi, roi_side=config.roi_side, planes=config.slices)
+
+    def features(self, images: Images) -> Tensor:
+        """(B, K, C, T, T). A list holds cases of different size, each (K, C_in, H, W) or (C_in, z, y, x)."""
+        if isinstance(images, list):
+            return torch.cat([self.features(image[None]) for image in images])
+        if self.encoder.dim == 3:
+            return self.encoder(images)
+        B, K = images.shape[:2]
+        return self.encoder(images.flatten(0, 1)).unflatten(0, (B, K))
+
+    def forward(
+        self, images: Images, slice_position: Tensor, question: Tensor | None = None, question_mask: Tensor | None = None
+    ) -> Tensor:
+        """Visual tokens (B, L', D); ``question`` embeddings (B, Lq, D) are needed by CMI only."""
+        features, corner = self.features(images), (0, 0)
+        if self.roi_side is not None:
+            B, K = features.shape[:2]
+            cropped, corner = center_crop(features.flatten(0, 1), self.roi_side)
+            features = cropped.unflatten(0, (B, K))
+        visual = self.bridge(features, slice_position, corner)
+        if self.cmi is not None:
+            if question is None or question_mask is None:
+                raise ValueError("CMI is part of this model: the question's embeddings are needed")
+            visual = self.cmi(visual, question, question_mask)
+        return visual
+
+    def freeze(self, *, train_encoder: bool) -> str:
+        """The one place that says what is trained; returns it in words, with parameter counts."""
+        self.encoder.requires_grad_(train_encoder)
+        parts = []
+        for name, part in (("encoder", self.encoder), ("bridge", self.bridge), ("cmi", self.cmi)):
+            if part is not None:
+                count = sum(p.numel() for p in part.parameters())
+                trained = any(p.requires_grad for p in part.parameters())
+                parts.append(f"{name} {count / 1e6:.2f} M ({'trained' if trained else 'frozen'})")
+        return ", ".join(parts)
+
+
+class MedicalVLM(nn.Module):
+    """The trained vision part and the frozen language model."""
+
+    def __init__(self, vision: VisionBridge, lm: MambaLM) -> None:
+        super().__init__()
+        self.vision = vision
+        self.lm = lm
+
+    def train(self, mode: bool = True) -> MedicalVLM:
+        super().train(mode)
+        self.lm.eval()  # frozen: it has no training mode
+        return self
+
+    def visual_tokens(self, batch: Mapping[str, Any]) -> Tensor:
+        question = self.lm.embed(batch["question_ids"]).float()
+        return self.vision(batch["images"], batch["slice_position"], question, batch["question_mask"])
+
+    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Sum of the caption loss over the batch's answer tokens (nats), and their number."""
+        inputs, labels = self.caption_inputs(batch)
+        return self.lm.answer_loss(inputs, labels)
+
+    def caption_inputs(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """``[visual][question]\\n[answer]`` embedded, padded on the right, and labels for the answer alone.
+
+        Returns:
+            (B, L, D) embeddings in the LLM's dtype, and (B, L) labels.
+        """
+        visual = self.visual_tokens(batch)
+        table = self.lm.model.get_input_embeddings().weight
+        rows, labels = [], []
+        for b in range(visual.shape[0]):
+            question = batch["question_ids"][b, batch["question_mask"][b].bool()]
+            answer = batch["answer_ids"][b, batch["answer_mask"][b].bool()]
+            rows.append(torch.cat([visual[b].to(table.dtype), self.lm.embed(torch.cat([question, answer]))]))
+            before = torch.full((visual.shape[1] + len(question),), IGNORED, device=answer.device)
+            labels.append(torch.cat([before, answer]))
+        inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return inputs, nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+
+    @torch.no_grad()
+    def generate(self, batch: Mapping[str, Any], max_new_tokens: int, **options: object) -> list[str]:
+        """Reports for a batch; the prompt is padded on the left, where Mamba's mask is exact."""
+        return generate_reports(self.lm, self.visual_tokens(batch), batch, max_new_tokens, **options)
+
+
+@torch.no_grad()
+def generate_reports(
+    lm: MambaLM, visual: Tensor, batch: Mapping[str, Any], max_new_tokens: int, **options: object
+) -> list[str]:
+    """Generation from visual tokens computed before, so that the vision part can be freed first.
+
+    Args:
+        visual: (B, L, D).
+        batch: ``question_ids`` and ``question_mask``, both (B, Lq), padded on the right.
+    """
+    dtype = lm.model.get_input_embeddings().weight.dtype
+    lengths = batch["question_mask"].sum(1).tolist()
+    longest = int(max(lengths))
+    prompts, masks = [], []
+    for b, length in enumerate(map(int, lengths)):
+        prompt = torch.cat([visual[b].to(dtype), lm.embed(batch["question_ids"][b, :length])])
+        padding = longest - length
+        prompts.append(nn.functional.pad(prompt, (0, 0, padding, 0)))
+        masks.append(nn.functional.pad(torch.ones(len(prompt), device=prompt.device, dtype=torch.long), (padding, 0)))
+    return lm.generate(torch.stack(prompts), torch.stack(masks), max_new_tokens, **options)

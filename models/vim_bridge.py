@@ -1,0 +1,128 @@
+"""Vision-Mamba bridge: encoder features to visual tokens of the language model's width.
+
+    features        [B, K, C, H, W]    K slices (or depth planes) of encoder features
+      project       [B, K·H·W, W_b]    W_b = bridge width; plus 2-D position, plus slice position
+      VimBlock × n  [B, K·H·W, W_b]    bidirectional scan over all slices' tokens
+      pool          [B, K·s·s, W_b]    s = side of the largest square grid that fits the token budget
+      project       [B, L, D]          D = the LLM's width, scaled like the LLM's own embeddings
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config.errors import InputError
+from models.vim_mixer import VimBlock
+
+
+def grid_side(max_tokens: int, planes: int, available: int) -> int:
+    """Side of the largest square grid per plane that fits the budget: 64 → 8, 96 → 9, 32 → 5.
+
+    Raises:
+        InputError: fewer tokens than planes.
+    """
+    if max_tokens < planes:
+        raise InputError(
+            f"max_visual_tokens {max_tokens} is less than slices {planes}: each slice needs at least one token"
+        )
+    return min(math.isqrt(max_tokens // planes), available)
+
+
+def sincos_2d(side: int, width: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions (1, width, side, side); He et al. 2022 (MAE), appendix A.
+
+    A quarter of the width each for sin(row), cos(row), sin(column), cos(column); a width that four
+    does not divide leaves the last channels at zero.
+    """
+    quarter = width // 4
+    frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float32) / max(quarter, 1))
+    angle = torch.arange(side, dtype=torch.float32)[:, None] * frequency[None]  # (side, quarter)
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1).T  # (2·quarter, side)
+    rows = wave[:, :, None].expand(-1, side, side)
+    columns = wave[:, None, :].expand(-1, side, side)
+    table = torch.zeros(1, width, side, side)
+    table[0, : 4 * quarter] = torch.cat([rows, columns])
+    return table
+
+
+class SlicePosition(nn.Module):
+    """Where a slice lies in its scan, 0 (lowest) to 1 (highest), as an embedding (B, K) → (B, K, W_b)."""
+
+    FREQUENCIES = 16
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(2 * self.FREQUENCIES, width)
+
+    def forward(self, position: Tensor) -> Tensor:
+        harmonic = torch.arange(1, self.FREQUENCIES + 1, device=position.device, dtype=torch.float32)
+        angle = position.float()[..., None] * harmonic * (math.pi / 2)
+        return self.project(torch.cat([angle.sin(), angle.cos()], dim=-1))
+
+
+class VimBridge(nn.Module):
+    """Positions, bidirectional Mamba blocks (Zhu et al. 2024, Vim), pooling to the token budget."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_width: int,
+        *,
+        width: int = 512,
+        depth: int = 2,
+        grid: int = 28,
+        max_visual_tokens: int = 64,
+        output_std: float = 0.1,
+    ) -> None:
+        """
+        Args:
+            in_channels: C of the encoder features.
+            out_width: D, the language model's width.
+            grid: side of the full token grid; a RoI crop keeps the positions it was cut from.
+            output_std: standard deviation of a token at initialisation; the LLM's embeddings have one
+                too, and tokens far from it would be strangers to the frozen model.
+        """
+        super().__init__()
+        self.max_visual_tokens = max_visual_tokens
+        self.output_std = output_std
+        self.in_norm = nn.LayerNorm(in_channels)
+        self.in_proj = nn.Linear(in_channels, width)
+        self.position = nn.Parameter(sincos_2d(grid, width))
+        self.slice_position = SlicePosition(width)
+        self.blocks = nn.ModuleList(VimBlock(width) for _ in range(depth))
+        self.out_norm = nn.RMSNorm(width, eps=1e-5)
+        self.out_proj = nn.Linear(width, out_width)
+        nn.init.normal_(self.out_proj.weight, std=output_std / math.sqrt(width))
+        nn.init.zeros_(self.out_proj.bias)
+        self.position._no_weight_decay = True
+
+    def forward(self, features: Tensor, slice_position: Tensor, corner: tuple[int, int] = (0, 0)) -> Tensor:
+        """
+        Args:
+            features: (B, K, C, H, W).
+            slice_position: (B, K), 0 lowest to 1 highest.
+            corner: row and column of the full grid where a RoI crop begins.
+
+        Returns:
+            (B, L, D) with L = K·s², s from :func:`grid_side`.
+        """
+        B, K, _, H, W = features.shape
+        row, column = corner
+        hidden = self.in_proj(self.in_norm(features.permute(0, 1, 3, 4, 2)))  # (B, K, H, W, W_b)
+        hidden = hidden + self.position[0, :, row : row + H, column : column + W].permute(1, 2, 0)
+        hidden = hidden + self.slice_position(slice_position)[:, :, None, None]
+        hidden = hidden.reshape(B, K * H * W, -1)
+        residual = None
+        for block in self.blocks:
+            hidden, residual = block(hidden, residual)
+        hidden = self.out_norm(hidden + residual)
+
+        side = grid_side(self.max_visual_tokens, K, min(H, W))
+        grid = hidden.reshape(B * K, H, W, -1).permute(0, 3, 1, 2)
+        pooled = F.adaptive_avg_pool2d(grid, side)  # (B·K, W_b, s, s)
+        tokens = pooled.flatten(2).transpose(1, 2).reshape(B, K * side * side, -1)
+        return self.out_proj(tokens)
