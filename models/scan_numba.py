@@ -2,12 +2,12 @@
 
 Letters: B batch, E channels, L tokens, N state.
 A task is one sample × one block of LANES channels. Tasks are spread over plain Python threads (the kernels
-release the interpreter lock); unlike numba's own threading layers these may be used by several callers at once
-and after a fork. Each range of tasks sums dB and dC into buffers of its own, so there are no races and
+release the interpreter lock); unlike numba's own threading layers these may be used by several callers at
+once and after a fork. Each range of tasks sums dB and dC into buffers of its own, so there are no races and
 results repeat exactly for a given ``torch.get_num_threads()``.
 
-Everything is computed in float32; half-precision inputs are converted on the way in. Backward keeps the inputs
-and the state at each chunk's start (1/CHUNK of B·L·E·N).
+Everything is computed in float32; half-precision inputs are converted on the way in. Backward keeps the
+inputs and the state at each chunk's start (1/CHUNK of B·L·E·N).
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def scan(
     delta_softplus: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See ``selective_scan.selective_scan``, whose arguments these are. Returns y (B, E, L) and the last state."""
+    """See ``selective_scan.selective_scan``, whose arguments these are. Returns y and the last state."""
     dtype = torch.float64 if u.dtype is torch.float64 else torch.float32
     u_, delta_, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
     if delta_bias is not None:

@@ -2,8 +2,8 @@
 
 Letters: B batch, E channels, L tokens, N state, T tokens of one chunk.
 Inside a chunk the tensors are time-major, (T, B, E) and (T, B, E, N), so that a step of the recurrence is one
-fused multiply-add over contiguous memory. The decays are only ever multiplied, never divided by or accumulated
-as logarithms, so extreme step sizes cannot overflow. For backward only the inputs and the state at each chunk's
+fused multiply-add over contiguous memory. Decays are only ever multiplied, never divided by or accumulated as
+logarithms, so extreme step sizes cannot overflow. For backward only the inputs and the state at each chunk's
 start are kept, 1/CHUNK of B·L·E·N; everything else is computed again, one chunk at a time.
 """
 
@@ -20,7 +20,7 @@ CHUNK = 32
 
 
 class _Chunk(NamedTuple):
-    """What both passes compute from a chunk's inputs, in the order in which the recurrence meets the tokens."""
+    """What both passes compute from a chunk's inputs, in the order of the walk."""
 
     u: Tensor  # (T, B, E)
     raw: Tensor  # (T, B, E), delta + bias
@@ -119,7 +119,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the eight inputs (None for absent ones), then that of the initial state.
 
-    With dy_t the gradient of <C_t, h_t>, the adjoint of the state obeys g_t = dy_t C_t + exp(Δ_{t+1} A) g_{t+1}.
+    With dy_t the gradient of <C_t, h_t>, the state's adjoint is g_t = dy_t C_t + exp(Δ_{t+1} A) g_{t+1}.
     """
     u, delta, A, B, C, D, z, delta_bias = inputs
     a = A.to(dtype)

@@ -1,8 +1,8 @@
 """The selective scan of Mamba-1, one function in front of several backends.
 
 Letters: B batch, E channels (inner width), L tokens, N state.
-The backend is chosen once per device type, from the first of ``BACKENDS`` that serves the device and loads, and
-is announced in the log. The environment variable ``MAMBA_SCAN_BACKEND`` forces one by name.
+The backend is chosen once per device type: the first of ``BACKENDS`` that serves the device and loads; the
+choice is announced in the log. The environment variable ``MAMBA_SCAN_BACKEND`` forces one by name.
 
 Source of the recurrence: Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces"
 (arXiv 2312.00752), algorithm 2, with the conventions of github.com/state-spaces/mamba.
@@ -38,8 +38,8 @@ class BackendUnavailable(Exception):
 class Backend:
     """One implementation: a module with ``scan(...)``, signature as in ``scan_reference.scan``.
 
-    The module is imported when the backend is first considered. If it defines ``check(device_type)``, that runs
-    next and raises ``BackendUnavailable`` where the implementation imports but does not work.
+    The module is imported when the backend is first considered. If it defines ``check(device_type)``, that
+    runs next and raises ``BackendUnavailable`` where the implementation imports but does not work.
     """
 
     name: str
