@@ -1,0 +1,238 @@
+"""What preprocessing needs out of an nnU-Net plans file, as one small value that can be stored and hashed.
+
+nnU-Net's plans describe a whole experiment. A checkpoint of this project must reproduce the preprocessing of
+the encoder it carries without the original plans at hand, so :class:`PreprocessPlan` keeps exactly the part
+that decides voxel values. Both ``data`` (which preprocesses) and ``models`` (which reads the user's
+checkpoint) need it; neither may import the other, hence its place here.
+
+Axis order: nnU-Net's own, i.e. array axes (z, y, x) permuted by ``transpose_forward``. Spacing is in mm.
+
+Source: nnU-Net 2.8.1, ``nnunetv2/utilities/plans_handling/plans_handler.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from config.errors import InputError
+
+NORMALIZATION_SCHEMES = (
+    "CTNormalization",
+    "ZScoreNormalization",
+    "NoNormalization",
+    "RescaleTo01Normalization",
+)
+_RESAMPLING_FUNCTION = "resample_data_or_seg_to_shape"
+_PREPROCESSOR = "DefaultPreprocessor"
+
+# The orientation in which each of nnU-Net's readers hands a file over. SimpleITKIO and NibabelIO keep the
+# order in which the file stores its voxels; converted DICOM series are stored as LPS.
+_ORIENTATION_OF_READER = {
+    "SimpleITKIO": "LPS",
+    "SimpleITKIOWithReorient": "RAS",
+    "NibabelIO": "LPS",
+    "NibabelIOWithReorient": "RAS",
+}
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """Foreground intensities of one channel over the training set, in the image's unit (CT: HU)."""
+
+    mean: float
+    std: float
+    percentile_00_5: float
+    percentile_99_5: float
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """Arguments of nnU-Net's ``resample_data_or_seg_to_shape``; the defaults are nnU-Net's planner's."""
+
+    order: int
+    order_z: int = 0
+    force_separate_z: bool | None = None
+    separate_z_anisotropy_threshold: float = 3.0
+
+
+@dataclass(frozen=True)
+class PreprocessPlan:
+    """Everything that decides the voxel values a network of one nnU-Net configuration is fed.
+
+    ``spacing`` has ``dim`` entries: a 2D configuration keeps the spacing of the first axis as it is.
+    ``intensity`` has one entry per channel, None where the plans give no foreground intensities.
+    """
+
+    configuration: str
+    dim: int
+    spacing: tuple[float, ...]
+    patch_size: tuple[int, ...]
+    transpose_forward: tuple[int, int, int]
+    normalization_schemes: tuple[str, ...]
+    use_mask_for_norm: tuple[bool, ...]
+    intensity: tuple[Intensity | None, ...]
+    image_reader_writer: str
+    orientation: str
+    data_resampling: Resampling
+    mask_resampling: Resampling
+
+    def __post_init__(self) -> None:
+        where = f"plans, configuration '{self.configuration}'"
+        if self.dim not in (2, 3):
+            raise InputError(f"{where}: patch_size has {self.dim} axes, expected 2 or 3")
+        if len(self.patch_size) != self.dim or min(self.patch_size) < 1:
+            raise InputError(f"{where}: patch_size {self.patch_size} does not fit a {self.dim}D network")
+        if len(self.spacing) not in (self.dim, 3) or min(self.spacing) <= 0:
+            raise InputError(f"{where}: spacing {self.spacing} must be {self.dim} positive numbers (mm)")
+        if sorted(self.transpose_forward) != [0, 1, 2]:
+            raise InputError(
+                f"{where}: transpose_forward {self.transpose_forward} is no permutation of 0, 1, 2"
+            )
+        channels = len(self.normalization_schemes)
+        if channels == 0 or len(self.use_mask_for_norm) != channels or len(self.intensity) != channels:
+            raise InputError(
+                f"{where}: {channels} normalization_schemes, {len(self.use_mask_for_norm)} use_mask_for_norm "
+                f"and {len(self.intensity)} intensity entries; expected one of each per input channel"
+            )
+        for channel, (scheme, intensity) in enumerate(
+            zip(self.normalization_schemes, self.intensity, strict=True)
+        ):
+            if scheme not in NORMALIZATION_SCHEMES:
+                raise InputError(
+                    f"{where}: normalization scheme '{scheme}' of channel {channel} is not supported; "
+                    f"expected one of {', '.join(NORMALIZATION_SCHEMES)}"
+                )
+            if scheme == "CTNormalization" and intensity is None:
+                raise InputError(
+                    f"{where}: CTNormalization of channel {channel} needs "
+                    f"foreground_intensity_properties_per_channel['{channel}'], which the plans lack"
+                )
+
+    @classmethod
+    def from_nnunet(
+        cls, plans: Mapping[str, Any], configuration: str, orientation: str | None = None
+    ) -> PreprocessPlan:
+        """Read nnU-Net ``plans`` (the dict of ``plans.json`` or of a checkpoint's ``init_args``).
+
+        ``orientation`` overrides what the plans' reader implies (three axis codes such as ``"LPS"``): an
+        encoder trained through SimpleITKIO on files stored in another order saw that order.
+        Raises InputError, naming key and value, for anything whose preprocessing would not equal nnU-Net's.
+        """
+        resolved = resolve_configuration(plans, configuration)
+        where = f"plans, configuration '{configuration}'"
+        preprocessor = resolved.get("preprocessor_name", _PREPROCESSOR)
+        if preprocessor != _PREPROCESSOR:
+            raise InputError(f"{where}: preprocessor '{preprocessor}' is not supported, only {_PREPROCESSOR}")
+        reader = _required(plans, "image_reader_writer", "plans")
+        if reader not in _ORIENTATION_OF_READER:
+            raise InputError(
+                f"plans: image_reader_writer '{reader}' is not supported; expected one of "
+                f"{', '.join(_ORIENTATION_OF_READER)}"
+            )
+        schemes = tuple(_required(resolved, "normalization_schemes", where))
+        properties = plans.get("foreground_intensity_properties_per_channel") or {}
+        patch_size = tuple(int(size) for size in _required(resolved, "patch_size", where))
+        return cls(
+            configuration=configuration,
+            dim=len(patch_size),
+            spacing=tuple(float(step) for step in _required(resolved, "spacing", where)),
+            patch_size=patch_size,
+            transpose_forward=tuple(int(axis) for axis in _required(plans, "transpose_forward", "plans")),
+            normalization_schemes=schemes,
+            use_mask_for_norm=tuple(bool(flag) for flag in _required(resolved, "use_mask_for_norm", where)),
+            intensity=tuple(
+                _intensity(properties.get(str(channel)), channel) for channel in range(len(schemes))
+            ),
+            image_reader_writer=reader,
+            orientation=orientation or _ORIENTATION_OF_READER[reader],
+            data_resampling=_resampling(resolved, "data", where),
+            mask_resampling=_resampling(resolved, "seg", where),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python types only: survives JSON and ``torch.load(weights_only=True)``."""
+        return _plain(asdict(self))
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> PreprocessPlan:
+        """Inverse of :meth:`to_dict`. Raises InputError for a missing or unknown key."""
+        expected = set(cls.__dataclass_fields__)
+        if set(stored) != expected:
+            missing, unknown = sorted(expected - set(stored)), sorted(set(stored) - expected)
+            raise InputError(f"stored preprocessing plan: missing keys {missing}, unknown keys {unknown}")
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
+        values["intensity"] = tuple(Intensity(**entry) if entry else None for entry in stored["intensity"])
+        values["data_resampling"] = Resampling(**stored["data_resampling"])
+        values["mask_resampling"] = Resampling(**stored["mask_resampling"])
+        return cls(**values)
+
+
+def resolve_configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The configuration ``name`` of nnU-Net ``plans`` with its chain of ``inherits_from`` merged in.
+
+    Raises InputError if the configuration, or one it inherits from, does not exist or inherits in a circle.
+    """
+    configurations = plans.get("configurations")
+    if not isinstance(configurations, Mapping):
+        raise InputError("plans: key 'configurations' is missing; expected the plans of nnU-Net v2")
+    chain: list[str] = []
+    while name is not None:
+        if name in chain:
+            raise InputError(f"plans: configurations inherit in a circle: {' -> '.join([*chain, name])}")
+        if name not in configurations:
+            available = ", ".join(sorted(configurations))
+            origin = f" (which '{chain[-1]}' inherits from)" if chain else ""
+            raise InputError(f"plans: no configuration '{name}'{origin}; the plans hold: {available}")
+        chain.append(name)
+        name = configurations[name].get("inherits_from")
+    merged: dict[str, Any] = {}
+    for ancestor in reversed(chain):
+        merged.update(configurations[ancestor])
+    merged.pop("inherits_from", None)
+    return merged
+
+
+def _required(mapping: Mapping[str, Any], key: str, where: str) -> Any:
+    if key not in mapping:
+        raise InputError(f"{where}: key '{key}' is missing")
+    return mapping[key]
+
+
+def _intensity(properties: Mapping[str, Any] | None, channel: int) -> Intensity | None:
+    if properties is None:
+        return None
+    where = f"plans, foreground_intensity_properties_per_channel['{channel}']"
+    return Intensity(
+        **{key: float(_required(properties, key, where)) for key in Intensity.__dataclass_fields__}
+    )
+
+
+def _resampling(resolved: Mapping[str, Any], kind: str, where: str) -> Resampling:
+    function = resolved.get(f"resampling_fn_{kind}", _RESAMPLING_FUNCTION)
+    if function != _RESAMPLING_FUNCTION:
+        raise InputError(
+            f"{where}: resampling_fn_{kind} '{function}' is not supported, only {_RESAMPLING_FUNCTION}"
+        )
+    key = f"resampling_fn_{kind}_kwargs"
+    given = dict(_required(resolved, key, where))
+    if given.pop("is_seg", kind == "seg") != (kind == "seg"):
+        raise InputError(f"{where}: {key} has the wrong is_seg for {kind}")
+    unknown = sorted(set(given) - set(Resampling.__dataclass_fields__))
+    if unknown:
+        raise InputError(f"{where}: {key} has arguments that are not supported: {', '.join(unknown)}")
+    # The function's own defaults (order 3, no separate z) differ from what the planner writes; a key that is
+    # absent must mean what it means to nnU-Net.
+    settings = Resampling(**{"order": 3, "order_z": 0, "force_separate_z": False, **given})
+    if settings.order not in (0, 1, 2, 3, 4, 5) or settings.order_z not in (0, 1, 2, 3, 4, 5):
+        raise InputError(f"{where}: {key} asks for spline orders other than 0 to 5")
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value
