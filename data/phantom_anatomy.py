@@ -280,7 +280,7 @@ def _parenchyma(chest: Chest, rng: np.random.Generator) -> None:
     for side in SIGN:
         blend(chest.hu, chest.lung[side], tissue)
         inside = np.flatnonzero(chest.depth[side] > 6.0)
-        picks = rng.choice(inside, 15)
+        picks = rng.choice(inside, 22)
         targets = np.stack(np.unravel_index(picks, c.grid.shape), 1) * c.grid.spacing + c.origin
         tree = grow_tree(rng, chest.hilum[side], targets)
         points.append(tree[0])

@@ -21,7 +21,7 @@ SIZE_RANGE = {
     "cavity": (18, 45),
     "consolidation": (25, 60),
     "tree_in_bud": (25, 60),
-    "fibrosis": (20, 50),
+    "fibrosis": (26, 50),
     "effusion": (10, 40),
     "calcification": (8, 15),
 }
@@ -97,30 +97,39 @@ def add_finding(
         The finding as measured, or None if no free place was found (nothing is drawn then).
     """
     low, high = SIZE_RANGE[kind]
-    spacing = chest.canvas.grid.spacing
     size = float(np.exp(rng.uniform(np.log(low), np.log(high))))
     for _ in range(_ATTEMPTS):
-        drawn = (
-            _effusion(chest, side, size, rng)
-            if kind == "effusion"
-            else _local(chest, mask, kind, side, zone, size, rng)
-        )
+        if kind == "effusion":
+            drawn = _effusion(chest, side, size, rng)
+        else:
+            drawn = _local(chest, mask, kind, side, zone, size, rng)
+        too_small = False
         if drawn is not None:
             box, cover, value, solid = drawn
-            levels = np.flatnonzero(solid.any((1, 2)))
-            free = len(levels) > 0 and not (mask[box] > 0)[solid].any()
-            if free:
-                z = float((chest.canvas.z[box[0], 0, 0] * solid.sum((1, 2))).sum() / solid.sum())
-                best = float(chest.canvas.z[box[0], 0, 0][solid.sum((1, 2)).argmax()])
-                inside = min(zone_margin(v, chest.z_range[side], zone) for v in (z, best))
-                got = measure(solid, kind, spacing)
-                if inside >= ZONE_MARGIN and low <= got <= high:
-                    finding = Finding(kind, side, zone, got)
-                    blend(chest.hu[box], cover, value)
-                    mask[box][solid] = finding.mask_value
-                    return finding
-        size = float(np.clip(size * rng.uniform(0.85, 1.05), low, high))
+            got = measure(solid, kind, chest.canvas.grid.spacing) if solid.any() else 0
+            too_small = got < low
+            if low <= got <= high and _fits(chest, mask, drawn, side, zone):
+                finding = Finding(kind, side, zone, got)
+                blend(chest.hu[box], cover, value)
+                mask[box][solid] = finding.mask_value
+                return finding
+        # Cut by the pleura it came out too small; otherwise less room will do.
+        size *= 1.15 if too_small else rng.uniform(0.85, 1.0)
     return None
+
+
+def _fits(chest: Chest, mask: np.ndarray, drawn: Drawn, side: str, zone: str) -> bool:
+    """Whether a lesion as drawn touches no other, and both its centre and best slice are well in the zone."""
+    box, _, _, solid = drawn
+    if (mask[box] > 0)[solid].any():
+        return False
+    area = solid.sum((1, 2))
+    z = chest.canvas.z[box[0], 0, 0]
+    span = chest.z_range[side]
+    return (
+        min(zone_margin(float(v), span, zone) for v in (z @ area / area.sum(), z[area.argmax()]))
+        >= ZONE_MARGIN
+    )
 
 
 def _local(
@@ -146,7 +155,7 @@ def _local(
             c.y[0, iy, 0] - chest.hilum[side][1],
             c.x[0, 0, ix] - chest.hilum[side][2],
         )
-        near_hilum = gap < 24 and abs(z[iz] - chest.hilum[side][0]) < 30
+        near_hilum = gap < 18 + 0.35 * size and abs(z[iz] - chest.hilum[side][0]) < 30
         if not near_hilum and not _occupied(chest, mask, (iz, iy, ix), size):
             return _DRAW[kind](_site(chest, side, (iz, iy, ix), size), size, rng)
     return None
@@ -206,7 +215,7 @@ def _calcification(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
 def _cavity(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
     distance = _blob(s, size / 2, 0.05, rng)
     cover = soft(distance, s.px)
-    wall = max(4.5, size * rng.uniform(0.14, 0.2))
+    wall = max(5.0, size * rng.uniform(0.15, 0.21))
     value = np.full_like(cover, rng.uniform(20, 60))
     blend(value, soft(distance - wall, s.px), -970.0)
     return s.box, cover, value, cover >= 0.5
@@ -220,13 +229,13 @@ def _consolidation(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
     value = np.full_like(cover, rng.uniform(-20, 40))
     # Air bronchograms: two or three dark tubes fanning through the opacity.
     turn = rng.uniform(0, np.pi)
-    for _ in range(3):
+    for _ in range(2):
         off, angle = rng.uniform(-0.25, 0.25) * size, turn + rng.normal(0, 0.25)
         line = np.abs(s.dy * np.cos(angle) - s.dx * np.sin(angle) - off)
         blend(
-            value, soft(1.3 - line, s.px) * (distance > 3) * (np.abs(s.dz) < 1.2 * s.slice_mm) * 0.75, -820.0
+            value, soft(1.3 - line, s.px) * (distance > 3) * (np.abs(s.dz) < 1.2 * s.slice_mm) * 0.6, -820.0
         )
-    value += 70 * grain
+    value += 35 * grain
     return s.box, cover, value, (distance >= 0) & (s.lung >= 0.5)
 
 
@@ -234,7 +243,7 @@ def _tree_in_bud(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
     region = _blob(s, size / 2, 0.06, rng, flat=0.5)
     inside = (region >= 0) & (s.lung >= 0.5)
     # One dot per cell of a shaken lattice keeps dots apart and takes them up to the edge of the region.
-    pitch, shake = 7.0, 4.5
+    pitch, shake = 7.5, 6.5
     row, column = (((v - v.min()) // pitch).astype(int).ravel() for v in (s.dy, s.dx))
     cells = (region.shape[0], row.max() + 3, column.max() + 3)
     dot_y = rng.uniform(0, shake, cells) + pitch * (np.arange(cells[1]) - 1)[:, None] + s.dy.min()
@@ -244,30 +253,28 @@ def _tree_in_bud(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
         for j in range(3):
             cell = np.ix_(range(cells[0]), row + i, column + j)
             np.minimum(nearest, np.hypot(s.dy - dot_y[cell], s.dx - dot_x[cell]), out=nearest)
-    cover = np.clip((1.4 - nearest) / s.px + 0.6, 0, 1) * inside
+    cover = np.clip((1.5 - nearest) / s.px + 0.7, 0, 1) * inside
     haze = soft(region, 2 * s.px) * s.lung * np.float32(0.07)
-    return s.box, np.maximum(cover * np.float32(0.85), haze), 20.0, inside
+    return s.box, np.maximum(cover * np.float32(0.9), haze), 20.0, inside
 
 
 def _fibrosis(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
-    turn = rng.uniform(0, np.pi)
+    turn, bow = rng.uniform(0, np.pi), rng.normal(0, 0.10)
     best = np.full(np.broadcast_shapes(s.dz.shape, s.dy.shape, s.dx.shape), -99.0, np.float32)
-    for i in range(int(rng.integers(3, 5))):
-        length = size if i == 0 else size * rng.uniform(0.6, 0.95)
-        angle, off, bow = (
-            turn + (rng.normal(0, 0.22) if i else 0),
-            (rng.uniform(-0.2, 0.2) * size if i else 0),
-            rng.normal(0, 0.08),
-        )
+    # Strands run side by side, unlike vessels; the first, the longest, sets the size.
+    width = max(size, 38.0)
+    for i, offset in enumerate((0.0, -0.17, 0.17, -0.30)[: int(rng.integers(3, 5))]):
+        length = size * (1.0 if i == 0 else rng.uniform(0.55, 0.85))
+        angle = turn + (rng.normal(0, 0.10) if i else 0.0)
         along = s.dx * np.cos(angle) + s.dy * np.sin(angle)
-        across = s.dy * np.cos(angle) - s.dx * np.sin(angle) - off
-        across = across - bow * (size / 4 - along**2 / size)
+        across = (
+            s.dy * np.cos(angle) - s.dx * np.sin(angle) - offset * width - bow * (size / 4 - along**2 / size)
+        )
         beyond = np.maximum(np.abs(along) - length / 2 + 1.2, 0)
-        tilt = s.dz - rng.normal(0, 0.15) * along
-        gap = np.sqrt(across**2 + beyond**2 + (np.maximum(np.abs(tilt) - 0.6 * s.slice_mm, 0)) ** 2)
-        np.maximum(best, 1.35 - gap, out=best)
+        above = np.maximum(np.abs(s.dz) - 0.6 * s.slice_mm, 0)
+        np.maximum(best, 1.6 - np.sqrt(across**2 + beyond**2 + above**2), out=best)
     cover = soft(best, s.px) * s.lung
-    return s.box, cover, rng.uniform(0, 60), cover >= 0.4
+    return s.box, cover, rng.uniform(10, 70), cover >= 0.5
 
 
 def _effusion(chest: Chest, side: str, size: float, rng: np.random.Generator) -> Drawn | None:

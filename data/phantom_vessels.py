@@ -27,12 +27,13 @@ def grow_tree(
     Returns:
         points [P, 3] about 2 mm apart, radii [P], mm.
     """
-    reach = targets - hilum
-    start = np.repeat(hilum[None], len(targets), 0) + rng.normal(0, 3, targets.shape)
+    # A hilum is taller than wide; roots in one plane would crowd into a single slice.
+    start = hilum + rng.normal(0, 1, targets.shape) * (13.0, 5.0, 3.0)
+    reach = targets - start
     direction = _unit(reach)
     # The first pieces share out the way to the target; shares shrink geometrically like the calibre.
-    length = np.linalg.norm(reach, axis=1) * 0.30
-    radius = rng.uniform(2.8, 4.2, len(targets))
+    length = np.linalg.norm(reach, axis=1) * 0.26
+    radius = rng.uniform(1.7, 3.3, len(targets))
     points, radii = [], []
     for _ in range(levels):
         steps = int(np.ceil(length.max() / 2.2)) + 1
@@ -47,13 +48,13 @@ def grow_tree(
         spread = _unit(spread - (spread * direction).sum(1, keepdims=True) * direction)
         angle = rng.uniform(0.25, 0.6, (len(end), 1))
         # One daughter goes on nearly straight, the other leaves at a wider angle and is thinner.
-        straight, side = direction - 0.45 * angle * spread, direction + 1.5 * angle * spread
+        straight, side = direction - 0.4 * angle * spread, direction + 1.6 * angle * spread
         start = np.concatenate([end, end])
         direction = _unit(np.concatenate([straight, side]))
         length = np.concatenate(
-            [length * rng.uniform(0.7, 0.95, len(end)), length * rng.uniform(0.55, 0.85, len(end))]
+            [length * rng.uniform(0.8, 1.0, len(end)), length * rng.uniform(0.55, 0.85, len(end))]
         )
-        radius = np.concatenate([radius * 0.80, radius * 0.66])
+        radius = np.concatenate([radius * 0.84, radius * 0.64])
         keep = radius > 0.42
         start, direction, length, radius = start[keep], direction[keep], length[keep], radius[keep]
         if not len(start):
@@ -80,7 +81,7 @@ def splat(canvas: Canvas, points: np.ndarray, radii: np.ndarray) -> np.ndarray:
         gap_xy = (dy * grid.spacing[1] - rest[:, 1:2]) ** 2 + (dx * grid.spacing[2] - rest[:, 2:3]) ** 2
         gap_z = np.abs(dz * grid.spacing[0] - rest[:, 0:1])
         # Part of the pixel that the tube fills, and of the slice's thickness.
-        strength = np.minimum(1.0, 1.7 * r / canvas.px)[:, None]
+        strength = np.minimum(1.0, 1.45 * r / canvas.px)[:, None]
         across = np.clip((r[:, None] - np.sqrt(gap_xy)) / canvas.px + 0.85, 0, 1)
         along = np.clip((r[:, None] + 0.5 * grid.spacing[0] - gap_z) / min(3.0, grid.spacing[0]), 0, 1)
         index = ((near[:, 0:1] + dz) * grid.shape[1] + near[:, 1:2] + dy) * grid.shape[2] + near[:, 2:3] + dx

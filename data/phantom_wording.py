@@ -1,8 +1,8 @@
 """The sentences that reports are made of, Chinese and English, and the patterns that read them back.
 
 ``{loc}`` is the place, ``{side}`` the side alone, ``{n}`` the size in mm. Every sentence is true of every
-phantom with that finding: it names nothing that :mod:`data.phantom_lesions` does not draw. A clause with a negation
-holds no finding of its own; the parser drops it.
+phantom with that finding: it names nothing that :mod:`data.phantom_lesions` does not draw. A clause with a
+negation holds no finding of its own; the parser drops it.
 """
 
 from __future__ import annotations

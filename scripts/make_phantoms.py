@@ -11,11 +11,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
+import json
 import os
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import nibabel as nib
+import numpy as np
 from rich.progress import Progress
 
 from config.errors import InputError
+from data.finding import FINDING_TYPES
 from data.phantom_dataset import DatasetPaths, make_dataset
 
 
@@ -40,6 +48,52 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+# Lower and upper HU shown.
+WINDOWS = {"lung": (-1350, 150), "mediastinum": (-160, 240)}
+
+
+def write_contact_sheet(paths: DatasetPaths) -> Path:
+    """One case of each kind in its best slice, the mask as contour; below, a healthy chest top to bottom."""
+    cases = json.loads(paths.cases_json.read_text(encoding="utf-8"))
+    shown = {
+        (case["findings"][0]["type"] if case["findings"] else "normal"): case for case in reversed(cases)
+    }
+    columns = len(FINDING_TYPES)
+    figure, axes = plt.subplots(4, columns, figsize=(2.4 * columns, 10), layout="constrained")
+    for column, kind in enumerate(sorted(shown)):
+        hu, mask = _load_case(paths.root, shown[kind]["id"])
+        best = int((mask > 0).sum((1, 2)).argmax()) if mask.any() else len(hu) // 2
+        title = ", ".join(
+            f"{f['side']} {f['zone']} {f['type']} {f['size_mm']}" for f in shown[kind]["findings"]
+        )
+        axes[0, column].set_title(title or "normal", fontsize=7)
+        _show(axes[:2, column], hu[best])
+        if mask.any():
+            axes[0, column].contour(mask[best] > 0, [0.5], colors="red", linewidths=0.4)
+    hu, _ = _load_case(paths.root, shown.get("normal", cases[0])["id"])
+    for column, level in enumerate(np.linspace(0.93, 0.12, columns)):
+        _show(axes[2:, column], hu[int(level * len(hu))])
+    for axis in axes.flat:
+        axis.axis("off")
+    target = paths.root / "contact_sheet.png"
+    figure.savefig(target, dpi=100)
+    plt.close(figure)
+    return target
+
+
+def _show(axes: np.ndarray, image: np.ndarray) -> None:
+    for axis, (low, high) in zip(axes, WINDOWS.values(), strict=True):
+        axis.imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="bilinear")
+
+
+def _load_case(root: Path, case_id: str) -> tuple[np.ndarray, np.ndarray]:
+    """HU and mask of a case, [Z, Y, X]."""
+    hu, mask = (
+        np.asarray(nib.load(root / kind / f"{case_id}.nii.gz").dataobj) for kind in ("images", "masks")
+    )
+    return hu.transpose(2, 1, 0), mask.transpose(2, 1, 0)
+
+
 def main(argv: list[str] | None = None) -> DatasetPaths:
     args = parse_args(argv)
     total = args.n_train + args.n_val + args.n_test
@@ -57,9 +111,9 @@ def main(argv: list[str] | None = None) -> DatasetPaths:
             workers=args.workers,
             progress=lambda done, _: bar.update(task, completed=done),
         )
-    print(
-        f"{total} cases in {paths.root}: {paths.train_csv.name}, {paths.val_csv.name}, {paths.test_csv.name}"
-    )
+    if args.contact_sheet and total:
+        print(f"contact sheet: {write_contact_sheet(paths)}")
+    print(f"{total} cases in {paths.root}: train.csv, val.csv, test.csv")
     return paths
 
 
