@@ -44,9 +44,7 @@ class Phantom:
     lung_z: dict[str, tuple[float, float]]
 
 
-def make_case(
-    seed: int | Sequence[int], wanted: Sequence[tuple[str, str, str]], grid: Grid | None = None
-) -> Phantom:
+def make_case(seed: int | Sequence[int], wanted: Sequence[tuple[str, str, str]], grid: Grid | None = None) -> Phantom:
     """Build a patient with the wanted findings.
 
     Args:

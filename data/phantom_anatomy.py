@@ -159,7 +159,7 @@ def _hemithoraces(c: Canvas, p: Patient) -> dict[str, tuple[np.ndarray, ...]]:
     t = np.clip(c.u / 0.36, 0.03, 1.0)
     s = np.sqrt(1 - (1 - t) ** 2) * (0.95 + 0.05 * np.clip(c.u, 0, 1))
     x = 0.465 * p.width * (0.74 + 0.26 * s)
-    a, b = 0.535 * p.width * s, p.depth * (0.18 + 0.82 * s)
+    a, b = 0.545 * p.width * s, p.depth * (0.18 + 0.82 * s)
     return {side: (sign * x, 0.20 * p.depth * (1 - s), a, b) for side, sign in SIGN.items()}
 
 
@@ -194,7 +194,7 @@ def _mediastinum(c: Canvas, p: Patient, hu: np.ndarray, middle: np.ndarray) -> N
     """Heart, great vessels, airways, oesophagus; ``middle`` collects what keeps the lungs apart."""
     w, d, k = p.width, p.depth, p.heart
     blood = BLOOD + p.contrast
-    waist = np.interp(c.u, [0.0, 0.12, 0.28, 0.45, 0.7, 1.0], [0.36, 0.30, 0.25, 0.22, 0.20, 0.22]) * w
+    waist = np.interp(c.u, [0.0, 0.12, 0.28, 0.45, 0.7, 1.0], [0.34, 0.26, 0.21, 0.19, 0.18, 0.20]) * w
     c.merge(middle, c.column(0.0, -0.08 * d, waist.astype(np.float32), 0.90 * d))
     spine_y = 0.62 * d + 6
     c.merge(middle, c.column(0.0, spine_y + 6, 23.0, 24.0))
@@ -209,9 +209,7 @@ def _mediastinum(c: Canvas, p: Patient, hu: np.ndarray, middle: np.ndarray) -> N
         + [(0.15 * w, 0.48 * d, 0.75), (0.07 * w, 0.50 * d, 1.25)],
         [16, 16, 15, 14, 13, 12.5, 12, 11],
     )
-    trunk = c.tube(
-        [(0.14 * w, -0.34 * d, 0.50), (0.17 * w, -0.22 * d, 0.40), (0.30 * w, 0.04 * d, 0.40)], [14, 13, 9]
-    )
+    trunk = c.tube([(0.14 * w, -0.34 * d, 0.50), (0.17 * w, -0.22 * d, 0.40), (0.30 * w, 0.04 * d, 0.40)], [14, 13, 9])
     right_artery = c.tube([(0.14 * w, -0.16 * d, 0.41), (-0.30 * w, 0.06 * d, 0.43)], [11, 9])
     cava = c.tube([(-0.20 * w, -0.14 * d, 0.06), (-0.20 * w, -0.16 * d, 0.56)], [8, 9])
     roots = [
@@ -271,11 +269,7 @@ def _bones(c: Canvas, p: Patient, hu: np.ndarray, wall: np.ndarray, middle: np.n
 def _parenchyma(chest: Chest, rng: np.random.Generator) -> None:
     """Fill the lungs: aerated tissue a little denser behind, and the vessel trees."""
     c, p = chest.canvas, chest.patient
-    tissue = (
-        np.float32(p.lung_hu)
-        + np.float32(28.0) * (c.y / np.float32(p.depth))
-        + np.float32(15.0) * (c.u - 0.5)
-    )
+    tissue = np.float32(p.lung_hu) + np.float32(28.0) * (c.y / np.float32(p.depth)) + np.float32(15.0) * (c.u - 0.5)
     points, radii = [], []
     for side in SIGN:
         blend(chest.hu, chest.lung[side], tissue)

@@ -71,9 +71,7 @@ class Canvas:
         """The voxels between two corners given as (z, y, x) in mm."""
         spacing = np.asarray(self.grid.spacing)
         first = np.clip(np.floor((np.asarray(low) - self.origin) / spacing), 0, self.grid.shape).astype(int)
-        last = np.clip(np.ceil((np.asarray(high) - self.origin) / spacing) + 1, 0, self.grid.shape).astype(
-            int
-        )
+        last = np.clip(np.ceil((np.asarray(high) - self.origin) / spacing) + 1, 0, self.grid.shape).astype(int)
         z, y, x = (slice(int(a), int(max(a, b))) for a, b in zip(first, last, strict=True))
         return z, y, x
 
@@ -131,9 +129,7 @@ class Canvas:
             np.maximum(best, ra + t * (rb - ra) - np.sqrt(gap), out=best)
         return box, best
 
-    def paint(
-        self, hu: np.ndarray, solid: Solid, value: float, inset: float = 0.0, strength: float = 1.0
-    ) -> None:
+    def paint(self, hu: np.ndarray, solid: Solid, value: float, inset: float = 0.0, strength: float = 1.0) -> None:
         """Fill a solid, shrunk by ``inset`` mm."""
         box, distance = solid
         cover = soft(distance - np.float32(inset), self.px)

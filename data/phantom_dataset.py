@@ -30,21 +30,18 @@ import numpy as np
 
 from config.errors import InputError
 from data.finding import LESION_TYPES, SIDES, ZONES, Finding
-from data.phantom import make_case, write_case
+from data.phantom import Phantom, make_case, write_case
 from data.phantom_report import finding_keys, wording, write_report
 
 # Raise it when the same seed no longer gives the same files, so that a rerun does not keep old ones.
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 SPLITS = ("train", "val", "test")
 _EMPTY_QUESTION_SHARE = 0.2
 _PLACEMENT_ATTEMPTS = 8
 
 # One deck holds every type equally often; an effusion has one zone only and is dealt three times.
 _DECK = [
-    (kind, side, zone if kind != "effusion" else "lower")
-    for kind in LESION_TYPES
-    for side in SIDES
-    for zone in ZONES
+    (kind, side, zone if kind != "effusion" else "lower") for kind in LESION_TYPES for side in SIDES for zone in ZONES
 ]
 
 
@@ -188,7 +185,7 @@ def _build(job: _Job) -> dict:
     return record
 
 
-def _make(job: _Job):
+def _make(job: _Job) -> Phantom:
     """A phantom; where the lesion fits nowhere in one patient, the next patient is tried."""
     for attempt in range(_PLACEMENT_ATTEMPTS):
         try:
@@ -202,7 +199,10 @@ def _kept(record_path: Path, identity: dict, files: tuple[Path, Path]) -> dict |
     """The record of a case that was finished earlier, if it is the same case and its files are whole."""
     if not (record_path.is_file() and all(f.is_file() for f in files)):
         return None
-    record = json.loads(record_path.read_text(encoding="utf-8"))
+    try:
+        record = json.loads(record_path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:  # damaged on disk: the case is made again
+        return None
     same = all(record.get(key) == value for key, value in identity.items())
     whole = same and record["crc32"] == [zlib.crc32(f.read_bytes()) for f in files]
     return record if whole else None

@@ -126,10 +126,7 @@ def _fits(chest: Chest, mask: np.ndarray, drawn: Drawn, side: str, zone: str) ->
     area = solid.sum((1, 2))
     z = chest.canvas.z[box[0], 0, 0]
     span = chest.z_range[side]
-    return (
-        min(zone_margin(float(v), span, zone) for v in (z @ area / area.sum(), z[area.argmax()]))
-        >= ZONE_MARGIN
-    )
+    return min(zone_margin(float(v), span, zone) for v in (z @ area / area.sum(), z[area.argmax()])) >= ZONE_MARGIN
 
 
 def _local(
@@ -232,9 +229,7 @@ def _consolidation(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
     for _ in range(2):
         off, angle = rng.uniform(-0.25, 0.25) * size, turn + rng.normal(0, 0.25)
         line = np.abs(s.dy * np.cos(angle) - s.dx * np.sin(angle) - off)
-        blend(
-            value, soft(1.3 - line, s.px) * (distance > 3) * (np.abs(s.dz) < 1.2 * s.slice_mm) * 0.6, -820.0
-        )
+        blend(value, soft(1.3 - line, s.px) * (distance > 3) * (np.abs(s.dz) < 1.2 * s.slice_mm) * 0.6, -820.0)
     value += 35 * grain
     return s.box, cover, value, (distance >= 0) & (s.lung >= 0.5)
 
@@ -267,9 +262,7 @@ def _fibrosis(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
         length = size * (1.0 if i == 0 else rng.uniform(0.55, 0.85))
         angle = turn + (rng.normal(0, 0.10) if i else 0.0)
         along = s.dx * np.cos(angle) + s.dy * np.sin(angle)
-        across = (
-            s.dy * np.cos(angle) - s.dx * np.sin(angle) - offset * width - bow * (size / 4 - along**2 / size)
-        )
+        across = s.dy * np.cos(angle) - s.dx * np.sin(angle) - offset * width - bow * (size / 4 - along**2 / size)
         beyond = np.maximum(np.abs(along) - length / 2 + 1.2, 0)
         above = np.maximum(np.abs(s.dz) - 0.6 * s.slice_mm, 0)
         np.maximum(best, 1.6 - np.sqrt(across**2 + beyond**2 + above**2), out=best)
@@ -290,9 +283,7 @@ def _effusion(chest: Chest, side: str, size: float, rng: np.random.Generator) ->
     depth = size * np.clip((top - z) / (0.10 * (high - low)), 0.15, 1)
     cx, cy, a, b = (v[box[0]] for v in chest.cavity[side])
     # Moved inwards a little as well, so that the fluid climbs the lateral wall.
-    aerated = (
-        1 - np.abs((x - cx + SIGN[side] * 0.12 * depth) / a) ** 2.3 - np.abs((y - cy + depth) / b) ** 2.3
-    )
+    aerated = 1 - np.abs((x - cx + SIGN[side] * 0.12 * depth) / a) ** 2.3 - np.abs((y - cy + depth) / b) ** 2.3
     dependent = soft(y - cy + 0.35 * b, 20.0)
     cover = soft(-aerated * np.sqrt(a * b) / 2.3, c.px) * chest.lung[side][box] * dependent
     return box, cover.astype(np.float32), rng.uniform(2, 18), cover >= 0.5

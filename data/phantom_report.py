@@ -35,9 +35,7 @@ def wording(language: str) -> Wording:
 def finding_keys(findings: Sequence[Finding], language: str = "zh") -> str:
     """Key points in a fixed order and wording, e.g. ``右肺上野·结节·12mm；左侧·胸腔积液·25mm``."""
     w = wording(language)
-    keys = [
-        w.key_gap.join((_place(w, f, w.key_location), w.names[f.type], f"{f.size_mm}mm")) for f in findings
-    ]
+    keys = [w.key_gap.join((_place(w, f, w.key_location), w.names[f.type], f"{f.size_mm}mm")) for f in findings]
     return w.key_joint.join(keys) or w.normal_key
 
 
@@ -51,9 +49,7 @@ def write_report(findings: Sequence[Finding], rng: np.random.Generator, language
         statements.append(_pick(negatives, rng))
     lead = next((kind for kind in _URGENCY if kind in present), "normal")
     named = w.joint.join(_place(w, f, w.key_location) + w.space + w.names[f.type] for f in findings)
-    impression = (
-        _pick(w.impression["one"], rng).format(all=named) if findings else _pick(w.impression["normal"], rng)
-    )
+    impression = _pick(w.impression["one"], rng).format(all=named) if findings else _pick(w.impression["normal"], rng)
     stop = w.stop + w.space
     texts = (stop.join(statements), impression, _pick(w.advice[lead], rng), _pick(w.tendency[lead], rng))
     sections = [

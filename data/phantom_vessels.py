@@ -51,9 +51,7 @@ def grow_tree(
         straight, side = direction - 0.4 * angle * spread, direction + 1.6 * angle * spread
         start = np.concatenate([end, end])
         direction = _unit(np.concatenate([straight, side]))
-        length = np.concatenate(
-            [length * rng.uniform(0.8, 1.0, len(end)), length * rng.uniform(0.55, 0.85, len(end))]
-        )
+        length = np.concatenate([length * rng.uniform(0.8, 1.0, len(end)), length * rng.uniform(0.55, 0.85, len(end))])
         radius = np.concatenate([radius * 0.84, radius * 0.64])
         keep = radius > 0.42
         start, direction, length, radius = start[keep], direction[keep], length[keep], radius[keep]

@@ -28,23 +28,17 @@ from data.phantom_dataset import DatasetPaths, make_dataset
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set; completed if begun")
     parser.add_argument("--n_train", type=int, default=300)
     parser.add_argument("--n_val", type=int, default=40)
     parser.add_argument("--n_test", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal files")
     parser.add_argument("--language", choices=("zh", "en"), default="zh", help="of reports and questions")
-    parser.add_argument(
-        "--max_findings", type=int, default=1, help="findings in an abnormal case: 1 to this many"
-    )
+    parser.add_argument("--max_findings", type=int, default=1, help="findings in an abnormal case: 1 to this many")
     parser.add_argument("--normal_share", type=float, default=0.1, help="share of healthy chests")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
-    parser.add_argument(
-        "--contact_sheet", action="store_true", help="also write contact_sheet.png into --out"
-    )
+    parser.add_argument("--contact_sheet", action="store_true", help="also write contact_sheet.png into --out")
     return parser.parse_args(argv)
 
 
@@ -55,17 +49,13 @@ WINDOWS = {"lung": (-1350, 150), "mediastinum": (-160, 240)}
 def write_contact_sheet(paths: DatasetPaths) -> Path:
     """One case of each kind in its best slice, the mask as contour; below, a healthy chest top to bottom."""
     cases = json.loads(paths.cases_json.read_text(encoding="utf-8"))
-    shown = {
-        (case["findings"][0]["type"] if case["findings"] else "normal"): case for case in reversed(cases)
-    }
+    shown = {(case["findings"][0]["type"] if case["findings"] else "normal"): case for case in reversed(cases)}
     columns = len(FINDING_TYPES)
     figure, axes = plt.subplots(4, columns, figsize=(2.4 * columns, 10), layout="constrained")
     for column, kind in enumerate(sorted(shown)):
         hu, mask = _load_case(paths.root, shown[kind]["id"])
         best = int((mask > 0).sum((1, 2)).argmax()) if mask.any() else len(hu) // 2
-        title = ", ".join(
-            f"{f['side']} {f['zone']} {f['type']} {f['size_mm']}" for f in shown[kind]["findings"]
-        )
+        title = ", ".join(f"{f['side']} {f['zone']} {f['type']} {f['size_mm']}" for f in shown[kind]["findings"])
         axes[0, column].set_title(title or "normal", fontsize=7)
         _show(axes[:2, column], hu[best])
         if mask.any():
@@ -88,9 +78,7 @@ def _show(axes: np.ndarray, image: np.ndarray) -> None:
 
 def _load_case(root: Path, case_id: str) -> tuple[np.ndarray, np.ndarray]:
     """HU and mask of a case, [Z, Y, X]."""
-    hu, mask = (
-        np.asarray(nib.load(root / kind / f"{case_id}.nii.gz").dataobj) for kind in ("images", "masks")
-    )
+    hu, mask = (np.asarray(nib.load(root / kind / f"{case_id}.nii.gz").dataobj) for kind in ("images", "masks"))
     return hu.transpose(2, 1, 0), mask.transpose(2, 1, 0)
 
 

@@ -60,9 +60,7 @@ def test_no_report_denies_an_effusion_that_it_describes() -> None:
     for seed in range(200):
         chinese = write_report([EFFUSION], np.random.default_rng(seed))
         assert "未见胸腔积液" not in chinese and "胸腔未见积液" not in chinese
-        assert "No pleural effusion" not in write_report(
-            [EFFUSION, NODULE], np.random.default_rng(seed), "en"
-        )
+        assert "No pleural effusion" not in write_report([EFFUSION, NODULE], np.random.default_rng(seed), "en")
 
 
 @pytest.mark.parametrize(
