@@ -58,11 +58,16 @@ def build_objectives(
     table, tokenizer = load_embedding_table(config.mamba_model), read_tokenizer(config.mamba_model)
     reports = [row.answer for row in train.rows]
     if len(set(reports)) < 2:
-        raise InputError(f"{config.caption_csv_train}: all reports are the same text; --objective align needs at least two")
+        raise InputError(
+            f"{config.caption_csv_train}: all reports are the same text; --objective align needs at least two"
+        )
     frequencies = report_frequencies(reports, tokenizer)
     output_std = float(table.std())
     objectives = [
-        Align(*embed_reports([row.answer for row in part.rows], tokenizer, table, frequencies, len(reports)), output_std)
+        Align(
+            *embed_reports([row.answer for row in part.rows], tokenizer, table, frequencies, len(reports)),
+            output_std,
+        )
         for part in (train, val)
     ]
     return objectives[0], objectives[1], output_std
@@ -92,7 +97,10 @@ def main() -> None:
     args = parse_args()
     config = config_from(args)
     if config.use_cmi:
-        print("note: CMI reads the question and is trained in Stage 2; this stage trains encoder and bridge", flush=True)
+        print(
+            "note: CMI reads the question and is trained in Stage 2; this stage trains encoder and bridge",
+            flush=True,
+        )
     accelerator, output = start_run(args, config, "stage1")
     say = accelerator.print
 
@@ -118,7 +126,12 @@ def main() -> None:
     model, optimizer = accelerator.prepare(stage, optimizer)
     val_objective.to(accelerator.device)
     state = TrainState(
-        output / "stage1_state.pt", fingerprint(args, config, objective=args.objective), accelerator, stage, optimizer, schedule
+        output / "stage1_state.pt",
+        fingerprint(args, config, objective=args.objective),
+        accelerator,
+        stage,
+        optimizer,
+        schedule,
     )
     resumed = state.resume(args.resume)
     progress = state.progress
@@ -129,8 +142,8 @@ def main() -> None:
     def save(name: str, epoch: int, val_loss: float, statistics: TokenStatistics) -> None:
         if accelerator.is_main_process:
             save_checkpoint(
-                output / name, vision, stage="vision", step=progress.step, epoch=epoch, val_loss=val_loss, config=config,
-                plan=plan, llm=identity.to_dict(), diagnostics={**statistics.to_dict(), "objective": args.objective},
+                output / name, vision, stage="vision", step=progress.step, epoch=epoch, val_loss=val_loss,
+                config=config, plan=plan, llm=identity.to_dict(), diagnostics={**statistics.to_dict(), "objective": args.objective},
             )  # fmt: skip
 
     def evaluate(epoch: int) -> None:
@@ -138,7 +151,13 @@ def main() -> None:
         val_loss, statistics = validate(accelerator, vision, val_objective, val_loader)
         train_loss = sum(progress.losses) / len(progress.losses) if progress.losses else None
         progress.history.append(
-            {"epoch": epoch, "step": progress.step, "train_loss": train_loss, "val_loss": val_loss, **statistics.to_dict()}
+            {
+                "epoch": epoch,
+                "step": progress.step,
+                "train_loss": train_loss,
+                "val_loss": val_loss,
+                **statistics.to_dict(),
+            }
         )
         log.record(event="epoch", **progress.history[-1])
         log.say(f"epoch {epoch}/{args.epochs}  val_loss {val_loss:.6f}  {statistics.line()}")
@@ -172,7 +191,13 @@ def main() -> None:
                 if progress.step % LOG_EVERY == 0:
                     recent = progress.losses[-LOG_EVERY * args.grad_accumulation :]
                     train_loss, lr = sum(recent) / len(recent), schedule.get_last_lr()[0]
-                    log.record(event="step", step=progress.step, epoch=progress.epoch + 1, train_loss=train_loss, lr=lr)
+                    log.record(
+                        event="step",
+                        step=progress.step,
+                        epoch=progress.epoch + 1,
+                        train_loss=train_loss,
+                        lr=lr,
+                    )
                     log.say(f"epoch {progress.epoch + 1}/{args.epochs}  step {progress.step}/{total_steps}  "
                             f"train_loss {train_loss:.6f}  lr {lr:.2e}")  # fmt: skip
                 if stop.wanted or progress.step % args.save_every == 0:
@@ -197,12 +222,21 @@ def main() -> None:
         )
         best = min((e for e in epochs if not e["collapsed"]), key=lambda e: e["val_loss"], default=None)
         if best is None:
-            print("every epoch collapsed, the untrained bridge included: no vision_bridge_best_val.pt was written", flush=True)
+            print(
+                "every epoch collapsed, the untrained bridge included: no vision_bridge_best_val.pt was written",
+                flush=True,
+            )
         elif best["epoch"] == 0:
-            print("best: epoch 0, the untrained bridge on the nnU-Net encoder; no trained epoch was better and alive", flush=True)
+            print(
+                "best: epoch 0, the untrained bridge on the nnU-Net encoder; no trained epoch was better and alive",
+                flush=True,
+            )
         else:
             print(f"best: epoch {best['epoch']}, val_loss {best['val_loss']:.6f}", flush=True)
-        print(f"saved in {output}: vision_bridge_best_val.pt, vision_bridge_final.pt, stage1_loss.png", flush=True)
+        print(
+            f"saved in {output}: vision_bridge_best_val.pt, vision_bridge_final.pt, stage1_loss.png",
+            flush=True,
+        )
     state.finish()
 
 

@@ -17,13 +17,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from models.nnunet_encoder import NnUNetEncoder
 from torch.utils.data import DataLoader
 
 from config.errors import InputError
 from config.plans import PreprocessPlan
 from config.schema import Config
 from data.medical_vlm_dataset import CaptionCollator, encode_answer
-from engine.checkpoint import Checkpoint, check_agreement, load_checkpoint, load_vision_weights, save_checkpoint
+from engine.checkpoint import (
+    Checkpoint,
+    check_agreement,
+    load_checkpoint,
+    load_vision_weights,
+    save_checkpoint,
+)
 from engine.cli import Interrupted, add_training_flags, config_from, positive_int, run_main
 from engine.diagnostics import TokenStatistics, token_statistics
 from engine.loaders import build_loaders
@@ -34,7 +41,6 @@ from engine.train_state import StopRequest, TrainState, fingerprint
 from engine.vision_setup import load_encoder
 from models.mamba_lm import IGNORED, MambaLM
 from models.medical_vlm import MedicalVLM, VisionBridge
-from models.nnunet_encoder import NnUNetEncoder
 
 LOG_EVERY = 20
 RECENT_EPOCHS = 5
@@ -69,8 +75,8 @@ def find_start(args: argparse.Namespace, output: Path) -> Checkpoint | None:
     if checkpoint.collapsed and not args.allow_collapsed:
         raise InputError(
             f"{path} is stamped as collapsed (token_std {checkpoint.diagnostics['token_std']:.2g}, effective rank "
-            f"{checkpoint.diagnostics['effective_rank']:.1f}): its tokens say nothing about the image; train Stage 1 again "
-            "(--objective align), or use --from_scratch, or insist with --allow_collapsed"
+            f"{checkpoint.diagnostics['effective_rank']:.1f}): its tokens say nothing about the image; "
+            "train Stage 1 again (--objective align), or use --from_scratch, or insist with --allow_collapsed"
         )
     return checkpoint
 
@@ -114,7 +120,8 @@ def check_loss_mask(model: MedicalVLM, loader: DataLoader, device: torch.device)
         assert torch.equal(inputs[row, first : first + len(answer)], embedded), "labels and inputs are shifted"
     question = int(batch["question_mask"][0].sum())
     visual = int((labels[0] != IGNORED).nonzero()[0]) - question
-    return f"loss mask checked: {visual} visual + {question} question tokens masked, {int((labels[0] != IGNORED).sum())} answer tokens in the loss"
+    learnt = int((labels[0] != IGNORED).sum())
+    return f"loss mask checked: {visual} visual + {question} question tokens masked, {learnt} answer tokens in the loss"
 
 
 @torch.no_grad()
@@ -138,7 +145,9 @@ def report_truncation(accelerator: Accelerator, lm: MambaLM, loader: DataLoader,
     answers = [row.answer for row in loader.dataset.rows]
     cut = sum(encode_answer(lm.tokenizer, answer, limit)[1] for answer in answers)
     if cut:
-        accelerator.print(f"warning: {cut} of {len(answers)} reports are longer than max_answer_tokens {limit} and are cut")
+        accelerator.print(
+            f"warning: {cut} of {len(answers)} reports are longer than max_answer_tokens {limit} and are cut"
+        )
 
 
 def main() -> None:
@@ -156,10 +165,15 @@ def main() -> None:
     for line in origin:
         say(line, flush=True)
     collator = CaptionCollator(lm.tokenizer, config.max_question_tokens, config.max_answer_tokens)
-    train_loader, val_loader, order = build_loaders(args, config, plan, vision.encoder.total_stride, collator, accelerator)
+    train_loader, val_loader, order = build_loaders(
+        args, config, plan, vision.encoder.total_stride, collator, accelerator
+    )
     report_truncation(accelerator, lm, train_loader, config.max_answer_tokens)
     vlm = MedicalVLM(vision, lm)
-    say(f"model: {vision.freeze(train_encoder=config.train_encoder)}, language model {lm.name} (frozen)", flush=True)
+    say(
+        f"model: {vision.freeze(train_encoder=config.train_encoder)}, language model {lm.name} (frozen)",
+        flush=True,
+    )
     say(check_loss_mask(vlm, train_loader, accelerator.device), flush=True)
 
     # ---------------------------------------------------------------- optimizer, schedule, resume
@@ -168,7 +182,9 @@ def main() -> None:
     optimizer = build_optimizer(vision, args.lr, args.weight_decay)
     schedule = build_schedule(optimizer, total_steps, args.warmup_ratio)
     in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert not any(p.requires_grad or id(p) in in_optimizer for p in lm.parameters()), "the language model is not frozen"
+    assert not any(p.requires_grad or id(p) in in_optimizer for p in lm.parameters()), (
+        "the language model is not frozen"
+    )
     model, optimizer = accelerator.prepare(vlm, optimizer)
     settings = fingerprint(args, config, start=str(start.path) if start else None)
     state = TrainState(output / "stage2_state.pt", settings, accelerator, vision, optimizer, schedule)
@@ -200,7 +216,10 @@ def main() -> None:
         record = {"epoch": epoch, "step": progress.step, "caption_loss": mean_loss, "val_loss": val_loss}
         progress.history.append({**record, **statistics.to_dict()})
         log.record(event="epoch", **progress.history[-1])
-        log.say(f"epoch {epoch}/{args.epochs}  平均 caption_loss {mean_loss:.6f}  val_loss {val_loss:.6f}  {statistics.line()}")
+        log.say(
+            f"epoch {epoch}/{args.epochs}  平均 caption_loss {mean_loss:.6f}  "
+            f"val_loss {val_loss:.6f}  {statistics.line()}"
+        )
         if statistics.collapsed:
             log.say(f"epoch {epoch} is collapsed and not saved as best")
         elif val_loss < progress.best:
@@ -231,7 +250,13 @@ def main() -> None:
                     recent = progress.losses[-LOG_EVERY * args.grad_accumulation :]
                     caption_loss, lr = sum(recent) / len(recent), schedule.get_last_lr()[0]
                     table.write(step=progress.step, epoch=progress.epoch + 1, caption_loss=f"{caption_loss:.6f}")
-                    log.record(event="step", step=progress.step, epoch=progress.epoch + 1, caption_loss=caption_loss, lr=lr)
+                    log.record(
+                        event="step",
+                        step=progress.step,
+                        epoch=progress.epoch + 1,
+                        caption_loss=caption_loss,
+                        lr=lr,
+                    )
                     log.say(f"epoch {progress.epoch + 1}/{args.epochs}  step {progress.step}/{total_steps}  "
                             f"caption_loss {caption_loss:.6f}  lr {lr:.2e}")  # fmt: skip
                 if stop.wanted or progress.step % args.save_every == 0:
@@ -251,7 +276,10 @@ def main() -> None:
         plot_losses(output / "stage2_loss.png", curves, "Stage 2")
         recent = [e["caption_loss"] for e in epochs[-RECENT_EPOCHS:]]
         print(f"最近 {RECENT_EPOCHS} 个 epoch 平均 caption_loss {sum(recent) / len(recent):.6f}", flush=True)
-        print(f"saved in {output}: vision_bridge_vlm_final.pt, vision_bridge_vlm_best_val.pt, stage2_loss.png", flush=True)
+        print(
+            f"saved in {output}: vision_bridge_vlm_final.pt, vision_bridge_vlm_best_val.pt, stage2_loss.png",
+            flush=True,
+        )
     state.finish()
 
 

@@ -87,18 +87,14 @@ class PreprocessPlan:
         if len(self.spacing) not in (self.dim, 3) or min(self.spacing) <= 0:
             raise InputError(f"{where}: spacing {self.spacing} must be {self.dim} positive numbers (mm)")
         if sorted(self.transpose_forward) != [0, 1, 2]:
-            raise InputError(
-                f"{where}: transpose_forward {self.transpose_forward} is no permutation of 0, 1, 2"
-            )
+            raise InputError(f"{where}: transpose_forward {self.transpose_forward} is no permutation of 0, 1, 2")
         channels = len(self.normalization_schemes)
         if channels == 0 or len(self.use_mask_for_norm) != channels or len(self.intensity) != channels:
             raise InputError(
                 f"{where}: {channels} normalization_schemes, {len(self.use_mask_for_norm)} use_mask_for_norm "
                 f"and {len(self.intensity)} intensity entries; expected one of each per input channel"
             )
-        for channel, (scheme, intensity) in enumerate(
-            zip(self.normalization_schemes, self.intensity, strict=True)
-        ):
+        for channel, (scheme, intensity) in enumerate(zip(self.normalization_schemes, self.intensity, strict=True)):
             if scheme not in NORMALIZATION_SCHEMES:
                 raise InputError(
                     f"{where}: normalization scheme '{scheme}' of channel {channel} is not supported; "
@@ -142,9 +138,7 @@ class PreprocessPlan:
             transpose_forward=tuple(int(axis) for axis in _required(plans, "transpose_forward", "plans")),
             normalization_schemes=schemes,
             use_mask_for_norm=tuple(bool(flag) for flag in _required(resolved, "use_mask_for_norm", where)),
-            intensity=tuple(
-                _intensity(properties.get(str(channel)), channel) for channel in range(len(schemes))
-            ),
+            intensity=tuple(_intensity(properties.get(str(channel)), channel) for channel in range(len(schemes))),
             image_reader_writer=reader,
             orientation=orientation or _ORIENTATION_OF_READER[reader],
             data_resampling=_resampling(resolved, "data", where),
@@ -204,17 +198,13 @@ def _intensity(properties: Mapping[str, Any] | None, channel: int) -> Intensity 
     if properties is None:
         return None
     where = f"plans, foreground_intensity_properties_per_channel['{channel}']"
-    return Intensity(
-        **{key: float(_required(properties, key, where)) for key in Intensity.__dataclass_fields__}
-    )
+    return Intensity(**{key: float(_required(properties, key, where)) for key in Intensity.__dataclass_fields__})
 
 
 def _resampling(resolved: Mapping[str, Any], kind: str, where: str) -> Resampling:
     function = resolved.get(f"resampling_fn_{kind}", _RESAMPLING_FUNCTION)
     if function != _RESAMPLING_FUNCTION:
-        raise InputError(
-            f"{where}: resampling_fn_{kind} '{function}' is not supported, only {_RESAMPLING_FUNCTION}"
-        )
+        raise InputError(f"{where}: resampling_fn_{kind} '{function}' is not supported, only {_RESAMPLING_FUNCTION}")
     key = f"resampling_fn_{kind}_kwargs"
     given = dict(_required(resolved, key, where))
     if given.pop("is_seg", kind == "seg") != (kind == "seg"):
@@ -225,8 +215,10 @@ def _resampling(resolved: Mapping[str, Any], kind: str, where: str) -> Resamplin
     # The function's own defaults (order 3, no separate z) differ from what the planner writes; a key that is
     # absent must mean what it means to nnU-Net.
     settings = Resampling(**{"order": 3, "order_z": 0, "force_separate_z": False, **given})
-    if settings.order not in (0, 1, 2, 3, 4, 5) or settings.order_z not in (0, 1, 2, 3, 4, 5):
-        raise InputError(f"{where}: {key} asks for spline orders other than 0 to 5")
+    # Interpolation orders of labels other than nearest and linear give no partition of unity.
+    allowed = (range(6), range(6)) if kind == "data" else (range(2), range(1))
+    if settings.order not in allowed[0] or settings.order_z not in allowed[1]:
+        raise InputError(f"{where}: {key} with order {settings.order} and order_z {settings.order_z} is not supported")
     return settings
 
 

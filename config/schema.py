@@ -50,7 +50,10 @@ class Config:
     # encoder
     nnunet_encoder_checkpoint: str | None = _key(None, "your nnU-Net checkpoint_best.pth", role="path")
     encoder_output_stage: int | None = _key(
-        None, "encoder stage used (empty: the deepest that still fills the token grid)", role="arch", minimum=0
+        None,
+        "encoder stage used (empty: the deepest that still fills the token grid)",
+        role="arch",
+        minimum=0,
     )
     encoder_target_spatial: int = _key(28, "side of the token grid: 28 -> 784 tokens", role="arch", minimum=1)
     train_encoder: bool = _key(True, "false keeps the nnU-Net encoder as it was trained", role="run")
@@ -61,7 +64,9 @@ class Config:
     # bridge
     bridge_depth: int = _key(2, "Vision-Mamba blocks", role="arch", minimum=1)
     bridge_width: int = _key(512, "inner width of the bridge; its output has the LLM's width", role="arch", minimum=8)
-    max_visual_tokens: int = _key(64, "visual tokens given to the LLM (largest square grid that fits)", role="arch", minimum=1)
+    max_visual_tokens: int = _key(
+        64, "visual tokens given to the LLM (largest square grid that fits)", role="arch", minimum=1
+    )
     roi_side: int | None = _key(None, "centre crop of the feature map: 7 -> 49 tokens", role="arch", minimum=1)
     use_cmi: bool = _key(False, "the question steers the visual tokens (Cross-Mamba Interaction)", role="arch")
     cmi_compress_to: int | None = _key(None, "visual tokens after CMI, if fewer", role="arch", minimum=1)
@@ -116,7 +121,9 @@ def load_config(path: str | Path | None = None, **overrides: Any) -> Config:
     """
     path = Path(path) if path else DEFAULT_CONFIG
     if not path.is_file():
-        raise InputError(f"configuration file not found: {path}; pass --config FILE (the shipped one is {DEFAULT_CONFIG})")
+        raise InputError(
+            f"configuration file not found: {path}; pass --config FILE (the shipped one is {DEFAULT_CONFIG})"
+        )
     try:
         with path.open(encoding="utf-8-sig") as stream:
             loader = _UniqueKeyLoader(stream)
@@ -131,7 +138,9 @@ def load_config(path: str | Path | None = None, **overrides: Any) -> Config:
             f"{path} is not valid YAML: {detail} (write Windows paths with forward slashes or in single quotes)"
         ) from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
+        raise InputError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
+        ) from error
     if values is None:
         values = {}
     if not isinstance(values, dict):

@@ -44,7 +44,9 @@ def read_caption_table(
         InputError: a missing file, column, cell or image; names the table and the row.
     """
     if not path.is_file():
-        raise InputError(f"table not found: {path}; set caption_csv_train / caption_csv_val in the configuration{_hint(path)}")
+        raise InputError(
+            f"table not found: {path}; set caption_csv_train / caption_csv_val in the configuration{_hint(path)}"
+        )
     base = image_root or path.parent
     rows: list[CaptionRow] = []
     problems: list[str] = []
@@ -63,7 +65,9 @@ def read_caption_table(
         raise InputError(f"{path} has a header but no rows; expected one case a row")
     if problems:
         more = f" (and {len(problems) - 1} more problems in this table)" if len(problems) > 1 else ""
-        raise InputError(f"{path}, {problems[0]}{more}; mend the row, or set image_root / path_map in the configuration")
+        raise InputError(
+            f"{path}, {problems[0]}{more}; mend the row, or set image_root / path_map in the configuration"
+        )
     return rows
 
 
@@ -77,7 +81,10 @@ def _records(path: Path) -> list[tuple[int, dict[str, str]]]:
             reader.fieldnames = header
             absent = [name for name in REQUIRED if name not in header]
             if absent:
-                raise InputError(f"{path} has no column '{absent[0]}'; expected {','.join(REQUIRED)}[,mask_path], found {','.join(header)}")
+                raise InputError(
+                    f"{path} has no column '{absent[0]}'; "
+                    f"expected {','.join(REQUIRED)}[,mask_path], found {','.join(header)}"
+                )
             # A report may span several lines, so the row's number is counted, not the reader's line.
             return [(number, record) for number, record in enumerate(reader, start=2)]
     except UnicodeDecodeError as error:
@@ -117,5 +124,7 @@ def question_of(row: CaptionRow, prompts: Sequence[str], seed: int) -> str:
     if row.question:
         return row.question
     if not prompts:
-        raise InputError(f"row {row.number} ({row.image_path.name}) has no question: fill it in, or set caption_prompt_json")
+        raise InputError(
+            f"row {row.number} ({row.image_path.name}) has no question: fill it in, or set caption_prompt_json"
+        )
     return random.Random(f"{seed}/{row.number}").choice(list(prompts))

@@ -1,7 +1,7 @@
 """Table rows to samples, samples to batches.
 
-    row → cached preprocessed volume [C_in, z, y, x] → 2-D: slices [K, C_in, H, W] · 3-D: patch [C_in, z, y, x]
-    batch: images [B, …], slice_position [B, K], question_ids [B, Lq], answer_ids [B, La] and their masks
+row → cached preprocessed volume [C_in, z, y, x] → 2-D: slices [K, C_in, H, W] · 3-D: patch [C_in, z, y, x]
+batch: images [B, …], slice_position [B, K], question_ids [B, Lq], answer_ids [B, La] and their masks
 """
 
 from __future__ import annotations
@@ -105,7 +105,12 @@ class MedicalVLMDataset(Dataset):
     """The rows of a table as samples; volumes come from the cache and are prepared on first use."""
 
     def __init__(
-        self, rows: Sequence[CaptionRow], cache: VolumeCache, framing: Framing, prompts: Sequence[str], seed: int
+        self,
+        rows: Sequence[CaptionRow],
+        cache: VolumeCache,
+        framing: Framing,
+        prompts: Sequence[str],
+        seed: int,
     ) -> None:
         self.rows = list(rows)
         self.cache = cache
@@ -147,7 +152,9 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str, limit: int) -
 class CaptionCollator:
     """Samples to one batch; picklable, so that spawned workers can hold it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, max_question_tokens: int, max_answer_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | None, max_question_tokens: int, max_answer_tokens: int
+    ) -> None:
         """``tokenizer`` None: images only, for an objective that reads no text."""
         self.tokenizer = tokenizer
         self.max_question_tokens = max_question_tokens

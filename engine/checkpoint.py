@@ -1,14 +1,14 @@
 """Checkpoints: one ``.pt`` that ``torch.load(weights_only=True)`` opens and that carries all inference needs.
 
-    format, version          who wrote it, and which layout
-    stage                    "vision" (train.py) or "vlm" (train_vlm.py)
-    model_state_dict         encoder + bridge (+ CMI); never the language model
-    step, epoch, val_loss    where it stood
-    config                   the resolved configuration (every key of config/schema.py)
-    encoder_architecture     the nnU-Net encoder's architecture, so that it is rebuilt without nnU-Net's file
-    preprocess_plan          what turned the scan into the encoder's input
-    llm                      the language model's and tokenizer's identity
-    diagnostics              token statistics; ``collapsed`` is true where the vision part gives nothing
+format, version          who wrote it, and which layout
+stage                    "vision" (train.py) or "vlm" (train_vlm.py)
+model_state_dict         encoder + bridge (+ CMI); never the language model
+step, epoch, val_loss    where it stood
+config                   the resolved configuration (every key of config/schema.py)
+encoder_architecture     the nnU-Net encoder's architecture, so that it is rebuilt without nnU-Net's file
+preprocess_plan          what turned the scan into the encoder's input
+llm                      the language model's and tokenizer's identity
+diagnostics              token statistics; ``collapsed`` is true where the vision part gives nothing
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models.nnunet_encoder import NnUNetEncoder
 
 from config.errors import InputError
 from config.plans import PreprocessPlan
 from config.schema import FIELDS, Config, build_config
 from models.medical_vlm import VisionBridge
-from models.nnunet_encoder import NnUNetEncoder
 
 FORMAT = "mamba-ct-report"
 VERSION = 1
@@ -88,7 +88,7 @@ def _replace(source: Path, target: Path, attempts: int = 10) -> None:
     """``os.replace``; on Windows a virus scanner or viewer can hold the target for a moment."""
     for attempt in range(attempts):
         try:
-            os.replace(source, target)
+            source.replace(target)
             return
         except PermissionError:
             if attempt == attempts - 1:
@@ -149,8 +149,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
     content = read_torch_file(path, "checkpoint")
     if content.get("format") != FORMAT:
         if "network_weights" in content:
-            raise InputError(f"{path} is an nnU-Net checkpoint: give it as nnunet_encoder_checkpoint in the configuration")
-        raise InputError(f"{path} is not a checkpoint of this project (no format '{FORMAT}'): use one that train.py or train_vlm.py wrote")
+            raise InputError(
+                f"{path} is an nnU-Net checkpoint: give it as nnunet_encoder_checkpoint in the configuration"
+            )
+        raise InputError(
+            f"{path} is not a checkpoint of this project (no format '{FORMAT}'): "
+            "use one that train.py or train_vlm.py wrote"
+        )
     version = content["version"]
     if version > VERSION:
         raise InputError(f"{path} has format version {version}, this program knows {VERSION}: update the program")
@@ -184,16 +189,20 @@ def load_vision_weights(vision: VisionBridge, checkpoint: Checkpoint) -> list[st
     unexpected = [key for key in saved if key not in own]
     wrong = [key for key in own if key in saved and own[key].shape != saved[key].shape]
     if checkpoint.has_cmi and vision.cmi is None:
-        raise InputError(f"{checkpoint.path} was trained with CMI, this configuration has use_cmi: false; set use_cmi: true")
+        raise InputError(
+            f"{checkpoint.path} was trained with CMI, this configuration has use_cmi: false; set use_cmi: true"
+        )
     if wrong and wrong[0].startswith("bridge.out_proj"):
         raise InputError(
-            f"{checkpoint.path} gives tokens of width {saved['bridge.out_proj.weight'].shape[0]}, the language model has "
-            f"width {own['bridge.out_proj.weight'].shape[0]}: use the mamba_model it was trained for "
+            f"{checkpoint.path} gives tokens of width {saved['bridge.out_proj.weight'].shape[0]}, the language model "
+            f"has width {own['bridge.out_proj.weight'].shape[0]}: use the mamba_model it was trained for "
             f"('{checkpoint.llm.get('name')}') or retrain both stages"
         )
     if missing or unexpected or wrong:
         key = (wrong or missing or unexpected)[0]
-        detail = f"{tuple(saved[key].shape)} there, {tuple(own[key].shape)} here" if wrong else "present on one side only"
+        detail = (
+            f"{tuple(saved[key].shape)} there, {tuple(own[key].shape)} here" if wrong else "present on one side only"
+        )
         raise InputError(
             f"{checkpoint.path} does not fit this configuration at '{key}' ({detail}); "
             f"{_differences(checkpoint, vision)} must be as in training"
@@ -224,11 +233,14 @@ def check_agreement(checkpoint: Checkpoint, config: Config) -> list[str]:
                 f"set {key}: {there}, or retrain Stage 1 with the new value"
             )
     pairs = [(key, getattr(checkpoint.config, key), getattr(config, key)) for key in _FREE]
-    return [f"note: {key} was {there} in {checkpoint.path.name}, now {here}" for key, there, here in pairs if there != here]
+    return [
+        f"note: {key} was {there} in {checkpoint.path.name}, now {here}" for key, there, here in pairs if there != here
+    ]
 
 
 def _differences(checkpoint: Checkpoint, vision: VisionBridge) -> str:
     config = checkpoint.config
     if vision.encoder.architecture != checkpoint.encoder_architecture:
         return "nnunet_encoder_checkpoint"
-    return f"bridge_depth {config.bridge_depth}, bridge_width {config.bridge_width}, encoder_target_spatial {config.encoder_target_spatial}"
+    keys = ("bridge_depth", "bridge_width", "encoder_target_spatial")
+    return ", ".join(f"{key} {getattr(config, key)}" for key in keys)

@@ -44,7 +44,9 @@ def run_main(main: Callable[[], int | None]) -> None:
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="configuration file (default: config/paths.yaml)")
-    parser.add_argument("--output_dir", type=Path, help="where this run writes (default: output_dir of the configuration)")
+    parser.add_argument(
+        "--output_dir", type=Path, help="where this run writes (default: output_dir of the configuration)"
+    )
     parser.add_argument("--seed", type=int, default=42)
 
 
@@ -59,7 +61,10 @@ def add_training_flags(parser: argparse.ArgumentParser, *, epochs: int, batch_si
     parser.add_argument("--weight_decay", type=float, default=0.05)
     parser.add_argument("--max_grad_norm", type=positive_float, default=1.0)
     parser.add_argument(
-        "--mixed_precision", choices=("auto", "no", "bf16", "fp16"), default="auto", help="auto: bf16 on a GPU that has it"
+        "--mixed_precision",
+        choices=("auto", "no", "bf16", "fp16"),
+        default="auto",
+        help="auto: bf16 on a GPU that has it",
     )
     parser.add_argument("--resume", default="auto", metavar="auto|PATH|never", help="continue an interrupted run")
     parser.add_argument("--save_every", type=positive_int, default=200, help="steps between saved training states")

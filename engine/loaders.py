@@ -9,12 +9,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from accelerate import Accelerator
+from data.cache import VolumeCache
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config.plans import PreprocessPlan
 from config.schema import Config
-from data.cache import VolumeCache
 from data.caption_table import CaptionRow
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from engine.run import EpochShuffle
@@ -38,7 +38,10 @@ def build_loaders(
     with accelerator.main_process_first():
         fill_cache(train.cache, [*train.rows, *val.rows], config.num_workers)
     if accelerator.is_main_process:
-        print(f"data: {len(train)} training cases, {len(val)} validation cases, cache {config.cache_dir}", flush=True)
+        print(
+            f"data: {len(train)} training cases, {len(val)} validation cases, cache {config.cache_dir}",
+            flush=True,
+        )
     options = {
         "batch_size": args.batch_size,
         "collate_fn": collator,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from config.plans import PreprocessPlan
-from config.schema import Config
 from models.nnunet_checkpoint import load_nnunet_checkpoint
 from models.nnunet_encoder import NnUNetEncoder
+
+from config.plans import PreprocessPlan
+from config.schema import Config
 
 
 def load_encoder(config: Config) -> tuple[NnUNetEncoder, PreprocessPlan]:
     """Raises: InputError when the checkpoint is missing, unsafe, or not nnU-Net's."""
     source = load_nnunet_checkpoint(config.resolved("nnunet_encoder_checkpoint"))
     encoder = NnUNetEncoder.from_checkpoint(
-        source, output_stage=config.encoder_output_stage, target_spatial=config.encoder_target_spatial, planes=config.slices
+        source,
+        output_stage=config.encoder_output_stage,
+        target_spatial=config.encoder_target_spatial,
+        planes=config.slices,
     )
     return encoder, PreprocessPlan.from_nnunet(source.plans, source.configuration)

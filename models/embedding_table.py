@@ -50,7 +50,9 @@ def _file(name: str, file: str) -> Path | None:
         found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"mamba_model '{name}' is neither a local folder nor reachable on the hub: {reason}") from error
+        raise InputError(
+            f"mamba_model '{name}' is neither a local folder nor reachable on the hub: {reason}"
+        ) from error
     return None if found is None else Path(found)
 
 

@@ -73,7 +73,9 @@ def read_lm_config(name: str) -> MambaConfig:
     except (OSError, ValueError) as error:
         raise InputError(_not_found(name, error)) from error
     if config.model_type != "mamba":
-        raise InputError(f"mamba_model '{name}' is a '{config.model_type}' model; expected model_type 'mamba' (Mamba-1)")
+        raise InputError(
+            f"mamba_model '{name}' is a '{config.model_type}' model; expected model_type 'mamba' (Mamba-1)"
+        )
     return config
 
 
@@ -90,6 +92,9 @@ def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"mamba_model '{name}' has no usable tokenizer: put tokenizer.json (and tokenizer_config.json) into "
             f"the folder ({_first_line(error)})"
         ) from error
+    if not tokenizer.encode("a", add_special_tokens=False):
+        # Without its files, transformers builds an empty tokenizer that turns every text into nothing.
+        raise InputError(f"mamba_model '{name}' has no tokenizer files: put tokenizer.json into the folder")
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of mamba_model '{name}' has no eos_token: set it in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -155,10 +160,22 @@ class MambaLM(nn.Module):
     @property
     def identity(self) -> LMIdentity:
         config = self.model.config
-        return LMIdentity(self.name, config.hidden_size, config.num_hidden_layers, config.vocab_size, len(self.tokenizer))
+        return LMIdentity(
+            self.name, config.hidden_size, config.num_hidden_layers, config.vocab_size, len(self.tokenizer)
+        )
 
     def embed(self, ids: Tensor) -> Tensor:
-        """(B, L) token ids → (B, L, D)."""
+        """(B, L) token ids → (B, L, D).
+
+        Raises:
+            InputError: a token of a tokenizer that is larger than the embedding table has no row in it.
+        """
+        if len(self.tokenizer) > self.known_tokens and ids.numel() and int(ids.max()) >= self.known_tokens:
+            token = self.tokenizer.convert_ids_to_tokens(int(ids.max()))
+            raise InputError(
+                f"the text contains the token '{token}', for which mamba_model '{self.name}' has no embedding row "
+                f"({self.known_tokens} rows, {len(self.tokenizer)} tokens): use the tokenizer that belongs to the model"
+            )
         return self.model.get_input_embeddings()(ids)
 
     def answer_loss(self, inputs_embeds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,7 +196,9 @@ class MambaLM(nn.Module):
         return F.cross_entropy(logits, target[wanted], reduction="sum"), wanted.sum()
 
     @torch.no_grad()
-    def generate(self, inputs_embeds: Tensor, attention_mask: Tensor, max_new_tokens: int, **options: object) -> list[str]:
+    def generate(
+        self, inputs_embeds: Tensor, attention_mask: Tensor, max_new_tokens: int, **options: object
+    ) -> list[str]:
         """Continue left-padded embeddings; greedy unless ``options`` (of HF ``generate``) say otherwise.
 
         Args:

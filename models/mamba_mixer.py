@@ -51,7 +51,16 @@ def _mixer_forward(
 
     if state is not None and L == 1:
         y = selective_state_update(
-            state, x[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], D=skip, z=z[..., 0], delta_bias=bias, delta_softplus=True
+            state,
+            x[:, 0],
+            delta[:, 0],
+            A,
+            B[:, 0],
+            C[:, 0],
+            D=skip,
+            z=z[..., 0],
+            delta_bias=bias,
+            delta_softplus=True,
         )[:, None]
         return self.out_proj(y.to(dtype))
 

@@ -1,11 +1,11 @@
 """Assembly: scan and question in, report out.
 
-    images [B, K, C_in, H, W] (2-D)  or  [B, C_in, z, y, x] (3-D)
-      NnUNetEncoder → features [B, K, C, T, T]
-      RoI crop      → [B, K, C, r, r]               (optional)
-      VimBridge     → visual [B, L, D]
-      CMI           → visual [B, L', D]             (optional, steered by the question)
-      [visual][question]\\n[answer]  → frozen Mamba → loss on the answer, or generated text
+images [B, K, C_in, H, W] (2-D)  or  [B, C_in, z, y, x] (3-D)
+  NnUNetEncoder → features [B, K, C, T, T]
+  RoI crop      → [B, K, C, r, r]               (optional)
+  VimBridge     → visual [B, L, D]
+  CMI           → visual [B, L', D]             (optional, steered by the question)
+  [visual][question]\\n[answer]  → frozen Mamba → loss on the answer, or generated text
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ Images = Tensor | list[Tensor]
 class VisionBridge(nn.Module):
     """Everything that is trained, and everything a checkpoint's ``model_state_dict`` holds."""
 
-    def __init__(self, encoder: NnUNetEncoder, bridge: VimBridge, cmi: CMI | None, *, roi_side: int | None, planes: int):
+    def __init__(
+        self, encoder: NnUNetEncoder, bridge: VimBridge, cmi: CMI | None, *, roi_side: int | None, planes: int
+    ):
         super().__init__()
         self.encoder = encoder
         self.bridge = bridge
@@ -62,7 +64,11 @@ class VisionBridge(nn.Module):
         return self.encoder(images.flatten(0, 1)).unflatten(0, (B, K))
 
     def forward(
-        self, images: Images, slice_position: Tensor, question: Tensor | None = None, question_mask: Tensor | None = None
+        self,
+        images: Images,
+        slice_position: Tensor,
+        question: Tensor | None = None,
+        question_mask: Tensor | None = None,
     ) -> Tensor:
         """Visual tokens (B, L', D); ``question`` embeddings (B, Lq, D) are needed by CMI only."""
         features, corner = self.features(images), (0, 0)

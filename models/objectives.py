@@ -85,7 +85,11 @@ def report_frequencies(reports: Sequence[str], tokenizer: PreTrainedTokenizerBas
 
 
 def embed_reports(
-    reports: Sequence[str], tokenizer: PreTrainedTokenizerBase, table: Tensor, frequencies: Counter[int], corpus: int
+    reports: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    table: Tensor,
+    frequencies: Counter[int],
+    corpus: int,
 ) -> tuple[Tensor, Tensor]:
     """Reports as unit vectors: token embeddings weighted by inverse document frequency, so that the words
     that every report shares do not drown those that tell patients apart; then centred.

@@ -1,13 +1,13 @@
 """Compiled kernels of the selective scan on CPU, for ``scan_numba``.
 
 Letters: B batch, E channels, L tokens, N state. A tile is CHUNK tokens × LANES channels, float32.
-A task is one sample × one block of LANES channels. A vector holds one token and one state index of a block, so
-that the recurrence runs in registers, for any N and E; a task's tiles stay in the first-level cache.
+A task is one sample × one block of LANES channels. A vector holds one token and one state index of a block,
+so that the recurrence runs in registers, for any N and E; a task's tiles stay in the first-level cache.
 
 Numba's automatic vectorisation gives up where it cannot prove that arrays do not overlap, which is everywhere
-here (five times slower backward). So the first part defines a vector as a value of its own, with + - * /; LLVM
-lowers it to whatever the processor has (one AVX-512 register, two AVX2, four SSE or NEON). Operations may be
-contracted to fused multiply-adds but assume nothing about NaN or infinity: a NaN that comes in comes out.
+here (five times slower backward). So the first part defines a vector as a value of its own, with + - * /;
+LLVM lowers it to whatever the processor has (one AVX-512 register, two AVX2, four SSE or NEON). Operations
+may be contracted to fused multiply-adds but assume nothing about NaN: a NaN that comes in comes out.
 Both parts share a file because numba's on-disk cache notices changes only in the file of the cached function.
 """
 
@@ -62,7 +62,7 @@ class _LanesModel(models.PrimitiveModel):
 
 
 def _constant(value: float) -> ir.Constant:
-    # LLVM wants float constants exactly representable in the type.
+    # LLVM accepts only constants that float32 represents exactly.
     return ir.Constant(_VECTOR, [float(np.float32(value))] * LANES)
 
 
@@ -73,9 +73,7 @@ def _call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
     return builder.call(function, args)
 
 
-def _row(
-    context: Any, builder: ir.IRBuilder, array_type: types.Array, array: ir.Value, row: ir.Value
-) -> ir.Value:
+def _row(context: Any, builder: ir.IRBuilder, array_type: types.Array, array: ir.Value, row: ir.Value) -> ir.Value:
     """Pointer to row ``row`` of a contiguous (rows, LANES) array."""
     data = cgutils.create_struct_proxy(array_type)(context, builder, value=array).data
     offset = builder.mul(row, ir.Constant(row.type, LANES))
@@ -109,9 +107,7 @@ def splat(typing_context, value):
 
     def codegen(context, builder, signature, args):
         first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), args[0], ir.Constant(_INT, 0))
-        return builder.shuffle_vector(
-            first, ir.Constant(_VECTOR, ir.Undefined), ir.Constant(_INTS, [0] * LANES)
-        )
+        return builder.shuffle_vector(first, ir.Constant(_VECTOR, ir.Undefined), ir.Constant(_INTS, [0] * LANES))
 
     return lanes(types.float32), codegen
 

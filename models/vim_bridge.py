@@ -1,10 +1,10 @@
 """Vision-Mamba bridge: encoder features to visual tokens of the language model's width.
 
-    features        [B, K, C, H, W]    K slices (or depth planes) of encoder features
-      project       [B, K·H·W, W_b]    W_b = bridge width; plus 2-D position, plus slice position
-      VimBlock × n  [B, K·H·W, W_b]    bidirectional scan over all slices' tokens
-      pool          [B, K·s·s, W_b]    s = side of the largest square grid that fits the token budget
-      project       [B, L, D]          D = the LLM's width, scaled like the LLM's own embeddings
+features        [B, K, C, H, W]    K slices (or depth planes) of encoder features
+  project       [B, K·H·W, W_b]    W_b = bridge width; plus 2-D position, plus slice position
+  VimBlock × n  [B, K·H·W, W_b]    bidirectional scan over all slices' tokens
+  pool          [B, K·s·s, W_b]    s = side of the largest square grid that fits the token budget
+  project       [B, L, D]          D = the LLM's width, scaled like the LLM's own embeddings
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
 import torch
+from data.cache import VolumeCache
 
 from config.errors import InputError
 from config.schema import Config, keys_with_role, load_config
-from data.cache import VolumeCache
 from data.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
 from data.medical_vlm_dataset import CaptionCollator, Framing, Sample
 from engine.checkpoint import Checkpoint, load_checkpoint
@@ -35,7 +35,9 @@ GPU_TOKEN_CAP = 32  # with the LLM on a GPU beside other programs; lifted by --m
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="One image to text")
     parser.add_argument("--checkpoint", type=Path, required=True, help="written by train_vlm.py (or train.py)")
-    parser.add_argument("--config", type=Path, help="take tables, model folder and cache from here instead of the checkpoint")
+    parser.add_argument(
+        "--config", type=Path, help="take tables, model folder and cache from here instead of the checkpoint"
+    )
     parser.add_argument("--image", type=Path, help="any chest CT as NIfTI; default: a validation case")
     parser.add_argument("--mask", type=Path, help="lesion mask of --image, to choose the slices by")
     parser.add_argument("--index", type=int, default=0, help="which validation case, counted from 0")
@@ -56,12 +58,22 @@ def resolve(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.devi
         local = load_config(args.config)
         config = config.replace(**{key: getattr(local, key) for key in places})
         said = [key for key in places if getattr(local, key) != getattr(checkpoint.config, key)]
-        print(f"note: from {args.config}, not from the checkpoint: {', '.join(said) or 'nothing differs'}", flush=True)
+        print(
+            f"note: from {args.config}, not from the checkpoint: {', '.join(said) or 'nothing differs'}",
+            flush=True,
+        )
     trained = config.max_visual_tokens
     tokens = args.max_visual_tokens or (min(trained, GPU_TOKEN_CAP) if device.type != "cpu" else trained)
     if tokens != trained:
-        why = "--max_visual_tokens" if args.max_visual_tokens else f"the GPU cap of {GPU_TOKEN_CAP} (lift it with --max_visual_tokens)"
-        print(f"note: {tokens} visual tokens because of {why}; the checkpoint was trained with {trained}", flush=True)
+        why = (
+            "--max_visual_tokens"
+            if args.max_visual_tokens
+            else f"the GPU cap of {GPU_TOKEN_CAP} (lift it with --max_visual_tokens)"
+        )
+        print(
+            f"note: {tokens} visual tokens because of {why}; the checkpoint was trained with {trained}",
+            flush=True,
+        )
     return config.replace(max_visual_tokens=tokens)
 
 
@@ -117,7 +129,10 @@ def check_language_model(checkpoint: Checkpoint, config: Config) -> None:
             f"{trained['width']} ('{trained['name']}'): use that model"
         )
     if config.mamba_model != trained["name"]:
-        print(f"note: language model {config.mamba_model}; the checkpoint was trained with {trained['name']}", flush=True)
+        print(
+            f"note: language model {config.mamba_model}; the checkpoint was trained with {trained['name']}",
+            flush=True,
+        )
 
 
 @torch.no_grad()
@@ -136,10 +151,16 @@ def main() -> None:
     config = resolve(args, checkpoint, device)
     check_language_model(checkpoint, config)
     if checkpoint.stage == "vision":
-        print("note: this is a Stage-1 checkpoint; its tokens never met the language model, so the text is no report yet "
-              "(train_vlm.py comes next)", flush=True)  # fmt: skip
+        print(
+            "note: this is a Stage-1 checkpoint; its tokens never met the language model, so the text is no report yet "
+            "(train_vlm.py comes next)",
+            flush=True,
+        )
     if checkpoint.collapsed:
-        print("warning: this checkpoint is stamped as collapsed: its tokens say nothing about the image", flush=True)
+        print(
+            "warning: this checkpoint is stamped as collapsed: its tokens say nothing about the image",
+            flush=True,
+        )
 
     image, mask, question, reference = choose_case(args, config)
     plan = checkpoint.preprocess_plan

@@ -1,0 +1,146 @@
+"""A tiny Mamba that can write the synthetic reports: tokenizer, pre-training, ``save_pretrained``.
+
+    python scripts/make_tiny_lm.py --out outputs/quickstart/mamba_lm
+
+It learns "key points, question, report", that is, to write what its context says; Stage 2 then puts
+visual tokens where the key points stood. The folder loads like any Mamba of the hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+
+from data.finding import LESION_TYPES, SIDES, ZONES, Finding
+from data.phantom_report import finding_keys, wording, write_report
+from engine.cli import positive_float, positive_int, run_main
+from engine.optimization import build_optimizer, build_schedule, require_finite
+from engine.run import set_seeds
+from models.mamba_lm import MambaLM
+
+END = "<|endoftext|>"
+KEY_POINTS = {"zh": "要点{keys}。", "en": "Key points {keys}. "}
+SIZES_MM = (4, 70)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Pre-train a tiny Mamba on synthetic reports")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model and its tokenizer")
+    parser.add_argument("--language", choices=("zh", "en"), default="zh")
+    parser.add_argument("--max_findings", type=positive_int, default=1, help="findings per text, at most")
+    parser.add_argument("--steps", type=positive_int, default=400)
+    parser.add_argument("--batch_size", type=positive_int, default=32)
+    parser.add_argument("--lr", type=positive_float, default=3e-3)
+    parser.add_argument("--width", type=positive_int, default=192)
+    parser.add_argument("--layers", type=positive_int, default=4)
+    parser.add_argument("--vocabulary", type=positive_int, default=1200)
+    parser.add_argument("--seed", type=int, default=42)
+    return parser.parse_args()
+
+
+class ReportTexts:
+    """Endless (prompt, report) pairs about findings drawn at random."""
+
+    def __init__(self, language: str, max_findings: int, seed: int) -> None:
+        self.language, self.max_findings = language, max_findings
+        self.rng = np.random.default_rng(seed)
+        self.choose = random.Random(seed)
+
+    def _finding(self) -> Finding:
+        kind = self.choose.choice(LESION_TYPES)
+        zone = "lower" if kind == "effusion" else self.choose.choice(ZONES)
+        return Finding(kind, self.choose.choice(SIDES), zone, self.choose.randint(*SIZES_MM))
+
+    def draw(self) -> tuple[str, str]:
+        """Key points and question, and the report that follows them."""
+        count = 0 if self.choose.random() < 0.1 else self.choose.randint(1, self.max_findings)
+        findings = [self._finding() for _ in range(count)]
+        keys = KEY_POINTS[self.language].format(keys=finding_keys(findings, self.language))
+        question = self.choose.choice(wording(self.language).questions)
+        return keys + question, write_report(findings, self.rng, self.language)
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: any text can be encoded, whatever it was trained on."""
+    tokenizer = Tokenizer(models.BPE())
+    # Digits stay single, or every size would be a word of its own that must be learnt alone.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END, bos_token=END)
+
+
+def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> MambaForCausalLM:
+    config = MambaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.width,
+        num_hidden_layers=args.layers,
+        state_size=16,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    return MambaForCausalLM(config)
+
+
+def make_batch(source: ReportTexts, tokenizer: PreTrainedTokenizerFast, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels (B, L), padded on the right; every token but the padding is learnt."""
+    rows = []
+    for _ in range(size):
+        prompt, report = source.draw()
+        ids = tokenizer.encode(f"{prompt}\n{report}", add_special_tokens=False)
+        rows.append(torch.tensor([*ids, tokenizer.eos_token_id]))
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.eos_token_id)
+    labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+    return ids, labels
+
+
+def main() -> None:
+    args = parse_args()
+    set_seeds(args.seed)
+    source = ReportTexts(args.language, args.max_findings, args.seed)
+    tokenizer = train_tokenizer(["\n".join(source.draw()) for _ in range(2000)], args.vocabulary)
+    lm = MambaLM(build_model(args, tokenizer), tokenizer, str(args.out))
+    lm.requires_grad_(True)
+
+    optimizer = build_optimizer(lm, args.lr, weight_decay=0.01)
+    schedule = build_schedule(optimizer, args.steps, warmup_ratio=0.05)
+    bar = tqdm(range(1, args.steps + 1), desc="language model", unit="step", dynamic_ncols=True, disable=None)
+    for step in bar:
+        ids, labels = make_batch(source, tokenizer, args.batch_size)
+        total, count = lm.answer_loss(lm.embed(ids), labels)
+        loss = total / count
+        value = require_finite(loss, step, args.lr)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if step % 20 == 0 or step == args.steps:
+            bar.set_postfix(loss=f"{value:.3f}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    lm.model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    print(f"language model: {sum(p.numel() for p in lm.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens, "
+          f"last loss {value:.3f} nats/token, saved in {args.out}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_main(main)
