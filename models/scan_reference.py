@@ -34,11 +34,15 @@ def scan(
         delta_ = F.softplus(delta_, threshold=20)
     batch, channels, length = u.shape
     state = u_.new_zeros(batch, channels, A.shape[1]) if initial_state is None else initial_state.to(dtype)
-    y = u_.new_zeros(batch, channels, length)
-    for t in reversed(range(length)) if reverse else range(length):
-        decay = torch.exp(delta_[:, :, t, None] * A)
-        state = decay * state + (delta_ * u_)[:, :, t, None] * B[:, None, :, t]
-        y[:, :, t] = (state * C[:, None, :, t]).sum(-1)
+    # unbind, not indexing: autograd would answer each index with a gradient as large as the whole sequence.
+    steps = list(zip(*(t.unbind(-1) for t in (delta_, u_, B, C)), strict=True))
+    outputs = []
+    for delta_t, u_t, B_t, C_t in reversed(steps) if reverse else steps:
+        state = torch.exp(delta_t[..., None] * A) * state + (delta_t * u_t)[..., None] * B_t[:, None, :]
+        outputs.append((state * C_t[:, None, :]).sum(-1))
+    if reverse:
+        outputs.reverse()
+    y = torch.stack(outputs, -1) if length else torch.zeros_like(u_)
     if D is not None:
         y = y + u_ * D.to(dtype)[:, None]
     if z is not None:

@@ -1,0 +1,139 @@
+"""The Vision Mamba mixer (Vim v2): one selective scan from each end of the sequence, summed.
+
+Letters: B batch, L tokens, D width, E inner width (expand · D), N state, R rank of the step-size projection.
+
+  x [B, L, D] → in_proj → x, z [B, E, L] each
+  per direction:  x → causal depthwise conv → SiLU → Δ (rank R), B, C → scan → + D·x → · SiLU(z)
+  (forward + backward) (/ 2) [B, E, L] → out_proj → [B, L, D]
+
+Source: Zhu et al., "Vision Mamba" (arXiv 2401.09417) and github.com/hustvl/Vim, ``bimamba_type="v2"``: the
+projections and the gate are shared, all else is one set per direction, the backward one named with ``_b``.
+Parameter names are the official ones. One deviation: there only ``dt_proj`` starts with step sizes in
+[dt_min, dt_max]; here ``dt_proj_b`` does too.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.selective_scan import selective_scan
+
+
+class VimMixer(nn.Module):
+    """Bidirectional selective-scan mixer, [B, L, D] -> [B, L, D].
+
+    Args:
+        d_model: D. d_state: N. d_conv: taps of the depthwise convolution. expand: E / D.
+        dt_rank: R, "auto" for ceil(D / 16).
+        if_divide_out: halve the sum of the two directions, as Vision Mamba does.
+        dt_min, dt_max, dt_init_floor: step sizes at the start are log-uniform in [dt_min, dt_max], not below
+            the floor.
+        one_way: the forward direction alone, not halved; for ablations.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | Literal["auto"] = "auto",
+        if_divide_out: bool = True,
+        dt_min: float = 1e-3,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        one_way: bool = False,
+    ) -> None:
+        super().__init__()
+        inner = expand * d_model
+        rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        self.d_state, self.dt_rank = d_state, rank
+        self.if_divide_out, self.one_way = if_divide_out, one_way
+
+        self.in_proj = nn.Linear(d_model, 2 * inner, bias=False)
+        for suffix in ("",) if one_way else ("", "_b"):
+            log_A = torch.log(torch.arange(1.0, d_state + 1)).repeat(inner, 1)
+            dt_proj = nn.Linear(rank, inner)
+            _init_step_size(dt_proj, dt_min, dt_max, dt_init_floor)
+            setattr(self, f"conv1d{suffix}", nn.Conv1d(inner, inner, d_conv, groups=inner))
+            setattr(self, f"x_proj{suffix}", nn.Linear(inner, rank + 2 * d_state, bias=False))
+            setattr(self, f"dt_proj{suffix}", dt_proj)
+            setattr(self, f"A{suffix}_log", nn.Parameter(log_A))
+            setattr(self, f"D{suffix}", nn.Parameter(torch.ones(inner)))
+        self.out_proj = nn.Linear(inner, d_model, bias=False)
+        # Read by the optimizer's grouping: decay would pull the dynamics and the biases to zero.
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1 or name.endswith("_log"):
+                parameter._no_weight_decay = True
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        # Transposed views: the scan takes and returns channels-last memory, so nothing is copied back.
+        x, z = self.in_proj(hidden).transpose(1, 2).chunk(2, dim=1)
+        y = self._direction(x, z, "", reverse=False)
+        if not self.one_way:
+            y = y + self._direction(x, z, "_b", reverse=True)
+            if self.if_divide_out:
+                y = y / 2
+        return self.out_proj(y.transpose(1, 2))
+
+    def _direction(self, x: Tensor, z: Tensor, suffix: str, reverse: bool) -> Tensor:
+        """One direction's conv, projections and scan over x, z [B, E, L]. Nothing is flipped in memory.
+
+        The conv is causal in the order of the walk; backward that means padding on the right and taps mirrored.
+        """
+        conv, x_proj = getattr(self, f"conv1d{suffix}"), getattr(self, f"x_proj{suffix}")
+        dt_proj, A_log = getattr(self, f"dt_proj{suffix}"), getattr(self, f"A{suffix}_log")
+        weight = conv.weight.flip(-1) if reverse else conv.weight
+        reach = weight.shape[-1] - 1
+        x = F.pad(x, (0, reach) if reverse else (reach, 0))
+        x = F.silu(F.conv1d(x, weight, conv.bias, groups=conv.groups))
+        projected = x_proj(x.transpose(1, 2))
+        dt, B, C = projected.split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        return selective_scan(
+            x,
+            F.linear(dt, dt_proj.weight).transpose(1, 2),
+            -torch.exp(A_log.float()),
+            B.transpose(1, 2),
+            C.transpose(1, 2),
+            getattr(self, f"D{suffix}").float(),
+            z=z,
+            delta_bias=dt_proj.bias.float(),  # inside the scan, so that it is added in float32
+            delta_softplus=True,
+            reverse=reverse,
+        )
+
+
+class VimBlock(nn.Module):
+    """Add → RMSNorm → VimMixer. The residual stream [B, L, D] is kept in float32 whatever the mixer runs in.
+
+    The caller adds the last ``hidden`` to the last ``residual``. Keyword arguments go to ``VimMixer``.
+    """
+
+    def __init__(self, d_model: int, norm_eps: float = 1e-5, **mixer: object) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.norm.weight._no_weight_decay = True
+        self.mixer = VimMixer(d_model, **mixer)
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(hidden, residual) [B, L, D] -> (the mixer's output, hidden + residual in float32)."""
+        residual = hidden.float() if residual is None else residual + hidden.float()
+        normed = self.norm(residual).to(self.mixer.in_proj.weight.dtype)
+        return self.mixer(normed), residual
+
+
+def _init_step_size(dt_proj: nn.Linear, dt_min: float, dt_max: float, floor: float) -> None:
+    """Start with softplus(bias) log-uniform in [dt_min, dt_max] and weights uniform in ±1/√R."""
+    bound = dt_proj.in_features**-0.5
+    nn.init.uniform_(dt_proj.weight, -bound, bound)
+    low, high = math.log(dt_min), math.log(dt_max)
+    dt = torch.exp(low + (high - low) * torch.rand(dt_proj.out_features)).clamp(min=floor)
+    with torch.no_grad():
+        # The inverse of softplus; expm1 keeps small steps exact.
+        dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
