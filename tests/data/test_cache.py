@@ -1,0 +1,199 @@
+"""The volume cache: same numbers as preprocessing, found again, rebuilt when damaged, mapped when read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from config.errors import InputError
+from config.plans import Intensity, PreprocessPlan, Resampling
+from data import cache as cache_module
+from data.cache import VolumeCache, file_digest
+from data.nifti import read_mask, read_volume, write_volume
+from data.nnunet_preprocess import preprocess
+
+PLAN = PreprocessPlan(
+    configuration="2d",
+    dim=2,
+    spacing=(0.8, 0.8),
+    patch_size=(32, 32),
+    transpose_forward=(0, 1, 2),
+    normalization_schemes=("CTNormalization",),
+    use_mask_for_norm=(False,),
+    intensity=(Intensity(mean=-300.0, std=400.0, percentile_00_5=-1000.0, percentile_99_5=600.0),),
+    image_reader_writer="SimpleITKIO",
+    orientation="LPS",
+    data_resampling=Resampling(order=3),
+    mask_resampling=Resampling(order=1),
+)
+
+
+@pytest.fixture
+def case(tmp_path) -> tuple[Path, Path]:
+    rng = np.random.default_rng(0)
+    mask = np.zeros((6, 20, 24), dtype=np.uint8)
+    mask[2:4, 5:9, 5:11] = 1
+    write_volume(tmp_path / "ct.nii.gz", rng.integers(-1000, 800, mask.shape).astype(np.int16), (5.0, 1.0, 1.0))
+    write_volume(tmp_path / "lesion.nii.gz", mask, (5.0, 1.0, 1.0))
+    return tmp_path / "ct.nii.gz", tmp_path / "lesion.nii.gz"
+
+
+@pytest.fixture
+def count_preparations(monkeypatch) -> list[int]:
+    calls: list[int] = []
+    monkeypatch.setattr(cache_module, "preprocess", lambda *args: (calls.append(1), preprocess(*args))[1])
+    return calls
+
+
+def test_equals_preprocessing_and_is_prepared_once(tmp_path, case, count_preparations):
+    cache = VolumeCache(tmp_path / "cache", PLAN)
+    volume = read_volume(case[0])
+    expected = preprocess(volume, PLAN, read_mask(case[1], volume))
+    for _ in range(3):
+        cached = cache.get(*case)
+    assert len(count_preparations) == 1
+    assert np.array_equal(cached.image, expected.image) and np.array_equal(cached.mask, expected.mask)
+    assert cached.spacing == expected.spacing and cached.voxel_map == expected.voxel_map
+    assert np.array_equal(cached.lesion_voxels, (expected.mask > 0).sum(axis=(1, 2)))
+    assert cached.lesion_voxels[2] > 0 and cached.lesion_voxels[0] == 0
+
+
+def test_arrays_are_mapped_read_only(tmp_path, case):
+    cached = VolumeCache(tmp_path / "cache", PLAN).get(*case)
+    assert isinstance(cached.image, np.memmap) and isinstance(cached.mask, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        cached.image[0, 0, 0, 0] = 1
+
+
+def test_without_a_mask_there_is_none(tmp_path, case):
+    cached = VolumeCache(tmp_path / "cache", PLAN).get(case[0])
+    assert cached.mask is None and cached.lesion_voxels is None
+
+
+def test_the_key_is_content_and_plan_not_name(tmp_path, case):
+    cache = VolumeCache(tmp_path / "cache", PLAN)
+    moved = tmp_path / "elsewhere.nii.gz"
+    shutil.copy(case[0], moved)
+    assert cache.entry(moved) == cache.entry(case[0])
+    assert cache.entry(*case) != cache.entry(case[0])
+    other = VolumeCache(tmp_path / "cache", replace(PLAN, spacing=(0.7, 0.7)))
+    assert other.entry(case[0]) != cache.entry(case[0])
+    patch = VolumeCache(tmp_path / "cache", replace(PLAN, patch_size=(64, 64)))
+    assert patch.entry(case[0]) == cache.entry(case[0])
+
+
+def test_a_file_that_changes_is_prepared_anew(tmp_path, case):
+    cache = VolumeCache(tmp_path / "cache", PLAN)
+    before = cache.get(case[0]).image.copy()
+    array = np.full((6, 20, 24), -500, dtype=np.int16)
+    array[0, 0, 0] = 300
+    write_volume(case[0], array, (5.0, 1.0, 1.0))
+    os.utime(case[0], ns=(1, time.time_ns() + 10**9))  # file systems with coarse clocks
+    assert not np.array_equal(cache.get(case[0]).image, before)
+
+
+def test_file_content_is_hashed_once_per_process(tmp_path, case):
+    file_digest(case[0])
+    before = cache_module._content_digest.cache_info().misses
+    assert file_digest(case[0]) == file_digest(case[0])
+    assert cache_module._content_digest.cache_info().misses == before
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _zero_the_tail(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000] + b"\0" * 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("image.npy", _cut),
+        ("image.npy", _zero_the_tail),
+        ("image.npy", Path.unlink),
+        ("mask.npy", Path.unlink),
+        ("meta.json", Path.unlink),
+        ("meta.json", lambda path: path.write_bytes(b"\xff{")),
+        ("meta.json", lambda path: path.write_text(json.dumps({"arrays": {}}), encoding="utf-8")),
+    ],
+)
+def test_a_damaged_entry_is_said_aloud_and_rebuilt(tmp_path, case, caplog, name, harm):
+    cache = VolumeCache(tmp_path / "cache", PLAN)
+    expected = np.array(cache.get(*case).image)
+    harm(cache.entry(*case) / name)
+    with caplog.at_level(logging.WARNING):
+        assert np.array_equal(cache.get(*case).image, expected)
+    assert "damaged" in caplog.text and "ct.nii.gz" in caplog.text
+    caplog.clear()
+    cache.get(*case)
+    assert not caplog.records
+
+
+def test_nothing_temporary_is_left_and_old_leftovers_go(tmp_path, case):
+    cache = VolumeCache(tmp_path / "cache", PLAN)
+    old, young = cache.root / ".tmp-old", cache.root / ".tmp-young"
+    for folder in (old, young):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    cache.get(*case)
+    assert sorted(entry.name for entry in cache.root.iterdir()) == [".tmp-young", cache.entry(*case).name]
+
+
+def test_a_failed_write_leaves_no_entry(tmp_path, case, monkeypatch):
+    cache = VolumeCache(tmp_path / "cache", PLAN)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(cache_module.np, "save", full)
+        cache.get(*case)
+    assert list(cache.root.iterdir()) == []
+    assert cache.get(*case).image.shape[0] == 1
+
+
+def test_bad_input_is_reported_by_name_and_not_cached(tmp_path):
+    cache = VolumeCache(tmp_path / "cache", PLAN)
+    with pytest.raises(InputError, match=r"absent\.nii\.gz: file not found"):
+        cache.get(tmp_path / "absent.nii.gz")
+    (tmp_path / "broken.nii.gz").write_bytes(b"no gzip")
+    with pytest.raises(InputError, match=r"broken\.nii\.gz"):
+        cache.get(tmp_path / "broken.nii.gz")
+    assert not cache.root.exists()
+
+
+def _prepare(cache: VolumeCache, image: Path, mask: Path) -> float:
+    return float(cache.get(image, mask).image.sum())
+
+
+def test_processes_that_race_agree(tmp_path, case):
+    cache = pickle.loads(pickle.dumps(VolumeCache(tmp_path / "cache", PLAN)))
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        sums = pool.starmap(_prepare, [(cache, *case)] * 6)
+    assert len(set(sums)) == 1
+    assert [entry.name for entry in cache.root.iterdir()] == [cache.entry(*case).name]
+
+
+def test_the_slower_process_keeps_the_faster_ones_entry(tmp_path, case, monkeypatch):
+    cache = VolumeCache(tmp_path / "cache", PLAN)
+
+    def overtaken(*args):
+        monkeypatch.undo()
+        cache.get(*case)  # another process finishes while this one is still computing
+        return preprocess(*args)
+
+    monkeypatch.setattr(cache_module, "preprocess", overtaken)
+    assert cache.get(*case).image.shape[0] == 1
+    assert len(list(cache.root.iterdir())) == 1
