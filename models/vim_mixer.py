@@ -73,7 +73,7 @@ class VimMixer(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, D]."""
-        # Transposed views: the scan takes and returns channels-last memory, so nothing is copied back.
+        # z stays a transposed view of the projection: the scan reads any strides.
         x, z = self.in_proj(hidden).transpose(1, 2).chunk(2, dim=1)
         y = self._direction(x, z, "", reverse=False)
         if not self.one_way:
