@@ -74,13 +74,9 @@ class _NumbaScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: FunctionCtx, grad_y: Tensor | None, grad_last: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
         *inputs, entries = ctx.saved_tensors
-        *grads, grad_initial = _backward(
-            tuple(inputs), entries, grad_y, grad_last, ctx.delta_softplus, ctx.reverse
-        )
+        *grads, grad_initial = _backward(tuple(inputs), entries, grad_y, grad_last, ctx.delta_softplus, ctx.reverse)
         initial = None if ctx.initial_dtype is None else grad_initial.to(ctx.initial_dtype)
         return (*grads, initial, None, None)
 
@@ -190,9 +186,7 @@ def _over_threads(run: Callable[[int, int], T], tasks: int) -> list[T]:
     if ranges == 1:
         return [run(0, tasks)]
     if _pool is None:
-        _pool = ThreadPoolExecutor(
-            max_workers=max(os.cpu_count() or 1, 2), thread_name_prefix="selective-scan"
-        )
+        _pool = ThreadPoolExecutor(max_workers=max(os.cpu_count() or 1, 2), thread_name_prefix="selective-scan")
     others = [_pool.submit(run, *pair) for pair in zip(bounds[1:-1], bounds[2:], strict=True)]
     return [run(*bounds[:2]), *(future.result() for future in others)]
 

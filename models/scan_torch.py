@@ -89,9 +89,7 @@ class _ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: FunctionCtx, grad_y: Tensor | None, grad_last: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, D, z, delta_bias, *entries = ctx.saved_tensors
         with torch.autocast(u.device.type, enabled=False):
             grads = _backward(

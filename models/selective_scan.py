@@ -51,9 +51,7 @@ class Backend:
     def load(self, device_type: str, double: bool) -> ScanFunction:
         """Return the scan function, or raise ``BackendUnavailable``."""
         if self.device_types is not None and device_type not in self.device_types:
-            raise BackendUnavailable(
-                f"it runs on {', '.join(sorted(self.device_types))}, not on {device_type}"
-            )
+            raise BackendUnavailable(f"it runs on {', '.join(sorted(self.device_types))}, not on {device_type}")
         if double and not self.double:
             raise BackendUnavailable("it computes in float32 and the input is float64")
         try:
@@ -165,9 +163,7 @@ def _resolve(device_type: str, double: bool, forced: str) -> ScanFunction:
         try:
             scan = backend.load(device_type, double)
         except BackendUnavailable as reason:
-            raise InputError(
-                f"{FORCE_VARIABLE}={forced} cannot be used: {reason}; mend that or unset it"
-            ) from reason
+            raise InputError(f"{FORCE_VARIABLE}={forced} cannot be used: {reason}; mend that or unset it") from reason
         logger.info("selective scan on %s: %s (forced by %s)", kind, forced, FORCE_VARIABLE)
         return scan
     passed_over = []
@@ -179,9 +175,7 @@ def _resolve(device_type: str, double: bool, forced: str) -> ScanFunction:
         except BackendUnavailable as reason:
             passed_over.append(f"{backend.name}: {reason}")
             continue
-        logger.info(
-            "selective scan on %s: %s%s", kind, backend.name, "".join(f" (not {p})" for p in passed_over)
-        )
+        logger.info("selective scan on %s: %s%s", kind, backend.name, "".join(f" (not {p})" for p in passed_over))
         return scan
     raise InputError(f"no selective-scan backend serves {kind}: {'; '.join(passed_over)}")
 
