@@ -41,6 +41,7 @@ class ConvBlock(nn.Module):
         padding = tuple((size - 1) // 2 for size in kernel_size)
         bias = arch.conv_bias if bias is None else bias
         self.conv = _CONV[arch.dim](in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+        self.has_dropout = dropout is not None
         self.dropout = dropout() if dropout else nn.Identity()
         self.norm = arch.norm(out_channels) if arch.norm else nn.Identity()
         self.nonlin = nonlin() if nonlin else nn.Identity()

@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from models.nnunet_architecture import Architecture
-from models.nnunet_blocks import ResidualBlock, UNetDecoder, UNetEncoder
+from models.nnunet_blocks import ConvBlock, ResidualBlock, UNetDecoder, UNetEncoder
 from models.nnunet_checkpoint import NnUNetCheckpoint, load_strictly
 
 
@@ -41,14 +41,18 @@ class SegmentationUNet(nn.Module):
     def state_dict_nnunet(self) -> dict[str, Tensor]:
         """The state dict as nnU-Net stores it: every block's layers also as ``all_modules``, and the encoder
         also as a part of the decoder. Aliases share memory."""
-        norm_index = 2 if self.architecture.dropout else 1
+        alias = {}
+        for name, module in self.named_modules():
+            if isinstance(module, ConvBlock):
+                alias[f"{name}.conv"] = f"{name}.all_modules.0"
+                # A layer's number is its place among those that are there.
+                alias[f"{name}.norm"] = f"{name}.all_modules.{1 + module.has_dropout}"
         aliased: dict[str, Tensor] = {}
         for name, tensor in self.state_dict().items():
             aliased[name] = tensor
-            for layer, index in (("conv", 0), ("norm", norm_index)):
-                block, found, parameter = name.rpartition(f".{layer}.")
-                if found:
-                    aliased[f"{block}.all_modules.{index}.{parameter}"] = tensor
+            layer, _, parameter = name.rpartition(".")
+            if layer in alias:
+                aliased[f"{alias[layer]}.{parameter}"] = tensor
         nested = {f"decoder.{name}": tensor for name, tensor in aliased.items() if name.startswith("encoder.")}
         return {**aliased, **nested}
 

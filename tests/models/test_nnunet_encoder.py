@@ -187,11 +187,13 @@ def test_scalars_in_plans_mean_every_stage_and_axis(assets):
 
 
 def test_dropout_moves_the_alias_of_the_norm(assets):
-    described = _architecture(assets).to_dict()
+    described = _architecture(assets, "2d_resenc").to_dict()
     described["arch_kwargs"].update(dropout_op="torch.nn.modules.dropout.Dropout2d", dropout_op_kwargs={"p": 0.1})
     names = SegmentationUNet(Architecture.from_dict(described)).state_dict_nnunet()
-    assert "encoder.stages.0.0.convs.0.all_modules.2.weight" in names
-    assert "encoder.stages.0.0.convs.0.all_modules.1.weight" not in names
+    first = "encoder.stages.0.blocks.0.conv1.all_modules"
+    assert f"{first}.2.weight" in names and f"{first}.1.weight" not in names
+    second = "encoder.stages.0.blocks.0.conv2.all_modules"  # never has dropout
+    assert f"{second}.1.weight" in names and f"{second}.2.weight" not in names
 
 
 def test_wrong_stage_and_wrong_input_are_named(assets):
