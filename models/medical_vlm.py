@@ -86,6 +86,8 @@ class VisionBridge(nn.Module):
     def freeze(self, *, train_encoder: bool) -> str:
         """The one place that says what is trained; returns it in words, with parameter counts."""
         self.encoder.requires_grad_(train_encoder)
+        # nnU-Net's deeper stages are carried along but give nothing here: no gradient ever reaches them.
+        self.encoder.encoder.stages[self.encoder.output_stage + 1 :].requires_grad_(False)
         parts = []
         for name, part in (("encoder", self.encoder), ("bridge", self.bridge), ("cmi", self.cmi)):
             if part is not None:

@@ -1,0 +1,191 @@
+"""A small 2-D nnU-Net for the synthetic lesions, trained briefly and saved as nnU-Net itself saves.
+
+    python scripts/make_tiny_nnunet.py --data outputs/quickstart/data --out outputs/quickstart/nnunet
+
+It stands in for the network that a user has trained on real lesions: OUT/fold_0/checkpoint_best.pth and
+OUT/plans.json have nnU-Net 2's own layout, and everything after this step reads them as it reads a user's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from config.plans import PreprocessPlan
+from data.cache import VolumeCache
+from data.caption_table import CaptionRow, read_caption_table
+from data.finding import FINDING_TYPES
+from data.medical_vlm_dataset import centred
+from data.nifti import read_mask, read_volume
+from engine.cli import positive_float, positive_int, run_main
+from engine.loaders import fill_cache
+from engine.optimization import build_optimizer, build_schedule, require_finite
+from engine.run import set_seeds
+from models.nnunet_architecture import Architecture
+from models.nnunet_checkpoint import save_nnunet_checkpoint
+from models.nnunet_unet import SegmentationUNet
+
+PATCH = 128
+LESION_SLICES = 4  # per case, those with most lesion
+FINGERPRINT_CASES = 60
+FINGERPRINT_VOXELS = 1000  # drawn from the lesions of each case
+LESION_WEIGHT = 10.0  # of a lesion voxel in the cross-entropy: they are one in a hundred
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a small segmentation U-Net in nnU-Net's format")
+    parser.add_argument("--data", type=Path, required=True, help="folder that make_phantoms.py wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder for plans.json and fold_0/")
+    parser.add_argument("--cache_dir", type=Path, help="preprocessed volumes (default: OUT/../cache)")
+    parser.add_argument("--steps", type=positive_int, default=300)
+    parser.add_argument("--batch_size", type=positive_int, default=12)
+    parser.add_argument("--lr", type=positive_float, default=3e-3)
+    parser.add_argument("--features", type=positive_int, nargs=4, default=(16, 32, 64, 96), help="channels of the stages")
+    parser.add_argument("--seed", type=int, default=42)
+    return parser.parse_args()
+
+
+def measure(rows: list[CaptionRow], rng: np.random.Generator) -> tuple[dict[str, float], float]:
+    """Intensities of lesion voxels (HU) and the coarsest in-plane spacing (mm), as nnU-Net's fingerprint has them."""
+    values, spacings = [], []
+    for row in rows[:FINGERPRINT_CASES]:
+        volume = read_volume(row.image_path)
+        spacings.append(max(volume.spacing[1:]))
+        if row.mask_path is not None:
+            lesion = volume.array[read_mask(row.mask_path, volume) > 0]
+            if lesion.size:
+                # As many of every case, as nnU-Net draws them, or large lesions would set the range alone.
+                values.append(rng.choice(lesion, FINGERPRINT_VOXELS))
+    lesion = np.concatenate(values)
+    statistics = {
+        "max": lesion.max(), "mean": lesion.mean(), "median": np.median(lesion), "min": lesion.min(),
+        "percentile_00_5": np.percentile(lesion, 0.5), "percentile_99_5": np.percentile(lesion, 99.5), "std": lesion.std(),
+    }  # fmt: skip
+    return {name: float(value) for name, value in statistics.items()}, max(spacings)
+
+
+def make_plans(intensity: dict[str, float], spacing: float, features: list[int]) -> dict[str, Any]:
+    """Plans in nnU-Net's own layout. The spacing is the coarsest seen, so that every slice fits the patch."""
+    resampling = {"order": 3, "order_z": 0, "force_separate_z": None}
+    stages = len(features)
+    architecture = {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        "arch_kwargs": {
+            "n_stages": stages,
+            "features_per_stage": list(features),
+            "conv_op": "torch.nn.modules.conv.Conv2d",
+            "kernel_sizes": [[3, 3]] * stages,
+            "strides": [[1, 1]] + [[2, 2]] * (stages - 1),
+            "n_conv_per_stage": [2] * stages,
+            "n_conv_per_stage_decoder": [1] * (stages - 1),
+            "conv_bias": True,
+            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d",
+            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+        },
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+    configuration = {
+        "data_identifier": "nnUNetPlans_2d",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 12,
+        "patch_size": [PATCH, PATCH],
+        "spacing": [spacing, spacing],
+        "normalization_schemes": ["CTNormalization"],
+        "use_mask_for_norm": [False],
+        "resampling_fn_data": "resample_data_or_seg_to_shape",
+        "resampling_fn_seg": "resample_data_or_seg_to_shape",
+        "resampling_fn_data_kwargs": {"is_seg": False, **resampling},
+        "resampling_fn_seg_kwargs": {"is_seg": True, **resampling, "order": 1},
+        "architecture": architecture,
+    }
+    return {
+        "dataset_name": "Dataset900_Phantom",
+        "plans_name": "nnUNetPlans",
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "configurations": {"2d": configuration},
+        "foreground_intensity_properties_per_channel": {"0": intensity},
+    }
+
+
+def training_slices(cache: VolumeCache, rows: list[CaptionRow], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Per case the slices with most lesion and one at random: images (S, C, y, x), labels (S, y, x)."""
+    images, labels = [], []
+    for row in rows:
+        volume = cache.get(row.image_path, row.mask_path)
+        area = volume.lesion_voxels
+        chosen = [int(i) for i in np.argsort(-area)[:LESION_SLICES] if area[i] > 0]
+        chosen.append(int(rng.integers(len(area))))
+        for index in chosen:
+            images.append(centred(volume.image[:, index], (PATCH, PATCH)))
+            labels.append(centred(volume.mask[None, index], (PATCH, PATCH))[0])
+    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)).long()
+
+
+def segmentation_loss(logits: Tensor, label: Tensor) -> Tensor:
+    """Weighted cross-entropy and soft Dice of the lesion classes, as nnU-Net combines them."""
+    weight = torch.full((logits.shape[1],), LESION_WEIGHT)
+    weight[0] = 1.0
+    probability = logits.softmax(1)
+    truth = F.one_hot(label, logits.shape[1]).movedim(-1, 1).float()
+    overlap = (probability * truth).sum((0, 2, 3))[1:]
+    size = (probability + truth).sum((0, 2, 3))[1:]
+    return F.cross_entropy(logits, label, weight) + 1 - ((2 * overlap + 1) / (size + 1)).mean()
+
+
+def main() -> None:
+    args = parse_args()
+    set_seeds(args.seed)
+    rng = np.random.default_rng(args.seed)
+    rows = read_caption_table(args.data / "train.csv")
+    intensity, spacing = measure(rows, rng)
+    plans = make_plans(intensity, spacing, args.features)
+    dataset = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, **{name: value for value, name in enumerate(FINDING_TYPES) if value}},
+        "numTraining": len(rows),
+        "file_ending": ".nii.gz",
+    }
+    cache = VolumeCache(args.cache_dir or args.out.parent / "cache", PreprocessPlan.from_nnunet(plans, "2d"))
+    fill_cache(cache, rows, workers=0)
+    images, labels = training_slices(cache, rows, rng)
+
+    network = SegmentationUNet(Architecture.from_plans(plans, "2d", in_channels=1, num_classes=len(FINDING_TYPES)))
+    optimizer = build_optimizer(network, args.lr, weight_decay=1e-4)
+    schedule = build_schedule(optimizer, args.steps, warmup_ratio=0.05)
+    bar = tqdm(range(1, args.steps + 1), desc="segmentation", unit="step", dynamic_ncols=True, disable=None)
+    for step in bar:
+        chosen = torch.from_numpy(rng.choice(len(images), args.batch_size, replace=False))
+        loss = segmentation_loss(network(images[chosen]), labels[chosen])
+        value = require_finite(loss, step, args.lr)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 12.0)  # nnU-Net's own bound
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{value:.3f}")
+    save_nnunet_checkpoint(args.out / "fold_0" / "checkpoint_best.pth", network.state_dict_nnunet(), plans, "2d", dataset)
+    for name, content in (("plans.json", plans), ("dataset.json", dataset)):
+        (args.out / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    print(f"segmentation: {len(images)} slices, last loss {value:.3f}, saved in {args.out}", flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)
