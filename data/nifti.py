@@ -167,8 +167,7 @@ def _read_canonical(path: Path, orientation: str) -> tuple[_Stored, _Geometry]:
         voxels = np.asarray(image.dataobj.get_unscaled()).reshape(shape, order="F")
     except _UNREADABLE as error:
         raise InputError(
-            f"{path}: image data cannot be read ({_one_line(error)}); "
-            "the file is truncated or damaged, copy it again"
+            f"{path}: image data cannot be read ({_one_line(error)}); the file is truncated or damaged, copy it again"
         ) from error
     to_canonical = ornt_transform(io_orientation(affine), axcodes2ornt(orientation))
     canonical_affine = affine @ inv_ornt_aff(to_canonical, shape)
@@ -184,9 +183,7 @@ def _read_canonical(path: Path, orientation: str) -> tuple[_Stored, _Geometry]:
 
 def _open(path: Path) -> nib.Nifti1Image:
     if path.is_dir():
-        raise InputError(
-            f"{path}: is a folder, expected a .nii.gz file; convert DICOM series first (dcm2niix)"
-        )
+        raise InputError(f"{path}: is a folder, expected a .nii.gz file; convert DICOM series first (dcm2niix)")
     if not path.is_file():
         raise InputError(f"{path}: file not found")
     _nifti_suffix(path)
@@ -195,9 +192,7 @@ def _open(path: Path) -> nib.Nifti1Image:
     try:
         image = nib.load(path)
     except _UNREADABLE as error:
-        raise InputError(
-            f"{path}: not a readable NIfTI file ({_one_line(error)}); expected .nii or .nii.gz"
-        ) from error
+        raise InputError(f"{path}: not a readable NIfTI file ({_one_line(error)}); expected .nii or .nii.gz") from error
     if not isinstance(image, nib.Nifti1Image):  # Nifti2Image is a subclass; MGH, Analyze and others are not
         raise InputError(f"{path}: holds {type(image).__name__}, expected a NIfTI image")
     return image
@@ -246,9 +241,7 @@ def _checked_affine(path: Path, image: nib.Nifti1Image) -> tuple[np.ndarray, np.
     sizes = nib.affines.voxel_sizes(affine)
     low, high = _SPACING_RANGE_MM
     if not np.isfinite(affine).all() or not ((sizes >= low) & (sizes <= high)).all():
-        raise InputError(
-            f"{path}: voxel sizes {sizes.tolist()} mm are outside {low} to {high} mm, header is damaged"
-        )
+        raise InputError(f"{path}: voxel sizes {sizes.tolist()} mm are outside {low} to {high} mm, header is damaged")
     if abs(np.linalg.det(affine[:3, :3] / sizes)) < 0.1:
         raise InputError(f"{path}: the axes of the header's affine are not independent, header is damaged")
     if sform > 0 and qform > 0:
@@ -266,9 +259,7 @@ def _warn_if_forms_conflict(path: Path, header: nib.Nifti1Header, affine: np.nda
     except (HeaderDataError, ValueError):
         by_qform = "something unreadable"
     if by_qform != used:
-        logger.warning(
-            "%s: sform says %s, qform %s; the sform is used, check left and right", path, used, by_qform
-        )
+        logger.warning("%s: sform says %s, qform %s; the sform is used, check left and right", path, used, by_qform)
 
 
 def _largest_shift(affine: np.ndarray, other: np.ndarray, shape: tuple[int, int, int]) -> float:

@@ -42,9 +42,7 @@ def marked() -> np.ndarray:
 def _store_as(path, array_zyx: np.ndarray, axcodes: str) -> None:
     """Store an LPS array in another voxel order, the world staying the same."""
     image = nib.Nifti1Image(array_zyx.transpose(2, 1, 0), np.diag([-1.5, -2.0, 3.0, 1.0]))
-    turn = nib.orientations.ornt_transform(
-        nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axcodes)
-    )
+    turn = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axcodes))
     nib.save(image.as_reoriented(turn), path)
 
 
