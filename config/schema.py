@@ -106,6 +106,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # a list or mapping as key: refused by the base class
             if key_node.value in seen:
                 line = key_node.start_mark.line + 1
                 raise InputError(f"{self.name}: key '{key_node.value}' stands twice (line {line}); keep one")
@@ -153,7 +155,7 @@ def build_config(values: dict[str, Any], origin: str) -> Config:
     """Check ``values`` against the schema and resolve its paths; ``origin`` is named in errors."""
     for key in values:
         if key not in FIELDS:
-            near = difflib.get_close_matches(key, FIELDS, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(str(key).lower(), FIELDS, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(FIELDS)}"
             raise InputError(f"{origin}: unknown configuration key '{key}'; {hint}")
     checked = {key: _checked(key, value, origin) for key, value in values.items()}
@@ -172,23 +174,32 @@ def build_config(values: dict[str, Any], origin: str) -> Config:
 
 
 def resolve_path(raw: str, base: Path, path_map: dict[str, str] | None = None) -> Path:
-    """Apply ``path_map`` (longest prefix first, case and slash direction ignored), then ``base``."""
+    """Apply ``path_map`` (longest prefix first, case and slash direction ignored), then ``base``.
+
+    A prefix ends where a folder's name ends: ``d:/ct`` says nothing about ``d:/ct2``. A path that lies in the
+    target already stays: resolving twice gives the same, also where the target begins with the prefix.
+    """
     unified = raw.strip().replace("\\", "/")
     for prefix, target in sorted((path_map or {}).items(), key=lambda item: -len(item[0])):
-        unified_prefix = prefix.replace("\\", "/")
-        if unified.lower().startswith(unified_prefix.lower()):
-            unified = target.replace("\\", "/") + unified[len(unified_prefix) :]
+        here, there = target.replace("\\", "/").rstrip("/"), prefix.replace("\\", "/").rstrip("/")
+        if _inside(unified, there):
+            if not (_inside(here, there) and _inside(unified, here)):
+                unified = here + unified[len(there) :]
             break
     path = Path(unified).expanduser()
     has_drive = len(unified) > 1 and unified[1] == ":"  # of another machine, when this one is not Windows
     return path if path.is_absolute() or has_drive else (base / path).resolve()
 
 
+def _inside(path: str, folder: str) -> bool:
+    return f"{path}/".lower().startswith(f"{folder}/".lower())
+
+
 def write_config(config: Config, path: Path) -> None:
     """Write every key with its one-line comment; the result can be given to ``--config``."""
     lines = ["# The resolved configuration of this run; usable with --config."]
     for name, f in FIELDS.items():
-        text = yaml.safe_dump({name: getattr(config, name)}, allow_unicode=True, default_flow_style=None).strip()
+        text = yaml.safe_dump({name: getattr(config, name)}, allow_unicode=True, default_flow_style=False).strip()
         lines += [f"# {f.metadata['doc']}", text]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -198,6 +209,12 @@ def _checked(key: str, value: Any, origin: str) -> Any:
     expected = _TYPES[key]
     if not _matches(value, expected):
         raise InputError(f"{origin}: '{key}' is {value!r}, expected {_describe(expected)}")
+    if isinstance(value, str) and any(character < " " for character in value.strip()):
+        # "d:\new\train.csv" is valid YAML, in which \n and \t are a line break and a tab.
+        raise InputError(
+            f"{origin}: '{key}' is {value!r}, with control characters in it: between double quotes YAML reads \\n and "
+            "\\t as a line break and a tab; write Windows paths with forward slashes or in single quotes"
+        )
     minimum = FIELDS[key].metadata["minimum"]
     if minimum is not None and value is not None and value < minimum:
         raise InputError(f"{origin}: '{key}' is {value}, expected at least {minimum}")
