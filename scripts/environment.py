@@ -30,22 +30,36 @@ def ensure_environment() -> Path:
     """
     if os.environ.get("MAMBA_CT_PYTHON") == "current":
         return Path(sys.executable)
-    if sys.version_info < OLDEST_PYTHON:
-        stop(f"Python {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} or newer is needed, this is {sys.version.split()[0]}")
     python = python_of(VENV)
     wanted = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
-    if python.is_file() and STAMP.is_file() and STAMP.read_text(encoding="utf-8").strip() == wanted:
+    held = STAMP.read_text(encoding="utf-8").strip() if STAMP.is_file() else None
+    # It is started to see: a moved folder or a removed base Python leaves an interpreter that cannot run.
+    if held == wanted and succeeds([str(python), "-c", ""]):
         return python
+    if sys.version_info < OLDEST_PYTHON:
+        stop(f"Python {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} or newer is needed, this is {sys.version.split()[0]}")
     print(f"installing the requirements into {VENV} (once; a few minutes)", flush=True)
-    if not python.is_file():
+    STAMP.unlink(missing_ok=True)  # an installation that breaks off must not pass for the old one
+    # Without its pip it was left half-made: by an interruption, or by a Debian without python3-venv.
+    if not succeeds([str(python), "-m", "pip", "--version"]):
         run(
             [sys.executable, "-m", "venv", str(VENV)],
             "making the virtual environment (on Debian: apt install python3-venv)",
         )
-    run([str(python), "-m", "pip", "install", "--disable-pip-version-check", "-q", "-r", str(REQUIREMENTS)],
-        "installing requirements.txt")  # fmt: skip
+    run(
+        [str(python), "-m", "pip", "install", "--disable-pip-version-check", "-q", "-r", str(REQUIREMENTS)],
+        "installing requirements.txt",
+    )
     STAMP.write_text(wanted, encoding="utf-8")
     return python
+
+
+def succeeds(command: list[str]) -> bool:
+    """Whether a program starts and ends well; what it prints is not shown."""
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:  # absent, not executable, or for another machine
+        return False
 
 
 def run(command: list[str], what: str) -> None:
@@ -59,12 +73,22 @@ def stop(message: str) -> None:
     sys.exit(2)
 
 
+def call_patiently(command: list[str], **options: object) -> int:
+    """Run a program that saves its state on Ctrl-C, and wait until it has; returns its status.
+
+    ``subprocess.run`` kills its child a quarter of a second after Ctrl-C. The console sends Ctrl-C to the child
+    as well, so there is nothing to do here but wait.
+    """
+    child = subprocess.Popen(command, **options)
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            continue
+
+
 def run_inside(script: Path) -> None:
     """Run ``script`` with this process's arguments inside the environment and leave with its status."""
     python = ensure_environment()
     environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "MAMBA_CT_INSIDE": "1"}
-    try:
-        code = subprocess.run([str(python), str(script), *sys.argv[1:]], env=environment, check=False).returncode
-    except KeyboardInterrupt:
-        code = 130
-    sys.exit(code)
+    sys.exit(call_patiently([str(python), str(script), *sys.argv[1:]], env=environment))
