@@ -6,6 +6,7 @@ Nothing is dropped in silence: one bad row refuses the table and names the row.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import random
 from collections.abc import Sequence
@@ -51,14 +52,14 @@ def read_caption_table(
     rows: list[CaptionRow] = []
     problems: list[str] = []
     for number, record in _records(path):
-        cells = {name: (record.get(name) or "").strip() for name in REQUIRED + OPTIONAL}
+        cells = {name: record.get(name, "").strip() for name in REQUIRED + OPTIONAL}
         for name in ("image_path", "answer"):
             if not cells[name]:
                 problems.append(f"row {number}: '{name}' is empty")
         image = resolve_path(cells["image_path"], base, path_map)
         mask = resolve_path(cells["mask_path"], base, path_map) if cells["mask_path"] else None
         for file in (image, mask):
-            if cells["image_path"] and file is not None and not file.is_file():
+            if cells["image_path"] and file is not None and not _is_file(file):
                 problems.append(f"row {number}: file not found: {file}")
         rows.append(CaptionRow(number, image, cells["question"], cells["answer"], mask))
     if not rows:
@@ -72,25 +73,47 @@ def read_caption_table(
 
 
 def _records(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """Row number and cells by column. The row is counted, not the line: a report may span several lines."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            header = [name.strip() for name in reader.fieldnames or []]
-            if not header:
-                raise InputError(f"{path} is empty; expected a header: {','.join(REQUIRED)}[,mask_path]")
-            reader.fieldnames = header
-            absent = [name for name in REQUIRED if name not in header]
-            if absent:
-                raise InputError(
-                    f"{path} has no column '{absent[0]}'; "
-                    f"expected {','.join(REQUIRED)}[,mask_path], found {','.join(header)}"
-                )
-            # A report may span several lines, so the row's number is counted, not the reader's line.
-            return [(number, record) for number, record in enumerate(reader, start=2)]
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}): save it as 'CSV UTF-8' in Excel") from error
+        raise InputError(
+            f"{path} is not UTF-8 text (line {error.object[: error.start].count(10) + 1}): "
+            "save it as 'CSV UTF-8' in Excel"
+        ) from error
+    # Strict, because a quotation mark that is never closed would swallow the rows after it in silence.
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[list[str]] = []
+    try:
+        rows.extend(reader)
     except csv.Error as error:
-        raise InputError(f"{path} is not a readable CSV: {error}") from error
+        raise InputError(
+            f"{path} is not a readable CSV at row {len(rows) + 1}: {error}; a text with a comma, a line break or a "
+            "quotation mark stands between quotation marks, and one inside it is doubled"
+        ) from error
+    header = [name.strip() for name in rows[0]] if rows else []
+    if not any(header):
+        raise InputError(f"{path} is empty; expected a header: {','.join(REQUIRED)}[,mask_path]")
+    wrong = [f"no column '{name}'" for name in REQUIRED if name not in header]
+    wrong += [f"two columns '{name}'" for name in REQUIRED + OPTIONAL if header.count(name) > 1]
+    if wrong:
+        raise InputError(f"{path} has {wrong[0]}; expected {','.join(REQUIRED)}[,mask_path], found {','.join(header)}")
+    for number, cells in enumerate(rows, start=1):
+        if any(cell.strip() for cell in cells[len(header) :]):
+            raise InputError(
+                f"{path}, row {number}: {len(cells)} cells under {len(header)} columns; "
+                "put a text that contains commas between quotation marks"
+            )
+    # A blank line is no row, yet a spreadsheet counts it.
+    return [(number, dict(zip(header, cells, strict=False))) for number, cells in enumerate(rows[1:], 2) if cells]
+
+
+def _is_file(path: Path) -> bool:
+    """False also for what cannot be a path at all, such as a report in the wrong column."""
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _hint(path: Path) -> str:
