@@ -73,7 +73,8 @@ class Framing:
         ]
         window = tuple(slice(s, s + patch) for s, patch in zip(start, self.patch_size, strict=True))
         patch = centred(volume.image[(slice(None), *window)], self.patch_size)
-        plane = (torch.arange(self.slices) + 0.5) / self.slices * self.patch_size[0]
+        padding = max(self.patch_size[0] - shape[0], 0) // 2  # the volume begins below the patch's first plane
+        plane = (torch.arange(self.slices) + 0.5) / self.slices * self.patch_size[0] - padding
         return torch.from_numpy(patch), ((start[0] + plane) / shape[0]).clamp(0, 1)
 
 
