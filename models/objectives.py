@@ -53,7 +53,8 @@ class Align(nn.Module):
         if len(row) > 1:
             same = self.group[row][:, None] == self.group[row][None]
             loss = (loss + _soft_nce(scale * self.reports[row] @ image.T, same)) / 2
-        deviation = (tokens.flatten(0, 1).var(dim=0) + 1e-8).sqrt()
+        # Of the batch as it is, not an estimate: a single token has the deviation 0, not NaN.
+        deviation = (tokens.flatten(0, 1).var(dim=0, correction=0) + 1e-8).sqrt()
         return loss + self.variance_weight * F.relu(1 - deviation / self.expected_std).mean()
 
 
