@@ -1,0 +1,204 @@
+"""Stage 1's objectives: what their minima are, and that the contrastive one sees what it should."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from models.objectives import Align, ProxyL2, Stage1, embed_reports, report_frequencies
+
+WIDTH, STD = 16, 0.1
+
+
+def unit_reports(count: int = 4) -> Tensor:
+    return torch.linalg.qr(torch.randn(WIDTH, count, generator=torch.Generator().manual_seed(0))).Q.T.contiguous()
+
+
+def tokens_at(directions: Tensor, tokens: int = 6, noise: float = STD, seed: int = 1) -> Tensor:
+    """(B, L, D) whose means point at ``directions``, with a healthy deviation between them."""
+    spread = torch.randn(len(directions), tokens, WIDTH, generator=torch.Generator().manual_seed(seed)) * noise
+    return directions[:, None] + spread - spread.mean(1, keepdim=True)
+
+
+def align(reports: Tensor, group: list[int] | None = None, **options: float) -> Align:
+    return Align(reports, torch.tensor(group or list(range(len(reports)))), STD, **options)
+
+
+# ---------------------------------------------------------------- proxy_l2
+
+
+def test_proxy_loss_is_least_at_zero_output():
+    """What the manual's proxy rewards: the reason for the warning that goes with it."""
+    row, tokens = torch.arange(4), torch.randn(4, 6, WIDTH, requires_grad=True)
+    losses = [ProxyL2()(tokens * scale, row).item() for scale in (0.0, 1e-3, 0.1, 1.0)]
+    assert losses[0] == 0 and losses == sorted(losses)
+    ProxyL2()(tokens, row).backward()
+    assert torch.allclose(tokens.grad, 2 * tokens.detach() / tokens.numel()), "straight towards zero"
+
+
+# ---------------------------------------------------------------- align
+
+
+def test_loss_is_low_for_tokens_at_their_own_report_and_high_for_anothers():
+    reports, row = unit_reports(), torch.arange(4)
+    objective = align(reports)
+    own = objective(tokens_at(reports), row)
+    none = objective(tokens_at(unit_reports(8)[4:]), row)
+    other = objective(tokens_at(reports[[1, 2, 3, 0]]), row)
+    assert own < 0.05 < none < other
+
+
+def test_rows_say_which_report_belongs_to_an_image():
+    reports, row = unit_reports(), torch.tensor([2, 0])
+    objective = align(reports)
+    assert objective(tokens_at(reports[row]), row) < 0.05
+    assert objective(tokens_at(reports[row]), row.flip(0)) > 5
+
+
+def test_training_the_tokens_lowers_the_loss():
+    reports, row = unit_reports(), torch.arange(4)
+    objective = align(reports)
+    tokens = nn.Parameter(0.01 * torch.randn(4, 6, WIDTH, generator=torch.Generator().manual_seed(2)))
+    optimizer = torch.optim.Adam([tokens], lr=0.02)
+    losses = []
+    for _ in range(60):
+        losses.append(objective(tokens, row))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        assert tokens.grad.isfinite().all()
+        optimizer.step()
+    assert losses[-1] < 0.1 < 1 < losses[0]
+    nearest = (F.normalize(tokens.mean(1), dim=-1) @ reports.T).argmax(1)
+    assert torch.equal(nearest, row)
+    assert tokens.std() > STD / 2, "no collapse on the way"
+
+
+def test_equal_reports_are_no_negatives_of_each_other():
+    """Two patients with one text: tokens at that text are right for both, and nothing pushes them off."""
+    reports, row = unit_reports()[[0, 0, 1, 2]], torch.arange(4)
+    objective = align(reports, [0, 0, 1, 2], variance_weight=0.0)
+    tokens = tokens_at(reports).requires_grad_()
+    loss = objective(tokens, row)
+    loss.backward()
+    assert tokens.grad.abs().max() < 1e-4
+    # The least that is possible: two of four images cannot tell which of two equal texts is theirs.
+    assert loss.item() == pytest.approx(0.5 * math.log(2), abs=1e-3)
+    # Exchanging the two is no mistake, exchanging two others is.
+    assert objective(tokens_at(reports[[1, 0, 2, 3]]), row).item() == pytest.approx(loss.item(), abs=1e-4)
+    assert objective(tokens_at(reports[[0, 1, 3, 2]]), row) > 5
+
+
+def test_a_batch_of_one_works_and_uses_all_reports_as_negatives():
+    reports = unit_reports()
+    objective = align(reports, variance_weight=0.0)
+    right = objective(tokens_at(reports[1:2]), torch.tensor([1]))
+    wrong = objective(tokens_at(reports[2:3]), torch.tensor([1]))
+    assert right < 0.05 and wrong > 5
+
+
+def test_a_single_token_gives_a_finite_loss_and_gradient():
+    reports = unit_reports()
+    tokens = (0.1 * reports[:1, None]).requires_grad_()
+    loss = align(reports)(tokens, torch.tensor([0]))
+    loss.backward()
+    assert loss.isfinite() and tokens.grad.isfinite().all()
+
+
+@torch.no_grad()
+def test_variance_term_acts_on_collapsed_tokens_and_leaves_healthy_ones_alone():
+    reports, row = unit_reports(), torch.arange(4)
+    with_term, without = align(reports), align(reports, variance_weight=0.0)
+    healthy = tokens_at(reports, noise=3 * STD)
+    collapsed = tokens_at(1e-6 * reports, noise=1e-6)
+    assert (with_term(healthy, row) - without(healthy, row)).abs() < 0.05
+    assert with_term(collapsed, row) - without(collapsed, row) == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("tokens", [torch.zeros(4, 6, WIDTH), torch.ones(4, 6, WIDTH), 1e4 * torch.ones(4, 6, WIDTH)])
+def test_gradients_stay_finite_at_collapse(tokens):
+    objective, tokens = align(unit_reports()), tokens.clone().requires_grad_()
+    loss = objective(tokens, torch.arange(4))
+    loss.backward()
+    assert loss.isfinite() and tokens.grad.isfinite().all() and objective.log_scale.grad.isfinite()
+
+
+def test_half_precision_tokens_are_scored_in_single_precision():
+    reports, row = unit_reports(), torch.arange(4)
+    loss = align(reports)(tokens_at(reports).bfloat16(), row)
+    assert loss.dtype == torch.float32 and loss < 0.1
+
+
+def test_scale_is_trained_but_capped_and_reports_are_no_parameters():
+    objective = align(unit_reports())
+    assert [name for name, _ in objective.named_parameters()] == ["log_scale"]
+    assert set(objective.state_dict()) == {"log_scale"}
+    row, tokens = torch.arange(4), tokens_at(unit_reports()[[1, 2, 3, 0]])
+    with torch.no_grad():
+        losses = []
+        for value in (100.0, 1000.0):
+            objective.log_scale.fill_(math.log(value))
+            losses.append(objective(tokens, row))
+    assert losses[0] == losses[1]
+
+
+def test_stage1_passes_images_positions_and_rows():
+    class Vision(nn.Module):
+        def forward(self, images: Tensor, slice_position: Tensor) -> Tensor:
+            return images + slice_position[:, :, None]
+
+    batch = {"images": torch.ones(2, 3, 4), "slice_position": torch.ones(2, 3), "row": torch.arange(2)}
+    loss, tokens = Stage1(Vision(), ProxyL2())(batch)
+    assert loss == 4 and torch.equal(tokens, torch.full((2, 3, 4), 2.0))
+
+
+# ---------------------------------------------------------------- reports as vectors
+
+REPORTS = ["lungs clear", "lungs nodule left", "lungs effusion right", "lungs clear", "lungs nodule right"]
+WORDS = ["lungs", "clear", "nodule", "effusion", "left", "right", "unseen"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="unseen"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def embedded(tokenizer: PreTrainedTokenizerFast, reports: list[str]) -> tuple[Tensor, Tensor]:
+    table = torch.randn(len(WORDS), WIDTH, generator=torch.Generator().manual_seed(3))
+    return embed_reports(reports, tokenizer, table, report_frequencies(REPORTS, tokenizer), len(REPORTS))
+
+
+def test_frequencies_count_reports_not_words(tokenizer):
+    counts = report_frequencies([*REPORTS, "left left left"], tokenizer)
+    assert {word: counts[i] for i, word in enumerate(WORDS)} == {
+        "lungs": 5, "clear": 2, "nodule": 2, "effusion": 1, "left": 2, "right": 2, "unseen": 0,
+    }  # fmt: skip
+
+
+def test_reports_are_unit_vectors_and_equal_texts_one_group(tokenizer):
+    vectors, group = embedded(tokenizer, REPORTS)
+    assert vectors.shape == (5, WIDTH)
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(5))
+    assert group.tolist() == [0, 1, 2, 0, 3]
+    assert torch.equal(vectors[0], vectors[3])
+    assert (torch.pdist(vectors[[0, 1, 2, 4]]) > 0.2).all(), "different texts, different vectors"
+
+
+def test_words_that_every_report_has_hardly_count(tokenizer):
+    """'lungs' stands everywhere: with it or without, a report points the same way."""
+    vectors, _ = embedded(tokenizer, ["lungs nodule", "nodule", "lungs effusion", "effusion"])
+    assert vectors[0] @ vectors[1] > 0.99 and vectors[2] @ vectors[3] > 0.99
+    assert vectors[0] @ vectors[2] < 0
+
+
+def test_words_that_no_training_report_has_are_embedded_too(tokenizer):
+    vectors, _ = embedded(tokenizer, ["lungs unseen", "lungs clear", "lungs nodule"])
+    assert vectors.isfinite().all() and torch.allclose(vectors.norm(dim=1), torch.ones(3))
