@@ -16,18 +16,19 @@ from __future__ import annotations
 import os
 import pickle
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from models.nnunet_encoder import NnUNetEncoder
 
 from config.errors import InputError
 from config.plans import PreprocessPlan
 from config.schema import FIELDS, Config, build_config
 from models.medical_vlm import VisionBridge
+from models.nnunet_encoder import NnUNetEncoder
 
 FORMAT = "mamba-ct-report"
 VERSION = 1
@@ -130,14 +131,28 @@ def read_torch_file(path: Path, what: str) -> dict[str, Any]:
     """``torch.load(weights_only=True)`` of a dictionary, with one clear line when it cannot be."""
     if not path.is_file():
         raise InputError(f"{what} not found: {path}")
+    if not zipfile.is_zipfile(path):  # as torch has saved since 1.6; anything else ends in all kinds of exceptions
+        raise InputError(f"{path} is not a readable {what}: truncated while it was copied, or no file of torch's")
+    if _is_nnunet(path):
+        raise InputError(f"{path} is an nnU-Net checkpoint: give it as nnunet_encoder_checkpoint in the configuration")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} is not a readable {what} (truncated, or not ours): {reason}") from error
+        raise InputError(f"{path} is not a readable {what} (damaged, or not ours): {reason}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a {what}: expected a dictionary, found {type(content).__name__}")
     return content
+
+
+def _is_nnunet(path: Path) -> bool:
+    """By the names in its pickle, which is not executed: nnU-Net's own files hold NumPy scalars and would not load."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            return any(b"network_weights" in archive.read(name) for name in pickles)
+    except zipfile.BadZipFile:
+        return False  # torch.load says what is wrong with it
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -148,30 +163,27 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     content = read_torch_file(path, "checkpoint")
     if content.get("format") != FORMAT:
-        if "network_weights" in content:
-            raise InputError(
-                f"{path} is an nnU-Net checkpoint: give it as nnunet_encoder_checkpoint in the configuration"
-            )
         raise InputError(
             f"{path} is not a checkpoint of this project (no format '{FORMAT}'): "
             "use one that train.py or train_vlm.py wrote"
         )
-    version = content["version"]
+    version = _part(content, "version", path)
     if version > VERSION:
         raise InputError(f"{path} has format version {version}, this program knows {VERSION}: update the program")
     while version < VERSION:
         content = MIGRATIONS[version](content)
         version += 1
-    known = {key: value for key, value in content["config"].items() if key in FIELDS}
-    fields = {name: content[name] for name in Checkpoint.__dataclass_fields__ if name in content}
-    return Checkpoint(
-        **{
-            **fields,
-            "path": path,
-            "config": build_config(known, origin=f"{path} (its configuration)"),
-            "preprocess_plan": PreprocessPlan.from_dict(content["preprocess_plan"]),
-        }
-    )
+    fields = {name: _part(content, name, path) for name in Checkpoint.__dataclass_fields__ if name != "path"}
+    known = {key: value for key, value in fields["config"].items() if key in FIELDS}
+    fields["config"] = build_config(known, origin=f"{path} (its configuration)")
+    fields["preprocess_plan"] = PreprocessPlan.from_dict(fields["preprocess_plan"])
+    return Checkpoint(path=path, **fields)
+
+
+def _part(content: dict[str, Any], name: str, path: Path) -> Any:
+    if name not in content:
+        raise InputError(f"{path} is incomplete, it has no '{name}': use one that train.py or train_vlm.py wrote")
+    return content[name]
 
 
 def load_vision_weights(vision: VisionBridge, checkpoint: Checkpoint) -> list[str]:
@@ -225,7 +237,9 @@ def check_agreement(checkpoint: Checkpoint, config: Config) -> list[str]:
     Raises:
         InputError: one differs that must not.
     """
-    for key in _FIXED:
+    # The encoder pools a 3-D volume to this many planes; of 2-D slices, each is encoded on its own.
+    fixed = (*_FIXED, "slices") if len(checkpoint.preprocess_plan.patch_size) == 3 else _FIXED
+    for key in fixed:
         there, here = getattr(checkpoint.config, key), getattr(config, key)
         if there != here:
             raise InputError(
