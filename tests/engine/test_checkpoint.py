@@ -1,0 +1,397 @@
+"""Checkpoints: what is saved comes back bit for bit, and everything else is refused in one clear line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from config.errors import InputError
+from config.plans import PreprocessPlan
+from config.schema import REPOSITORY, Config, build_config
+from engine import checkpoint as module
+from engine.checkpoint import (
+    Checkpoint,
+    check_agreement,
+    load_checkpoint,
+    load_vision_weights,
+    read_torch_file,
+    save_atomically,
+    save_checkpoint,
+)
+from models.medical_vlm import VisionBridge
+from models.nnunet_checkpoint import load_nnunet_checkpoint
+from models.nnunet_encoder import NnUNetEncoder
+
+LLM_WIDTH = 24
+DIAGNOSTICS = {"token_std": 0.1, "image_std": 0.05, "effective_rank": 9.0, "expected_std": 0.1, "collapsed": False}
+
+
+@pytest.fixture(scope="module")
+def source(assets: Path) -> tuple[Path, PreprocessPlan]:
+    path = assets / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth"
+    nnunet = load_nnunet_checkpoint(path)
+    return path, PreprocessPlan.from_nnunet(nnunet.plans, nnunet.configuration)
+
+
+def configuration(**changes: object) -> Config:
+    values = {"encoder_target_spatial": 6, "bridge_width": 16, "bridge_depth": 1, "max_visual_tokens": 9}
+    return build_config({**values, **changes}, "test")
+
+
+def vision_of(
+    source: tuple[Path, PreprocessPlan],
+    config: Config,
+    *,
+    with_cmi: bool = False,
+    width: int = LLM_WIDTH,
+    seed: int = 0,
+) -> VisionBridge:
+    torch.manual_seed(seed)
+    encoder = NnUNetEncoder.from_checkpoint(
+        source[0], config.encoder_output_stage, config.encoder_target_spatial, config.slices
+    )
+    return VisionBridge.build(config, encoder, width, 0.1, with_cmi=with_cmi).eval()
+
+
+def save(path: Path, vision: VisionBridge, plan: PreprocessPlan, config: Config, **changes: object) -> Path:
+    values = {"stage": "vision", "step": 30, "epoch": 3, "val_loss": 0.25, "diagnostics": DIAGNOSTICS}
+    llm = {"name": "tiny-mamba", "width": LLM_WIDTH, "layers": 2, "vocabulary": 264, "tokens": 257}
+    save_checkpoint(path, vision, config=config, plan=plan, **{"llm": llm, **values, **changes})
+    return path
+
+
+@pytest.fixture
+def saved(tmp_path, source) -> Path:
+    config = configuration()
+    return save(tmp_path / "vision_bridge_final.pt", vision_of(source, config), source[1], config)
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        load_checkpoint(path)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message and len(message) < 600
+    return message
+
+
+def edited(path: Path, remove: str | None = None, **changes: object) -> Path:
+    content = torch.load(path, weights_only=True)
+    content.update(changes)
+    content.pop(remove, None)
+    torch.save(content, path)
+    return path
+
+
+# ---------------------------------------------------------------- round trip
+
+
+def test_everything_that_was_saved_comes_back(tmp_path, source):
+    config = configuration(roi_side=4, path_map={"d:/": "/mnt/d/"}, caption_csv_train="/data/训练.csv")
+    vision = vision_of(source, config)
+    path = save(tmp_path / "a.pt", vision, source[1], config, stage="vlm")
+    loaded = load_checkpoint(path)
+    assert (loaded.path, loaded.stage, loaded.step, loaded.epoch, loaded.val_loss) == (path, "vlm", 30, 3, 0.25)
+    assert loaded.config == config and loaded.preprocess_plan == source[1]
+    assert loaded.llm["width"] == LLM_WIDTH and loaded.diagnostics == DIAGNOSTICS
+    assert loaded.encoder_architecture == vision.encoder.architecture
+    assert not loaded.collapsed and not loaded.has_cmi
+    for key, value in vision.state_dict().items():
+        assert torch.equal(loaded.model_state_dict[key], value), key
+    assert loaded.model_state_dict.keys() == vision.state_dict().keys()
+
+
+def test_torch_opens_it_without_running_code(saved):
+    content = torch.load(saved, weights_only=True)
+    assert content["format"] == "mamba-ct-report" and content["version"] == 1
+    wanted = {"model_state_dict", "step", "epoch", "val_loss", "config", "preprocess_plan", "llm", "diagnostics"}
+    assert wanted < set(content)
+    assert not any(key.startswith("lm.") for key in content["model_state_dict"])
+
+
+@pytest.mark.parametrize("with_cmi", [False, True])
+@pytest.mark.parametrize("keys", [{}, {"roi_side": 4, "slices": 2}, {"encoder_output_stage": 1, "cmi_compress_to": 4}])
+def test_build_vision_gives_the_same_tokens_bit_for_bit(tmp_path, source, with_cmi, keys):
+    """And without nnU-Net's own file, which stays with whoever trained the encoder."""
+    config = configuration(**keys)
+    vision = vision_of(source, config, with_cmi=with_cmi, seed=5)
+    path = save(tmp_path / "a.pt", vision, source[1], config.replace(nnunet_encoder_checkpoint="/nowhere/best.pth"))
+    images = torch.randn(2, config.slices, 1, *source[1].patch_size)
+    inputs = (images, torch.rand(2, config.slices), torch.randn(2, 3, LLM_WIDTH), torch.ones(2, 3))
+    torch.manual_seed(99)  # nothing of the random start may show
+    rebuilt = load_checkpoint(path).build_vision().eval()
+    with torch.no_grad():
+        assert torch.equal(rebuilt(*inputs), vision(*inputs))
+    assert rebuilt.bridge.output_std == vision.bridge.output_std
+
+
+def test_collapsed_is_read_from_the_diagnostics(tmp_path, source):
+    config = configuration()
+    diagnostics = {**DIAGNOSTICS, "collapsed": True}
+    path = save(tmp_path / "a.pt", vision_of(source, config), source[1], config, diagnostics=diagnostics)
+    assert load_checkpoint(path).collapsed
+
+
+# ---------------------------------------------------------------- atomicity
+
+
+class Unpicklable:
+    def __reduce__(self):
+        raise RuntimeError("disk full, say")
+
+
+@pytest.mark.parametrize("where", ["while it is written", "when it is renamed", "ctrl-c"])
+def test_an_exception_while_saving_leaves_the_old_file_and_no_part(saved, monkeypatch, where):
+    before = saved.read_bytes()
+    content = {"a": torch.zeros(100_000)}
+    if where == "while it is written":
+        content["b"] = Unpicklable()
+    else:
+        error = KeyboardInterrupt if where == "ctrl-c" else OSError
+
+        def fail(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(module, "_replace", fail)
+    with pytest.raises((RuntimeError, OSError, KeyboardInterrupt)):
+        save_atomically(content, saved)
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_crash_in_the_middle_of_saving_leaves_the_old_file_readable(saved):
+    """The process dies without cleaning up, as in a power cut."""
+    program = (
+        "import os, sys, torch\n"
+        "from pathlib import Path\n"
+        "from engine import checkpoint\n"
+        "checkpoint.os.fsync = lambda handle: os._exit(9)\n"
+        "checkpoint.save_atomically({'a': torch.zeros(10)}, Path(sys.argv[1]))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program, str(saved)], env=environment, cwd=REPOSITORY)
+    assert done.returncode == 9
+    assert load_checkpoint(saved).step == 30
+    save_atomically({"later": 1}, saved)
+    assert torch.load(saved, weights_only=True) == {"later": 1}
+
+
+def test_a_file_held_by_another_program_for_a_moment_is_waited_for(saved, monkeypatch):
+    attempts, waits, rename = [], [], Path.replace
+
+    def held_twice(self: Path, target: Path) -> Path:
+        attempts.append(self)
+        if len(attempts) < 3:
+            raise PermissionError("[WinError 5] Access is denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", held_twice)
+    monkeypatch.setattr(module.time, "sleep", waits.append)
+    save_atomically({"new": 1}, saved)
+    assert torch.load(saved, weights_only=True) == {"new": 1} and len(waits) == 2
+
+
+def test_a_file_held_for_good_is_an_error_that_leaves_no_part(saved, monkeypatch):
+    def held(self: Path, target: Path) -> Path:
+        raise PermissionError("[WinError 5] Access is denied")
+
+    monkeypatch.setattr(Path, "replace", held)
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    with pytest.raises(PermissionError):
+        save_atomically({"new": 1}, saved)
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_folder_is_made(tmp_path):
+    save_atomically({"a": 1}, tmp_path / "new" / "deep" / "a.pt")
+    assert torch.load(tmp_path / "new" / "deep" / "a.pt", weights_only=True) == {"a": 1}
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_missing_file_and_folder(tmp_path):
+    assert "checkpoint not found" in refusal(tmp_path / "absent.pt")
+    assert "checkpoint not found" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.9999])
+def test_truncated_file(saved, share):
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(share * len(content))])
+    assert "not a readable checkpoint" in refusal(saved) and "truncated" in refusal(saved)
+
+
+def test_damaged_file(saved):
+    content = bytearray(saved.read_bytes())
+    start = content.index(b"data.pkl") + 200
+    content[start : start + 64] = bytes(64)
+    saved.write_bytes(content)
+    assert "not a readable checkpoint" in refusal(saved)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello world", "报告".encode(), b"\x80\x02}q\x00.", bytes(range(256)) * 9])
+def test_files_of_other_kinds(tmp_path, content):
+    path = tmp_path / "a.pt"
+    path.write_bytes(content)
+    assert "not a readable checkpoint" in refusal(path)
+
+
+def test_another_zip(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("word/document.xml", "<xml/>")
+    assert "not a readable checkpoint" in refusal(tmp_path / "a.pt")
+
+
+def test_a_pickle_that_would_run_code_is_not_run(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save({"format": "mamba-ct-report", "attack": Attack()}, tmp_path / "a.pt")
+    assert "not a readable checkpoint" in refusal(tmp_path / "a.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_state_dicts_and_lists_of_somebody_else(tmp_path):
+    torch.save({"model_state_dict": {"a": torch.zeros(3)}, "epoch": 3}, tmp_path / "a.pt")
+    assert "not a checkpoint of this project" in refusal(tmp_path / "a.pt")
+    torch.save([1, 2], tmp_path / "b.pt")
+    assert "expected a dictionary, found list" in refusal(tmp_path / "b.pt")
+
+
+def test_nnunets_own_file_is_recognised(assets):
+    for kind in ("2d_plain", "2d_resenc", "3d_plain"):
+        path = assets / "nnunet_tiny" / kind / "fold_0" / "checkpoint_best.pth"
+        assert "give it as nnunet_encoder_checkpoint" in refusal(path)
+
+
+def test_newer_version(saved):
+    assert "format version 2, this program knows 1: update" in refusal(edited(saved, version=2))
+
+
+def test_older_version_passes_through_its_migrations(saved, monkeypatch):
+    def renamed(content: dict) -> dict:
+        return {**content, "epoch": content["epochs_done"]}
+
+    monkeypatch.setattr(module, "MIGRATIONS", {0: renamed})
+    assert load_checkpoint(edited(saved, remove="epoch", version=0, epochs_done=7)).epoch == 7
+
+
+@pytest.mark.parametrize("name", ["version", *(name for name in Checkpoint.__dataclass_fields__ if name != "path")])
+def test_missing_part_is_named(saved, name):
+    assert f"it has no '{name}'" in refusal(edited(saved, remove=name))
+
+
+def test_damaged_plan_and_configuration_are_named(saved):
+    content = torch.load(saved, weights_only=True)
+    plan = {key: value for key, value in content["preprocess_plan"].items() if key != "spacing"}
+    with pytest.raises(InputError, match="spacing"):
+        load_checkpoint(edited(saved, preprocess_plan=plan))
+    edited(saved, preprocess_plan=content["preprocess_plan"], config={**content["config"], "slices": "3"})
+    assert "'slices' is '3', expected a whole number" in refusal(saved)
+
+
+def test_key_of_the_configuration_that_no_longer_exists_is_ignored(saved):
+    content = torch.load(saved, weights_only=True)
+    assert load_checkpoint(edited(saved, config={**content["config"], "abolished": 1})).config == configuration()
+
+
+def test_read_torch_file_says_what_it_was_to_be(tmp_path):
+    with pytest.raises(InputError, match="training state not found"):
+        read_torch_file(tmp_path / "absent.pt", "training state")
+
+
+# ---------------------------------------------------------------- loading into a model
+
+
+def test_checkpoint_without_cmi_into_a_model_with_it_names_what_starts_at_random(saved, source):
+    vision = vision_of(source, configuration(), with_cmi=True, seed=3)
+    start = {key: value.clone() for key, value in vision.state_dict().items()}
+    loaded = load_checkpoint(saved)
+    at_random = load_vision_weights(vision, loaded)
+    assert at_random == [key for key in vision.state_dict() if key.startswith("cmi.")] and "cmi.A_log" in at_random
+    for key, value in vision.state_dict().items():
+        assert torch.equal(value, start[key] if key in at_random else loaded.model_state_dict[key]), key
+
+
+def test_without_cmi_on_either_side_nothing_is_random(saved, source):
+    assert load_vision_weights(vision_of(source, configuration()), load_checkpoint(saved)) == []
+
+
+def test_checkpoint_with_cmi_into_a_model_without_is_refused(tmp_path, source):
+    config = configuration(use_cmi=True)
+    path = save(tmp_path / "a.pt", vision_of(source, config, with_cmi=True), source[1], config)
+    with pytest.raises(InputError, match="trained with CMI.*set use_cmi: true"):
+        load_vision_weights(vision_of(source, configuration()), load_checkpoint(path))
+
+
+@pytest.mark.parametrize("with_cmi", [False, True])
+def test_another_language_model_width_is_said_with_both_widths_and_its_name(saved, source, with_cmi):
+    vision = vision_of(source, configuration(), width=40, with_cmi=with_cmi)
+    with pytest.raises(InputError, match="width 24.*width 40.*'tiny-mamba'"):
+        load_vision_weights(vision, load_checkpoint(saved))
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"bridge_width": 32}, "bridge_width"),
+        ({"bridge_depth": 2}, "bridge_depth"),
+        ({"encoder_target_spatial": 7}, ""),
+    ],
+)
+def test_another_network_names_a_weight_and_a_key(saved, source, changes, key):
+    with pytest.raises(InputError) as caught:
+        load_vision_weights(vision_of(source, configuration(**changes)), load_checkpoint(saved))
+    message = str(caught.value)
+    assert "does not fit this configuration at 'bridge." in message and key in message and str(saved) in message
+
+
+def test_a_refused_load_changes_nothing(saved, source):
+    vision = vision_of(source, configuration(bridge_depth=2), seed=4)
+    before = {key: value.clone() for key, value in vision.state_dict().items()}
+    with pytest.raises(InputError):
+        load_vision_weights(vision, load_checkpoint(saved))
+    assert all(torch.equal(value, before[key]) for key, value in vision.state_dict().items())
+
+
+# ---------------------------------------------------------------- going on from it
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("encoder_output_stage", 1),
+        ("encoder_target_spatial", 14),
+        ("bridge_depth", 3),
+        ("bridge_width", 64),
+        ("roi_side", 3),
+    ],
+)
+def test_setting_that_must_agree_is_named_with_both_values(saved, key, value):
+    loaded = load_checkpoint(saved)
+    there = getattr(loaded.config, key)
+    with pytest.raises(InputError, match=f"trained with {key}: {there}, the configuration says {value}; set {key}"):
+        check_agreement(loaded, configuration(**{key: value}))
+
+
+def test_setting_that_may_differ_is_said(saved):
+    loaded = load_checkpoint(saved)
+    assert check_agreement(loaded, configuration()) == []
+    notes = check_agreement(loaded, configuration(max_visual_tokens=4, slices=2, use_cmi=True, cmi_compress_to=3))
+    assert [note.split()[1] for note in notes] == ["max_visual_tokens", "slices", "use_cmi", "cmi_compress_to"]
+    assert notes[0] == f"note: max_visual_tokens was 9 in {saved.name}, now 4"
+
+
+def test_slices_of_a_3d_encoder_are_part_of_the_network(saved):
+    loaded = load_checkpoint(saved)
+    plan = replace(loaded.preprocess_plan, dim=3, patch_size=(8, 16, 16), spacing=(1.0, 1.0, 1.0))
+    with pytest.raises(InputError, match="slices: 1, the configuration says 2"):
+        check_agreement(replace(loaded, preprocess_plan=plan), configuration(slices=2))
