@@ -8,13 +8,14 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
-from data.cache import VolumeCache
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config.plans import PreprocessPlan
 from config.schema import Config
+from data.cache import VolumeCache
 from data.caption_table import CaptionRow
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from engine.run import EpochShuffle
@@ -48,6 +49,9 @@ def build_loaders(
         "num_workers": config.num_workers,
         "persistent_workers": config.num_workers > 0,
         "pin_memory": accelerator.device.type == "cuda",
+        # Each pass over a loader draws a seed for its workers. Drawn from the global generator, a resumed
+        # epoch would draw once more than an uninterrupted one, and dropout would differ from there on.
+        "generator": torch.Generator().manual_seed(args.seed),
     }
     order = EpochShuffle(len(train), args.seed)
     train_loader = DataLoader(train, sampler=order, **options)
