@@ -35,7 +35,7 @@ class TokenStatistics:
         return not (self.token_std >= least and self.image_std >= least / 10 and self.effective_rank >= LEAST_RANK)
 
     def line(self) -> str:
-        verdict = "  COLLAPSED: near-zero or one-directional tokens" if self.collapsed else ""
+        verdict = "  COLLAPSED: near-zero, one-directional or non-finite tokens" if self.collapsed else ""
         return (
             f"token_std {self.token_std:.5f}  image_std {self.image_std:.5f}  "
             f"effective_rank {self.effective_rank:.1f}{verdict}"
@@ -52,6 +52,8 @@ def token_statistics(tokens: Tensor, expected_std: float) -> TokenStatistics:
         expected_std: deviation at initialisation (``VimBridge.output_std``).
     """
     tokens = tokens.detach().double()
+    if not tokens.isfinite().all():  # no singular values then; whatever else they are, they say nothing
+        return TokenStatistics(float("nan"), float("nan"), 0.0, expected_std)
     image_std = tokens.std(dim=0, unbiased=False).mean().item() if len(tokens) > 1 else float("nan")
     flat = tokens.flatten(0, 1)
     if len(flat) > MOST_TOKENS:
