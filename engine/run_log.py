@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from config.errors import InputError
+
 
 class RunLog:
     """Appends one record per logged step or epoch to ``path`` (JSON lines) and prints lines above the bar."""
@@ -31,25 +33,50 @@ class RunLog:
 
 
 class CsvLog:
-    """One line per logged step; a resumed run drops the lines after the step that it goes on from."""
+    """One line per logged step; a resumed run drops the lines after the step that it goes on from.
+
+    Excel locks a file that it shows: lines wait until it is closed, the run goes on.
+    """
 
     def __init__(self, path: Path, columns: Sequence[str], *, active: bool, resumed_step: int | None) -> None:
+        """Raises: InputError when the file of a run that goes on is no such table, or is locked."""
         self.path, self.columns, self.active = path, list(columns), active
+        self._waiting: list[dict[str, Any]] = []
+        self._said = False
         if not active:
             return
         kept: list[dict[str, str]] = []
-        if resumed_step is not None and path.is_file():
-            with path.open(encoding="utf-8", newline="") as stream:
-                kept = [row for row in csv.DictReader(stream) if int(row["step"]) <= resumed_step]
-        with path.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, self.columns)
-            writer.writeheader()
-            writer.writerows(kept)
+        try:
+            if resumed_step is not None and path.is_file():
+                kept = self._until(resumed_step)
+            with path.open("w", encoding="utf-8", newline="") as stream:
+                writer = csv.DictWriter(stream, self.columns)
+                writer.writeheader()
+                writer.writerows(kept)
+        except PermissionError as error:
+            raise InputError(f"{path} cannot be written: close the program that shows it, and start again") from error
+
+    def _until(self, step: int) -> list[dict[str, str]]:
+        """The lines up to ``step``; a last line that a crash cut short is dropped."""
+        with self.path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream)
+            if reader.fieldnames != self.columns:
+                raise InputError(f"{self.path}: expected the columns {','.join(self.columns)}; move the file away")
+            return [row for row in reader if None not in row.values() and int(row["step"]) <= step]
 
     def write(self, **values: Any) -> None:
-        if self.active:
+        if not self.active:
+            return
+        self._waiting.append(values)
+        try:
             with self.path.open("a", encoding="utf-8", newline="") as stream:
-                csv.DictWriter(stream, self.columns).writerow(values)
+                csv.DictWriter(stream, self.columns).writerows(self._waiting)
+        except PermissionError:
+            if not self._said:
+                tqdm.write(f"note: {self.path} is open in another program; its lines follow when it is closed")
+            self._said = True
+            return
+        self._waiting.clear()
 
 
 def progress_bar(total: int, done: int, description: str, *, active: bool) -> tqdm:
