@@ -86,6 +86,8 @@ class VisionBridge(nn.Module):
     def freeze(self, *, train_encoder: bool) -> str:
         """The one place that says what is trained; returns it in words, with parameter counts."""
         self.encoder.requires_grad_(train_encoder)
+        # No data passes the deeper stages; of a parameter to be trained, data-parallel runs expect a gradient.
+        self.encoder.encoder.stages[self.encoder.output_stage + 1 :].requires_grad_(False)
         # nnU-Net's deeper stages are carried along but give nothing here: no gradient ever reaches them.
         self.encoder.encoder.stages[self.encoder.output_stage + 1 :].requires_grad_(False)
         parts = []
