@@ -77,7 +77,7 @@ def test_equals_the_plain_definition():
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("compress_to", "tokens"), [(None, 9), (4, 4), (9, 9), (100, 9), (1, 1)])
+@pytest.mark.parametrize(("compress_to", "tokens"), [(None, 9), (4, 4), (9, 9), (12, 9), (100, 9), (1, 1)])
 def test_compresses_only_to_fewer(compress_to, tokens):
     model = loud(cmi(compress_to=compress_to))
     with torch.no_grad():
