@@ -143,7 +143,8 @@ def main() -> None:
         if accelerator.is_main_process:
             save_checkpoint(
                 output / name, vision, stage="vision", step=progress.step, epoch=epoch, val_loss=val_loss,
-                config=config, plan=plan, llm=identity.to_dict(), diagnostics={**statistics.to_dict(), "objective": args.objective},
+                config=config, plan=plan, llm=identity.to_dict(),
+                diagnostics={**statistics.to_dict(), "objective": args.objective},
             )  # fmt: skip
 
     def evaluate(epoch: int) -> None:

@@ -41,7 +41,8 @@ def require_finite(loss: Tensor, step: int, lr: float) -> float:
     if value != value or value in (float("inf"), float("-inf")):
         raise InputError(
             f"non-finite loss ({value}) at step {step}: training stopped before the weights changed; "
-            f"lower --lr (now {lr:g}), or look for broken intensities in the images of this batch; files saved earlier are intact"
+            f"lower --lr (now {lr:g}), or look for broken intensities in the images of this batch; "
+            "files saved earlier are intact"
         )
     return value
 
