@@ -1,0 +1,138 @@
+"""A night of the overnight search on a training that only pretends (fake_train.py)."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import psutil
+import pytest
+import yaml
+
+from config.plans import PreprocessPlan
+from config.schema import load_config
+from engine.checkpoint import save_checkpoint
+from models.medical_vlm import VisionBridge
+from models.nnunet_checkpoint import load_nnunet_checkpoint
+from models.nnunet_encoder import NnUNetEncoder
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "scripts" / "run_overnight_300.py"
+FAKE = Path(__file__).with_name("fake_train.py")
+GRID = ["--lrs", "1e-4", "5e-5", "--batch_sizes", "2", "4"]
+NAMES = ["lr0.0001_bs2", "lr0.0001_bs4", "lr5e-05_bs2", "lr5e-05_bs4"]
+
+
+@pytest.fixture(scope="session")
+def overnight_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("run_overnight_300", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(assets: Path) -> Callable[..., None]:
+    """Writes a real checkpoint of a very small vision part."""
+    source = load_nnunet_checkpoint(assets / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth")
+    encoder = NnUNetEncoder.from_checkpoint(source, target_spatial=4, planes=1)
+    config = load_config(None, bridge_width=8, bridge_depth=1, encoder_target_spatial=4, max_visual_tokens=4)
+    vision = VisionBridge.build(config, encoder, 8, 0.1, with_cmi=False)
+    plan = PreprocessPlan.from_nnunet(source.plans, source.configuration)
+
+    def write(path: Path, val_loss: float, *, epoch: int = 3, collapsed: bool = False) -> None:
+        diagnostics = {"token_std": 1e-9 if collapsed else 0.1, "image_std": 0.05, "effective_rank": 3.0}
+        diagnostics |= {"expected_std": 0.1, "collapsed": collapsed}
+        save_checkpoint(
+            path, vision, stage="vision", step=9, epoch=epoch, val_loss=val_loss, config=config, plan=plan, llm={},
+            diagnostics=diagnostics,
+        )  # fmt: skip
+
+    return write
+
+
+class Night:
+    """A folder with a configuration and plans for the fake training, and the script run on it."""
+
+    def __init__(self, root: Path, script: ModuleType, make_checkpoint: Callable, monkeypatch: pytest.MonkeyPatch):
+        self.root, self.script, self.monkeypatch = root, script, monkeypatch
+        self.make_checkpoint = make_checkpoint
+        self.plans, self.out, self.config = root / "plans", root / "out put", root / "paths.yaml"
+        self.plans.mkdir(parents=True)
+        keys = {"caption_csv_train": "train.csv", "caption_csv_val": "val.csv", "nnunet_encoder_checkpoint": "net.pth"}
+        for name in keys.values():
+            (root / name).write_text(name, encoding="utf-8")
+        content = {key: str(root / name) for key, name in keys.items()} | {"output_dir": str(self.out)}
+        self.config.write_text(yaml.safe_dump(content), encoding="utf-8")
+        monkeypatch.setenv("FAKE_PLAN", str(self.plans))
+        for number, name in enumerate(NAMES):
+            self.plan(name, val_loss=0.1 * (number + 1))
+
+    def plan(self, name: str, *, val_loss: float = 0.1, steps: int = 1, status: int = 0, says: str = "", **options):
+        """What the fake training does for one run. ``best=False``: no epoch was alive."""
+        best = f"{name}.pt" if options.pop("best", True) else None
+        self.make_checkpoint(self.plans / f"{name}.pt", val_loss, **options)
+        content = {"steps": steps, "best": best, "final": f"{name}.pt", "status": status, "says": says}
+        (self.plans / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+    def flags(self, *flags: str) -> list[str]:
+        return ["--config", str(self.config), "--train_script", str(FAKE), "--epochs", "3", *(flags or GRID)]
+
+    def run(self, *flags: str) -> int:
+        self.monkeypatch.setattr(sys, "argv", [str(SCRIPT), *self.flags(*flags)])
+        return self.script.main()
+
+    def start(self, *flags: str) -> psutil.Popen:
+        """As a process of its own, to be killed."""
+        command = [sys.executable, str(SCRIPT), *self.flags(*flags)]
+        return psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def calls(self, name: str) -> list[int]:
+        """At which step each start of a run began."""
+        path = self.plans / f"{name}.calls"
+        return [int(line) for line in path.read_text(encoding="utf-8").split()] if path.is_file() else []
+
+    def folder(self, name: str) -> Path:
+        return next((self.out / "overnight").glob(f"*/{name}"))
+
+    def wait_for_step(self, name: str, step: int) -> None:
+        states = self.out.glob
+        self.wait_until(lambda: any(int(p.read_text()) >= step for p in states(f"overnight/*/{name}/stage1_state.pt")))
+
+    @staticmethod
+    def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.02)
+
+    @staticmethod
+    def kill_tree(process: psutil.Popen) -> None:
+        """kill -9 for a script and the run that it started (which is in a session of its own)."""
+        family = [process, *process.children(recursive=True)]
+        for member in family:
+            member.kill()
+        psutil.wait_procs(family, timeout=20)
+
+    @property
+    def summary(self) -> str:
+        return (self.out / "overnight_best_summary.txt").read_text(encoding="utf-8")
+
+    @property
+    def board(self) -> list[dict[str, str]]:
+        with (self.out / "overnight_leaderboard.csv").open(encoding="utf-8-sig", newline="") as stream:
+            return list(csv.DictReader(stream))
+
+
+@pytest.fixture
+def night(
+    tmp_path: Path, overnight_script: ModuleType, make_checkpoint: Callable, monkeypatch: pytest.MonkeyPatch
+) -> Night:
+    return Night(tmp_path, overnight_script, make_checkpoint, monkeypatch)
