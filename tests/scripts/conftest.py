@@ -102,9 +102,17 @@ class Night:
     def folder(self, name: str) -> Path:
         return next((self.out / "overnight").glob(f"*/{name}"))
 
+    def step_of(self, name: str) -> int:
+        """How far the state of an unfinished run is; -1 where there is none."""
+        for state in self.out.glob(f"overnight/*/{name}/stage1_state.pt"):
+            try:
+                return int(state.read_text())
+            except OSError:  # it ended in this moment
+                return -1
+        return -1
+
     def wait_for_step(self, name: str, step: int) -> None:
-        states = self.out.glob
-        self.wait_until(lambda: any(int(p.read_text()) >= step for p in states(f"overnight/*/{name}/stage1_state.pt")))
+        self.wait_until(lambda: self.step_of(name) >= step)
 
     @staticmethod
     def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:

@@ -34,7 +34,7 @@ GRID = ["--lrs", "1e-4", "5e-5", "--batch_sizes", "2", "4"]
 
 def test_kill_of_script_and_run_goes_on_where_it_stood(night: Night) -> None:
     for name in NAMES:
-        night.plan(name, val_loss=0.1 * (NAMES.index(name) + 1), steps=25)
+        night.plan(name, val_loss=0.1 * (NAMES.index(name) + 1), steps=50)
     process = night.start()
     first = wait_for_first(night)
     night.wait_until(lambda: len([n for n in NAMES if night.calls(n)]) == 2)
