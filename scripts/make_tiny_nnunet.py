@@ -40,7 +40,9 @@ PATCH = 128
 LESION_SLICES = 4  # per case, those with most lesion
 FINGERPRINT_CASES = 60
 FINGERPRINT_VOXELS = 1000  # drawn from the lesions of each case
-LESION_WEIGHT = 10.0  # of a lesion voxel in the cross-entropy: they are one in a hundred
+CROP = 64  # voxels; most steps see a window around a lesion, a quarter of the work
+CROP_STEPS = 0.75  # share of the steps on windows; the rest on whole slices, whose statistics differ
+LESION_SHARE = 0.8
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,9 +51,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for plans.json and fold_0/")
     parser.add_argument("--cache_dir", type=Path, help="preprocessed volumes (default: OUT/../cache)")
     parser.add_argument("--steps", type=positive_int, default=300)
-    parser.add_argument("--batch_size", type=positive_int, default=12)
-    parser.add_argument("--lr", type=positive_float, default=3e-3)
-    parser.add_argument("--features", type=positive_int, nargs=4, default=(16, 32, 64, 96), help="channels of the stages")
+    parser.add_argument("--batch_size", type=positive_int, default=16)
+    # High for Adam: instance norm makes the convolutions' scale free, and 3e-3 took ten times the steps.
+    parser.add_argument("--lr", type=positive_float, default=3e-2)
+    parser.add_argument("--features", type=positive_int, nargs=4, default=(8, 24, 48, 96), help="channels of the stages")
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
 
@@ -138,15 +141,34 @@ def training_slices(cache: VolumeCache, rows: list[CaptionRow], rng: np.random.G
     return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)).long()
 
 
+def lesion_crops(images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """A window of :data:`CROP` from each slice, in four of five around a lesion voxel where there is one."""
+    cut_images, cut_labels = [], []
+    for image, label in zip(images, labels, strict=True):
+        lesion = label.nonzero()
+        if len(lesion) and rng.random() < LESION_SHARE:
+            centre = lesion[rng.integers(len(lesion))].numpy()
+        else:
+            centre = rng.integers(PATCH, size=2)
+        corner = np.clip(centre - CROP // 2 + rng.integers(-CROP // 4, CROP // 4, size=2), 0, PATCH - CROP)
+        window = tuple(slice(int(c), int(c) + CROP) for c in corner)
+        cut_images.append(image[:, *window])
+        cut_labels.append(label[window])
+    return torch.stack(cut_images), torch.stack(cut_labels)
+
+
 def segmentation_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """Weighted cross-entropy and soft Dice of the lesion classes, as nnU-Net combines them."""
-    weight = torch.full((logits.shape[1],), LESION_WEIGHT)
-    weight[0] = 1.0
-    probability = logits.softmax(1)
-    truth = F.one_hot(label, logits.shape[1]).movedim(-1, 1).float()
-    overlap = (probability * truth).sum((0, 2, 3))[1:]
-    size = (probability + truth).sum((0, 2, 3))[1:]
-    return F.cross_entropy(logits, label, weight) + 1 - ((2 * overlap + 1) / (size + 1)).mean()
+    """Mean cross-entropy of background voxels, and of lesion voxels, every lesion counting the same.
+
+    By voxels alone a nodule of twenty would never be told from a calcification beside consolidations of
+    five hundred.
+    """
+    entropy = F.cross_entropy(logits, label, reduction="none")
+    lesion = label > 0
+    area = lesion.sum((1, 2))
+    per_lesion = (entropy * lesion).sum((1, 2)) / area.clamp(min=1)
+    background = (entropy * ~lesion).sum() / (~lesion).sum()
+    return per_lesion.sum() / (area > 0).sum().clamp(min=1) + background
 
 
 def main() -> None:
@@ -167,15 +189,21 @@ def main() -> None:
     images, labels = training_slices(cache, rows, rng)
 
     network = SegmentationUNet(Architecture.from_plans(plans, "2d", in_channels=1, num_classes=len(FINDING_TYPES)))
+    network.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
     optimizer = build_optimizer(network, args.lr, weight_decay=1e-4)
     schedule = build_schedule(optimizer, args.steps, warmup_ratio=0.05)
     bar = tqdm(range(1, args.steps + 1), desc="segmentation", unit="step", dynamic_ncols=True, disable=None)
     for step in bar:
-        chosen = torch.from_numpy(rng.choice(len(images), args.batch_size, replace=False))
-        loss = segmentation_loss(network(images[chosen]), labels[chosen])
+        windowed = step <= CROP_STEPS * args.steps
+        count = args.batch_size * (2 if windowed else 1)
+        chosen = torch.from_numpy(rng.choice(len(images), count, replace=False))
+        image, label = images[chosen], labels[chosen]
+        if windowed:
+            image, label = lesion_crops(image, label, rng)
+        loss = segmentation_loss(network(image.contiguous(memory_format=torch.channels_last)), label)
         value = require_finite(loss, step, args.lr)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 12.0)  # nnU-Net's own bound
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
