@@ -61,6 +61,7 @@ class Config:
     slice_policy: SlicePolicy = _key(
         "mask", "mask: slices with most lesion where a row has a mask, else middle; or middle", role="run"
     )
+    augment_shift: int = _key(0, "training images are moved in plane by up to so many voxels", role="run", minimum=0)
     # bridge
     bridge_depth: int = _key(2, "Vision-Mamba blocks", role="arch", minimum=1)
     bridge_width: int = _key(512, "inner width of the bridge; its output has the LLM's width", role="arch", minimum=8)

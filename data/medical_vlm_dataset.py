@@ -42,7 +42,9 @@ class Framing:
     where it is larger, to the next multiple of the encoder's stride. A 3-D patch has the plan's size.
     """
 
-    def __init__(self, plan: PreprocessPlan, stride: Sequence[int], slices: int, policy: str) -> None:
+    def __init__(self, plan: PreprocessPlan, stride: Sequence[int], slices: int, policy: str, shift: int = 0) -> None:
+        """``shift``: move the image in plane by up to so many voxels at random; no side or zone changes by it."""
+        self.shift = shift
         self.patch_size = tuple(plan.patch_size)
         self.stride = tuple(stride)
         self.slices = slices
@@ -54,13 +56,21 @@ class Framing:
     def _slices(self, volume: CachedVolume) -> tuple[Tensor, Tensor]:
         depth = volume.image.shape[1]
         chosen = choose_slices(volume.lesion_voxels if self.policy == "mask" else None, depth, self.slices)
+        offset = self._offset()
         size = [
             max(patch, -(-extent // stride) * stride)
             for patch, extent, stride in zip(self.patch_size, volume.image.shape[2:], self.stride, strict=True)
         ]
-        planes = [centred(volume.image[:, index], size) for index in chosen]
+        planes = [shifted(centred(volume.image[:, index], size), offset) for index in chosen]
         position = (torch.tensor(chosen, dtype=torch.float32) + 0.5) / depth
         return torch.from_numpy(np.stack(planes)), position
+
+    def _offset(self) -> tuple[int, int]:
+        """Rows and columns to move by; from torch's generator, whose state a resumed run restores."""
+        if self.shift == 0:
+            return 0, 0
+        down, right = torch.randint(-self.shift, self.shift + 1, (2,)).tolist()
+        return down, right
 
     def _patch(self, volume: CachedVolume) -> tuple[Tensor, Tensor]:
         shape = volume.image.shape[1:]
@@ -72,7 +82,7 @@ class Framing:
             for c, patch, extent in zip(centre, self.patch_size, shape, strict=True)
         ]
         window = tuple(slice(s, s + patch) for s, patch in zip(start, self.patch_size, strict=True))
-        patch = centred(volume.image[(slice(None), *window)], self.patch_size)
+        patch = shifted(centred(volume.image[(slice(None), *window)], self.patch_size), self._offset())
         padding = max(self.patch_size[0] - shape[0], 0) // 2  # the volume begins below the patch's first plane
         plane = (torch.arange(self.slices) + 0.5) / self.slices * self.patch_size[0] - padding
         return torch.from_numpy(patch), ((start[0] + plane) / shape[0]).clamp(0, 1)
@@ -102,6 +112,19 @@ def centred(plane: np.ndarray, size: Sequence[int]) -> np.ndarray:
     return np.pad(np.asarray(plane, dtype=np.float32), [(0, 0), *((m // 2, m - m // 2) for m in missing)])
 
 
+def shifted(plane: np.ndarray, offset: tuple[int, int]) -> np.ndarray:
+    """(C, …, H, W) moved by ``offset`` rows and columns; what moves in is zero, what moves out is lost."""
+    if offset == (0, 0):
+        return plane
+    source, target = [], []
+    for by, extent in zip(offset, plane.shape[-2:], strict=True):
+        source.append(slice(max(-by, 0), extent - max(by, 0)))
+        target.append(slice(max(by, 0), extent - max(-by, 0)))
+    moved = np.zeros_like(plane)
+    moved[(..., *target)] = plane[(..., *source)]
+    return moved
+
+
 class MedicalVLMDataset(Dataset):
     """The rows of a table as samples; volumes come from the cache and are prepared on first use."""
 
@@ -119,13 +142,18 @@ class MedicalVLMDataset(Dataset):
         self.questions = [question_of(row, prompts, seed) for row in self.rows]
 
     @classmethod
-    def from_config(cls, config: Config, table: Path, plan: PreprocessPlan, stride: Sequence[int], seed: int):
-        """Raises: InputError as :func:`read_caption_table`, :func:`read_prompts`, :func:`question_of` do."""
+    def from_config(
+        cls, config: Config, table: Path, plan: PreprocessPlan, stride: Sequence[int], seed: int, *, train: bool = False
+    ) -> MedicalVLMDataset:
+        """``train``: with the augmentation that the configuration asks for.
+
+        Raises: InputError as :func:`read_caption_table`, :func:`read_prompts`, :func:`question_of` do."""
         rows = read_caption_table(
             table, image_root=Path(config.image_root) if config.image_root else None, path_map=config.path_map
         )
         prompts = read_prompts(Path(config.caption_prompt_json)) if config.caption_prompt_json else []
-        framing = Framing(plan, stride, config.slices, config.slice_policy)
+        shift = config.augment_shift if train else 0
+        framing = Framing(plan, stride, config.slices, config.slice_policy, shift)
         return cls(rows, VolumeCache(Path(config.cache_dir), plan), framing, prompts, seed)
 
     def __len__(self) -> int:

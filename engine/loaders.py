@@ -34,7 +34,9 @@ def build_loaders(
     Raises:
         InputError: a table is missing or has a bad row, or a volume cannot be read: before step 0.
     """
-    train = MedicalVLMDataset.from_config(config, config.resolved("caption_csv_train"), plan, stride, args.seed)
+    train = MedicalVLMDataset.from_config(
+        config, config.resolved("caption_csv_train"), plan, stride, args.seed, train=True
+    )
     val = MedicalVLMDataset.from_config(config, config.resolved("caption_csv_val"), plan, stride, args.seed)
     with accelerator.main_process_first():
         fill_cache(train.cache, [*train.rows, *val.rows], config.num_workers)

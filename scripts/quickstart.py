@@ -53,10 +53,12 @@ cache_dir: {out_posix}/cache
 output_dir: {out_posix}
 nnunet_encoder_checkpoint: {out_posix}/nnunet/fold_0/checkpoint_best.pth
 mamba_model: {out_posix}/mamba_lm
-encoder_target_spatial: 16
-bridge_depth: 2
+encoder_target_spatial: 8
+train_encoder: false
+augment_shift: 2
+bridge_depth: 1
 bridge_width: 192
-max_visual_tokens: 64
+max_visual_tokens: 16
 """
     path = out / "paths.yaml"
     path.write_text(text, encoding="utf-8")
@@ -64,25 +66,25 @@ max_visual_tokens: 64
 
 
 def plan(out: Path, config: Path, seed: int) -> list[Step]:
-    train_cases, val_cases = 640, 64
-    align_epochs, align_batch = 2, 16
-    caption_epochs, caption_batch = 14, 16
-    per_epoch = train_cases // 16
+    train_cases, val_cases = 1000, 64
+    seg_steps, lm_steps = 500, 220
+    align_epochs, caption_epochs, batch = 3, 10, 16
+    per_epoch = -(-train_cases // batch)
     data, s = str(out / "data"), str(seed)
     return [
         Step("phantoms", "synthetic chest CTs with reports",
              ["scripts/make_phantoms.py", "--out", data, "--n_train", str(train_cases), "--n_val", str(val_cases),
               "--n_test", str(HELD_OUT), "--max_findings", "1", "--seed", s]),
         Step("segmentation", "a small nnU-Net for lesions",
-             ["scripts/make_tiny_nnunet.py", "--data", data, "--out", str(out / "nnunet"), "--steps", "300", "--seed", s], 300),
+             ["scripts/make_tiny_nnunet.py", "--data", data, "--out", str(out / "nnunet"), "--steps", str(seg_steps), "--seed", s], seg_steps),
         Step("language_model", "a tiny Mamba that writes reports",
-             ["scripts/make_tiny_lm.py", "--out", str(out / "mamba_lm"), "--steps", "400", "--seed", s], 400),
+             ["scripts/make_tiny_lm.py", "--out", str(out / "mamba_lm"), "--steps", str(lm_steps), "--seed", s], lm_steps),
         Step("stage1", "Stage 1: vision and bridge",
              ["train.py", "--config", str(config), "--objective", "align", "--epochs", str(align_epochs),
-              "--batch_size", str(align_batch), "--lr", "1e-3", "--seed", s, "--resume", "auto"], per_epoch * align_epochs),
+              "--batch_size", str(batch), "--lr", "4e-3", "--seed", s, "--resume", "auto"], per_epoch * align_epochs),
         Step("stage2", "Stage 2: through the frozen language model",
              ["train_vlm.py", "--config", str(config), "--vision_checkpoint", str(out / "vision_bridge_best_val.pt"),
-              "--epochs", str(caption_epochs), "--batch_size", str(caption_batch), "--lr", "1e-3", "--seed", s],
+              "--epochs", str(caption_epochs), "--batch_size", str(batch), "--lr", "6e-3", "--seed", s],
              per_epoch * caption_epochs),
         Step("scores", "reports for held-out cases",
              ["scripts/score_phantoms.py", "--checkpoint", str(out / "vision_bridge_vlm_final.pt"), "--data", data,
