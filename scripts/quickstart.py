@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -67,8 +66,8 @@ max_visual_tokens: 16
 
 def plan(out: Path, config: Path, seed: int) -> list[Step]:
     train_cases, val_cases = 1000, 64
-    seg_steps, lm_steps = 500, 220
-    align_epochs, caption_epochs, batch = 3, 10, 16
+    seg_steps, lm_steps = 500, 240
+    align_epochs, caption_epochs, batch = 3, 12, 16
     per_epoch = -(-train_cases // batch)
     data, s = str(out / "data"), str(seed)
     return [
@@ -76,9 +75,11 @@ def plan(out: Path, config: Path, seed: int) -> list[Step]:
              ["scripts/make_phantoms.py", "--out", data, "--n_train", str(train_cases), "--n_val", str(val_cases),
               "--n_test", str(HELD_OUT), "--max_findings", "1", "--seed", s]),
         Step("segmentation", "a small nnU-Net for lesions",
-             ["scripts/make_tiny_nnunet.py", "--data", data, "--out", str(out / "nnunet"), "--steps", str(seg_steps), "--seed", s], seg_steps),
+             ["scripts/make_tiny_nnunet.py", "--data", data, "--out", str(out / "nnunet"), "--steps", str(seg_steps),
+              "--seed", s], seg_steps),
         Step("language_model", "a tiny Mamba that writes reports",
-             ["scripts/make_tiny_lm.py", "--out", str(out / "mamba_lm"), "--steps", str(lm_steps), "--seed", s], lm_steps),
+             ["scripts/make_tiny_lm.py", "--out", str(out / "mamba_lm"), "--steps", str(lm_steps),
+              "--seed", s], lm_steps),
         Step("stage1", "Stage 1: vision and bridge",
              ["train.py", "--config", str(config), "--objective", "align", "--epochs", str(align_epochs),
               "--batch_size", str(batch), "--lr", "4e-3", "--seed", s, "--resume", "auto"], per_epoch * align_epochs),
@@ -92,22 +93,24 @@ def plan(out: Path, config: Path, seed: int) -> list[Step]:
     ]  # fmt: skip
 
 
-def run_step(step: Step, out: Path, fresh: bool, position: str) -> float:
-    """Run one script unless it has finished before with the same command; returns its seconds."""
+def done_before(step: Step, out: Path) -> float | None:
+    """The seconds that the step took when it finished with this very command; None if it has not."""
     done = out / "done" / f"{step.name}.json"
-    if done.is_file() and not fresh:
-        record = json.loads(done.read_text(encoding="utf-8"))
-        if record["command"] == step.command:
-            print(f"{position} {step.title}: done before ({record['seconds']:.0f} s)", flush=True)
-            return record["seconds"]
-    print(f"{position} {step.title}", flush=True)
+    if not done.is_file():
+        return None
+    record = json.loads(done.read_text(encoding="utf-8"))
+    return record["seconds"] if record["command"] == step.command else None
+
+
+def run_step(step: Step, out: Path) -> float:
+    """Run one script; returns its seconds. A failing one ends the quick start with its status."""
+    done = out / "done" / f"{step.name}.json"
     done.unlink(missing_ok=True)
     start = time.perf_counter()
-    code = subprocess.run([sys.executable, *step.command], cwd=environment.REPOSITORY, check=False).returncode
+    code = environment.call_patiently([sys.executable, *step.command], cwd=environment.REPOSITORY)
     if code != 0:
         print(
-            f"error: step '{step.name}' failed with status {code}; the same command goes on from here",
-            file=sys.stderr,
+            f"error: step '{step.name}' failed with status {code}; the same command goes on from here", file=sys.stderr
         )
         sys.exit(code)
     seconds = time.perf_counter() - start
@@ -163,9 +166,15 @@ def main() -> None:
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     steps = plan(out, write_paths_yaml(out), args.seed)
-    seconds = {}
+    seconds: dict[str, float] = {}
+    repeat = args.fresh
     for number, step in enumerate(steps, start=1):
-        seconds[step.name] = run_step(step, out, args.fresh, f"[{number}/{len(steps)}]")
+        before = None if repeat else done_before(step, out)
+        print(
+            f"[{number}/{len(steps)}] {step.title}" + (f": done before ({before:.0f} s)" if before else ""), flush=True
+        )
+        repeat = before is None  # what follows a step that ran anew builds on its new result
+        seconds[step.name] = run_step(step, out) if before is None else before
     show(out, summarise(out, steps, seconds, args.seed))
 
 

@@ -5,16 +5,15 @@ python scripts/run_tests.py [pytest arguments]
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
-from environment import REPOSITORY, ensure_environment
+from environment import REPOSITORY, call_patiently, ensure_environment
 
 
 def main() -> None:
     python = ensure_environment()
     command = [str(python), "-X", "utf8", "-m", "pytest", *sys.argv[1:]]
-    sys.exit(subprocess.run(command, cwd=REPOSITORY, check=False).returncode)
+    sys.exit(call_patiently(command, cwd=REPOSITORY))
 
 
 if __name__ == "__main__":
