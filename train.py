@@ -235,7 +235,8 @@ def main() -> None:
         else:
             print(f"best: epoch {best['epoch']}, val_loss {best['val_loss']:.6f}", flush=True)
         print(
-            f"saved in {output}: vision_bridge_best_val.pt, vision_bridge_final.pt, stage1_loss.png",
+            f"saved in {output}: {'vision_bridge_best_val.pt, ' if best else ''}"
+            "vision_bridge_final.pt, stage1_loss.png",
             flush=True,
         )
     state.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,8 @@ def force_utf8() -> None:
 def run_main(main: Callable[[], int | None]) -> None:
     """Run an entry point. Bad input is one line and status 2; a defect keeps its traceback."""
     force_utf8()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("models.selective_scan").setLevel(logging.INFO)  # which backend it is, said once
     try:
         code = main()
     except InputError as error:

@@ -260,7 +260,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _not_found(name: str, error: Exception) -> str:
+    hint = "; the synthetic one is made by: python scripts/quickstart.py" if "quickstart" in name else ""
     return (
         f"mamba_model '{name}' could not be loaded: give a local folder with config.json and *.safetensors, or a hub "
-        f"name with the hub reachable (a mirror: set HF_ENDPOINT). Cause: {_first_line(error)}"
+        f"name with the hub reachable (a mirror: set HF_ENDPOINT){hint}. Cause: {_first_line(error)}"
     )

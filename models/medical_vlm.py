@@ -88,8 +88,6 @@ class VisionBridge(nn.Module):
         self.encoder.requires_grad_(train_encoder)
         # No data passes the deeper stages; of a parameter to be trained, data-parallel runs expect a gradient.
         self.encoder.encoder.stages[self.encoder.output_stage + 1 :].requires_grad_(False)
-        # nnU-Net's deeper stages are carried along but give nothing here: no gradient ever reaches them.
-        self.encoder.encoder.stages[self.encoder.output_stage + 1 :].requires_grad_(False)
         parts = []
         for name, part in (("encoder", self.encoder), ("bridge", self.bridge), ("cmi", self.cmi)):
             if part is not None:

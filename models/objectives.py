@@ -59,8 +59,9 @@ class Align(nn.Module):
 
 
 def _soft_nce(logits: Tensor, positive: Tensor) -> Tensor:
-    target = positive.float() / positive.sum(-1, keepdim=True)
-    return -(target * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+    """−log of the probability of any positive: its minimum is 0, however many reports are the same text."""
+    right = logits.masked_fill(~positive, -torch.inf).logsumexp(-1)
+    return (logits.logsumexp(-1) - right).mean()
 
 
 class Stage1(nn.Module):

@@ -73,7 +73,8 @@ def measure(rows: list[CaptionRow], rng: np.random.Generator) -> tuple[dict[str,
     lesion = np.concatenate(values)
     statistics = {
         "max": lesion.max(), "mean": lesion.mean(), "median": np.median(lesion), "min": lesion.min(),
-        "percentile_00_5": np.percentile(lesion, 0.5), "percentile_99_5": np.percentile(lesion, 99.5), "std": lesion.std(),
+        "std": lesion.std(),
+        "percentile_00_5": np.percentile(lesion, 0.5), "percentile_99_5": np.percentile(lesion, 99.5),
     }  # fmt: skip
     return {name: float(value) for name, value in statistics.items()}, max(spacings)
 
