@@ -28,6 +28,7 @@ from data.medical_vlm_dataset import (
     choose_slices,
     encode_answer,
     encode_prompt,
+    shifted,
 )
 from data.nifti import write_volume
 
@@ -312,3 +313,12 @@ def test_spawned_worker_gives_what_the_main_process_gives(table, tokenizer):
         assert one.keys() == other.keys()
         for key in one:
             torch.testing.assert_close(other[key], one[key], rtol=0, atol=0)
+
+
+def test_shifted_moves_and_fills_with_zero():
+    plane = np.arange(12, dtype=np.float32).reshape(1, 3, 4) + 1
+    moved = shifted(plane, (1, -2))
+    assert np.array_equal(moved[0, 1:, :2], plane[0, :2, 2:])
+    assert not moved[0, 0].any() and not moved[0, :, 2:].any()
+    assert shifted(plane, (0, 0)) is plane
+    assert not shifted(plane, (3, 0)).any()

@@ -1,0 +1,89 @@
+"""The quick start's own logic; the chain itself is run by hand, as the README says."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from config.schema import load_config
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch):
+    """Imports a module of scripts/ the way ``python scripts/x.py`` finds it."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module
+
+
+def test_its_configuration_is_valid_and_points_into_its_folder(script, tmp_path: Path) -> None:
+    config = load_config(script("quickstart").write_paths_yaml(tmp_path))
+    for key in ("caption_csv_train", "nnunet_encoder_checkpoint", "cache_dir", "output_dir"):
+        assert Path(getattr(config, key)).is_relative_to(tmp_path)
+
+
+def test_every_command_names_a_script(script, tmp_path: Path) -> None:
+    for step in script("quickstart").plan(tmp_path, tmp_path / "paths.yaml", 7):
+        assert (SCRIPTS.parent / step.command[0]).is_file()
+        assert "7" in step.command[step.command.index("--seed") :]
+
+
+def test_a_step_is_kept_only_for_the_same_command(script, tmp_path: Path) -> None:
+    quickstart = script("quickstart")
+    step = quickstart.Step("one", "title", ["-c", "print('done')"])
+    assert quickstart.done_before(step, tmp_path) is None
+    seconds = quickstart.run_step(step, tmp_path)
+    assert quickstart.done_before(step, tmp_path) == seconds
+    assert quickstart.done_before(quickstart.Step("one", "title", ["-c", "pass"]), tmp_path) is None
+
+
+def test_a_failing_step_ends_with_its_status_and_is_not_kept(script, tmp_path: Path) -> None:
+    quickstart = script("quickstart")
+    step = quickstart.Step("bad", "title", ["-c", "raise SystemExit(3)"])
+    with pytest.raises(SystemExit, match="3"):
+        quickstart.run_step(step, tmp_path)
+    assert quickstart.done_before(step, tmp_path) is None
+
+
+def test_summary_holds_what_was_measured(script, tmp_path: Path) -> None:
+    quickstart = script("quickstart")
+    scores = {"exact_acc": 0.5, "n": 4, "shuffled_images": {"exact_acc": 0.0, "n": 4}, "cases": []}
+    (tmp_path / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
+    steps = [quickstart.Step("stage2", "title", [], steps=10), quickstart.Step("scores", "title", [])]
+    quickstart.summarise(tmp_path, steps, {"stage2": 5.0, "scores": 1.0}, seed=3)
+    written = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert written["exact_acc"] == 0.5 and written["shuffled_images"]["exact_acc"] == 0.0
+    assert written["seconds_per_step"] == {"stage2": 0.5} and written["seconds_total"] == 6.0
+
+
+@pytest.mark.parametrize("count", [2, 3, 120])
+def test_shuffling_gives_nobody_their_own_image(script, count: int) -> None:
+    order = script("score_phantoms").shuffled_order(count, seed=1)
+    assert sorted(order) == list(range(count))
+    assert all(image != case for case, image in enumerate(order))
+
+
+def test_small_lesions_count_as_much_as_large_ones(script) -> None:
+    """The loss of a slice is the mean over its lesion's cells, so its area does not matter."""
+    loss = script("make_tiny_nnunet").segmentation_loss
+    losses = []
+    for side in (2, 10):
+        label = torch.zeros(1, 16, 16, dtype=torch.long)
+        label[0, :side, :side] = 3
+        share = torch.nn.functional.one_hot(label, 8).movedim(-1, 1).float()
+        losses.append(loss(torch.zeros(1, 8, 16, 16), share).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert loss(torch.where(share > 0, 50.0, 0.0), share) < 1e-3
+
+
+def test_tiny_tokenizer_gives_every_text_back(script) -> None:
+    make_tiny_lm = script("make_tiny_lm")
+    source = make_tiny_lm.ReportTexts("zh", 1, seed=0)
+    tokenizer = make_tiny_lm.train_tokenizer(["\n".join(source.draw()) for _ in range(50)], 400)
+    for text in ("所见：右肺上野见12mm结节。", "unseen words, 未见过的字 ✓"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
