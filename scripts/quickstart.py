@@ -141,7 +141,9 @@ def show(out: Path, summary: dict) -> None:
 
     from engine.pictures import draw_case
 
-    table = Table("picture", "reference", "generated", title="held-out cases", show_lines=True)
+    table = Table(title="held-out cases", show_lines=True)
+    for heading in ("picture", "reference", "generated"):
+        table.add_column(heading, overflow="fold")  # Chinese has no spaces to break at
     # Spread over the split, so that they are not all of one kind; not chosen by how good they are.
     cases = summary["cases"][:: max(1, len(summary["cases"]) // SHOWN)][:SHOWN]
     for number, case in enumerate(cases):
