@@ -163,6 +163,8 @@ def main() -> None:
         )
 
     image, mask, question, reference = choose_case(args, config)
+    if mask is None and config.slice_policy == "mask":
+        print("note: no lesion mask: the model sees the middle of the scan and may miss a lesion elsewhere", flush=True)
     plan = checkpoint.preprocess_plan
     vision = checkpoint.build_vision().eval()
     vision.bridge.max_visual_tokens = config.max_visual_tokens
