@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from models.nnunet_encoder import NnUNetEncoder
 from torch.utils.data import DataLoader
 
 from config.errors import InputError
@@ -41,6 +40,7 @@ from engine.train_state import StopRequest, TrainState, fingerprint
 from engine.vision_setup import load_encoder
 from models.mamba_lm import IGNORED, MambaLM
 from models.medical_vlm import MedicalVLM, VisionBridge
+from models.nnunet_encoder import NnUNetEncoder
 
 LOG_EVERY = 20
 RECENT_EPOCHS = 5

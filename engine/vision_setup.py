@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from models.nnunet_checkpoint import load_nnunet_checkpoint
-from models.nnunet_encoder import NnUNetEncoder
-
 from config.plans import PreprocessPlan
 from config.schema import Config
+from models.nnunet_checkpoint import load_nnunet_checkpoint
+from models.nnunet_encoder import NnUNetEncoder
 
 
 def load_encoder(config: Config) -> tuple[NnUNetEncoder, PreprocessPlan]:

@@ -17,10 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
 import torch
-from data.cache import VolumeCache
 
 from config.errors import InputError
 from config.schema import Config, keys_with_role, load_config
+from data.cache import VolumeCache
 from data.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
 from data.medical_vlm_dataset import CaptionCollator, Framing, Sample
 from engine.checkpoint import Checkpoint, load_checkpoint
