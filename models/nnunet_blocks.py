@@ -171,7 +171,7 @@ class UNetDecoder(nn.Module):
     """The expanding path: stage features, shallow to deep → logits (B, num_classes, *space).
 
     ``seg_layers`` holds the heads of every resolution, as nnU-Net's deep supervision has them; the forward
-    pass uses the last one, at full resolution, and :meth:`deep` the others too.
+    pass uses the last one, at full resolution.
     """
 
     def __init__(self, arch: Architecture) -> None:
@@ -188,18 +188,7 @@ class UNetDecoder(nn.Module):
         self.seg_layers = nn.ModuleList(heads)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        return self.seg_layers[-1](self._expand(features)[-1])
-
-    def deep(self, features: list[Tensor], levels: int | None = None) -> list[Tensor]:
-        """Logits of every resolution, coarse to fine, or of the ``levels`` coarsest alone (cheaper)."""
-        expanded = self._expand(features, levels)
-        return [head(x) for head, x in zip(self.seg_layers, expanded, strict=False)]
-
-    def _expand(self, features: list[Tensor], levels: int | None = None) -> list[Tensor]:
-        x, expanded = features[-1], []
-        for transpconv, stage, beside in zip(
-            self.transpconvs[:levels], self.stages, reversed(features[:-1]), strict=False
-        ):
+        x = features[-1]
+        for transpconv, stage, beside in zip(self.transpconvs, self.stages, reversed(features[:-1]), strict=True):
             x = stage(torch.cat((transpconv(x), beside), dim=1))
-            expanded.append(x)
-        return expanded
+        return self.seg_layers[-1](x)

@@ -38,10 +38,6 @@ class SegmentationUNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.decoder(self.encoder(x))
 
-    def deep(self, x: Tensor, levels: int | None = None) -> list[Tensor]:
-        """Logits of every resolution, coarse to fine, or of the ``levels`` coarsest: for deep supervision."""
-        return self.decoder.deep(self.encoder(x), levels)
-
     def state_dict_nnunet(self) -> dict[str, Tensor]:
         """The state dict as nnU-Net stores it: every block's layers also as ``all_modules``, and the encoder
         also as a part of the decoder. Aliases share memory."""
