@@ -17,12 +17,12 @@ from data.phantom_canvas import Box, blend, soft
 
 # Longest axial diameter in mm (depth for an effusion). Below 8 mm a lesion is under three pixels wide.
 SIZE_RANGE = {
-    "nodule": (8, 30),
-    "cavity": (18, 45),
-    "consolidation": (25, 60),
-    "tree_in_bud": (25, 60),
-    "fibrosis": (26, 50),
-    "effusion": (10, 40),
+    "nodule": (8, 26),
+    "cavity": (18, 38),
+    "consolidation": (24, 46),
+    "tree_in_bud": (24, 46),
+    "fibrosis": (26, 44),
+    "effusion": (10, 36),
     "calcification": (8, 15),
 }
 ZONE_MARGIN = 0.06  # of the lung's height between a lesion's centre and the border of its zone
@@ -219,7 +219,7 @@ def _cavity(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
 
 
 def _consolidation(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
-    distance = _blob(s, size / 2 * 0.97, 0.15, rng, flat=0.6)
+    distance = _blob(s, size / 2 * 0.97, 0.10, rng, flat=0.6)
     grain = rng.standard_normal(distance.shape, dtype=np.float32)
     grain = (grain + np.roll(grain, 1, 1) + np.roll(grain, 1, 2) + np.roll(grain, (1, 1), (1, 2))) / 2
     cover = soft(distance + 2.2 * grain, 3.0 * s.px) * s.lung

@@ -3,25 +3,30 @@
     python scripts/make_tiny_lm.py --out outputs/quickstart/mamba_lm
 
 It learns "key points, question, report", that is, to write what its context says; Stage 2 then puts
-visual tokens where the key points stood. The folder loads like any Mamba of the hub.
+visual tokens where the key points stood. What a report may differ in is one token each (a side, a zone, a
+finding, a number), so that Stage 2 has one place where each is decided. The folder loads like any Mamba of the hub.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from data.finding import LESION_TYPES, SIDES, ZONES, Finding
+from data.phantom_lesions import SIZE_RANGE
 from data.phantom_report import finding_keys, wording, write_report
 from engine.cli import positive_float, positive_int, run_main
 from engine.optimization import build_optimizer, build_schedule, require_finite
@@ -31,6 +36,9 @@ from models.mamba_lm import MambaLM
 END = "<|endoftext|>"
 KEY_POINTS = {"zh": "要点{keys}。", "en": "Key points {keys}. "}
 SIZES_MM = (4, 70)
+ANY_SIZE_SHARE = 0.2  # of the findings have a size from all of SIZES_MM, the rest one that their type has
+KEY_ERROR_MM = 0.7  # deviation of the size in the key points from that in the report, as of a measurement
+NUMBER_SCALE = 6.0  # numbers this far apart have nearly unrelated embeddings at the start
 
 
 def parse_args() -> argparse.Namespace:
@@ -59,23 +67,35 @@ class ReportTexts:
     def _finding(self) -> Finding:
         kind = self.choose.choice(LESION_TYPES)
         zone = "lower" if kind == "effusion" else self.choose.choice(ZONES)
-        return Finding(kind, self.choose.choice(SIDES), zone, self.choose.randint(*SIZES_MM))
+        low, high = SIZES_MM if self.choose.random() < ANY_SIZE_SHARE else SIZE_RANGE[kind]
+        size = round(math.exp(self.choose.uniform(math.log(low), math.log(high))))
+        return Finding(kind, self.choose.choice(SIDES), zone, size)
+
+    def _measured(self, finding: Finding) -> Finding:
+        """The finding with an error of measurement: a size read off an image is near the report's, not equal."""
+        size = max(1, round(finding.size_mm + self.choose.gauss(0, KEY_ERROR_MM)))
+        return replace(finding, size_mm=size)
 
     def draw(self) -> tuple[str, str]:
         """Key points and question, and the report that follows them."""
         count = 0 if self.choose.random() < 0.1 else self.choose.randint(1, self.max_findings)
         findings = [self._finding() for _ in range(count)]
-        keys = KEY_POINTS[self.language].format(keys=finding_keys(findings, self.language))
+        measured = [self._measured(finding) for finding in findings]
+        keys = KEY_POINTS[self.language].format(keys=finding_keys(measured, self.language))
         question = self.choose.choice(wording(self.language).questions)
         return keys + question, write_report(findings, self.rng, self.language)
 
 
-def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], vocabulary: int, language: str) -> PreTrainedTokenizerFast:
     """Byte-level BPE: any text can be encoded, whatever it was trained on."""
     tokenizer = Tokenizer(models.BPE())
-    # Digits stay single, or every size would be a word of its own that must be learnt alone.
+    w = wording(language)
+    # Chinese has no spaces: merges would join side, zone and finding to a few hundred whole phrases, each to be
+    # learnt alone, and "left" would be nowhere by itself.
+    words = sorted({*w.sides.values(), *w.zones.values(), *w.names.values()}, key=len, reverse=True)
+    alone = Regex("|".join(["[0-9]+", *(f" ?{re.escape(word)}" for word in words)]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Split(alone, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -100,6 +120,23 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) ->
     return MambaForCausalLM(config)
 
 
+@torch.no_grad()
+def order_numbers(model: MambaForCausalLM, tokenizer: PreTrainedTokenizerFast, generator: torch.Generator) -> None:
+    """Start the embeddings of whole numbers as a smooth curve, so that what is learnt of 17 mm helps with 18 mm.
+
+    Random Fourier features of the value (Rahimi & Recht 2007): the similarity of two numbers falls with their
+    distance like a Gaussian of width :data:`NUMBER_SCALE`.
+    """
+    table = model.get_input_embeddings().weight
+    frequency = torch.randn(table.shape[1], generator=generator) / NUMBER_SCALE
+    phase = torch.rand(table.shape[1], generator=generator) * 2 * math.pi
+    scale = table.std() * math.sqrt(2)  # a random cosine has the mean square 1/2
+    for number in range(1, 100):
+        ids = tokenizer.encode(str(number), add_special_tokens=False)
+        if len(ids) == 1:
+            table[ids[0]] = scale * torch.cos(frequency * number + phase)
+
+
 def make_batch(source: ReportTexts, tokenizer: PreTrainedTokenizerFast, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels (B, L), padded on the right; every token but the padding is learnt."""
     rows = []
@@ -116,8 +153,10 @@ def main() -> None:
     args = parse_args()
     set_seeds(args.seed)
     source = ReportTexts(args.language, args.max_findings, args.seed)
-    tokenizer = train_tokenizer(["\n".join(source.draw()) for _ in range(2000)], args.vocabulary)
-    lm = MambaLM(build_model(args, tokenizer), tokenizer, str(args.out))
+    tokenizer = train_tokenizer(["\n".join(source.draw()) for _ in range(2000)], args.vocabulary, args.language)
+    model = build_model(args, tokenizer)
+    order_numbers(model, tokenizer, torch.Generator().manual_seed(args.seed))
+    lm = MambaLM(model, tokenizer, str(args.out))
     lm.requires_grad_(True)
 
     optimizer = build_optimizer(lm, args.lr, weight_decay=0.01)

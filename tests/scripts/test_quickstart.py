@@ -84,6 +84,6 @@ def test_small_lesions_count_as_much_as_large_ones(script) -> None:
 def test_tiny_tokenizer_gives_every_text_back(script) -> None:
     make_tiny_lm = script("make_tiny_lm")
     source = make_tiny_lm.ReportTexts("zh", 1, seed=0)
-    tokenizer = make_tiny_lm.train_tokenizer(["\n".join(source.draw()) for _ in range(50)], 400)
+    tokenizer = make_tiny_lm.train_tokenizer(["\n".join(source.draw()) for _ in range(50)], 400, "zh")
     for text in ("所见：右肺上野见12mm结节。", "unseen words, 未见过的字 ✓"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
