@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 from pathlib import Path
@@ -87,3 +88,33 @@ def test_tiny_tokenizer_gives_every_text_back(script) -> None:
     tokenizer = make_tiny_lm.train_tokenizer(["\n".join(source.draw()) for _ in range(50)], 400, "zh")
     for text in ("所见：右肺上野见12mm结节。", "unseen words, 未见过的字 ✓"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_what_reports_differ_in_is_one_token_each(script) -> None:
+    make_tiny_lm = script("make_tiny_lm")
+    for language, text, words in (
+        ("zh", "考虑左肺上野空洞，约27mm", ("左", "上", "空洞", "27")),
+        ("en", "A 27 mm cavity in the left upper lung zone", ("27", " cavity", " left", " upper")),
+    ):
+        source = make_tiny_lm.ReportTexts(language, 1, seed=0)
+        tokenizer = make_tiny_lm.train_tokenizer(["\n".join(source.draw()) for _ in range(400)], 1200, language)
+        pieces = [tokenizer.decode([token]) for token in tokenizer.encode(text)]
+        assert "".join(pieces) == text
+        assert [word for word in words if word not in pieces] == []
+
+
+def test_embeddings_of_near_numbers_start_alike(script) -> None:
+    make_tiny_lm = script("make_tiny_lm")
+    source = make_tiny_lm.ReportTexts("zh", 1, seed=0)
+    tokenizer = make_tiny_lm.train_tokenizer(["\n".join(source.draw()) for _ in range(400)], 1200, "zh")
+    model = make_tiny_lm.build_model(argparse.Namespace(width=192, layers=1), tokenizer)
+    before = model.get_input_embeddings().weight.detach().clone()
+    make_tiny_lm.order_numbers(model, tokenizer, torch.Generator().manual_seed(0))
+    table = model.get_input_embeddings().weight.detach()
+    row = {n: tokenizer.encode(str(n))[0] for n in (20, 21, 40)}
+    similarity = torch.nn.functional.cosine_similarity
+    near, far = (similarity(table[row[20]], table[row[other]], dim=0) for other in (21, 40))
+    assert near > 0.9 > 0.3 > far.abs()
+    changed = (table != before).any(1).nonzero().flatten().tolist()
+    assert all(tokenizer.decode([token]).isdigit() for token in changed)
+    assert table[row[20]].std().item() == pytest.approx(before.std().item(), rel=0.2)
