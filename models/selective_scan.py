@@ -1,8 +1,9 @@
 """The selective scan of Mamba-1, one function in front of several backends.
 
 Letters: B batch, E channels (inner width), L tokens, N state.
-The backend is chosen once per device type: the first of ``BACKENDS`` that serves the device and loads; the
-choice is announced in the log. The environment variable ``MAMBA_SCAN_BACKEND`` forces one by name.
+The backend is chosen once per device type: the first of ``BACKENDS`` that serves the device, loads and passes
+its self-test there; the choice is announced in the log, with why the ones before it were passed over. The
+environment variable ``MAMBA_SCAN_BACKEND`` forces one by name.
 
 Source of the recurrence: Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces"
 (arXiv 2312.00752), algorithm 2, with the conventions of github.com/state-spaces/mamba.
@@ -14,6 +15,7 @@ import functools
 import importlib
 import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,18 +41,23 @@ class Backend:
     """One implementation: a module with ``scan(...)``, signature as in ``scan_reference.scan``.
 
     The module is imported when the backend is first considered. If it defines ``check(device_type)``, that
-    runs next and raises ``BackendUnavailable`` where the implementation imports but does not work.
+    runs next and raises ``BackendUnavailable`` where the implementation imports but does not work. If it
+    defines ``state_update(...)``, ``selective_state_update`` uses that for a float32 state.
     """
 
     name: str
     module: str
     device_types: frozenset[str] | None = None  # None: any
+    forced_types: frozenset[str] = frozenset()  # served too when forced, as in Triton's interpreter
     double: bool = True  # computes in float64 when the input is float64
     automatic: bool = True  # chosen without being forced
 
+    def serves(self, device_type: str) -> bool:
+        return self.device_types is None or device_type in self.device_types
+
     def load(self, device_type: str, double: bool) -> ScanFunction:
         """Return the scan function, or raise ``BackendUnavailable``."""
-        if self.device_types is not None and device_type not in self.device_types:
+        if not self.serves(device_type) and device_type not in self.forced_types:
             raise BackendUnavailable(f"it runs on {', '.join(sorted(self.device_types))}, not on {device_type}")
         if double and not self.double:
             raise BackendUnavailable("it computes in float32 and the input is float64")
@@ -65,6 +72,9 @@ class Backend:
 
 # In order of preference.
 BACKENDS: tuple[Backend, ...] = (
+    # PyTorch on ROCm calls its devices "cuda" too.
+    Backend("mamba_ssm", "models.scan_mamba_ssm", frozenset({"cuda"}), double=False),
+    Backend("triton", "models.scan_triton", frozenset({"cuda", "xpu"}), frozenset({"cpu"}), double=False),
     Backend("numba", "models.scan_numba", frozenset({"cpu"}), double=False),
     Backend("torch", "models.scan_torch"),
     Backend("reference", "models.scan_reference", automatic=False),
@@ -131,8 +141,33 @@ def selective_state_update(
     """One step of ``selective_scan``, for decoding; ``state`` (B, E, N) is updated in place.
 
     u, delta, z: (B, E); A: (E, N); B, C: (B, N); D, delta_bias: (E,). Returns y (B, E) in the dtype of ``u``.
-    Not differentiable, because the state is overwritten.
+    The arithmetic has the precision of ``state``. Not differentiable, because the state is overwritten.
+
+    Raises:
+        ValueError: shapes or devices disagree.
+        InputError: as in ``selective_scan``.
     """
+    _check_update(state, u, delta, A, B, C, D, z, delta_bias)
+    update = plain_state_update
+    if state.dtype is torch.float32:
+        scan = _resolve(state.device.type, False, os.environ.get(FORCE_VARIABLE, ""))
+        update = getattr(sys.modules[scan.__module__], "state_update", plain_state_update)
+    return update(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+
+
+def plain_state_update(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> Tensor:
+    """``selective_state_update`` in plain PyTorch, for any device and dtype."""
     dtype = state.dtype
     with torch.no_grad():
         step = delta.to(dtype)
@@ -168,7 +203,7 @@ def _resolve(device_type: str, double: bool, forced: str) -> ScanFunction:
         return scan
     passed_over = []
     for backend in BACKENDS:
-        if not backend.automatic:
+        if not backend.automatic or not backend.serves(device_type):
             continue
         try:
             scan = backend.load(device_type, double)
@@ -206,10 +241,41 @@ def _check_shapes(
         "delta_bias": (delta_bias, (channels,)),
         "initial_state": (initial_state, (batch, channels, states)),
     }
+    _check_each(expected, u.device)
+
+
+def _check_update(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> None:
+    if state.ndim != 3:
+        raise ValueError(f"state must be (B, E, N), got {tuple(state.shape)}")
+    batch, channels, states = state.shape
+    expected = {
+        "u": (u, (batch, channels)),
+        "delta": (delta, (batch, channels)),
+        "A": (A, (channels, states)),
+        "B": (B, (batch, states)),
+        "C": (C, (batch, states)),
+        "D": (D, (channels,)),
+        "z": (z, (batch, channels)),
+        "delta_bias": (delta_bias, (channels,)),
+    }
+    _check_each(expected, state.device)
+
+
+def _check_each(expected: dict[str, tuple[Tensor | None, tuple[int, ...]]], device: torch.device) -> None:
     for name, (tensor, shape) in expected.items():
         if tensor is None:
             continue
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.device != u.device:
-            raise ValueError(f"{name} is on {tensor.device}, u on {u.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {device}")

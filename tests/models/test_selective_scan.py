@@ -1,4 +1,8 @@
-"""Every backend of the selective scan against recorded official results and against the float64 reference."""
+"""Every backend of the selective scan against recorded official results and against the float64 reference.
+
+Under TRITON_INTERPRET=1 the backend is Triton's, in its interpreter and with smaller inputs: test_scan_triton.py
+runs this file so.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,13 +29,16 @@ from models.selective_scan import selective_state_update
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 GOLDEN_NAMES = NAMES[:-1]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TESTED = ("triton",) if INTERPRETED else ("numba", "torch")
+MODULES = {"numba": "numba", "triton": "triton"}  # what a backend needs
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
-@pytest.fixture(params=["numba", "torch"])
+@pytest.fixture(params=TESTED)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "numba":
-        pytest.importorskip("numba")
+    if request.param in MODULES:
+        pytest.importorskip(MODULES[request.param])
     monkeypatch.setenv(selective_scan.FORCE_VARIABLE, request.param)
     return request.param
 
@@ -101,10 +109,10 @@ def assert_matches_reference(inputs: dict[str, Tensor], dtype: torch.dtype, seed
         assert actual[f"grad {name}"].dtype is value.dtype, name
 
 
-@pytest.mark.parametrize("name", ["reference", "torch", "numba"])
+@pytest.mark.parametrize("name", TESTED if INTERPRETED else ("reference", *TESTED))
 def test_official_results_and_gradients(name: str, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "numba":
-        pytest.importorskip("numba")
+    if name in MODULES:
+        pytest.importorskip(MODULES[name])
     monkeypatch.setenv(selective_scan.FORCE_VARIABLE, name)
     with np.load(shared / "golden" / "selective_scan.npz") as file:
         golden = {key: torch.from_numpy(file[key]) for key in file.files}
@@ -130,12 +138,14 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     return tensor
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12 if INTERPRETED else 40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
-    batch=st.integers(1, 3),
+    batch=st.integers(1, 2 if INTERPRETED else 3),
     channels=st.integers(1, 40),
-    states=st.integers(1, 19),
-    length=st.integers(1, 300),
+    states=st.integers(1, 5 if INTERPRETED else 19),
+    length=st.integers(1, 70 if INTERPRETED else 300),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     absent=st.sets(st.sampled_from(["D", "z", "delta_bias", "initial_state"])),
     layouts=st.fixed_dictionaries({k: st.sampled_from(LAYOUTS) for k in ("u", "delta", "B", "C", "z")}),
@@ -163,8 +173,37 @@ def test_any_shape_dtype_and_stride(
     assert_matches_reference(inputs, dtype, seed, delta_softplus=softplus, reverse=reverse)
 
 
-def test_long_sequence(backend: str) -> None:
-    inputs = make_inputs(1, 18, 16, 2000)
+def extreme(delta: Tensor, softplus: bool, seed: int) -> Tensor:
+    """Step sizes from nothing to 10,000, or what softplus turns into such."""
+    values = torch.tensor([0.0, 1e-30, 1e-4, 0.01, 0.1, 19.9, 20.1, 60.0, 1e4] + [-5.0, -60.0, -1e4] * softplus)
+    return values[torch.randint(len(values), delta.shape, generator=torch.Generator().manual_seed(seed))]
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    channels=st.integers(1, 20),
+    states=st.integers(1, 3 if INTERPRETED else 16),
+    length=st.integers(1, 70) if INTERPRETED else st.integers(1, 2000),
+    softplus=st.booleans(),
+    reverse=st.booleans(),
+    calm=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_long_sequences_and_extreme_step_sizes(
+    backend: str, channels: int, states: int, length: int, softplus: bool, reverse: bool, calm: bool, seed: int
+) -> None:
+    """``calm`` sequences only remember for long: the extremes forget everything again and again."""
+    inputs = make_inputs(1, channels, states, length, seed=seed)
+    if calm:
+        inputs["delta_bias"] -= 4
+    else:
+        inputs["delta"] = extreme(inputs["delta"], softplus, seed)
+        inputs["delta_bias"] = torch.zeros(channels)
+    assert_matches_reference(inputs, torch.float32, seed, delta_softplus=softplus or calm, reverse=reverse)
+
+
+def test_many_tokens(backend: str) -> None:
+    inputs = make_inputs(1, 18, 2, 500) if INTERPRETED else make_inputs(1, 18, 16, 2000)
     assert_matches_reference(inputs, torch.float32, 0, delta_softplus=True)
 
 
@@ -179,16 +218,6 @@ def test_empty_sequence_returns_the_initial_state(backend: str) -> None:
     y, last = run_scan(**inputs, return_last_state=True)
     assert y.shape == (2, 5, 0)
     assert torch.equal(last, inputs["initial_state"])
-
-
-@pytest.mark.parametrize("softplus", [True, False])
-def test_extreme_step_sizes(backend: str, softplus: bool) -> None:
-    inputs = make_inputs(1, 20, 8, 120)
-    values = torch.tensor([0.0, 1e-30, 1e-4, 19.9, 20.1, 60.0, 1e4] + [-60.0, -1e4] * softplus)
-    choice = torch.randint(len(values), inputs["delta"].shape, generator=torch.Generator().manual_seed(0))
-    inputs["delta"] = values[choice]
-    inputs["delta_bias"] = torch.zeros(20)
-    assert_matches_reference(inputs, torch.float32, 0, delta_softplus=softplus)
 
 
 def test_nan_is_not_swallowed(backend: str) -> None:
@@ -240,6 +269,8 @@ def test_gradcheck_of_the_torch_backend(reverse: bool, monkeypatch: pytest.Monke
 
 def test_backward_keeps_little(backend: str) -> None:
     batch, channels, states, length = 2, 32, 16, 512
+    if INTERPRETED:
+        batch, states = 1, 4
     inputs = {k: v.requires_grad_() for k, v in make_inputs(batch, channels, states, length).items()}
     kept: dict[int, int] = {}
 
@@ -250,7 +281,7 @@ def test_backward_keeps_little(backend: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run_scan(**inputs, delta_softplus=True)
     beside_inputs = sum(kept.values()) - sum(v.numel() for v in inputs.values())
-    assert kept and beside_inputs < batch * channels * states * length / 16
+    assert kept and beside_inputs < batch * channels * states * length / (15 if backend == "triton" else 16)
 
 
 def test_autocast_does_not_reach_inside(backend: str) -> None:
@@ -302,7 +333,7 @@ def test_numba_works_in_a_forked_child() -> None:
     subprocess.run([sys.executable, "-c", FORK_SCRIPT], check=True, timeout=60, cwd=root, env=environment)
 
 
-def test_single_steps_equal_the_scan() -> None:
+def test_single_steps_equal_the_scan(backend: str) -> None:
     inputs = make_inputs(2, 6, 4, 12)
     state = inputs["initial_state"].clone()
     expected, last = run_scan(**inputs, delta_softplus=True, return_last_state=True)
@@ -313,6 +344,34 @@ def test_single_steps_equal_the_scan() -> None:
         steps.append(selective_state_update(state, **moving, **constant, delta_softplus=True))
     torch.testing.assert_close(torch.stack(steps, -1), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("absent", [(), ("D",), ("z",), ("delta_bias",), ("D", "z", "delta_bias")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_step_equals_plain_pytorch(backend: str, dtype: torch.dtype, absent: tuple[str, ...]) -> None:
+    inputs = make_inputs(2, 37, 5, 3, dtype)
+    moving = {k: inputs[k][..., 1] for k in ("u", "delta", "B", "C", "z")}
+    given_ = {**moving, **{k: inputs[k] for k in ("A", "D", "delta_bias")}}
+    given_ = {k: None if k in absent else v for k, v in given_.items()}
+    state = torch.full((2, 37, 10), torch.nan)[..., ::2].copy_(inputs["initial_state"])
+    exact = {k: None if v is None else v.double() for k, v in given_.items()}
+    expected_state = inputs["initial_state"].double()
+    softplus = "delta_bias" not in absent
+    expected = selective_scan.plain_state_update(expected_state, **exact, delta_softplus=softplus)
+    y = selective_state_update(state, **given_, delta_softplus=softplus)
+    assert y.dtype is dtype
+    assert relative_error(y, expected) < TOLERANCE[dtype]
+    assert relative_error(state, expected_state) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C", "D", "z", "delta_bias"])
+def test_wrong_shapes_of_a_single_step_are_refused(name: str) -> None:
+    inputs = make_inputs(2, 6, 4, 1)
+    state = inputs.pop("initial_state")
+    inputs = {k: v if k in ("A", "D", "delta_bias") else v[..., 0] for k, v in inputs.items()}
+    inputs[name] = torch.cat((inputs[name], inputs[name]))
+    with pytest.raises(ValueError, match=f"{name} must have shape"):
+        selective_state_update(state, **inputs)
 
 
 def test_double_precision_stays_double(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,25 +390,63 @@ def test_choice_is_announced_once(monkeypatch: pytest.MonkeyPatch, caplog: pytes
 
 def test_unknown_backend_names_the_valid_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(selective_scan.FORCE_VARIABLE, "cuda")
-    with pytest.raises(InputError, match="MAMBA_SCAN_BACKEND=cuda.*numba, torch, reference"):
+    with pytest.raises(InputError, match="MAMBA_SCAN_BACKEND=cuda.*mamba_ssm, triton, numba, torch, reference"):
         run_scan(*(make_inputs(1, 2, 2, 3)[k] for k in NAMES[:5]))
 
 
-def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Automatic choice goes on to torch; a forced numba says what is missing."""
-    for module in ("models.scan_numba", "models.scan_numba_kernels"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delenv(selective_scan.FORCE_VARIABLE, raising=False)
-    selective_scan._resolve.cache_clear()
-    try:
-        inputs = make_inputs(1, 2, 2, 3)
-        assert selective_scan._resolve("cpu", False, "") is scan_torch.scan
-        monkeypatch.setenv(selective_scan.FORCE_VARIABLE, "numba")
-        with pytest.raises(InputError, match="MAMBA_SCAN_BACKEND=numba cannot be used: .*numba"):
-            run_scan(**inputs)
-    finally:
+OWN_MODULES = ("scan_mamba_ssm", "scan_triton", "scan_triton_kernels", "scan_numba", "scan_numba_kernels")
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Call it with packages that shall be absent."""
+
+    def hide(*packages: str) -> None:
+        for module in OWN_MODULES:
+            monkeypatch.delitem(sys.modules, f"models.{module}", raising=False)
+        for package in packages:
+            monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.delenv(selective_scan.FORCE_VARIABLE, raising=False)
         selective_scan._resolve.cache_clear()
+
+    yield hide
+    selective_scan._resolve.cache_clear()
+
+
+@pytest.mark.parametrize("packages", [("numba",), ("triton",), ("mamba_ssm", "triton", "numba")])
+def test_without_optional_packages(
+    packages: tuple[str, ...], without: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Automatic choice goes on to the next; a forced backend says what is missing; a scan runs."""
+    without(*packages)
+    inputs = make_inputs(1, 2, 2, 3)
+    exact = {name: value.double() for name, value in inputs.items()}
+    assert relative_error(run_scan(**inputs), through_reference(exact)[0]) < 1e-5
+    if "numba" in packages:
+        assert selective_scan._resolve("cpu", False, "") is scan_torch.scan
+    for name in packages:
+        monkeypatch.setenv(selective_scan.FORCE_VARIABLE, name)
+        reason = "it runs on cuda, not on cpu" if name == "mamba_ssm" else f"importing it fails: .*{name}"
+        with pytest.raises(InputError, match=f"MAMBA_SCAN_BACKEND={name} cannot be used: {reason}"):
+            run_scan(**inputs)
+
+
+def test_a_gpu_without_its_packages_gets_torch(without: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
+    """Which backend serves a type of device is decided without touching one."""
+    without("mamba_ssm", "triton")
+    with caplog.at_level(logging.INFO, logger=selective_scan.__name__):
+        assert selective_scan._resolve("cuda", False, "") is scan_torch.scan
+    (message,) = (record.message for record in caplog.records)
+    assert message.startswith("selective scan on cuda: torch (not mamba_ssm: importing it fails: ")
+    assert "(not triton: importing it fails: " in message and "numba" not in message
+
+
+def test_preference() -> None:
+    assert [b.name for b in selective_scan.BACKENDS] == ["mamba_ssm", "triton", "numba", "torch", "reference"]
+    serving = {kind: [b.name for b in selective_scan.BACKENDS if b.serves(kind)] for kind in ("cpu", "cuda", "xpu")}
+    assert serving["cpu"] == ["numba", "torch", "reference"]
+    assert serving["cuda"] == ["mamba_ssm", "triton", "torch", "reference"]
+    assert serving["xpu"] == ["triton", "torch", "reference"]
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "u"])
