@@ -9,6 +9,7 @@ no token stands for are masked, or garbage is sampled from them.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +23,12 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 
 from config.errors import InputError
+from models.decoding import StopAtText, StopRule, plain_text
 from models.mamba_mixer import use_our_scan
 
 IGNORED = -100  # label of a position that the loss skips
@@ -197,17 +201,28 @@ class MambaLM(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, inputs_embeds: Tensor, attention_mask: Tensor, max_new_tokens: int, **options: object
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        max_new_tokens: int,
+        *,
+        stop: StopRule | None = None,
+        criteria: Sequence[StoppingCriteria] = (),
+        **options: object,
     ) -> list[str]:
         """Continue left-padded embeddings; greedy unless ``options`` (of HF ``generate``) say otherwise.
 
         Args:
             inputs_embeds: (B, L, D), padded on the left.
             attention_mask: (B, L), 0 on the padding.
+            stop: where a text ends apart from the end-of-text token; it is cut there.
+            criteria: called after every token, as HF's are.
+            options: with ``cache_params``, a cache that has read what comes before, there may be no padding.
 
         Returns:
             B texts, exactly what the model wrote, without special tokens.
         """
+        criteria = [*criteria, StopAtText(self.tokenizer, stop)] if stop else [*criteria]
         ids = self.model.generate(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -215,9 +230,11 @@ class MambaLM(nn.Module):
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
             logits_processor=LogitsProcessorList([KnownTokensOnly(self.known_tokens)]),
+            stopping_criteria=StoppingCriteriaList(criteria),
             **{"do_sample": False, **options},
         )
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts = [plain_text(self.tokenizer, row) for row in ids]
+        return [stop.cut(text) for text in texts] if stop else texts
 
 
 def _dtype(wanted: str, config: MambaConfig, device: torch.device) -> torch.dtype:
