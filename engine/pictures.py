@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.nifti import read_mask, read_volume
+from data.image_reader import read_mask, read_volume
 
 LUNG_WINDOW_HU = (-1350, 150)
 

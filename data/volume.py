@@ -1,0 +1,206 @@
+"""What every image format becomes: an array in one canonical orientation, or a label mask on its grid.
+
+Arrays have axes (z, y, x): z runs from feet to head, and for ``orientation="LPS"`` y to the back and x to the
+patient's left. That is what SimpleITK, hence nnU-Net, hands over for a file with identity direction.
+Spacing is (z, y, x) in mm. ``affine`` maps (x, y, z) voxel indices of the canonical array to nibabel's world,
+RAS+ in mm. Oblique volumes are not resampled: their axes are named by the nearest anatomical axis.
+
+An image that cannot be trusted raises :class:`~config.errors.InputError`; no value is replaced or invented.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.orientations import (
+    aff2axcodes,
+    apply_orientation,
+    axcodes2ornt,
+    inv_ornt_aff,
+    io_orientation,
+    ornt_transform,
+)
+
+from config.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+MAX_VOXELS = 2**31  # 8 GiB as float32; whole-body CT at 512 x 512 x 2000 has a quarter of it
+MAX_DEFLATE_RATIO = 1040  # deflate cannot do better than 1032 : 1, so a smaller file cannot hold the array
+SPACING_RANGE_MM = (0.01, 100.0)
+_GRID_TOLERANCE = 0.1  # of the smallest spacing; headers are rounded, a shifted mask is off by far more
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A CT volume. ``array``: float32 (z, y, x) in HU; ``spacing``: (z, y, x) in mm; ``affine``: (4, 4).
+
+    ``notes``: what the file's header left in doubt, in plain words.
+    """
+
+    array: np.ndarray
+    spacing: tuple[float, float, float]
+    affine: np.ndarray
+    orientation: str
+    path: Path
+    stored_axcodes: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What a file says of itself, before a voxel is read; axes (i, j, k) in the order of storage.
+
+    ``affine``: (4, 4), maps (i, j, k) to RAS+ mm; ``zooms``: size of a voxel along i, j, k in mm.
+    """
+
+    path: Path
+    shape: tuple[int, int, int]
+    dtype: np.dtype
+    affine: np.ndarray
+    zooms: np.ndarray
+    notes: tuple[str, ...] = ()
+
+    @property
+    def axcodes(self) -> str:
+        return "".join(aff2axcodes(self.affine))
+
+    @property
+    def extent_mm(self) -> tuple[float, float, float]:
+        """Size of the whole image along the patient: feet to head, front to back, side to side."""
+        along = {axis: self.shape[i] * float(self.zooms[i]) for i, axis in enumerate(io_orientation(self.affine)[:, 0])}
+        return along[2], along[1], along[0]
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """(z, y, x) in mm of the canonical array."""
+        along = {axis: float(self.zooms[i]) for i, axis in enumerate(io_orientation(self.affine)[:, 0])}
+        return along[2], along[1], along[0]
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """Voxels (i, j, k) in the file's number type; value = slope * voxel + intercept."""
+
+    header: ImageHeader
+    voxels: np.ndarray
+    slope: float = 1.0
+    intercept: float = 0.0
+
+
+def to_volume(stored: StoredImage, orientation: str = "LPS") -> Volume:
+    """Rescale and turn a stored image into canonical ``orientation``.
+
+    Raises InputError if it holds NaN or infinite values, or if every voxel has the same value.
+    """
+    header = stored.header
+    for note in header.notes:
+        logger.warning("%s: %s", header.path, note)
+    values, spacing, affine = _canonical(stored, orientation)
+    with np.errstate(over="ignore"):  # a value beyond float32 becomes infinite and is refused below
+        array = values.astype(np.float32, order="C")
+        if stored.slope != 1.0:
+            array *= np.float32(stored.slope)
+        if stored.intercept != 0.0:
+            array += np.float32(stored.intercept)
+    # min and max propagate NaN, and an infinity is one of them: two passes without a temporary array.
+    low, high = float(array.min()), float(array.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        nan, infinite = int(np.isnan(array).sum()), int(np.isinf(array).sum())
+        raise InputError(
+            f"{header.path}: {nan} voxels are NaN and {infinite} infinite, expected finite HU; "
+            "fill them (air is -1000) where the file was made"
+        )
+    if low == high:
+        raise InputError(f"{header.path}: every voxel is {low:g}, expected a CT image; the export went wrong")
+    return Volume(array, spacing, affine, orientation, header.path, header.axcodes, header.notes)
+
+
+def to_mask(stored: StoredImage, like: Volume) -> np.ndarray:
+    """A label volume on the grid of ``like``: (z, y, x), uint8, or int16 where a label exceeds 255.
+
+    Raises InputError if labels are not whole numbers from 0 to 32767 or the grid (shape, or position within a
+    tenth of a voxel) is not that of ``like``.
+    """
+    path = stored.header.path
+    values, _, affine = _canonical(stored, like.orientation)
+    if values.shape != like.array.shape:
+        raise InputError(
+            f"{path}: mask has shape {values.shape} (z, y, x), its image {like.path} has {like.array.shape}; "
+            "the mask must be drawn on the image's own grid"
+        )
+    shift = _largest_shift(affine, like.affine, values.shape)
+    if shift > _GRID_TOLERANCE * min(like.spacing):
+        raise InputError(
+            f"{path}: mask lies up to {shift:.2f} mm away from its image {like.path}; "
+            "origin, spacing and direction of both must agree"
+        )
+    if (stored.slope, stored.intercept) != (1.0, 0.0):
+        values = values.astype(np.float64) * stored.slope + stored.intercept
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= np.iinfo(np.int16).max):  # written so that NaN fails it
+        raise InputError(f"{path}: mask values run from {low} to {high}, expected whole labels 0 to 32767")
+    if values.dtype.kind == "f" and not np.array_equal(values, np.rint(values)):
+        raise InputError(f"{path}: mask holds fractions, expected whole labels; was it resampled linearly?")
+    return values.astype(np.uint8 if high <= 255 else np.int16, order="C")
+
+
+def check_shape(path: Path, shape: tuple[int, ...], dtype: np.dtype, limit_bytes: int) -> tuple[int, int, int]:
+    """The three spatial lengths, after making sure that reading them cannot exhaust memory.
+
+    ``limit_bytes``: the most that the file can hold. Trailing axes of length one are dropped.
+
+    Raises InputError for another number of axes, an empty axis, colours, complex numbers, or too many voxels.
+    """
+    if len(shape) < 3 or any(length != 1 for length in shape[3:]):
+        raise InputError(f"{path}: image has shape {shape}, expected three axes; extract one 3D volume")
+    if min(shape) < 1:
+        raise InputError(f"{path}: image has shape {shape}, an axis is empty")
+    if dtype.kind not in "iuf":
+        kind = {"c": "complex numbers", "V": "colours (RGB)"}.get(dtype.kind, f"of type {dtype}")
+        raise InputError(f"{path}: voxels are {kind}, expected integers or floats in HU; export the CT itself")
+    voxels = math.prod(shape)
+    if voxels > MAX_VOXELS or voxels * dtype.itemsize > limit_bytes:
+        raise InputError(
+            f"{path}: header announces {shape} voxels of {dtype.itemsize} bytes, more than a file of "
+            f"{path.stat().st_size} bytes holds; it is truncated or its header is damaged"
+        )
+    return tuple(int(length) for length in shape[:3])
+
+
+def check_affine(path: Path, affine: np.ndarray) -> np.ndarray:
+    """Voxel sizes in mm of a (4, 4) ``affine``. Raises InputError where it describes no box of voxels."""
+    sizes = nib.affines.voxel_sizes(affine)
+    low, high = SPACING_RANGE_MM
+    if not np.isfinite(affine).all() or not ((sizes >= low) & (sizes <= high)).all():
+        raise InputError(f"{path}: voxel sizes {sizes.tolist()} mm are outside {low} to {high} mm, header is damaged")
+    if abs(np.linalg.det(affine[:3, :3] / sizes)) < 0.1:
+        raise InputError(f"{path}: the axes of the header's affine are not independent, header is damaged")
+    return sizes
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _canonical(stored: StoredImage, orientation: str) -> tuple[np.ndarray, tuple[float, float, float], np.ndarray]:
+    """Voxels (z, y, x), spacing (z, y, x) and affine of the canonical grid; the values stay as stored."""
+    header = stored.header
+    turn = ornt_transform(io_orientation(header.affine), axcodes2ornt(orientation))
+    affine = header.affine @ inv_ornt_aff(turn, header.shape)
+    canonical = apply_orientation(stored.voxels, turn).transpose(2, 1, 0)
+    zooms = np.empty(3)
+    zooms[turn[:, 0].astype(int)] = header.zooms
+    return canonical, tuple(zooms[::-1].tolist()), affine
+
+
+def _largest_shift(affine: np.ndarray, other: np.ndarray, shape: tuple[int, int, int]) -> float:
+    """Largest distance in mm between the corners of a (z, y, x) grid under two affines."""
+    corners = np.array(np.meshgrid(*[(0, length - 1) for length in reversed(shape)])).reshape(3, -1)
+    difference = affine - other
+    return float(np.linalg.norm(difference[:3, :3] @ corners + difference[:3, 3:], axis=0).max())
