@@ -111,7 +111,8 @@ class StopRule:
             return end
         settled = len(text) - max((_overlap(text, string) for string in self.strings), default=0)
         if opening := self._opening(text):
-            before = len(text) - _overlap(text, opening)
+            first = text.index(opening) + len(opening)
+            before = len(text) - _overlap(text[first:], opening)
             settled = min(settled, len(text[:before].rstrip()))
         return settled
 
