@@ -47,6 +47,8 @@ class Config:
     cache_dir: str = _key("outputs/cache", "preprocessed volumes are kept here", role="path")
     output_dir: str = _key("outputs", "everything a run writes", role="path")
     num_workers: int = _key(0, "processes that load data (0: the main process)", role="run", minimum=0)
+    memory_cache_mb: int = _key(2048, "memory for images once read, so that later epochs do not wait for the disk",
+                                role="run", minimum=0)  # fmt: skip
     # encoder
     nnunet_encoder_checkpoint: str | None = _key(None, "your nnU-Net checkpoint_best.pth", role="path")
     encoder_output_stage: int | None = _key(

@@ -1,15 +1,17 @@
-"""Preprocessed volumes on disk: computed once, then read slice by slice through a memory map.
+"""Preprocessed volumes on disk: computed once, then read slice by slice.
 
-    root/<key>/image.npy    float32 (C_in, z, y, x)
-    root/<key>/mask.npy     labels (z, y, x), where the case has a mask
-    root/<key>/meta.json    spacing, voxel map, lesion voxels per slice, and what proves the entry whole
+    root/<key>/image.bin    float32 (C_in, z, y, x), compressed slices (:mod:`data.slice_store`)
+    root/<key>/mask.bin     labels (z, y, x), where the case has a mask
+    root/<key>/meta.json    shapes, checksums, spacing, voxel map, lesion voxels per slice
+    root/files/<name>.json  digest of a source file's content, with the size and time it had
 
 The key is a digest of the files' content, the preprocessing plan and the format version: a file that is moved
 or renamed is found again, a file or a plan that changes is not mistaken for its predecessor.
 
 An entry is written into a temporary folder and renamed into place, so it is seen whole or not at all. Of two
-processes that prepare the same case, the second finds the first one's entry and drops its own. No file that
-may be mapped is ever written to or replaced, which Windows would refuse.
+processes that prepare the same case, the second finds the first one's entry and drops its own. Every slice is
+checked as it is read; a damaged entry is said aloud and prepared again, so that nothing need be forced to the
+disk when it is written: what a power cut takes is made anew.
 """
 
 from __future__ import annotations
@@ -20,37 +22,68 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from config.plans import PreprocessPlan
 from data.nifti import read_mask, read_volume
 from data.nnunet_preprocess import Preprocessed, VoxelMap, preprocess
+from data.slice_store import DamagedFile, StoredArray, write_slices
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when the same files and plan would give other voxels or another layout
-_ENDS = 1 << 16  # bytes hashed at either end of an array: finds zero-filled tails without reading gigabytes
+FORMAT = 2  # raise it when the same files and plan would give other voxels or another layout
 _ABANDONED_S = 24 * 3600
 _RENAME_TRIES = 5
+_SETTLED_NS = 2 * 10**9  # a file changed later than this may change again within one tick of its clock
+
+
+class CachedArray:
+    """An array of an entry. ``shape`` and ``dtype`` as NumPy's; slices are read when asked for."""
+
+    def __init__(self, stored: StoredArray, mend: Callable[[DamagedFile], StoredArray]) -> None:
+        self._stored, self._mend = stored, mend
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._stored.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self._stored.dtype
+
+    def planes(self, first: int, last: int) -> np.ndarray:
+        """Slices ``first`` to ``last - 1``, (…, last - first, y, x); a damaged entry is prepared again."""
+        try:
+            return self._stored.planes(first, last)
+        except (DamagedFile, FileNotFoundError) as error:
+            self._stored = self._mend(DamagedFile(str(error)))
+        return self._stored.planes(first, last)
+
+    def plane(self, index: int) -> np.ndarray:
+        """One slice, (…, y, x)."""
+        return self.planes(index, index + 1)[..., 0, :, :]
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        """The whole array, always a copy."""
+        return np.asarray(self.planes(0, self.shape[-3]), dtype)
 
 
 @dataclass(frozen=True)
 class CachedVolume:
-    """One preprocessed case, memory-mapped and read-only.
+    """One preprocessed case, on disk.
 
     ``image``: float32 (C_in, z, y, x); ``mask``: labels (z, y, x) or None; ``lesion_voxels``: int64 (z,),
     voxels with a label per slice, or None; ``spacing``: (z, y, x) in mm.
     """
 
-    image: np.ndarray
-    mask: np.ndarray | None
+    image: CachedArray
+    mask: CachedArray | None
     lesion_voxels: np.ndarray | None
     spacing: tuple[float, float, float]
     voxel_map: VoxelMap
@@ -74,85 +107,108 @@ class VolumeCache:
         image_path = Path(image_path)
         mask_path = None if mask_path is None else Path(mask_path)
         entry = self.entry(image_path, mask_path)
-        if entry.exists():
-            try:
-                return _load(entry)
-            except _DamagedEntry as error:
-                damage = str(error)
-            # Outside the handler: its traceback may hold a mapped file, which Windows would not let go.
-            logger.warning("cache entry %s is damaged (%s); preparing %s again", entry, damage, image_path)
-            _discard(entry)
-        case = self._prepare(image_path, mask_path)
-        _publish(case, entry, image_path)
-        return _load(entry)
+        if not entry.exists():
+            self._prepare(entry, image_path, mask_path)
+        try:
+            return self._load(entry, image_path, mask_path)
+        except DamagedFile as error:
+            damage = error
+        self._replace(entry, image_path, mask_path, damage)
+        return self._load(entry, image_path, mask_path)
 
     def entry(self, image_path: Path, mask_path: Path | None = None) -> Path:
         """The folder that holds, or will hold, this case."""
         digest = blake2b(f"{FORMAT}\n{self._plan_text}\n".encode(), digest_size=20)
-        digest.update(file_digest(image_path))
-        digest.update(b"no mask" if mask_path is None else file_digest(mask_path))
+        memory = self.root / "files"
+        digest.update(file_digest(image_path, memory))
+        digest.update(b"no mask" if mask_path is None else file_digest(mask_path, memory))
         return self.root / digest.hexdigest()
 
-    def _prepare(self, image_path: Path, mask_path: Path | None) -> Preprocessed:
+    def _prepare(self, entry: Path, image_path: Path, mask_path: Path | None) -> None:
         volume = read_volume(image_path, self.plan.orientation)
         mask = None if mask_path is None else read_mask(mask_path, volume)
-        return preprocess(volume, self.plan, mask)
+        _publish(preprocess(volume, self.plan, mask), entry, image_path)
+
+    def _replace(self, entry: Path, image_path: Path, mask_path: Path | None, damage: DamagedFile) -> None:
+        logger.warning("cache entry %s is damaged (%s); preparing %s again", entry, damage, image_path)
+        _discard(entry)
+        self._prepare(entry, image_path, mask_path)
+
+    def _load(self, entry: Path, image_path: Path, mask_path: Path | None) -> CachedVolume:
+        """Raises DamagedFile for an entry that is not what its writer left."""
+
+        def mending(name: str) -> Callable[[DamagedFile], StoredArray]:
+            def mend(damage: DamagedFile) -> StoredArray:
+                self._replace(entry, image_path, mask_path, damage)
+                return _open(entry, name)
+
+            return mend
+
+        try:
+            meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
+            has_mask = "mask" in meta["arrays"]
+            stored = {name: StoredArray(entry / f"{name}.bin", record) for name, record in meta["arrays"].items()}
+            return CachedVolume(
+                image=CachedArray(stored["image"], mending("image")),
+                mask=CachedArray(stored["mask"], mending("mask")) if has_mask else None,
+                lesion_voxels=np.array(meta["lesion_voxels"], dtype=np.int64) if has_mask else None,
+                spacing=tuple(meta["spacing"]),
+                voxel_map=VoxelMap.from_dict(meta["voxel_map"]),
+            )
+        except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError) as error:  # ValueError: JSON, UTF-8
+            raise DamagedFile(f"{type(error).__name__}: {error}") from error
 
 
-def file_digest(path: Path) -> bytes:
-    """BLAKE2b of a file's content, remembered in this process while size and modification time stand.
+def file_digest(path: Path, memory: Path | None = None) -> bytes:
+    """BLAKE2b of a file's content; of a folder, of all the files in it; of a .hdr, of its .img too.
 
+    It is remembered while size and modification time stand: in this process, and in the folder ``memory``
+    for the next one, which then need not read every file of a large table to find its entries.
     A missing file is reported by the reader, in its words: its digest is empty.
     """
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        return b""
-    if not path.is_file():
-        return b""
-    return _content_digest(path.absolute(), stat.st_size, stat.st_mtime_ns)
+    if path.is_dir():
+        digest = blake2b(digest_size=20)
+        for file in sorted(path.iterdir()):
+            if file.is_file():
+                digest.update(file.name.encode("utf-8") + b"\0" + file_digest(file, memory))
+        return digest.digest()
+    parts = [path, path.with_suffix(".img")] if path.suffix.lower() == ".hdr" else [path]
+    digests = []
+    for part in parts:
+        try:
+            stat = part.stat()
+        except FileNotFoundError:
+            return b""
+        digests.append(_content_digest(part.absolute(), stat.st_size, stat.st_mtime_ns, memory))
+    return b"".join(digests)
 
 
 @lru_cache(maxsize=65536)
-def _content_digest(path: Path, size: int, mtime_ns: int) -> bytes:
+def _content_digest(path: Path, size: int, mtime_ns: int, memory: Path | None) -> bytes:
+    note = None if memory is None else memory / f"{blake2b(str(path).encode('utf-8'), digest_size=12).hexdigest()}.json"
+    if note is not None and note.is_file():
+        try:
+            known = json.loads(note.read_text(encoding="utf-8"))
+            if (known["size"], known["mtime_ns"]) == (size, mtime_ns):
+                return bytes.fromhex(known["digest"])
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s is damaged; reading %s again", note, path)
     digest = blake2b(digest_size=20)
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
+    if note is not None and time.time_ns() - mtime_ns > _SETTLED_NS:
+        memory.mkdir(parents=True, exist_ok=True)
+        temporary = note.with_name(f".tmp-{uuid.uuid4().hex}")
+        content = {"file": path.name, "size": size, "mtime_ns": mtime_ns, "digest": digest.hexdigest()}
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        temporary.replace(note)
     return digest.digest()
 
 
-class _DamagedEntry(Exception):
-    """An entry that is not what its writer left; the message says why."""
-
-
-def _load(entry: Path) -> CachedVolume:
-    try:
-        meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
-        image = _map(entry / "image.npy", meta["arrays"]["image"])
-        has_mask = "mask" in meta["arrays"]
-        return CachedVolume(
-            image=image,
-            mask=_map(entry / "mask.npy", meta["arrays"]["mask"]) if has_mask else None,
-            lesion_voxels=np.array(meta["lesion_voxels"], dtype=np.int64) if has_mask else None,
-            spacing=tuple(meta["spacing"]),
-            voxel_map=VoxelMap.from_dict(meta["voxel_map"]),
-        )
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:  # ValueError: JSON, UTF-8, npy header
-        raise _DamagedEntry(f"{type(error).__name__}: {error}") from error
-
-
-def _map(path: Path, expected: Mapping[str, Any]) -> np.ndarray:
-    """Map an array read-only after checking its size and both of its ends; the rest stays on the disk."""
-    size = path.stat().st_size
-    if size != expected["bytes"]:
-        raise _DamagedEntry(f"{path.name} has {size} bytes, expected {expected['bytes']}")
-    if _digest_of_ends(path) != expected["ends"]:
-        raise _DamagedEntry(f"the content of {path.name} changed")
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if list(array.shape) != expected["shape"] or str(array.dtype) != expected["dtype"]:
-        raise _DamagedEntry(f"{path.name} holds {array.dtype} {array.shape}")
-    return array
+def _open(entry: Path, name: str) -> StoredArray:
+    record = json.loads((entry / "meta.json").read_text(encoding="utf-8"))["arrays"][name]
+    return StoredArray(entry / f"{name}.bin", record)
 
 
 def _publish(case: Preprocessed, entry: Path, source: Path) -> None:
@@ -162,7 +218,7 @@ def _publish(case: Preprocessed, entry: Path, source: Path) -> None:
     temporary = entry.with_name(f".tmp-{uuid.uuid4().hex}")
     temporary.mkdir()
     try:
-        arrays = {"image": _save(temporary / "image.npy", case.image)}
+        arrays = {"image": write_slices(temporary / "image.bin", case.image)}
         meta = {
             "arrays": arrays,
             "spacing": case.spacing,
@@ -170,34 +226,12 @@ def _publish(case: Preprocessed, entry: Path, source: Path) -> None:
             "source": source.name,
         }
         if case.mask is not None:
-            arrays["mask"] = _save(temporary / "mask.npy", case.mask)
+            arrays["mask"] = write_slices(temporary / "mask.bin", case.mask)
             meta["lesion_voxels"] = np.count_nonzero(case.mask, axis=(1, 2)).tolist()
         (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         _rename(temporary, entry)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _save(path: Path, array: np.ndarray) -> dict[str, Any]:
-    with path.open("wb") as file:
-        np.save(file, np.ascontiguousarray(array), allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())  # the entry must not outlive its content in a power cut
-    return {
-        "shape": list(array.shape),
-        "dtype": str(array.dtype),
-        "bytes": path.stat().st_size,
-        "ends": _digest_of_ends(path),
-    }
-
-
-def _digest_of_ends(path: Path) -> str:
-    digest = blake2b(digest_size=16)
-    with path.open("rb") as file:
-        digest.update(file.read(_ENDS))
-        file.seek(max(path.stat().st_size - _ENDS, 0))
-        digest.update(file.read(_ENDS))
-    return digest.hexdigest()
 
 
 def _rename(temporary: Path, entry: Path) -> None:
@@ -224,8 +258,9 @@ def _discard(entry: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+@lru_cache(maxsize=None)
 def _remove_abandoned(root: Path) -> None:
-    """Temporary folders that a killed process left behind long ago."""
+    """Temporary folders that a killed process left behind long ago; looked for once by each process."""
     for folder in root.glob(".tmp-*"):
         try:
             if time.time() - folder.stat().st_mtime > _ABANDONED_S:

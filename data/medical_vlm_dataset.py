@@ -51,41 +51,47 @@ class Framing:
         self.policy = policy
 
     def __call__(self, volume: CachedVolume) -> tuple[Tensor, Tensor]:
+        """Images (K, C_in, H, W) or (C_in, z, y, x), moved at random where asked for, and positions (K,)."""
+        images, position = self.cut(volume)
+        return self.moved(images), position
+
+    def cut(self, volume: CachedVolume) -> tuple[np.ndarray, Tensor]:
+        """The same every time: what is read of the disk."""
         return self._slices(volume) if len(self.patch_size) == 2 else self._patch(volume)
 
-    def _slices(self, volume: CachedVolume) -> tuple[Tensor, Tensor]:
+    def moved(self, images: np.ndarray) -> Tensor:
+        """All slices by the same offset, which is drawn from torch's generator: a resumed run restores it."""
+        offset = (0, 0)
+        if self.shift:
+            offset = tuple(torch.randint(-self.shift, self.shift + 1, (2,)).tolist())
+        return torch.from_numpy(shifted(images, offset).copy())  # a sample may be written to, what is kept not
+
+    def _slices(self, volume: CachedVolume) -> tuple[np.ndarray, Tensor]:
         depth = volume.image.shape[1]
         chosen = choose_slices(volume.lesion_voxels if self.policy == "mask" else None, depth, self.slices)
-        offset = self._offset()
         size = [
             max(patch, -(-extent // stride) * stride)
             for patch, extent, stride in zip(self.patch_size, volume.image.shape[2:], self.stride, strict=True)
         ]
-        planes = [shifted(centred(volume.image[:, index], size), offset) for index in chosen]
+        planes = [centred(volume.image.plane(index), size) for index in chosen]
         position = (torch.tensor(chosen, dtype=torch.float32) + 0.5) / depth
-        return torch.from_numpy(np.stack(planes)), position
+        return np.stack(planes), position
 
-    def _offset(self) -> tuple[int, int]:
-        """Rows and columns to move by; from torch's generator, whose state a resumed run restores."""
-        if self.shift == 0:
-            return 0, 0
-        down, right = torch.randint(-self.shift, self.shift + 1, (2,)).tolist()
-        return down, right
-
-    def _patch(self, volume: CachedVolume) -> tuple[Tensor, Tensor]:
+    def _patch(self, volume: CachedVolume) -> tuple[np.ndarray, Tensor]:
         shape = volume.image.shape[1:]
         centre = [extent / 2 for extent in shape]
         if self.policy == "mask" and volume.lesion_voxels is not None and volume.lesion_voxels.any():
-            centre = [float(axis.mean()) + 0.5 for axis in np.nonzero(volume.mask)]
+            centre = [float(axis.mean()) + 0.5 for axis in np.nonzero(np.asarray(volume.mask))]
         start = [
             int(np.clip(round(c - patch / 2), 0, max(extent - patch, 0)))
             for c, patch, extent in zip(centre, self.patch_size, shape, strict=True)
         ]
-        window = tuple(slice(s, s + patch) for s, patch in zip(start, self.patch_size, strict=True))
-        patch = shifted(centred(volume.image[(slice(None), *window)], self.patch_size), self._offset())
+        last = min(start[0] + self.patch_size[0], shape[0])
+        rows, columns = (slice(s, s + patch) for s, patch in zip(start[1:], self.patch_size[1:], strict=True))
+        patch = centred(volume.image.planes(start[0], last)[..., rows, columns], self.patch_size)
         padding = max(self.patch_size[0] - shape[0], 0) // 2  # the volume begins below the patch's first plane
         plane = (torch.arange(self.slices) + 0.5) / self.slices * self.patch_size[0] - padding
-        return torch.from_numpy(patch), ((start[0] + plane) / shape[0]).clamp(0, 1)
+        return patch, ((start[0] + plane) / shape[0]).clamp(0, 1)
 
 
 def choose_slices(lesion_voxels: np.ndarray | None, depth: int, count: int) -> list[int]:
@@ -135,11 +141,15 @@ class MedicalVLMDataset(Dataset):
         framing: Framing,
         prompts: Sequence[str],
         seed: int,
+        keep_mb: float = 0,
     ) -> None:
+        """``keep_mb``: memory for images once read, so that later epochs wait for no disk."""
         self.rows = list(rows)
         self.cache = cache
         self.framing = framing
         self.questions = [question_of(row, prompts, seed) for row in self.rows]
+        self._kept: dict[int, tuple[np.ndarray, Tensor]] = {}
+        self._room = int(keep_mb * 2**20)
 
     @classmethod
     def from_config(
@@ -154,15 +164,24 @@ class MedicalVLMDataset(Dataset):
         prompts = read_prompts(Path(config.caption_prompt_json)) if config.caption_prompt_json else []
         shift = config.augment_shift if train else 0
         framing = Framing(plan, stride, config.slices, config.slice_policy, shift)
-        return cls(rows, VolumeCache(Path(config.cache_dir), plan), framing, prompts, seed)
+        keep_mb = config.memory_cache_mb / max(config.num_workers, 1)  # every worker keeps its own
+        return cls(rows, VolumeCache(Path(config.cache_dir), plan), framing, prompts, seed, keep_mb)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
         row = self.rows[index]
-        images, position = self.framing(self.cache.get(row.image_path, row.mask_path))
-        return Sample(images, position, self.questions[index], row.answer, index)
+        images, position = self._kept.get(index) or self._read(index)
+        return Sample(self.framing.moved(images), position, self.questions[index], row.answer, index)
+
+    def _read(self, index: int) -> tuple[np.ndarray, Tensor]:
+        row = self.rows[index]
+        images, position = self.framing.cut(self.cache.get(row.image_path, row.mask_path))
+        if images.nbytes <= self._room:
+            self._room -= images.nbytes
+            self._kept[index] = images, position
+        return images, position
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, limit: int) -> list[int]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -19,6 +20,8 @@ from data.cache import VolumeCache
 from data.caption_table import CaptionRow
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from engine.run import EpochShuffle
+
+PREPARING_THREADS = 4  # at most: a volume of 512 x 512 x 300 takes 2 GB while it is prepared
 
 
 def build_loaders(
@@ -39,7 +42,7 @@ def build_loaders(
     )
     val = MedicalVLMDataset.from_config(config, config.resolved("caption_csv_val"), plan, stride, args.seed)
     with accelerator.main_process_first():
-        fill_cache(train.cache, [*train.rows, *val.rows], config.num_workers)
+        fill_cache(train.cache, [*train.rows, *val.rows])
     if accelerator.is_main_process:
         print(
             f"data: {len(train)} training cases, {len(val)} validation cases, cache {config.cache_dir}",
@@ -60,20 +63,22 @@ def build_loaders(
     return *accelerator.prepare(train_loader, DataLoader(val, **options)), order
 
 
-def fill_cache(cache: VolumeCache, rows: Sequence[CaptionRow], workers: int) -> None:
-    """Preprocess what is not cached yet, so that a broken file stops the run now and not at midnight."""
+def fill_cache(cache: VolumeCache, rows: Sequence[CaptionRow], threads: int | None = None) -> None:
+    """Preprocess what is not cached yet, so that a broken file stops the run now and not at midnight.
+
+    Unpacking, resampling and compression release the interpreter lock, so threads are enough; each volume then
+    has one thread of the matrix library, which is faster than all threads on every volume in turn.
+    """
     files = sorted({(row.image_path, row.mask_path) for row in rows}, key=str)
-    bar = {"total": len(files), "desc": "preparing volumes", "unit": "case", "disable": None}
-    if workers == 0:
-        for image, mask in tqdm(files, **bar):
-            cache.get(image, mask)
-        return
-    # Spawned on every system, as Windows does it: nothing is inherited by accident.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(_prepare, cache, image, mask) for image, mask in files]
-        for job in tqdm(jobs, **bar):
-            job.result()
-
-
-def _prepare(cache: VolumeCache, image: Path, mask: Path | None) -> None:
-    cache.get(image, mask)
+    threads = threads or min(os.cpu_count() or 1, PREPARING_THREADS)
+    with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
+        jobs = [pool.submit(cache.get, image, mask) for image, mask in files]
+        try:
+            bar = tqdm(total=len(files), desc="preparing volumes", unit="case", dynamic_ncols=True, disable=None)
+            for job in jobs:
+                job.result()
+                bar.update()
+            bar.close()
+        except BaseException:  # Ctrl-C too: what has not begun is left alone
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -95,7 +95,7 @@ def study_name(config: Config, objective: str, epochs: int, seed: int) -> str:
         InputError: a file that the runs need is missing.
     """
     content: dict[str, Any] = config.to_dict()
-    for key in ("num_workers", "path_map", "image_root", "cache_dir", "output_dir"):
+    for key in ("num_workers", "memory_cache_mb", "path_map", "image_root", "cache_dir", "output_dir"):
         del content[key]
     for key in keys_with_role("path"):
         if key in content and content[key]:

@@ -137,8 +137,8 @@ def training_slices(cache: VolumeCache, rows: list[CaptionRow], rng: np.random.G
         chosen = [int(i) for i in np.argsort(-area)[:LESION_SLICES] if area[i] > 0]
         chosen.append(int(rng.integers(len(area))))
         for index in chosen:
-            images.append(centred(volume.image[:, index], (PATCH, PATCH)))
-            labels.append(centred(volume.mask[None, index], (PATCH, PATCH))[0])
+            images.append(centred(volume.image.plane(index), (PATCH, PATCH)))
+            labels.append(centred(volume.mask.plane(index)[None], (PATCH, PATCH))[0])
     return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)).long()
 
 
@@ -201,7 +201,7 @@ def main() -> None:
         "file_ending": ".nii.gz",
     }
     cache = VolumeCache(args.cache_dir or args.out.parent / "cache", PreprocessPlan.from_nnunet(plans, "2d"))
-    fill_cache(cache, rows, workers=0)
+    fill_cache(cache, rows)
     images, labels = training_slices(cache, rows, rng)
 
     network = SegmentationUNet(Architecture.from_plans(plans, "2d", in_channels=1, num_classes=len(FINDING_TYPES)))

@@ -60,6 +60,22 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
 
 
+class InMemory:
+    """Has what a stored array has."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.shape = array, array.shape
+
+    def planes(self, first: int, last: int) -> np.ndarray:
+        return self.array[..., first:last, :, :]
+
+    def plane(self, index: int) -> np.ndarray:
+        return self.array[..., index, :, :]
+
+    def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
+        return self.array
+
+
 def cached(shape: tuple[int, int, int], lesion: tuple[slice, slice, slice] | None = None) -> CachedVolume:
     """Voxels that tell where they were: z·10⁴ + y·10² + x, and 1 more, so that padding's zero is none of them."""
     z, y, x = np.indices(shape)
@@ -69,7 +85,8 @@ def cached(shape: tuple[int, int, int], lesion: tuple[slice, slice, slice] | Non
         mask = np.zeros(shape, np.uint8)
         mask[lesion] = 1
     lesion_voxels = None if mask is None else np.count_nonzero(mask, axis=(1, 2))
-    return CachedVolume(image, mask, lesion_voxels, (1.0, 1.0, 1.0), None)
+    stored = None if mask is None else InMemory(mask)
+    return CachedVolume(InMemory(image), stored, lesion_voxels, (1.0, 1.0, 1.0), None)
 
 
 def depths(planes: torch.Tensor) -> list[int]:
@@ -170,7 +187,7 @@ def test_slice_position_lies_in_0_to_1_and_rises_with_z(depth, slices, plan, z):
 
 def test_writing_to_a_sample_does_not_reach_the_cache():
     volume = cached((8, 16, 16))
-    volume.image.flags.writeable = False
+    volume.image.array.flags.writeable = False
     for plan in (PLAN_2D, PLAN_3D):
         images, _ = Framing(plan, (8,) * plan.dim, 1, "middle")(volume)
         images += 1
@@ -180,7 +197,7 @@ def test_patch_is_centred_on_the_lesion():
     volume = cached((30, 40, 50), lesion=(slice(10, 14), slice(20, 24), slice(30, 34)))
     images, position = Framing(PLAN_3D, (4, 8, 8), slices=2, policy="mask")(volume)
     assert images.shape == (1, 8, 16, 16)
-    assert np.array_equal(images[0], volume.image[0, 8:16, 14:30, 24:40])
+    assert np.array_equal(images[0], volume.image.array[0, 8:16, 14:30, 24:40])
     # Two planes stand for the patch's lower and upper half.
     assert torch.allclose(position, torch.tensor([10.0, 14.0]) / 30)
 
@@ -189,7 +206,7 @@ def test_patch_without_a_lesion_or_by_policy_is_the_middle():
     lesion = (slice(0, 2), slice(0, 2), slice(0, 2))
     for volume, policy in ((cached((30, 40, 50)), "mask"), (cached((30, 40, 50), lesion), "middle")):
         images, position = Framing(PLAN_3D, (4, 8, 8), slices=1, policy=policy)(volume)
-        assert np.array_equal(images[0], volume.image[0, 11:19, 12:28, 17:33])
+        assert np.array_equal(images[0], volume.image.array[0, 11:19, 12:28, 17:33])
         assert position.item() == pytest.approx(0.5)
 
 
@@ -198,14 +215,14 @@ def test_patch_is_clamped_to_the_volume(corner, expected):
     volume = cached((30, 40, 50), lesion=tuple(slice(c, c + 1) for c in corner))
     images, _ = Framing(PLAN_3D, (4, 8, 8), slices=1, policy="mask")(volume)
     window = tuple(slice(start, start + size) for start, size in zip(expected, PLAN_3D.patch_size, strict=True))
-    assert np.array_equal(images[0], volume.image[0][window])
+    assert np.array_equal(images[0], volume.image.array[0][window])
 
 
 def test_volume_smaller_than_the_patch_is_padded_and_its_planes_keep_their_place():
     volume = cached((4, 10, 40))
     images, position = Framing(PLAN_3D, (4, 8, 8), slices=4, policy="middle")(volume)
     assert images.shape == (1, 8, 16, 16)
-    assert np.array_equal(images[0, 2:6, 3:13], volume.image[0, :, :, 12:28])
+    assert np.array_equal(images[0, 2:6, 3:13], volume.image.array[0, :, :, 12:28])
     assert (images[0, :2] == 0).all() and (images[0, :, :3] == 0).all()
     # Patch planes 0-2, 2-4, 4-6, 6-8; the volume fills planes 2 to 6.
     assert torch.allclose(position, torch.tensor([0.0, 0.25, 0.75, 1.0]))
@@ -322,3 +339,18 @@ def test_shifted_moves_and_fills_with_zero():
     assert not moved[0, 0].any() and not moved[0, :, 2:].any()
     assert shifted(plane, (0, 0)) is plane
     assert not shifted(plane, (3, 0)).any()
+
+
+@pytest.mark.parametrize(("megabytes", "reads"), [(0, 6), (64, 3)])
+def test_images_once_read_stay_in_memory_as_far_as_there_is_room(table, monkeypatch, megabytes, reads):
+    cases = dataset(table, memory_cache_mb=megabytes)
+    first = [cases[index].images.clone() for index in range(3)]
+    count = []
+    get = cases.cache.get
+    monkeypatch.setattr(cases.cache, "get", lambda *args: (count.append(1), get(*args))[1])
+    for _ in range(2):
+        samples = [cases[index].images for index in range(3)]
+        for sample, expected in zip(samples, first, strict=True):
+            assert torch.equal(sample, expected)
+            sample += 1  # whoever writes to a sample does not write to what is kept
+    assert len(count) == reads - (3 if megabytes else 0)
