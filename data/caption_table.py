@@ -1,34 +1,61 @@
-"""RadFM-style tables: ``image_path,question,answer[,mask_path]``, one case a row, and prompt JSON.
+"""Tables of image and report, one case a row, in whatever way people keep them; and prompt JSON.
 
+The plain form is ``image_path,question,answer[,mask_path]`` (RadFM's). Other names of these columns are known
+(:mod:`data.columns`), findings and impression in columns of their own are joined into the four-section report, and
+a number of an examination stands for its file (:mod:`data.image_index`).
 Nothing is dropped in silence: one bad row refuses the table and names the row.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+import logging
 import random
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from config.errors import InputError
 from config.schema import resolve_path
+from data.columns import SECTIONS, find_columns
+from data.image_index import ImageIndex
+from data.image_reader import SUFFIXES
+from data.phantom_wording import WORDINGS
+from data.problems import Problem
+from data.table_reader import read_table
 
-REQUIRED = ("image_path", "question", "answer")
-OPTIONAL = ("mask_path",)
+logger = logging.getLogger(__name__)
+
+_PLAIN = "image_path,question,answer[,mask_path]"
+_SCIENTIFIC = re.compile(r"\d(\.\d+)?E\+\d+", re.IGNORECASE)
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+_STOPS = "。.！!？?；;"
 
 
 @dataclass(frozen=True)
 class CaptionRow:
-    """One row, its paths made absolute. ``number`` is the line a spreadsheet shows (header = 1)."""
+    """One row, its paths made absolute. ``number`` is the line a spreadsheet shows (header = 1).
+
+    ``image_path`` may be the folder of a DICOM series. ``patient`` is empty where the table names none.
+    """
 
     number: int
     image_path: Path
     question: str
     answer: str
     mask_path: Path | None
+    patient: str = ""
+
+
+@dataclass(frozen=True)
+class TableScan:
+    """A table read to its end: the rows that can be used, every problem, and how the columns were understood."""
+
+    path: Path
+    rows: list[CaptionRow]
+    problems: list[Problem]
+    notes: list[str] = field(default_factory=list)
 
 
 def read_caption_table(
@@ -37,83 +64,180 @@ def read_caption_table(
     """Read and check a table; every image and mask must exist.
 
     Args:
-        path: CSV in UTF-8 (a byte-order mark, as Excel writes it, is fine).
-        image_root: where relative paths start; the table's own folder if ``None``.
+        path: .csv (UTF-8, UTF-16 or GBK), .xlsx, .json or .jsonl.
+        image_root: where relative paths start and examination numbers are looked up; the table's folder if ``None``.
         path_map: prefixes of another machine, see ``config/paths.yaml``.
 
     Raises:
         InputError: a missing file, column, cell or image; names the table and the row.
     """
+    scan = scan_caption_table(path, image_root=image_root, path_map=path_map)
+    for note in scan.notes:
+        logger.info("%s: %s", path, note)
+    problems = [problem for problem in scan.problems if problem.fatal]
+    if problems:
+        first = problems[0]
+        more = f" (and {len(problems) - 1} more problems in this table)" if len(problems) > 1 else ""
+        remedy = first.remedy or "mend the row, or set image_root / path_map in the configuration"
+        raise InputError(
+            f"{path}, row {first.row}: {first.problem}{more}; {remedy}; scripts/check_data.py lists all at once"
+        )
+    return scan.rows
+
+
+def scan_caption_table(
+    path: Path, *, image_root: Path | None = None, path_map: dict[str, str] | None = None
+) -> TableScan:
+    """As :func:`read_caption_table`, but a bad row is a problem in the list and not the end.
+
+    Raises:
+        InputError: the table itself cannot be read, has no image or no report column, or no rows.
+    """
     if not path.is_file():
         raise InputError(
             f"table not found: {path}; set caption_csv_train / caption_csv_val in the configuration{_hint(path)}"
         )
-    base = image_root or path.parent
-    rows: list[CaptionRow] = []
-    problems: list[str] = []
-    for number, record in _records(path):
-        cells = {name: record.get(name, "").strip() for name in REQUIRED + OPTIONAL}
-        for name in ("image_path", "answer"):
-            if not cells[name]:
-                problems.append(f"row {number}: '{name}' is empty")
-        image = resolve_path(cells["image_path"], base, path_map)
-        mask = resolve_path(cells["mask_path"], base, path_map) if cells["mask_path"] else None
-        for file in (image, mask):
-            if cells["image_path"] and file is not None and not _is_file(file):
-                problems.append(f"row {number}: file not found: {file}")
-        rows.append(CaptionRow(number, image, cells["question"], cells["answer"], mask))
-    if not rows:
-        raise InputError(f"{path} has a header but no rows; expected one case a row")
-    if problems:
-        more = f" (and {len(problems) - 1} more problems in this table)" if len(problems) > 1 else ""
+    table = read_table(path)
+    roles, notes = find_columns(table.columns)
+    listed = ",".join(table.columns)
+    if "image_path" not in roles and "id" not in roles:
         raise InputError(
-            f"{path}, {problems[0]}{more}; mend the row, or set image_root / path_map in the configuration"
+            f"{path} has no column 'image_path' (nor a number of the examination); found {listed}; {_form()}"
         )
-    return rows
+    if "answer" not in roles and not any(section in roles for section in SECTIONS):
+        raise InputError(f"{path} has no column 'answer' (nor findings or impression); found {listed}; {_form()}")
+    if not table.rows and not table.problems:
+        raise InputError(f"{path} has a header but no rows; expected one case a row")
+    base = image_root or path.parent
+    files = _Files(base, path_map, ImageIndex(base))
+    rows: list[CaptionRow] = []
+    problems = list(table.problems)
+    for number, cells in table.rows:
+        named = {role: cells.get(column, "").strip() for role, column in roles.items()}
+        row, found = _row(number, named, files)
+        problems += found
+        if row is not None:
+            rows.append(row)
+    return TableScan(path, rows, sorted(problems), [*table.notes, *notes])
 
 
-def _records(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Row number and cells by column. The row is counted, not the line: a report may span several lines."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text (line {error.object[: error.start].count(10) + 1}): "
-            "save it as 'CSV UTF-8' in Excel"
-        ) from error
-    # Strict, because a quotation mark that is never closed would swallow the rows after it in silence.
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows: list[list[str]] = []
-    try:
-        rows.extend(reader)
-    except csv.Error as error:
-        raise InputError(
-            f"{path} is not a readable CSV at row {len(rows) + 1}: {error}; a text with a comma, a line break or a "
-            "quotation mark stands between quotation marks, and one inside it is doubled"
-        ) from error
-    header = [name.strip() for name in rows[0]] if rows else []
-    if not any(header):
-        raise InputError(f"{path} is empty; expected a header: {','.join(REQUIRED)}[,mask_path]")
-    wrong = [f"no column '{name}'" for name in REQUIRED if name not in header]
-    wrong += [f"two columns '{name}'" for name in REQUIRED + OPTIONAL if header.count(name) > 1]
-    if wrong:
-        raise InputError(f"{path} has {wrong[0]}; expected {','.join(REQUIRED)}[,mask_path], found {','.join(header)}")
-    for number, cells in enumerate(rows, start=1):
-        if any(cell.strip() for cell in cells[len(header) :]):
-            raise InputError(
-                f"{path}, row {number}: {len(cells)} cells under {len(header)} columns; "
-                "put a text that contains commas between quotation marks"
+@dataclass(frozen=True)
+class _Files:
+    base: Path
+    path_map: dict[str, str] | None
+    index: ImageIndex
+
+    def image(self, cell: str, number: str) -> tuple[Path | None, str, str]:
+        """The image that a row names; else why not, and what to do."""
+        path = resolve_path(cell, self.base, self.path_map) if cell else None
+        if path is not None and _exists(path):
+            return path, "", ""
+        is_number = path is None or not ("/" in cell or "\\" in cell or cell.lower().endswith(SUFFIXES))
+        wanted = cell or number
+        if is_number and len(wanted) < 100:
+            if _SCIENTIFIC.fullmatch(wanted):
+                return (
+                    None,
+                    f"'{wanted}' is a number that Excel has rounded",
+                    "format the column as text, enter it again",
+                )
+            fits = self.index.find(wanted)
+            if len(fits) == 1:
+                return fits[0], "", ""
+            if fits:
+                listed = ", ".join(str(fit) for fit in fits[:3])
+                return (
+                    None,
+                    f"'{wanted}' fits {len(fits)} images ({listed})",
+                    "write the file's path, or narrow image_root",
+                )
+            if path is None:
+                return (
+                    None,
+                    f"no image below {self.base} is named '{wanted}'",
+                    "set image_root, or write the file's path",
+                )
+        return None, f"file not found: {path}", ""
+
+    def mask(self, cell: str) -> Path:
+        return resolve_path(cell, self.base, self.path_map)
+
+
+def _row(number: int, cells: dict[str, str], files: _Files) -> tuple[CaptionRow | None, list[Problem]]:
+    """The row, or None where a problem is fatal; and its problems."""
+    named = cells.get("image_path", "") or cells.get("id", "")
+    problems = []
+
+    def note(problem: str, remedy: str = "", fatal: bool = True) -> None:
+        problems.append(Problem(number, problem, remedy, str(image or named), fatal))
+
+    image: Path | None = None
+    if not named:
+        note("'image_path' is empty")
+    else:
+        image, problem, remedy = files.image(cells.get("image_path", ""), cells.get("id", ""))
+        if image is None:
+            note(problem, remedy)
+    mask = files.mask(cells["mask_path"]) if cells.get("mask_path") else None
+    if mask is not None and not _exists(mask):
+        note(f"file not found: {mask}")
+    answer, missing = _answer(cells)
+    if not answer:
+        note("'answer' is empty")
+    elif missing:
+        note(f"the report has no {' and no '.join(missing)}", "fill the cell in, if the report has it", fatal=False)
+    for name, text in (("question", cells.get("question", "")), ("answer", answer)):
+        problem = text_problem(text)
+        if problem:
+            note(f"'{name}' {problem}", "correct the text in the table, or export it again")
+    if any(problem.fatal for problem in problems):
+        return None, problems
+    return CaptionRow(number, image, cells.get("question", ""), answer, mask, cells.get("patient", "")), problems
+
+
+def text_problem(text: str) -> str:
+    """Why a text cannot be trained on, or an empty text."""
+    bad = _CONTROL.search(text)
+    if bad:
+        return f"holds a character that is no text (U+{ord(bad[0]):04X})"
+    if "\ufffd" in text or "锟斤拷" in text:
+        return "holds characters that were lost in a conversion of its encoding"
+    return ""
+
+
+def _answer(cells: dict[str, str]) -> tuple[str, list[str]]:
+    """The report, and which of its sections (those with a column) are empty."""
+    if "answer" in cells:
+        return cells["answer"], []
+    given = {section: cells[section] for section in SECTIONS if section in cells}
+    missing = [section for section in ("findings", "impression") if section in given and not given[section]]
+    return join_sections({section: text for section, text in given.items() if text}), missing
+
+
+def join_sections(sections: dict[str, str]) -> str:
+    """``所见：…。结论：…。建议：…。病理倾向：…。``, or in English where no text is Chinese; empty ones are left out."""
+    chinese = any("\u4e00" <= character <= "\u9fff" for text in sections.values() for character in text)
+    wording = WORDINGS["zh" if chinese else "en"]
+    parts = []
+    for section, heading in zip(SECTIONS, wording.headings, strict=True):
+        text = re.sub(rf"^\s*{heading}\s*[:：]", "", sections.get(section, ""), flags=re.IGNORECASE).strip()
+        if text:
+            parts.append(
+                wording.section.format(heading=heading, text=text) + ("" if text[-1:] in _STOPS else wording.stop)
             )
-    # A blank line is no row, yet a spreadsheet counts it.
-    return [(number, dict(zip(header, cells, strict=False))) for number, cells in enumerate(rows[1:], 2) if cells]
+    return wording.space.join(parts)
 
 
-def _is_file(path: Path) -> bool:
-    """False also for what cannot be a path at all, such as a report in the wrong column."""
+def _exists(path: Path) -> bool:
+    """A file, or a folder that holds something. False also for what cannot be a path, such as a report."""
     try:
-        return path.is_file()
-    except OSError:  # a name that is too long
+        return path.is_file() or (path.is_dir() and any(path.iterdir()))
+    except (OSError, ValueError):  # a name that is too long, or has a zero byte
         return False
+
+
+def _form() -> str:
+    return f"expected {_PLAIN}"
 
 
 def _hint(path: Path) -> str:

@@ -112,15 +112,14 @@ def test_header_without_rows(folder, text):
     assert "header but no rows" in refusal(table(folder, text))
 
 
-@pytest.mark.parametrize("column", HEADER.split(","))
+@pytest.mark.parametrize("column", ["image_path", "answer"])
 def test_missing_column_is_named_with_those_found(folder, column):
     columns = [name for name in (*HEADER.split(","), "mask_path") if name != column]
     message = refusal(table(folder, f"{','.join(columns)}\na.nii.gz,b,c\n"))
     assert f"no column '{column}'" in message and f"found {','.join(columns)}" in message
 
 
-def test_semicolons_and_headerless_tables_show_what_was_found(folder):
-    assert "found image_path;question;answer" in refusal(table(folder, "image_path;question;answer\na.nii.gz;Q;N\n"))
+def test_a_table_without_header_shows_what_was_found(folder):
     assert "no column 'image_path'" in refusal(table(folder, "a.nii.gz,Q,Normal.\n"))
 
 
@@ -175,14 +174,6 @@ def test_a_folder_is_no_image(folder):
 def test_a_report_in_the_column_of_the_image(folder):
     """Longer than a file's name can be: the operating system refuses it, and so do we, with the row."""
     assert "row 2: file not found" in refusal(table(folder, f"{HEADER}\n{'No nodule. ' * 100},Q,a.nii.gz\n"))
-
-
-@pytest.mark.parametrize("encoding", ["gbk", "utf-16"])
-def test_other_encodings_are_refused_with_a_remedy(folder, encoding):
-    filler = "a.nii.gz,Q,Normal.\n" * 2000  # the first Chinese character far from the start of the file
-    message = refusal(table(folder, f"{HEADER}\n{filler}a.nii.gz,问题,右肺结节。\n", encoding=encoding))
-    assert "not UTF-8" in message and "CSV UTF-8" in message
-    assert f"line {2002 if encoding == 'gbk' else 1}" in message
 
 
 # ---------------------------------------------------------------- prompts and questions
