@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from config.plans import PreprocessPlan
-from data.nifti import read_mask, read_volume
+from data.image_reader import files_of, read_mask, read_volume
 from data.nnunet_preprocess import Preprocessed, VoxelMap, preprocess
 from data.slice_store import DamagedFile, StoredArray, write_slices
 
@@ -102,7 +102,7 @@ class VolumeCache:
     def get(self, image_path: Path | str, mask_path: Path | str | None = None) -> CachedVolume:
         """The preprocessed case, from the disk where it is there and whole, else prepared now.
 
-        Raises InputError for files that :func:`data.nifti.read_volume` or ``read_mask`` refuse.
+        Raises InputError for files that :func:`data.image_reader.read_volume` or ``read_mask`` refuse.
         """
         image_path = Path(image_path)
         mask_path = None if mask_path is None else Path(mask_path)
@@ -120,8 +120,12 @@ class VolumeCache:
         """The folder that holds, or will hold, this case."""
         digest = blake2b(f"{FORMAT}\n{self._plan_text}\n".encode(), digest_size=20)
         memory = self.root / "files"
-        digest.update(file_digest(image_path, memory))
-        digest.update(b"no mask" if mask_path is None else file_digest(mask_path, memory))
+        for file in files_of(image_path):  # a series is many, also where one of its files stands for it
+            digest.update(file_digest(file, memory))
+        for file in [] if mask_path is None else files_of(mask_path):
+            digest.update(file_digest(file, memory))
+        if mask_path is None:
+            digest.update(b"no mask")
         return self.root / digest.hexdigest()
 
     def _prepare(self, entry: Path, image_path: Path, mask_path: Path | None) -> None:

@@ -232,9 +232,23 @@ def test_the_cache_notices_a_changed_slice_and_another_series(tmp_path):
     before = cache.entry(tmp_path / "s")
     assert before != cache.entry(tmp_path / "t") and before == cache.entry(tmp_path / "s")
     assert set(files_of(tmp_path / "s")) == set(files)
+    by_one_file = cache.entry(files[1])
+    nested = tmp_path / "u" / "series"
+    write_series(nested, marked())
+    by_the_folder_above = cache.entry(tmp_path / "u")
+    write_series(nested, marked() // 2)
+    assert cache.entry(tmp_path / "u") != by_the_folder_above
     files[0].write_bytes(files[0].read_bytes()[:-2] + b"\x10\x27")
-    assert cache.entry(tmp_path / "s") != before
+    assert cache.entry(tmp_path / "s") != before and cache.entry(files[1]) != by_one_file
     nib.save(nib.Nifti1Pair(marked().transpose(2, 1, 0), np.diag([-1.5, -2, 3, 1])), tmp_path / "pair.hdr")
     pair = cache.entry(tmp_path / "pair.hdr")
     (tmp_path / "pair.img").write_bytes(b"\1" * 240)
     assert cache.entry(tmp_path / "pair.hdr") != pair
+
+
+def test_the_cache_prepares_a_series_as_it_prepares_nifti(tmp_path):
+    array = np.random.default_rng(0).integers(-1000, 400, (4, 5, 6))
+    write_series(tmp_path / "s", array)
+    store_as(tmp_path / "scan.nii.gz", array.astype(np.int16), "SRP")
+    cache = VolumeCache(tmp_path / "cache", PLAN_2D)
+    assert np.array_equal(cache.get(tmp_path / "s").image, cache.get(tmp_path / "scan.nii.gz").image)
