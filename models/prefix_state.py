@@ -32,12 +32,12 @@ _SAMPLED = 1024  # values of each weight that enter its fingerprint
 
 # What is compared between a saved state and the program that is to use it, in the words of the message.
 _COMPARED = {
-    "lm_size": "language model",
-    "lm_weights": "weights or precision of the language model",
-    "vision": "vision checkpoint",
-    "preprocessing": "preprocessing",
-    "image": "image",
-    "mask": "lesion mask",
+    "lm_size": "another language model",
+    "lm_weights": "other weights or another precision of the language model",
+    "vision": "another vision checkpoint",
+    "preprocessing": "another preprocessing",
+    "image": "another image",
+    "mask": "another lesion mask",
 }
 
 
@@ -68,7 +68,7 @@ class PrefixIdentity:
             here, wanted = getattr(self, name), getattr(expected, name)
             if wanted and here != wanted:
                 raise InputError(
-                    f"{origin} was made with another {words} ({_short(here)} there, {_short(wanted)} here): "
+                    f"{origin} was made with {words} ({_short(here)} there, {_short(wanted)} here): "
                     "use what it was made with, or read the image again with --image and --save_prefix"
                 )
 

@@ -161,18 +161,18 @@ def identity(lm: MambaLM) -> PrefixIdentity:
 @pytest.mark.parametrize(
     ("field", "words"),
     [
-        ("lm_size", "language model"),
-        ("lm_weights", "weights or precision"),
-        ("vision", "vision checkpoint"),
-        ("preprocessing", "preprocessing"),
-        ("image", "image"),
-        ("mask", "lesion mask"),
+        ("lm_size", "another language model"),
+        ("lm_weights", "other weights or another precision"),
+        ("vision", "another vision checkpoint"),
+        ("preprocessing", "another preprocessing"),
+        ("image", "another image"),
+        ("mask", "another lesion mask"),
     ],
 )
 def test_what_differs_is_named_in_one_line(identity: PrefixIdentity, field: str, words: str) -> None:
     identity.check(identity, "a.safetensors")
     identity.check(PrefixIdentity(vision=identity.vision), "a.safetensors")  # the rest is not asked for
-    with pytest.raises(InputError, match=rf"a\.safetensors was made with another {words}") as error:
+    with pytest.raises(InputError, match=rf"a\.safetensors was made with {words}") as error:
         identity.check(replace(identity, **{field: "other"}), "a.safetensors")
     assert "\n" not in str(error.value)
 
