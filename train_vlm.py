@@ -160,6 +160,8 @@ def main() -> None:
 
     # ---------------------------------------------------------------- model and data
     lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=accelerator.device)
+    if lm.checkpointing(config.llm_checkpointing):
+        say("language model: each block is computed again in the backward pass (llm_checkpointing)", flush=True)
     vision, plan, origin = build_vision(config, start, lm)
     vision.to(accelerator.device)
     for line in origin:

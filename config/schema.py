@@ -78,6 +78,9 @@ class Config:
     mamba_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key(
         "auto", "auto: bfloat16 on a GPU or for a large model, else float32", role="run"
     )
+    llm_checkpointing: bool | None = _key(
+        None, "Stage 2 recomputes the LLM's blocks backwards: less memory (empty: from 1e9 parameters on)", role="run"
+    )
     max_question_tokens: int = _key(128, "questions are cut here", role="run", minimum=1)
     max_answer_tokens: int = _key(1024, "reports are cut here; how many were is printed", role="run", minimum=1)
 

@@ -145,7 +145,7 @@ def fingerprint(args: argparse.Namespace, config: Config, **extra: Any) -> dict[
         "weight_decay",
         "max_grad_norm",
     )
-    where_only = {"output_dir", "cache_dir", "num_workers", "memory_cache_mb", "path_map"}
+    where_only = {"output_dir", "cache_dir", "num_workers", "memory_cache_mb", "path_map", "llm_checkpointing"}
     settings = {key: value for key, value in config.to_dict().items() if key not in where_only}
     return {**settings, **{flag: getattr(args, flag) for flag in flags}, **extra}
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -26,14 +27,17 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import Cache, DynamicCache
 
 from config.errors import InputError
 from models.decoding import StopAtText, StopRule, plain_text
+from models.mamba_backbone import PREFILL_CHUNK, read_in_chunks, recompute_blocks
 from models.mamba_mixer import use_our_scan
 
 IGNORED = -100  # label of a position that the loss skips
 TIED_MESSAGE = "lm_head 已绑定到 input_embeddings"  # users look for this line
-LARGE_MODEL = 1_000_000_000  # parameters from which "auto" means bfloat16 on a CPU too
+LARGE_MODEL = 1_000_000_000  # parameters from which "auto" means bfloat16 on a CPU too, and blocks are recomputed
+LOSS_CHUNK = 256  # answer tokens whose logits exist at one time: 50 MB in float32 with 50,280 rows
 
 
 class _Mamba(MambaForCausalLM):
@@ -195,9 +199,47 @@ class MambaLM(nn.Module):
         hidden = self.model.backbone(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
         target = labels[:, 1:]
         wanted = target != IGNORED
-        # Only the answer's positions meet the vocabulary: the rest of the logits would be thrown away.
-        logits = self.model.lm_head(hidden[:, :-1][wanted])[:, : self.known_tokens].float()
-        return F.cross_entropy(logits, target[wanted], reduction="sum"), wanted.sum()
+        # Only the answer's positions meet the vocabulary, and only some at a time: their logits are made again in
+        # the backward pass.
+        pairs = zip(hidden[:, :-1][wanted].split(LOSS_CHUNK), target[wanted].split(LOSS_CHUNK), strict=True)
+        losses = [checkpoint(self._token_loss, *pair, use_reentrant=False) for pair in pairs]
+        return torch.stack(losses).sum(), wanted.sum()
+
+    def _token_loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        logits = self.model.lm_head(hidden)[:, : self.known_tokens].float()
+        return F.cross_entropy(logits, target, reduction="sum")
+
+    def checkpointing(self, wanted: bool | None) -> bool:
+        """Keep only the blocks' inputs for the backward pass (None: from a billion parameters on); returns which."""
+        if wanted is None:
+            wanted = _parameters(self.model.config) > LARGE_MODEL
+        recompute_blocks(self.model, wanted)
+        return wanted
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+        chunk: int = PREFILL_CHUNK,
+    ) -> tuple[Tensor, Cache]:
+        """Read a prompt in chunks: working memory does not grow with L, and no logits are made.
+
+        Args:
+            inputs_embeds: (B, L, D), padded on the left. attention_mask: (B, L), 0 on the padding.
+            cache: where to go on from; it is brought to the end of the prompt.
+            chunk: tokens read at a time.
+
+        Returns:
+            The hidden state (B, D) at the last position, whose product with the head is the first token's logits,
+            and the cache.
+        """
+        cache = DynamicCache(config=self.model.config) if cache is None else cache
+        for hidden in read_in_chunks(self.model.backbone, inputs_embeds, attention_mask, cache, chunk):
+            last = hidden[:, -1]
+        return last, cache
 
     @torch.no_grad()
     def generate(
@@ -240,10 +282,14 @@ class MambaLM(nn.Module):
 def _dtype(wanted: str, config: MambaConfig, device: torch.device) -> torch.dtype:
     if wanted != "auto":
         return getattr(torch, wanted)
-    # in_proj, out_proj and the embedding table are nearly all of a Mamba's parameters.
+    large = _parameters(config) > LARGE_MODEL
+    return torch.bfloat16 if device.type != "cpu" or large else torch.float32
+
+
+def _parameters(config: MambaConfig) -> int:
+    """in_proj, out_proj and the embedding table are nearly all of a Mamba's parameters."""
     inner = config.intermediate_size
-    parameters = config.num_hidden_layers * 3 * config.hidden_size * inner + config.vocab_size * config.hidden_size
-    return torch.bfloat16 if device.type != "cpu" or parameters > LARGE_MODEL else torch.float32
+    return config.num_hidden_layers * 3 * config.hidden_size * inner + config.vocab_size * config.hidden_size
 
 
 def _tie_head(model: MambaForCausalLM, head_missing: bool) -> None:
