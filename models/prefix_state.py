@@ -90,7 +90,7 @@ class PrefixState:
     def read(cls, lm: MambaLM, visual: Tensor) -> PrefixState:
         """Let the language model read visual tokens (B, L, D)."""
         dtype = lm.model.get_input_embeddings().weight.dtype
-        cache = lm.model.backbone(inputs_embeds=visual.to(dtype), use_cache=True).cache_params
+        _, cache = lm.prefill(visual.to(dtype))
         return cls.of_cache(cache, visual.shape[1])
 
     @classmethod
