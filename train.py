@@ -22,7 +22,7 @@ from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from engine.checkpoint import save_checkpoint
 from engine.cli import Interrupted, add_training_flags, config_from, run_main
 from engine.diagnostics import TokenStatistics, token_statistics
-from engine.loaders import build_loaders
+from engine.loaders import build_loaders, check_tables
 from engine.optimization import build_optimizer, build_schedule, optimizer_step, require_finite
 from engine.run import start_run
 from engine.run_log import RunLog, plot_losses, progress_bar
@@ -102,6 +102,7 @@ def main() -> None:
             flush=True,
         )
     accelerator, output = start_run(args, config, "stage1")
+    check_tables(config)
     say = accelerator.print
 
     # ---------------------------------------------------------------- data and model

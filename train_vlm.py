@@ -32,7 +32,7 @@ from engine.checkpoint import (
 )
 from engine.cli import Interrupted, add_training_flags, config_from, positive_int, run_main
 from engine.diagnostics import TokenStatistics, token_statistics
-from engine.loaders import build_loaders
+from engine.loaders import build_loaders, check_tables
 from engine.optimization import build_optimizer, build_schedule, optimizer_step, require_finite
 from engine.run import jsonable, start_run
 from engine.run_log import CsvLog, RunLog, plot_losses, progress_bar
@@ -156,6 +156,7 @@ def main() -> None:
     config = config_from(args, max_visual_tokens=args.max_visual_tokens)
     start = find_start(args, config.resolved("output_dir"))
     accelerator, output = start_run(args, config, "stage2")
+    check_tables(config)
     say = accelerator.print
 
     # ---------------------------------------------------------------- model and data

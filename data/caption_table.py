@@ -22,12 +22,13 @@ from data.columns import SECTIONS, find_columns
 from data.image_index import ImageIndex
 from data.image_reader import SUFFIXES
 from data.phantom_wording import WORDINGS
-from data.problems import Problem
+from data.problems import Level, Problem
 from data.table_reader import read_table
 
 logger = logging.getLogger(__name__)
 
 _PLAIN = "image_path,question,answer[,mask_path]"
+_NOT_FOUND = "mend the row, or set image_root / path_map in the configuration"
 _SCIENTIFIC = re.compile(r"\d(\.\d+)?E\+\d+", re.IGNORECASE)
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _STOPS = "。.！!？?；;"
@@ -78,7 +79,7 @@ def read_caption_table(
     if problems:
         first = problems[0]
         more = f" (and {len(problems) - 1} more problems in this table)" if len(problems) > 1 else ""
-        remedy = first.remedy or "mend the row, or set image_root / path_map in the configuration"
+        remedy = first.remedy or "mend the row"
         raise InputError(
             f"{path}, row {first.row}: {first.problem}{more}; {remedy}; scripts/check_data.py lists all at once"
         )
@@ -157,7 +158,7 @@ class _Files:
                     f"no image below {self.base} is named '{wanted}'",
                     "set image_root, or write the file's path",
                 )
-        return None, f"file not found: {path}", ""
+        return None, f"file not found: {path}", _NOT_FOUND
 
     def mask(self, cell: str) -> Path:
         return resolve_path(cell, self.base, self.path_map)
@@ -168,8 +169,8 @@ def _row(number: int, cells: dict[str, str], files: _Files) -> tuple[CaptionRow 
     named = cells.get("image_path", "") or cells.get("id", "")
     problems = []
 
-    def note(problem: str, remedy: str = "", fatal: bool = True) -> None:
-        problems.append(Problem(number, problem, remedy, str(image or named), fatal))
+    def note(problem: str, remedy: str = "", level: Level = "error") -> None:
+        problems.append(Problem(number, problem, remedy, str(image or named), level))
 
     image: Path | None = None
     if not named:
@@ -180,12 +181,12 @@ def _row(number: int, cells: dict[str, str], files: _Files) -> tuple[CaptionRow 
             note(problem, remedy)
     mask = files.mask(cells["mask_path"]) if cells.get("mask_path") else None
     if mask is not None and not _exists(mask):
-        note(f"file not found: {mask}")
+        note(f"file not found: {mask}", _NOT_FOUND)
     answer, missing = _answer(cells)
     if not answer:
         note("'answer' is empty")
     elif missing:
-        note(f"the report has no {' and no '.join(missing)}", "fill the cell in, if the report has it", fatal=False)
+        note(f"the report has no {' and no '.join(missing)}", "fill the cell in, if the report has it", "warning")
     for name, text in (("question", cells.get("question", "")), ("answer", answer)):
         problem = text_problem(text)
         if problem:

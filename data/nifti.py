@@ -71,7 +71,10 @@ def read_header(path: Path) -> ImageHeader:
     needed = int(image.dataobj.offset) + int(np.prod(header.shape, dtype=object)) * header.dtype.itemsize
     held = _length(voxels, needed)
     if held < needed:
-        raise InputError(f"{voxels}: holds {held} of {needed} bytes; the file is truncated or damaged, copy it again")
+        raise InputError(
+            f"{voxels}: holds fewer than the {needed} bytes that its header announces; "
+            "the file is truncated or damaged, copy it again"
+        )
     return header
 
 

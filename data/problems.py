@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Level = Literal["error", "warning", "note"]
 
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """``row``: the row a spreadsheet shows, 0 for the table as a whole. ``fatal``: the row cannot be used.
+    """``row``: the row a spreadsheet shows, 0 for the table as a whole.
 
     ``image`` is the file or the cell that names it; ``problem`` and ``remedy`` are one line each.
+    ``level``: with an error the row cannot be used; a warning may be an oversight; a note is only to be known.
     """
 
     row: int
     problem: str
     remedy: str = ""
     image: str = ""
-    fatal: bool = True
+    level: Level = "error"
     table: str = ""
+
+    @property
+    def fatal(self) -> bool:
+        return self.level == "error"
 
     def __str__(self) -> str:
         where = f"row {self.row}: " if self.row else ""

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from config.plans import PreprocessPlan
 from config.schema import Config
 from data.cache import VolumeCache
-from data.caption_table import CaptionRow
+from data.caption_table import CaptionRow, read_caption_table
+from data.data_check import quick_check
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from engine.run import EpochShuffle
 
@@ -61,6 +62,17 @@ def build_loaders(
     order = EpochShuffle(len(train), args.seed)
     train_loader = DataLoader(train, sampler=order, **options)
     return *accelerator.prepare(train_loader, DataLoader(val, **options)), order
+
+
+def check_tables(config: Config) -> None:
+    """Both tables and the header of every image, in seconds: a missing file must not wait for a model to load.
+
+    Raises:
+        InputError: as :func:`read_caption_table` and :func:`quick_check` do.
+    """
+    root = Path(config.image_root) if config.image_root else None
+    keys = ("caption_csv_train", "caption_csv_val")
+    quick_check(*(read_caption_table(config.resolved(k), image_root=root, path_map=config.path_map) for k in keys))
 
 
 def fill_cache(cache: VolumeCache, rows: Sequence[CaptionRow], threads: int | None = None) -> None:

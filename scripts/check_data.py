@@ -1,0 +1,181 @@
+"""Look at the data before any training: tables, images, masks and reports, all problems at once.
+
+    python scripts/check_data.py --csv d:/ct/train.csv --val_csv d:/ct/val.csv --out outputs/data_check
+    python scripts/check_data.py --config my_paths.yaml --quick
+
+Writes OUT/problems.csv and OUT/contact_sheet.html (with contact_sheet.png): see what the model will see.
+Exit code 1 if any row cannot be used. --quick reads headers only; training does that by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
+
+import numpy as np
+from tqdm import tqdm
+
+from config.errors import InputError
+from config.schema import Config, load_config
+from data.caption_table import CaptionRow, TableScan, read_prompts, scan_caption_table
+from data.data_check import CheckedImage, check_image, compare_rows
+from data.problems import Problem, from_error
+from engine.cli import run_main
+from engine.contact_sheet import ModelView, draw_case, write_sheet
+
+EXIT_UNUSABLE = 1
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Check tables and images before training")
+    parser.add_argument("--csv", type=Path, help="training table (default: the configuration's tables)")
+    parser.add_argument("--val_csv", type=Path, help="validation table, compared with the training table")
+    parser.add_argument("--image_root", type=Path, help="where relative paths start and numbers are looked up")
+    parser.add_argument("--config", type=Path, help="configuration file (default: config/paths.yaml)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/data_check"), help="folder for the results")
+    parser.add_argument("--quick", action="store_true", help="headers only, no voxel is read, no contact sheet")
+    return parser.parse_args()
+
+
+def tables_of(args: argparse.Namespace, config: Config) -> dict[str, Path]:
+    """The tables to check, by name."""
+    if args.csv is not None:
+        return {"train": args.csv, **({"val": args.val_csv} if args.val_csv else {})}
+    val = args.val_csv or (Path(config.caption_csv_val) if config.caption_csv_val else None)
+    return {"train": config.resolved("caption_csv_train"), **({"val": val} if val else {})}
+
+
+def scan(tables: dict[str, Path], root: Path | None, config: Config) -> tuple[dict[str, TableScan], list[Problem]]:
+    """Every table read to its end; one that cannot be read is a problem of its own."""
+    scans: dict[str, TableScan] = {}
+    problems: list[Problem] = []
+    for name, path in tables.items():
+        try:
+            scans[name] = scan_caption_table(path, image_root=root, path_map=config.path_map)
+        except InputError as error:
+            problems.append(replace(from_error(0, path, error), table=name))
+            continue
+        print(f"{name}: {path}, {len(scans[name].rows)} rows can be read", flush=True)
+        for note in scans[name].notes:
+            print(f"  {note}", flush=True)
+        problems += [replace(problem, table=name) for problem in scans[name].problems]
+        problems += [replace(problem, table=name) for problem in without_question(scans[name].rows, config)]
+    return scans, problems
+
+
+def without_question(rows: Sequence[CaptionRow], config: Config) -> list[Problem]:
+    empty = [row.number for row in rows if not row.question]
+    if not empty:
+        return []
+    try:
+        prompts = read_prompts(Path(config.caption_prompt_json)) if config.caption_prompt_json else []
+    except InputError as error:
+        return [from_error(0, config.caption_prompt_json, error)]
+    words = f"{len(empty)} rows have no question (first row {empty[0]})"
+    return [] if prompts else [Problem(0, words, "fill them in, or set caption_prompt_json in the configuration")]
+
+
+def model_view(config: Config) -> Callable[[CheckedImage], ModelView] | None:
+    """A function that gives the encoder's input of a case, by the very code of training; None without an encoder."""
+    if not (config.nnunet_encoder_checkpoint and Path(config.nnunet_encoder_checkpoint).is_file()):
+        print("no nnunet_encoder_checkpoint: the sheet shows the scans, not the encoder's input", flush=True)
+        return None
+    from data.cache import VolumeCache
+    from data.medical_vlm_dataset import Framing
+    from engine.vision_setup import load_encoder
+
+    encoder, plan = load_encoder(config)
+    framing = Framing(plan, encoder.total_stride, config.slices, config.slice_policy)
+    cache = VolumeCache(Path(config.cache_dir), plan)
+    intensity = plan.intensity[0]
+    if intensity is not None and plan.normalization_schemes[0] == "CTNormalization":
+        limits = (intensity.percentile_00_5, intensity.percentile_99_5)
+        grey = tuple((value - intensity.mean) / intensity.std for value in limits)
+    else:
+        grey = (-2.0, 2.0)
+
+    def view(checked: CheckedImage) -> ModelView:
+        images, position = framing(cache.get(checked.row.image_path, checked.row.mask_path))
+        images, depth = np.asarray(images), len(checked.volume.array)
+        planes = images[:, 0] if encoder.dim == 2 else images[0, [images.shape[1] // 2]]
+        slices = [min(max(round(float(p) * depth - 0.5), 0), depth - 1) for p in position]
+        return ModelView(planes, grey, slices, ("R", "L") if plan.orientation[0] == "L" else ("L", "R"))
+
+    return view
+
+
+def look(scans: dict[str, TableScan], args: argparse.Namespace, config: Config) -> tuple[list, list[Problem], dict]:
+    """Check every image once: cases for the sheet, problems, and digests of the voxels by path."""
+    view = None if args.quick else model_view(config)
+    cases: list[tuple[CheckedImage, str, Path | None]] = []
+    problems: list[Problem] = []
+    digests: dict[Path, str] = {}
+    rows = [(name, row) for name, table in scans.items() for row in table.rows]
+    for name, row in tqdm(rows, desc="checking images", unit="case", dynamic_ncols=True, disable=None):
+        checked = check_image(row, quick=args.quick)
+        problems += [replace(problem, table=name) for problem in checked.problems]
+        if checked.digest:
+            digests[row.image_path] = checked.digest
+        picture = None
+        usable = not any(problem.fatal for problem in checked.problems)
+        if checked.volume is not None and not args.quick:
+            picture = args.out / "cases" / f"{name}_{row.number:04d}.png"
+            try:
+                draw_case(checked, view(checked) if view and usable else None, picture)
+            except InputError as error:  # preprocessing refuses it: an error of this row like any other
+                problems.append(replace(from_error(row.number, row.image_path, error), table=name))
+                picture = None
+        kept = replace(checked, volume=None, mask=None)  # a few hundred volumes do not fit into memory
+        cases.append((kept, name, picture))
+    return cases, problems, digests
+
+
+def write_problems(problems: list[Problem], path: Path) -> None:
+    """UTF-8 with a mark, which Excel needs to show Chinese."""
+    with path.open("w", encoding="utf-8-sig", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["row", "image", "problem", "remedy", "level", "table"])
+        for p in problems:
+            writer.writerow([p.row or "", p.image, p.problem, p.remedy, p.level, p.table])
+
+
+def main() -> int:
+    args = parse_args()
+    config = load_config(args.config)
+    root = args.image_root.resolve() if args.image_root else (Path(config.image_root) if config.image_root else None)
+    if root is not None and not root.is_dir():
+        raise InputError(f"image_root is no folder: {root}; set --image_root, or image_root in the configuration")
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    scans, problems = scan(tables_of(args, config), root, config)
+    cases, found, digests = look(scans, args, config)
+    problems += found
+    train, val = (scans[name].rows if name in scans else [] for name in ("train", "val"))
+    problems += compare_rows(train, val, digests)
+    problems = sorted(set(problems), key=lambda p: (p.table, p.row, p.level, p.problem))
+
+    for problem in problems:
+        if problem.level != "note":
+            print(f"{problem.level}: {problem.table}, {problem}  [{problem.image}]", flush=True)
+    write_problems(problems, args.out / "problems.csv")
+    if not args.quick:
+        print(f"contact sheet: {write_sheet(cases, problems, args.out)}", flush=True)
+    levels = Counter(problem.level for problem in problems)
+    unusable = len({(p.table, p.row) for p in problems if p.fatal})
+    print(
+        f"{len(cases)} images looked at: {levels['error']} errors in {unusable} rows, {levels['warning']} warnings, "
+        f"{levels['note']} notes; list: {args.out / 'problems.csv'}",
+        flush=True,
+    )
+    return EXIT_UNUSABLE if unusable else 0
+
+
+if __name__ == "__main__":
+    run_main(main)
