@@ -30,6 +30,7 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicCache
 
 from config.errors import InputError
+from models.cuda_graph_decode import static_steps
 from models.decoding import StopAtText, StopRule, plain_text
 from models.mamba_backbone import PREFILL_CHUNK, read_in_chunks, recompute_blocks
 from models.mamba_mixer import use_our_scan
@@ -265,16 +266,17 @@ class MambaLM(nn.Module):
             B texts, exactly what the model wrote, without special tokens.
         """
         criteria = [*criteria, StopAtText(self.tokenizer, stop)] if stop else [*criteria]
-        ids = self.model.generate(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-            logits_processor=LogitsProcessorList([KnownTokensOnly(self.known_tokens)]),
-            stopping_criteria=StoppingCriteriaList(criteria),
-            **{"do_sample": False, **options},
-        )
+        with static_steps(self.model, max_new_tokens, int(options.get("num_beams", 1))):
+            ids = self.model.generate(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+                logits_processor=LogitsProcessorList([KnownTokensOnly(self.known_tokens)]),
+                stopping_criteria=StoppingCriteriaList(criteria),
+                **{"do_sample": False, **options},
+            )
         texts = [plain_text(self.tokenizer, row) for row in ids]
         return [stop.cut(text) for text in texts] if stop else texts
 

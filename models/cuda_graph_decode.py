@@ -1,0 +1,203 @@
+"""Decoding steps as one replayed CUDA graph: a step of a small batch is hundreds of tiny kernels, and starting
+them one by one from Python takes longer than running them.
+
+    ids [B, 1], states of all layers → one step on buffers that never move → logits [B, 1, V], states updated
+
+``generate`` stays Hugging Face's: while it runs, the model's ``forward`` sends single-token steps here, and all else
+(the prompt) where it always went. A graph is used only after its first replay gave what plain execution gives.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import MambaForCausalLM
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.models.mamba.modeling_mamba import MambaCausalLMOutput
+
+logger = logging.getLogger(__name__)
+
+SWITCH = "MAMBA_CUDA_GRAPH"  # environment variable; 0 decodes without graphs
+MIN_STEPS = 16  # capturing costs about five plain steps
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest value
+
+
+class GraphUnusable(Exception):
+    """Why a step cannot be captured here; the message goes to the log."""
+
+
+class DecodeStep:
+    """One step on buffers of its own, computed plainly: the reference of the graph, and its whole on a CPU."""
+
+    def __init__(self, model: MambaForCausalLM, forward: Callable[..., Any], cache: Cache) -> None:
+        """
+        Args:
+            forward: the model's own forward.
+            cache: states after a prompt, of B rows; they are copied.
+        """
+        self.forward = forward
+        self.cache = DynamicCache(config=model.config)
+        for index, layer in enumerate(cache.layers):
+            conv = layer.conv_states[0]
+            self.cache.update_conv_state(conv, index, conv_kernel_size=conv.shape[-1])
+            self.cache.update_recurrent_state(layer.recurrent_states[0], index)
+        rows = cache.layers[0].conv_states[0]
+        self.ids = torch.zeros(rows.shape[0], 1, dtype=torch.long, device=rows.device)
+
+    def load(self, cache: Cache) -> None:
+        """Begin with the states of another prompt."""
+        for own, other in zip(self.states, _states(cache), strict=True):
+            own.copy_(other)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """(B, 1) ids → (B, 1, V) logits; overwritten by the next call."""
+        self.ids.copy_(ids)
+        return self.run()
+
+    def run(self) -> Tensor:
+        return self.compute()
+
+    def compute(self) -> Tensor:
+        return self.forward(input_ids=self.ids, cache_params=self.cache, use_cache=True, logits_to_keep=1).logits
+
+    @property
+    def states(self) -> list[Tensor]:
+        return _states(self.cache)
+
+
+class CudaGraphStep(DecodeStep):
+    """The same step, captured once and replayed.
+
+    Raises:
+        GraphUnusable: it cannot be captured, or its replay gives something else.
+    """
+
+    def __init__(self, model: MambaForCausalLM, forward: Callable[..., Any], cache: Cache) -> None:
+        super().__init__(model, forward, cache)
+        before = [state.clone() for state in self.states]
+        expected = [self.compute().clone(), *(state.clone() for state in self.states)]
+        try:
+            self._capture()
+        except RuntimeError as error:
+            raise GraphUnusable(f"the step cannot be captured ({str(error).strip().splitlines()[0][:160]})") from error
+        self._restore(before)
+        found = [self.run(), *self.states]
+        for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+            if not _close(one, other):
+                what = "logits" if number == 0 else f"states of layer {(number - 1) // 2}"
+                raise GraphUnusable(f"its replay gives other {what} than plain execution")
+        self._restore(before)
+
+    def run(self) -> Tensor:
+        self.graph.replay()
+        return self.logits
+
+    def _capture(self) -> None:
+        device = self.ids.device
+        aside = torch.cuda.Stream(device)
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):  # libraries allocate their workspaces and Triton compiles, once
+            for _ in range(2):
+                self.compute()
+        torch.cuda.current_stream(device).wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        # "thread_local": what a data loader's or logger's thread does meanwhile does not break the capture.
+        with torch.cuda.device(device), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.logits = self.compute()
+
+    def _restore(self, states: list[Tensor]) -> None:
+        for own, kept in zip(self.states, states, strict=True):
+            own.copy_(kept)
+
+
+@contextmanager
+def static_steps(
+    model: MambaForCausalLM, new_tokens: int, beams: int = 1, make: type[DecodeStep] | None = None
+) -> Iterator[None]:
+    """While it lasts, ``model.generate`` decodes by captured steps, where that is possible; why not is logged.
+
+    A cache that enters a generation is read after the prompt and not advanced any more.
+
+    Args:
+        make: the kind of step; default: captured ones on a CUDA device, none elsewhere.
+    """
+    if make is None:
+        if model.device.type != "cuda":
+            yield
+            return
+        make = CudaGraphStep
+    reason = _why_not(model, new_tokens, beams)
+    if reason:
+        logger.info("decoding without a CUDA graph: %s", reason)
+        yield
+        return
+    own_forward = model.forward
+    model.forward = functools.wraps(own_forward)(_Router(model, own_forward, make))
+    try:
+        yield
+    finally:
+        del model.forward  # the instance's; the class's is visible again
+
+
+def _why_not(model: MambaForCausalLM, new_tokens: int, beams: int) -> str | None:
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0"
+    if beams > 1:
+        return "beam search reorders the states between the steps"
+    if new_tokens < MIN_STEPS:
+        return f"for {new_tokens} tokens the capture would take longer than it saves"
+    if getattr(model, "is_quantized", False):
+        return "quantised weights"
+    if "forward" in vars(model):
+        return "the model's forward was replaced already"
+    return None
+
+
+class _Router:
+    """Stands for the model's ``forward`` during one generation."""
+
+    def __init__(self, model: MambaForCausalLM, forward: Callable[..., Any], make: type[DecodeStep]) -> None:
+        self.model, self.forward, self.make = model, forward, make
+        self.step: DecodeStep | None = None
+        self.usable = True
+
+    def __call__(self, input_ids: Tensor | None = None, cache_params: Cache | None = None, **rest: Any) -> Any:
+        is_step = input_ids is not None and input_ids.shape[1] == 1 and rest.get("attention_mask") is None
+        if not self.usable or not is_step or cache_params is None or not cache_params.has_previous_state():
+            return self.forward(input_ids=input_ids, cache_params=cache_params, **rest)
+        if self.step is None:
+            try:
+                self.step = self._step_for(cache_params)
+            except GraphUnusable as reason:
+                logger.warning("decoding without a CUDA graph: %s", reason)
+                self.usable = False
+                return self.forward(input_ids=input_ids, cache_params=cache_params, **rest)
+        return MambaCausalLMOutput(logits=self.step(input_ids), cache_params=cache_params)
+
+    def _step_for(self, cache: Cache) -> DecodeStep:
+        """The step captured by an earlier generation of as many rows, if the weights still lie where they lay."""
+        weights = self.model.get_input_embeddings().weight
+        key = (self.make, weights.data_ptr(), _states(cache)[0].shape[0])
+        kept: tuple[object, DecodeStep] | None = vars(self.model).get("_decode_step")
+        if kept is not None and kept[0] == key:
+            kept[1].load(cache)
+            return kept[1]
+        step = self.make(self.model, self.forward, cache)
+        self.model._decode_step = (key, step)
+        return step
+
+
+def _states(cache: Cache) -> list[Tensor]:
+    return [state for layer in cache.layers for state in (layer.conv_states[0], layer.recurrent_states[0])]
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    scale = other.float().abs().max().clamp(min=1e-6)
+    return bool(((one.float() - other.float()).abs().max() / scale) <= _TOLERANCE.get(other.dtype, 1e-3))
