@@ -1,0 +1,46 @@
+"""Measure one part of the system beside its rivals and beside what the machine can do at most.
+
+    python scripts/benchmark.py scan --out outputs/benchmark
+    python scripts/benchmark.py decode --size 130m
+
+Writes OUT/SUITE.json (raw times, spread, machine, versions, ratios) and OUT/SUITE.png. The language model has random
+weights. ``--size tiny`` runs in seconds and only shows that the suite works. Measured results: docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
+
+from engine.cli import run_main
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Benchmarks beside rivals and the machine's own limits")
+    parser.add_argument("suite", choices=("scan", "prefill", "decode", "train_step", "scaling", "memory"))
+    parser.add_argument("--size", choices=("2.8b", "130m", "tiny"), default="2.8b", help="of the language model")
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"), help="folder for the results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    import torch
+
+    from engine.benchmark.report import Report
+    from engine.benchmark.sizes import SIZES
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report = Report(args.suite, SIZES[args.size], device)
+    if args.size == "tiny":
+        report.add_note("size tiny shows that the suite runs; its numbers mean nothing")
+    importlib.import_module(f"engine.benchmark.suite_{args.suite}").run(report)
+    report.write(args.out)
+
+
+if __name__ == "__main__":
+    run_main(main)
