@@ -99,15 +99,17 @@ def scan_caption_table(
             f"table not found: {path}; set caption_csv_train / caption_csv_val in the configuration{_hint(path)}"
         )
     table = read_table(path)
+    if table.problems and not table.rows:
+        return TableScan(path, [], sorted(table.problems), table.notes)
     roles, notes = find_columns(table.columns)
-    listed = ",".join(table.columns)
+    listed = " ".join(",".join(table.columns).split())[:300]
     if "image_path" not in roles and "id" not in roles:
         raise InputError(
             f"{path} has no column 'image_path' (nor a number of the examination); found {listed}; {_form()}"
         )
     if "answer" not in roles and not any(section in roles for section in SECTIONS):
         raise InputError(f"{path} has no column 'answer' (nor findings or impression); found {listed}; {_form()}")
-    if not table.rows and not table.problems:
+    if not table.rows:
         raise InputError(f"{path} has a header but no rows; expected one case a row")
     base = image_root or path.parent
     files = _Files(base, path_map, ImageIndex(base))

@@ -165,6 +165,11 @@ def _open(path: Path) -> Nifti1Pair:
 
 
 def _checked_header(path: Path, image: Nifti1Pair) -> ImageHeader:
+    head = image.file_map.get("header", image.file_map["image"])
+    with head.get_prepare_fileobj("rb") as stream:  # nibabel clears the slope of a header that it has loaded
+        slope = type(image.header).from_fileobj(stream, check=False)["scl_slope"]
+    if np.isinf(slope):  # NaN and 0 mean "not set"
+        raise InputError(f"{path}: not a readable NIfTI file (its slope is infinite); its header is damaged")
     voxels = Path(image.file_map["image"].filename)
     limit = voxels.stat().st_size * (MAX_DEFLATE_RATIO if _is_gzip(voxels) else 1)
     try:

@@ -171,7 +171,7 @@ def _from_cells(path: Path, rows: list[list[str]], notes: list[str]) -> Table:
         raise InputError(f"{path} is empty; expected a header: image_path,question,answer[,mask_path]")
     for name in header:
         if name and header.count(name) > 1:
-            raise InputError(f"{path} has two columns '{name}'; keep one")
+            raise InputError(f"{path} has two columns '{' '.join(name.split())[:100]}'; keep one")
     problems = []
     records = []
     for number, cells in enumerate(rows[1:], start=2):

@@ -55,7 +55,7 @@ def test_a_chest_in_hu_raises_no_doubt(chest):
         (lambda hu: np.clip((hu + 1350) / 1500, 0, 1), "scaled to 0 to 1"),
         (lambda hu: np.rint(np.clip((hu + 1350) / 1500, 0, 1) * 255), "8-bit picture"),
         (lambda hu: (hu + 300) / 400, "normalised, not HU"),
-        (lambda hu: hu / 10 - 50, "hardly any air"),
+        (lambda hu: hu / 5 - 50, "hardly any air"),
         (lambda hu: hu - 1024, "hardly any soft tissue"),
         (
             lambda hu: np.where(np.indices(hu.shape)[2] < 10, -3024, hu),
