@@ -17,8 +17,8 @@ from data.phantom_canvas import Box, blend, soft
 
 # Longest axial diameter in mm (depth for an effusion). Below 8 mm a lesion is under three pixels wide.
 SIZE_RANGE = {
-    "nodule": (8, 26),
-    "cavity": (18, 38),
+    "nodule": (8, 24),
+    "cavity": (20, 38),
     "consolidation": (24, 46),
     "tree_in_bud": (24, 46),
     "fibrosis": (26, 44),
@@ -212,7 +212,7 @@ def _calcification(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
 def _cavity(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
     distance = _blob(s, size / 2, 0.05, rng)
     cover = soft(distance, s.px)
-    wall = max(5.0, size * rng.uniform(0.15, 0.21))
+    wall = max(4.5, size * rng.uniform(0.13, 0.18))
     value = np.full_like(cover, rng.uniform(20, 60))
     blend(value, soft(distance - wall, s.px), -970.0)
     return s.box, cover, value, cover >= 0.5
@@ -248,8 +248,8 @@ def _tree_in_bud(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
         for j in range(3):
             cell = np.ix_(range(cells[0]), row + i, column + j)
             np.minimum(nearest, np.hypot(s.dy - dot_y[cell], s.dx - dot_x[cell]), out=nearest)
-    cover = np.clip((1.5 - nearest) / s.px + 0.7, 0, 1) * inside
-    haze = soft(region, 2 * s.px) * s.lung * np.float32(0.07)
+    cover = np.clip((1.8 - nearest) / s.px + 0.7, 0, 1) * inside
+    haze = soft(region, 2 * s.px) * s.lung * np.float32(0.13)
     return s.box, np.maximum(cover * np.float32(0.9), haze), 20.0, inside
 
 

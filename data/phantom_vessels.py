@@ -36,14 +36,14 @@ def grow_tree(
     radius = rng.uniform(1.7, 3.3, len(targets))
     points, radii = [], []
     for _ in range(levels):
-        steps = int(np.ceil(length.max() / 2.2)) + 1
-        t = np.linspace(0, 1, steps)[None, :, None]
+        steps = np.ceil(length / 2.2).astype(int)
+        t = np.arange(steps.max() + 1) / steps[:, None]  # every branch at its own pace; beyond 1 is left out
         bend = rng.normal(0, 0.10, start.shape) * length[:, None]
-        line = start[:, None] + t * (direction * length[:, None])[:, None] + (t * (1 - t)) * bend[:, None]
-        taper = radius[:, None] * (1 - 0.22 * t[..., 0])
-        points.append(line.reshape(-1, 3))
-        radii.append(taper.reshape(-1))
-        end = line[:, -1]
+        end = start + direction * length[:, None]
+        line = start[:, None] + t[..., None] * (end - start)[:, None] + (t * (1 - t))[..., None] * bend[:, None]
+        taper = radius[:, None] * (1 - 0.22 * t)
+        points.append(line[t <= 1])
+        radii.append(taper[t <= 1])
         spread = rng.normal(0, 1, (len(end), 3))
         spread = _unit(spread - (spread * direction).sum(1, keepdims=True) * direction)
         angle = rng.uniform(0.25, 0.6, (len(end), 1))
@@ -74,14 +74,20 @@ def splat(canvas: Canvas, points: np.ndarray, radii: np.ndarray) -> np.ndarray:
         rest = ((position[pick] - near) * grid.spacing).astype(np.float32)
         inside = ((near >= [1, reach, reach]) & (near < np.asarray(grid.shape) - [1, reach, reach])).all(1)
         near, rest, r = near[inside], rest[inside], radii[pick][inside].astype(np.float32)
-        half = np.arange(-reach, reach + 1)
-        dz, dy, dx = (g.ravel() for g in np.meshgrid([-1, 0, 1], half, half, indexing="ij"))
-        gap_xy = (dy * grid.spacing[1] - rest[:, 1:2]) ** 2 + (dx * grid.spacing[2] - rest[:, 2:3]) ** 2
-        gap_z = np.abs(dz * grid.spacing[0] - rest[:, 0:1])
+        half = np.arange(-reach, reach + 1, dtype=np.int32)
+        dz, dy, dx = np.arange(-1, 2, dtype=np.int32), *(g.ravel() for g in np.meshgrid(half, half, indexing="ij"))
+        sz, sy, sx = np.asarray(grid.spacing, np.float32)
+        # Across the slices and within one are looked at apart: 3 + 25 terms a point instead of 75.
+        gap_xy = np.sqrt((dy * sy - rest[:, 1:2]) ** 2 + (dx * sx - rest[:, 2:3]) ** 2)
+        gap_z = np.abs(dz * sz - rest[:, 0:1])
         # Part of the pixel that the tube fills, and of the slice's thickness.
-        strength = np.minimum(1.0, 1.45 * r / canvas.px)[:, None]
-        across = np.clip((r[:, None] - np.sqrt(gap_xy)) / canvas.px + 0.85, 0, 1)
-        along = np.clip((r[:, None] + 0.5 * grid.spacing[0] - gap_z) / min(3.0, grid.spacing[0]), 0, 1)
-        index = ((near[:, 0:1] + dz) * grid.shape[1] + near[:, 1:2] + dy) * grid.shape[2] + near[:, 2:3] + dx
-        np.maximum.at(cover, index.ravel(), (strength * across * along).ravel().astype(np.float32))
+        strength = np.minimum(1, 1.45 * r / canvas.px)[:, None]
+        across = strength * np.clip((r[:, None] - gap_xy) / canvas.px + 0.85, 0, 1)
+        along = np.clip((r[:, None] + 0.5 * sz - gap_z) / min(3.0, sz), 0, 1)
+        plane = (near[:, 1:2] + dy) * grid.shape[2] + near[:, 2:3] + dx
+        for level in range(3):
+            index = (near[:, 0:1] + dz[level]) * (grid.shape[1] * grid.shape[2]) + plane
+            value = across * along[:, level : level + 1]
+            seen = value > 0
+            np.maximum.at(cover, index[seen], value[seen])
     return cover.reshape(grid.shape)

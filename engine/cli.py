@@ -67,7 +67,7 @@ def add_training_flags(parser: argparse.ArgumentParser, *, epochs: int, batch_si
         "--mixed_precision",
         choices=("auto", "no", "bf16", "fp16"),
         default="auto",
-        help="auto: bf16 on a GPU that has it",
+        help="auto: bf16 on a GPU or CPU that computes in it",
     )
     parser.add_argument("--resume", default="auto", metavar="auto|PATH|never", help="continue an interrupted run")
     parser.add_argument("--save_every", type=positive_int, default=200, help="steps between saved training states")

@@ -27,11 +27,19 @@ def set_seeds(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def native_bf16() -> bool:
+    """Whether the device computes in bfloat16 itself; where it is emulated it is slower than float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def mixed_precision(wanted: str) -> str:
-    """``auto``: bf16 on a GPU that computes in it, else none."""
+    """``auto``: bf16 on a device that computes in it, else none."""
     if wanted != "auto":
         return wanted
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    return "bf16" if native_bf16() else "no"
 
 
 def start_run(args: argparse.Namespace, config: Config, name: str) -> tuple[Accelerator, Path]:

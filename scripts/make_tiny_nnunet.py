@@ -31,7 +31,7 @@ from data.nifti import read_mask, read_volume
 from engine.cli import positive_float, positive_int, run_main
 from engine.loaders import fill_cache
 from engine.optimization import build_optimizer, build_schedule, require_finite
-from engine.run import set_seeds
+from engine.run import native_bf16, set_seeds
 from models.nnunet_architecture import Architecture
 from models.nnunet_checkpoint import save_nnunet_checkpoint
 from models.nnunet_unet import SegmentationUNet
@@ -40,8 +40,9 @@ PATCH = 128
 LESION_SLICES = 4  # per case, those with most lesion
 FINGERPRINT_CASES = 60
 FINGERPRINT_VOXELS = 1000  # drawn from the lesions of each case
-CROP = 64  # voxels; most steps see a window around a lesion, a quarter of the work
-CROP_STEPS = 0.7  # share of the steps on windows; the rest on whole slices, whose statistics differ
+CROP = 48  # voxels; most steps see a window around a lesion, a seventh of the work of a slice
+CROP_STEPS = 0.8  # share of the steps on windows; the rest on whole slices, whose statistics differ
+DECODER_STEPS = 60  # the last ones; the encoder does not depend on the decoder
 LESION_SHARE = 0.8
 
 
@@ -50,7 +51,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder that make_phantoms.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for plans.json and fold_0/")
     parser.add_argument("--cache_dir", type=Path, help="preprocessed volumes (default: OUT/../cache)")
-    parser.add_argument("--steps", type=positive_int, default=480)
+    parser.add_argument("--steps", type=positive_int, default=1800)
     parser.add_argument("--batch_size", type=positive_int, default=16)
     # High for Adam: instance norm makes the convolutions' scale free, and 3e-3 took ten times the steps.
     parser.add_argument("--lr", type=positive_float, default=3e-2)
@@ -129,7 +130,7 @@ def make_plans(intensity: dict[str, float], spacing: float, features: list[int])
 
 
 def training_slices(cache: VolumeCache, rows: list[CaptionRow], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Per case the slices with most lesion and one at random: images (S, C, y, x), labels (S, y, x)."""
+    """Per case the slices with most lesion and one at random: images (S, C, y, x), labels (S, y, x) uint8."""
     images, labels = [], []
     for row in rows:
         volume = cache.get(row.image_path, row.mask_path)
@@ -138,8 +139,8 @@ def training_slices(cache: VolumeCache, rows: list[CaptionRow], rng: np.random.G
         chosen.append(int(rng.integers(len(area))))
         for index in chosen:
             images.append(centred(volume.image.plane(index), (PATCH, PATCH)))
-            labels.append(centred(volume.mask.plane(index)[None], (PATCH, PATCH))[0])
-    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)).long()
+            labels.append(centred(volume.mask.plane(index)[None], (PATCH, PATCH))[0].astype(np.uint8))
+    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))
 
 
 def lesion_crops(images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -174,7 +175,7 @@ def segmentation_loss(logits: Tensor, share: Tensor) -> Tensor:
 
 
 def training_loss(network: SegmentationUNet, head: nn.Module, image: Tensor, label: Tensor, *, full: bool) -> Tensor:
-    """Deep supervision of the deepest stage, and with ``full`` the segmentation itself.
+    """Deep supervision of the deepest stage, and with ``full`` the decoder on top of what the encoder has learnt.
 
     Through the skip connections alone, the decoder learns the types and the deepest stage does not: measured on
     held-out slices, a linear reading of it told 57 % of the types, with ``head`` on it 97 %.
@@ -183,8 +184,10 @@ def training_loss(network: SegmentationUNet, head: nn.Module, image: Tensor, lab
     share = F.one_hot(label, len(FINDING_TYPES)).movedim(-1, 1).float()
     coarse = head(features[-1])
     # Shares, not one label a cell: how much of a cell a lesion covers is what its size is read from.
-    loss = segmentation_loss(coarse, F.adaptive_avg_pool2d(share, coarse.shape[-2:]))
-    return loss + segmentation_loss(network.decoder(features), share) if full else loss
+    loss = segmentation_loss(coarse.float(), F.adaptive_avg_pool2d(share, coarse.shape[-2:]))
+    if full:
+        loss = loss + segmentation_loss(network.decoder([stage.detach() for stage in features]).float(), share)
+    return loss
 
 
 def main() -> None:
@@ -214,10 +217,11 @@ def main() -> None:
         windowed = step <= CROP_STEPS * args.steps
         count = args.batch_size * (2 if windowed else 1)
         chosen = torch.from_numpy(rng.choice(len(images), count, replace=False))
-        image, label = images[chosen], labels[chosen]
+        image, label = images[chosen], labels[chosen].long()
         if windowed:
             image, label = lesion_crops(image, label, rng)
-        loss = training_loss(network, head, image, label, full=not windowed)
+        with torch.autocast("cpu", torch.bfloat16, enabled=native_bf16()):
+            loss = training_loss(network, head, image, label, full=step > args.steps - DECODER_STEPS)
         value = require_finite(loss, step, args.lr)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)

@@ -65,9 +65,9 @@ max_visual_tokens: 16
 
 
 def plan(out: Path, config: Path, seed: int) -> list[Step]:
-    train_cases, val_cases = 1200, 64
-    seg_steps, lm_steps = 500, 260
-    align_epochs, caption_epochs, batch = 2, 12, 16
+    train_cases, val_cases = 1600, 64
+    seg_steps, lm_steps = 1800, 300
+    align_epochs, caption_epochs, batch = 2, 10, 16
     per_epoch = -(-train_cases // batch)
     data, s = str(out / "data"), str(seed)
     return [
