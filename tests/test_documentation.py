@@ -29,6 +29,7 @@ FLAG_TABLES = {
     "train_vlm.py": "7 第二阶段",
     "scripts/check_image_to_text.py": "8 单张检查",
     "scripts/run_overnight_300.py": "9 夜间网格",
+    "scripts/check_data.py": "16 数据检查",
 }
 # Promised by the users' manual, verbatim.
 PROMISED = {
