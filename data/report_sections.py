@@ -1,0 +1,93 @@
+"""The four sections of a report, found by their headings. Text is only cut, never changed.
+
+Chinese 所见 / 结论 / 建议 / 病理倾向 with common synonyms, English Findings / Impression / Recommendation /
+Pathology tendency. A heading stands at the start of the text, of a line or of a sentence, and is followed by
+a colon or set in brackets (``【所见】``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SECTIONS = ("findings", "impression", "recommendation", "tendency")
+PREAMBLE = ""  # name of the text before the first heading
+
+# Longer headings before those that they contain.
+_HEADINGS = {
+    "findings": (
+        "影像学所见", "影像所见", "检查所见", "影像学表现", "影像表现", "影像描述",
+        "CT所见", "CT表现", "所见", "表现", "描述",
+        "imaging findings", "CT findings", "findings",
+    ),
+    "impression": (
+        "影像学诊断", "影像诊断", "诊断意见", "诊断结论", "诊断提示", "诊断印象",
+        "检查结论", "CT诊断", "诊断", "结论", "印象",
+        "impression", "conclusions", "conclusion", "diagnosis", "opinion",
+    ),
+    "recommendation": (
+        "处理建议", "随访建议", "检查建议", "建议", "recommendations", "recommendation", "advice", "follow-up",
+    ),
+    "tendency": (
+        "病理倾向性", "病理倾向", "病理提示", "倾向性诊断", "pathology tendency", "pathological tendency",
+        "pathologic tendency", "pathology",
+    ),
+}  # fmt: skip
+_NAME_OF = {word.lower(): name for name, words in _HEADINGS.items() for word in words}
+_WORDS = "|".join(re.escape(word) for word in sorted(_NAME_OF, key=len, reverse=True))
+_HEADING = re.compile(
+    rf"(?:(?<=[。；;.!！?？\n\s])|^)[ \t　]*(?:[【\[]\s*(?P<a>{_WORDS})\s*[】\]]\s*[:：]?|(?P<b>{_WORDS})\s*[:：])",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """``text[start:end]`` is the body of a section, without its heading and outer blanks."""
+
+    name: str
+    start: int
+    end: int
+
+    def of(self, text: str) -> str:
+        return text[self.start : self.end]
+
+
+def split_sections(text: str) -> list[Section]:
+    """Sections in the order of the text; a heading that stands twice gives two.
+
+    Text before the first heading is a section named ``PREAMBLE``; a text without headings is one preamble.
+    Empty sections are kept when they have a heading.
+    """
+    marks = list(_HEADING.finditer(text))
+    found = []
+    first = marks[0].start() if marks else len(text)
+    if text[:first].strip():
+        found.append(_trimmed(text, PREAMBLE, 0, first))
+    for k, mark in enumerate(marks):
+        after = marks[k + 1].start() if k + 1 < len(marks) else len(text)
+        name = _NAME_OF[(mark["a"] or mark["b"]).lower()]
+        found.append(_trimmed(text, name, mark.end(), after))
+    return found
+
+
+def section_text(text: str, name: str) -> str | None:
+    """Body of a section, several of one name joined by a line break; None where its heading is missing."""
+    bodies = [section.of(text) for section in split_sections(text) if section.name == name]
+    return "\n".join(bodies) if bodies else None
+
+
+def section_shares(texts: Sequence[str]) -> dict[str, float]:
+    """Share of reports that have each section with at least one character; NaN for no reports."""
+    counts = dict.fromkeys(SECTIONS, 0)
+    for text in texts:
+        filled = {section.name for section in split_sections(text) if section.of(text)}
+        for name in SECTIONS:
+            counts[name] += name in filled
+    return {name: count / len(texts) if texts else float("nan") for name, count in counts.items()}
+
+
+def _trimmed(text: str, name: str, start: int, end: int) -> Section:
+    body = text[start:end]
+    return Section(name, start + len(body) - len(body.lstrip()), max(start, start + len(body.rstrip())))
