@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from hashlib import blake2b
 from pathlib import Path
 
@@ -262,7 +261,7 @@ def _discard(entry: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _remove_abandoned(root: Path) -> None:
     """Temporary folders that a killed process left behind long ago; looked for once by each process."""
     for folder in root.glob(".tmp-*"):

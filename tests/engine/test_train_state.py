@@ -206,7 +206,9 @@ def test_fingerprint_holds_what_decides_the_result_and_no_places():
     config = build_config({}, "test")
     print_of = fingerprint(args, config, objective="align")
     assert print_of["objective"] == "align" and {**print_of, **flags} == print_of
-    elsewhere = config.replace(output_dir="/a", cache_dir="/b", num_workers=3, memory_cache_mb=7, path_map={"d:/": "/mnt/d"})
+    elsewhere = config.replace(
+        output_dir="/a", cache_dir="/b", num_workers=3, memory_cache_mb=7, path_map={"d:/": "/mnt/d"}
+    )
     assert fingerprint(args, elsewhere, objective="align") == print_of
     for change in ({"slices": 3}, {"max_visual_tokens": 96}, {"train_encoder": False}, {"caption_csv_train": "/c.csv"}):
         assert fingerprint(args, config.replace(**change), objective="align") != print_of
