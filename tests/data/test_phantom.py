@@ -73,7 +73,8 @@ def test_types_have_their_densities(cases: list[Phantom]) -> None:
             assert np.percentile(values, 75) > 300
         elif found.type == "cavity":
             y, x = (int(round(v.mean())) for v in np.nonzero(inside))
-            assert case.hu[best, y, x] < -500 < 0.0 < np.percentile(values, 90) + 120
+            # A thin wall fills its voxels in part only; still it is far denser than the lung around it.
+            assert case.hu[best, y, x] < -500 and np.percentile(values, 90) > -250
         elif found.type == "consolidation":
             assert np.median(values) > -300
         elif found.type == "effusion":
