@@ -19,14 +19,22 @@ from transformers import MambaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.models.mamba.modeling_mamba import MambaBlock, MambaModel, MambaOutput
 
+from models.frozen_linear import freeze_linear_layers
+
+try:
+    from models.mamba_step import step
+except ImportError:  # numba is missing, which frozen_linear has said
+    step = None
+
 PREFILL_CHUNK = 512  # tokens; from a few hundred on, matrix products are as fast as they get
 
 
 def run_in_blocks(model: MambaForCausalLM) -> None:
-    """Replace the forward of the backbone and of its blocks in place."""
+    """Replace the forward of the backbone and of its blocks in place, and the kind of the linear layers."""
+    freeze_linear_layers(model)
     for module in model.modules():
         if isinstance(module, MambaBlock):
-            module.recompute = False
+            module.recompute, module.step_plan = False, None
             module.forward = MethodType(_block_forward, module)
         elif isinstance(module, MambaModel):
             module.forward = MethodType(_backbone_forward, module)
@@ -46,6 +54,8 @@ def _block_forward(
     attention_mask: Tensor | None = None,
     **_: object,
 ) -> Tensor:
+    if step is not None and (stepped := step(self, hidden_states, cache_params, attention_mask)) is not None:
+        return stepped
     if self.recompute and torch.is_grad_enabled() and cache_params is None:
         return checkpoint(MambaBlock.forward, self, hidden_states, None, attention_mask, use_reentrant=False)
     return MambaBlock.forward(self, hidden_states, cache_params, attention_mask)
