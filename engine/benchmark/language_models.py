@@ -30,7 +30,7 @@ def prompt(size: Size, tokens: int, device: torch.device) -> Tensor:
 def our_prefill(lm: MambaLM, embeds: Tensor) -> Tensor:
     """The first token's logits (1, V); the cache, which generation goes on from, is made as well."""
     last, _ = lm.prefill(embeds)
-    return lm.model.lm_head(last)
+    return lm.model.lm_head(last.to(embeds.dtype))
 
 
 @torch.no_grad()

@@ -34,15 +34,18 @@ class Limit:
         return self.amount / timing.median
 
 
-def product_limits(shapes: list[Shape], dtype: torch.dtype, device: torch.device) -> list[Limit]:
-    """Matrix products x (rows, inputs) · W (outputs, inputs)ᵀ as a linear layer does them; 2 operations per weight."""
-    return [_product(shape, dtype, device) for shape in shapes]
+def product_limits(shapes: list[Shape], dtype: torch.dtype, device: torch.device, work: float) -> list[Limit]:
+    """Matrix products x (rows, inputs) · W (outputs, inputs)ᵀ as a linear layer does them; 2 operations per weight.
+
+    ``work``: operations of one timed call, by repetition.
+    """
+    return [_product(shape, dtype, device, work) for shape in shapes]
 
 
-def _product(shape: Shape, dtype: torch.dtype, device: torch.device) -> Limit:
+def _product(shape: Shape, dtype: torch.dtype, device: torch.device, work: float) -> Limit:
     rows, inputs, outputs = shape
     x, weight = _noise((rows, inputs), dtype, device), _noise((outputs, inputs), dtype, device)
-    times = max(1, round(2e10 / (2 * rows * inputs * outputs)))  # some tens of milliseconds on a slow machine
+    times = max(1, round(work / (2 * rows * inputs * outputs)))
 
     @torch.inference_mode()
     def call() -> None:

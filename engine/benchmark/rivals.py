@@ -54,10 +54,12 @@ SCANS: dict[str, Scan] = {
 }
 
 
-def why_missing(name: str, device: torch.device) -> str | None:
-    """Why a rival cannot be measured here, or nothing."""
+def why_missing(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why a rival cannot be measured here with a model of this dtype, or nothing."""
     if name == "mambapy" and not is_mambapy_available():
         return NO_MAMBAPY
+    if name == "mambapy" and dtype is not torch.float32:
+        return f"transformers' path through it multiplies float32 states with {dtype} and raises"
     if name == "mamba_ssm":
         if device.type != "cuda":
             return "mamba-ssm runs on NVIDIA GPUs alone"

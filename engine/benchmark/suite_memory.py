@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from engine.benchmark.language_models import prefill_peak, step_peak
 from engine.benchmark.peak_memory import OutOfMemory, Peak, in_own_process
 from engine.benchmark.pictures import Panel
@@ -38,13 +40,16 @@ def run(report: Report) -> None:
         "train_step": (step_peak, lambda who, n: (who, size, layers, _parts(n), device)),
     }
     measure = in_own_process if size.own_process else lambda f, *a: f(*a)
-    present = [who for who in WHO if not why_missing(who, report.device)]
-    if "mambapy" not in present:
-        report.add_missing(f"mambapy: {why_missing('mambapy', report.device)}")
     for kind, (function, arguments) in kinds.items():
-        lines: dict[str, dict[int, float]] = {who: {} for who in present}
+        lines: dict[str, dict[int, float]] = {}
+        for who in WHO:
+            reason = why_missing(who, report.device, torch.float32 if kind == "scan" else size.dtype)
+            if reason:
+                report.add_missing(f"{kind} {who}: {reason}")
+            else:
+                lines[who] = {}
         for tokens in size.memory_tokens:
-            for who in present:
+            for who in lines:
                 if tokens > _most(size, kind, who):
                     continue
                 try:

@@ -33,7 +33,7 @@ def run(report: Report) -> None:
     }  # fmt: skip
     model = random_mamba(size, device)
     rivals = {"transformers": same_weights(model)}
-    reason = why_missing("mambapy", device)
+    reason = why_missing("mambapy", device, size.dtype)
     if reason:
         report.add_missing(f"mambapy: {reason}")
     else:
@@ -45,9 +45,9 @@ def run(report: Report) -> None:
     def keep(name: str, call: functools.partial[Tensor]) -> None:
         answers[name] = call()
 
-    limits = product_limits(product_shapes(size, L), size.dtype, device)
+    limits = product_limits(product_shapes(size, L), size.dtype, device, size.work)
     if size.dtype is not torch.float32:
-        limits += product_limits(product_shapes(size, L), torch.float32, device)
+        limits += product_limits(product_shapes(size, L), torch.float32, device, size.work)
     candidates = [limit.candidate(size.rounds) for limit in limits]
     candidates.append(Candidate("ours", functools.partial(keep, "ours", functools.partial(our_prefill, lm, embeds)),
                                 size.rounds))  # fmt: skip

@@ -66,7 +66,7 @@ def _times(report: Report) -> dict[str, dict[int, float]]:
     size, device = report.size, report.device
     lm = our_lm(random_mamba(size, device, size.part_layers), size)
     attention = attention_decoder(size, size.part_layers, device)
-    limits = product_limits(product_shapes(size, 512), size.dtype, device)
+    limits = product_limits(product_shapes(size, 512), size.dtype, device, size.work)
     candidates = [limit.candidate(3) for limit in limits]
     for tokens in size.scaling:
         embeds = prompt(size, tokens, device)

@@ -61,7 +61,7 @@ def _whole(report: Report) -> tuple[Timing, float]:
     lm.checkpointing(recomputes(size))
     step, loss = Stage2Step(size, size.visual, size.answer, device, lm.embed), our_loss(lm)
     tokens = size.visual + size.answer
-    limits = product_limits(product_shapes(size, tokens), size.dtype, device)
+    limits = product_limits(product_shapes(size, tokens), size.dtype, device, size.work)
     ours = Candidate("ours, all layers", lambda: step(loss), min(size.rounds, 3))
     times = take_turns([*(limit.candidate(ours.rounds) for limit in limits), ours], device)
     report.add_limits(limits, times)
@@ -78,7 +78,7 @@ def _beside_rivals(report: Report) -> dict[str, Timing]:
     size, device = report.size, report.device
     model = random_mamba(size, device, size.rival_layers)
     losses = {"transformers": rival_loss(same_weights(model))}
-    reason = why_missing("mambapy", device)
+    reason = why_missing("mambapy", device, size.dtype)
     if reason:
         report.add_missing(f"mambapy: {reason}")
     else:
