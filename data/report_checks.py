@@ -1,0 +1,143 @@
+"""Faults of generated text as measurements: loops, garbled characters, reports that are all the same.
+
+Nothing here changes a text; a report is shown as the model wrote it.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+SHINGLE = 5  # characters
+NEAR = 0.9  # Jaccard similarity of shingles from which two reports are near-duplicates
+MIN_REPEATS = 3  # of a piece in a row, to be a loop
+# Runs of the same short unit that are no fault: rulers, dots, digits of a number.
+_LOOP = re.compile(rf"(?s)(?=(\S.{{0,79}}?)\1{{{MIN_REPEATS - 1},}})")
+_MOJIBAKE = re.compile(r"锟斤拷|烫烫|屯屯|ï»¿|Ã[\x80-ÿ]|â€|ä¸|å[\x80-¿]|Ġ|Ċ|<0x[0-9A-F]{2}>|\\x[0-9a-f]{2}")
+_SCRIPTS = ("LATIN", "CJK", "GREEK")  # Greek: β, γ, μ of markers and units
+_ALLOWED_CONTROLS = "\n\r\t"
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """The worst loop of a text.
+
+    Attributes:
+        piece: what is repeated; "" where nothing is.
+        times: in a row.
+        share: of the text's characters in the loop.
+        distinct_4grams: distinct by all 4-grams of characters; 1 where there is none.
+    """
+
+    piece: str
+    times: int
+    share: float
+    distinct_4grams: float
+
+    @property
+    def looping(self) -> bool:
+        """Whether more than a fifth of the text is one loop."""
+        return self.share > 0.2
+
+
+@dataclass(frozen=True)
+class Garble:
+    """Characters that no report holds.
+
+    Attributes:
+        replacements: U+FFFD, left by bytes that were no text.
+        controls: control, private, unassigned and surrogate code points.
+        mojibake: pieces of text decoded with a wrong encoding, or of tokens not decoded at all.
+        foreign: letters of scripts other than Chinese, Latin and Greek.
+    """
+
+    replacements: int
+    controls: int
+    mojibake: int
+    foreign: int
+
+    @property
+    def garbled(self) -> bool:
+        return bool(self.replacements or self.controls or self.mojibake or self.foreign)
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """How alike a set of reports is.
+
+    Attributes:
+        exact_share: of reports that have the same text (but for white space) as another one.
+        near_share: of reports with another one at Jaccard similarity 0.9 of 5-character shingles, exact ones too.
+        distinct: number of different texts.
+        most_common: share of the most frequent text.
+    """
+
+    exact_share: float
+    near_share: float
+    distinct: int
+    most_common: float
+
+
+def find_repetition(text: str) -> Repetition:
+    """The loop that covers most of a text: a piece of 1 to 80 characters at least three times in a row.
+
+    A loop shorter than 8 characters is none (``3.3.3``, ``......``).
+    """
+    best, at = ("", 0, 0), 0
+    while (match := _LOOP.search(text, at)) is not None:
+        piece, start = match.group(1), match.start()
+        end = start + len(piece)
+        while text.startswith(piece, end):
+            end += len(piece)
+        if end - start >= 8 and end - start > best[2]:
+            best = (piece, (end - start) // len(piece), end - start)
+        at = max(start + 1, end - len(piece))
+    grams = [text[i : i + 4] for i in range(len(text) - 3)]
+    distinct = len(set(grams)) / len(grams) if grams else 1.0
+    return Repetition(best[0], best[1], best[2] / len(text) if text else 0.0, distinct)
+
+
+def find_garble(text: str) -> Garble:
+    """Count what cannot be part of a Chinese or English report."""
+    controls = foreign = 0
+    for char in text:
+        category = unicodedata.category(char)
+        if category[0] == "C" and char not in _ALLOWED_CONTROLS and category != "Cf":
+            controls += 1
+        elif category[0] == "L" and not char.isascii():
+            name = unicodedata.name(char, "")
+            foreign += not any(script in name for script in _SCRIPTS)
+    return Garble(text.count("\ufffd"), controls, len(_MOJIBAKE.findall(text)), foreign)
+
+
+def find_duplicates(texts: Sequence[str]) -> Duplicates:
+    """Exact and near-duplicate shares; all NaN for no text. Memory grows with the pairs that share a shingle."""
+    if not texts:
+        return Duplicates(float("nan"), float("nan"), 0, float("nan"))
+    plain = ["".join(text.split()) for text in texts]
+    counts = Counter(plain)
+    distinct = list(counts)
+    near = _near(distinct)
+    exact = sum(counts[text] for text in distinct if counts[text] > 1)
+    alike = sum(counts[text] for text, has in zip(distinct, near, strict=True) if has or counts[text] > 1)
+    return Duplicates(exact / len(texts), alike / len(texts), len(distinct), max(counts.values()) / len(texts))
+
+
+def _near(texts: Sequence[str]) -> list[bool]:
+    """Whether each text has a near-duplicate among the others."""
+    shingles = [{text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1))} for text in texts]
+    number = {gram: k for k, gram in enumerate(dict.fromkeys(gram for held in shingles for gram in held))}
+    columns = [number[gram] for held in shingles for gram in held]
+    sizes = np.array([len(held) for held in shingles])
+    starts = np.concatenate([[0], sizes.cumsum()])
+    table = sparse.csr_matrix((np.ones(len(columns), np.int32), columns, starts), (len(texts), len(number)))
+    common = (table @ table.T).tocoo()
+    union = sizes[common.row] + sizes[common.col] - common.data
+    hits = (common.data >= NEAR * union) & (common.row != common.col)
+    return np.isin(np.arange(len(texts)), common.row[hits]).tolist()
