@@ -23,6 +23,7 @@ from data.finding import ZONES
 
 AIR_HU = -400.0  # below it, inside the body, is lung (or air in the bowel and the airways)
 _MIN_LUNG_ML = 200.0
+_MIN_SHARE = 0.05  # of all air inside the body; a smaller component is gas of the stomach or the bowel
 _HULL_POINTS = 50  # fewer than this are compared pair by pair
 
 
@@ -68,6 +69,9 @@ def find_lungs(hu: np.ndarray, spacing: tuple[float, float, float]) -> LungBox:
         edge = np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]])
         inside[z] = (parts > 0) & ~np.isin(parts, np.unique(edge))
     inside = ndimage.binary_opening(inside, np.ones((1, 3, 3), bool))
+    parts, _ = ndimage.label(inside)
+    sizes = np.bincount(parts.ravel())
+    inside &= (sizes >= _MIN_SHARE * sizes[1:].sum())[parts]
     per_x = inside.sum((0, 1)).astype(float)
     if not per_x.any():
         raise InputError("no air inside the body: this is no chest CT in HU; give the lung's box, or check the units")

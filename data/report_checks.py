@@ -20,7 +20,8 @@ MIN_REPEATS = 3  # of a piece in a row, to be a loop
 # Runs of the same short unit that are no fault: rulers, dots, digits of a number.
 _LOOP = re.compile(rf"(?s)(?=(\S.{{0,79}}?)\1{{{MIN_REPEATS - 1},}})")
 _MOJIBAKE = re.compile(r"锟斤拷|烫烫|屯屯|ï»¿|Ã[\x80-ÿ]|â€|ä¸|å[\x80-¿]|Ġ|Ċ|<0x[0-9A-F]{2}>|\\x[0-9a-f]{2}")
-_SCRIPTS = ("LATIN", "CJK", "GREEK")  # Greek: β, γ, μ of markers and units
+# Greek: β, γ of markers; the micro sign µ is no Greek letter, nor the º of degrees; 々 is no CJK ideograph.
+_SCRIPTS = ("LATIN", "CJK", "GREEK", "MICRO SIGN", "ORDINAL INDICATOR", "IDEOGRAPHIC")
 _ALLOWED_CONTROLS = "\n\r\t"
 
 
