@@ -71,7 +71,17 @@ class VisionBridge(nn.Module):
         question_mask: Tensor | None = None,
     ) -> Tensor:
         """Visual tokens (B, L', D); ``question`` embeddings (B, Lq, D) are needed by CMI only."""
-        features, corner = self.features(images), (0, 0)
+        return self.tokens(self.features(images), slice_position, question, question_mask)
+
+    def tokens(
+        self,
+        features: Tensor,
+        slice_position: Tensor,
+        question: Tensor | None = None,
+        question_mask: Tensor | None = None,
+    ) -> Tensor:
+        """As :meth:`forward`, from the encoder's features (B, K, C, T, T): what an explanation differentiates by."""
+        corner = (0, 0)
         if self.roi_side is not None:
             B, K = features.shape[:2]
             cropped, corner = center_crop(features.flatten(0, 1), self.roi_side)
@@ -125,17 +135,7 @@ class MedicalVLM(nn.Module):
         Returns:
             (B, L, D) embeddings in the LLM's dtype, and (B, L) labels.
         """
-        visual = self.visual_tokens(batch)
-        table = self.lm.model.get_input_embeddings().weight
-        rows, labels = [], []
-        for b in range(visual.shape[0]):
-            question = batch["question_ids"][b, batch["question_mask"][b].bool()]
-            answer = batch["answer_ids"][b, batch["answer_mask"][b].bool()]
-            rows.append(torch.cat([visual[b].to(table.dtype), self.lm.embed(torch.cat([question, answer]))]))
-            before = torch.full((visual.shape[1] + len(question),), IGNORED, device=answer.device)
-            labels.append(torch.cat([before, answer]))
-        inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return inputs, nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+        return answer_inputs(self.lm, self.visual_tokens(batch), batch)
 
     @torch.no_grad()
     def generate(self, batch: Mapping[str, Any], max_new_tokens: int, **options: object) -> list[str]:
@@ -163,3 +163,25 @@ def generate_reports(
         prompts.append(nn.functional.pad(prompt, (0, 0, padding, 0)))
         masks.append(nn.functional.pad(torch.ones(len(prompt), device=prompt.device, dtype=torch.long), (padding, 0)))
     return lm.generate(torch.stack(prompts), torch.stack(masks), max_new_tokens, **options)
+
+
+def answer_inputs(lm: MambaLM, visual: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """``[visual][question]\\n[answer]`` embedded, padded on the right, and labels for the answer alone.
+
+    Args:
+        visual: (B, L, D).
+        batch: ``question_ids``, ``answer_ids`` and their masks, (B, Lq) and (B, La).
+
+    Returns:
+        (B, L, D) embeddings in the LLM's dtype, and (B, L) labels.
+    """
+    table = lm.model.get_input_embeddings().weight
+    rows, labels = [], []
+    for b in range(visual.shape[0]):
+        question = batch["question_ids"][b, batch["question_mask"][b].bool()]
+        answer = batch["answer_ids"][b, batch["answer_mask"][b].bool()]
+        rows.append(torch.cat([visual[b].to(table.dtype), lm.embed(torch.cat([question, answer]))]))
+        before = torch.full((visual.shape[1] + len(question),), IGNORED, device=answer.device)
+        labels.append(torch.cat([before, answer]))
+    inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return inputs, nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)
