@@ -49,6 +49,14 @@ class ReportWriter:
         return self.model.visual_tokens(batch)
 
     @torch.no_grad()
+    def visual_of_features(self, features: Tensor, position: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Visual tokens (B, L, D) of one image, given by its features (K, C, T, T) and positions (K,)."""
+        B = len(batch["question_ids"])
+        question = self.model.lm.embed(batch["question_ids"]).float()
+        copies = features.expand(B, *features.shape), position.expand(B, -1)
+        return self.model.vision.tokens(*copies, question, batch["question_mask"])
+
+    @torch.no_grad()
     def write(self, visual: Tensor, batch: Mapping[str, Any], decoding: Decoding | None = None) -> list[Written]:
         """Reports for visual tokens (B, L, D); greedy unless ``decoding`` says otherwise."""
         lm, kept = self.model.lm, _KeepIds()

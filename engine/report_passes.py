@@ -1,0 +1,199 @@
+"""Every report that an evaluation needs: with the case's own image, and with images that say nothing about it.
+
+=========  ===========================================================================================
+own        the case's image
+shuffled   the image of another patient
+blank      an image without structure: every voxel the mean of CT normalisation, slices at mean height
+prior      no image: the visual tokens are those of the mean features and mean slice height of all cases
+sample1…   the case's image, sampled at temperature 1
+=========  ===========================================================================================
+
+The prior keeps as many visual tokens as ever. Leaving them out would measure how the language model takes a prompt
+that it was never trained on; the mean is what it sees of every patient, and nothing of this one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config.errors import InputError
+from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset, Sample
+from engine.generation_store import GenerationStore
+from models.decoding import Decoding
+from models.report_writer import ReportWriter
+
+OWN, SHUFFLED, BLANK, PRIOR, SAMPLE = "own", "shuffled", "blank", "prior", "sample"
+AUDITED = (OWN, SHUFFLED, BLANK, PRIOR)
+_BASELINE_CASES = 256  # that the mean image is made of
+
+
+@dataclass
+class EvaluatedTable:
+    """A table with its samples. ``name`` stands in the records; ``cases``: digests of image and mask by row."""
+
+    name: str
+    data: MedicalVLMDataset
+    cases: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        cache = self.data.cache
+        self.cases = self.cases or [cache.entry(row.image_path, row.mask_path).name for row in self.data.rows]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+@dataclass(frozen=True)
+class MeanImage:
+    """What the images of a table have in common. ``features``: (K, C, T, T); ``position``: (K,)."""
+
+    features: Tensor
+    position: Tensor
+
+
+class ReportPasses:
+    """Fills a store with the reports of a table, condition by condition; every process does its share of rows."""
+
+    def __init__(
+        self,
+        writer: ReportWriter,
+        collator: CaptionCollator,
+        store: GenerationStore,
+        *,
+        batch_size: int,
+        seed: int,
+        process: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.writer, self.collator, self.store = writer, collator, store
+        self.batch_size, self.seed = batch_size, seed
+        self.process, self.processes = process, processes
+
+    def run(self, table: EvaluatedTable, condition: str, mean: MeanImage | None = None) -> None:
+        """Write what is missing. ``mean`` is needed by ``blank`` and ``prior``."""
+        missing = [r for r in range(len(table)) if self.store.get(table.name, condition, r, table.cases[r]) is None]
+        mine = [row for row in missing if row % self.processes == self.process]
+        if not mine:
+            return
+        order = list(range(len(table)))
+        if condition == SHUFFLED:
+            order = shuffled_order([row.patient or str(row.image_path) for row in table.data.rows], self.seed)
+        known: dict[tuple, dict[str, Any]] = {}
+        bar = tqdm(total=len(mine), desc=f"{table.name}: {condition}", unit="case", dynamic_ncols=True, disable=None)
+        for rows in chunks(mine, self.batch_size):
+            samples = [self._sample(table, row, order[row], condition, mean) for row in rows]
+            batch = self.batch(samples)
+            visual = self._visual(batch, condition, mean)
+            records = self._records(visual, batch, samples, condition, known)
+            identified = zip(rows, records, strict=True)
+            named = [{"table": table.name, "condition": condition, "row": r, "case": table.cases[r]} | record
+                     for r, record in identified]  # fmt: skip
+            self.store.add(named)
+            bar.update(len(rows))
+        bar.close()
+
+    def records(self, table: EvaluatedTable, condition: str) -> list[dict[str, Any]]:
+        """Of every row, in order. Call ``store.reload()`` first where other processes have written."""
+        found = [self.store.get(table.name, condition, row, case) for row, case in enumerate(table.cases)]
+        if None in found:
+            raise RuntimeError(f"{found.count(None)} reports of {table.name}/{condition} are missing")
+        return found
+
+    def batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Collated, on the model's device."""
+        device = self.writer.device
+        return {
+            key: [image.to(device) for image in value] if isinstance(value, list) else value.to(device)
+            for key, value in self.collator(samples).items()
+        }
+
+    def mean_image(self, table: EvaluatedTable) -> MeanImage:
+        """Mean features and slice positions of up to 256 cases, spread evenly over the table."""
+        step = max(1, -(-len(table) // _BASELINE_CASES))
+        total, positions, count = None, 0, 0
+        for rows in chunks(range(0, len(table), step), self.batch_size):
+            batch = self.batch([table.data[row] for row in rows])
+            with torch.no_grad():
+                features = self.writer.model.vision.features(batch["images"]).float().sum(0)
+            total = features if total is None else total + features
+            positions = positions + batch["slice_position"].sum(0)
+            count += len(rows)
+        return MeanImage(total / count, positions / count)
+
+    def _sample(self, table: EvaluatedTable, row: int, image_of: int, condition: str, mean: MeanImage | None) -> Sample:
+        sample = table.data[image_of]
+        sample = replace(sample, question=table.data.questions[row], answer=table.data.rows[row].answer, row=row)
+        if condition == BLANK:
+            return replace(sample, images=torch.zeros_like(sample.images), slice_position=mean.position.cpu().clone())
+        return sample
+
+    def _visual(self, batch: Mapping[str, Any], condition: str, mean: MeanImage | None) -> Tensor:
+        if condition == PRIOR:
+            return self.writer.visual_of_features(mean.features, mean.position, batch)
+        return self.writer.visual(batch)
+
+    def _records(
+        self, visual: Tensor, batch: Mapping[str, Any], samples: Sequence[Sample], condition: str, known: dict
+    ) -> list[dict[str, Any]]:
+        if condition.startswith(SAMPLE):
+            torch.manual_seed(self.seed * 1_000_003 + samples[0].row * 101 + int(condition.removeprefix(SAMPLE)))
+            written = self.writer.write(visual, batch, Decoding(temperature=1.0))
+            return [{"text": one.text} for one in written]
+        losses = [{"nats": nats, "tokens": tokens} for nats, tokens in self.writer.losses(visual, batch)]
+        if condition in (BLANK, PRIOR):
+            texts = self._shared_texts(visual, batch, samples, known)
+        else:
+            written = self.writer.write(visual, batch)
+            texts = [{"text": one.text, "ids": one.ids, "log_probs": one.log_probs} for one in written]
+            texts = texts if condition == OWN else [{"text": one["text"]} for one in texts]
+        return [text | loss for text, loss in zip(texts, losses, strict=True)]
+
+    def _shared_texts(
+        self, visual: Tensor, batch: Mapping[str, Any], samples: Sequence[Sample], known: dict
+    ) -> list[dict[str, Any]]:
+        """Without an image of its own a report depends on the question alone: each is answered once."""
+        keys = [(sample.question, tuple(sample.images.shape)) for sample in samples]
+        new = {key: b for b, key in enumerate(keys) if key not in known}
+        if new:
+            rows = torch.tensor(list(new.values()), device=visual.device)
+            part = {name: batch[name][rows] for name in ("question_ids", "question_mask")}
+            for key, one in zip(new, self.writer.write(visual[rows], part), strict=True):
+                known[key] = {"text": one.text}
+        return [known[key] for key in keys]
+
+
+def shuffled_order(patients: Sequence[str], seed: int) -> list[int]:
+    """For each case another one whose image it gets: a permutation, and never an image of the same patient.
+
+    Raises:
+        InputError: impossible, because one patient has more than half of the cases.
+    """
+    most = max(map(patients.count, set(patients)), default=0)
+    if 2 * most > len(patients):
+        raise InputError(
+            f"{most} of {len(patients)} cases are of one patient or image: images cannot be shuffled between patients; "
+            "evaluate a table of more patients (at least 2 cases)"
+        )
+    # Patients in blocks; everything moved on by the largest block leaves no one in its own.
+    drawn = list(range(len(patients)))
+    random.Random(seed).shuffle(drawn)
+    first: dict[str, int] = {}
+    for position, case in enumerate(drawn):
+        first.setdefault(patients[case], position)
+    around = sorted(drawn, key=lambda i: first[patients[i]])
+    order = [0] * len(patients)
+    for position, case in enumerate(around):
+        order[case] = around[(position + most) % len(around)]
+    return order
+
+
+def chunks(rows: Sequence[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(rows), size):
+        yield list(rows[start : start + size])
