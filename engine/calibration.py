@@ -74,6 +74,20 @@ def draw_reliability(held: Reliability, path: Path, title: str = "") -> None:
     figure.savefig(path, dpi=150)
 
 
+def draw_risk_coverage(held: RiskCoverage, path: Path, title: str = "") -> None:
+    """Write the curve as an image: the error among the statements that are kept, by how many are kept."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 3), layout="constrained")
+    axis = figure.subplots()
+    axis.step(held.coverage, held.risk, where="post", color="#4c78a8")
+    axis.set(xlabel="share of statements kept, the surest first", ylabel="share of them wrong", xlim=(0, 1))
+    axis.set_ylim(0, max(0.05, 1.15 * float(held.risk.max())))
+    axis.set_title(f"{title}  area {held.area:.3f}".strip())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
 @dataclass(frozen=True)
 class Isotonic:
     """Monotone step calibration; between fitted points linear, beyond them constant."""

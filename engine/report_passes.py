@@ -15,7 +15,7 @@ that it was never trained on; the mean is what it sees of every patient, and not
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -97,6 +97,19 @@ class ReportPasses:
                      for r, record in identified]  # fmt: skip
             self.store.add(named)
             bar.update(len(rows))
+        bar.close()
+
+    def run_rows(
+        self, table: EvaluatedTable, condition: str, rows: Sequence[int], make: Callable[[int], dict[str, Any]]
+    ) -> None:
+        """Make and keep what is missing of these rows' own records, one at a time; each process its share."""
+        mine = [r for r in rows if r % self.processes == self.process]
+        mine = [r for r in mine if self.store.get(table.name, condition, r, table.cases[r]) is None]
+        bar = tqdm(total=len(mine), desc=f"{table.name}: {condition}", unit="case", dynamic_ncols=True, disable=None)
+        for row in mine:
+            record = {"table": table.name, "condition": condition, "row": row, "case": table.cases[row]}
+            self.store.add([record | make(row)])
+            bar.update()
         bar.close()
 
     def records(self, table: EvaluatedTable, condition: str) -> list[dict[str, Any]]:

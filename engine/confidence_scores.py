@@ -1,0 +1,101 @@
+"""Confidence of statements over a table: calibrated on other cases, with its reliability and what abstaining buys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data.report_labeller import FindingMention
+from engine.calibration import Platt, Reliability, RiskCoverage, fit_platt, reliability, risk_coverage
+from engine.report_confidence import Statement, is_right
+
+MIN_STATEMENTS = 20  # to fit two numbers on
+FOLDS = 5
+Calibrator = Callable[[Sequence[float]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Statements of one table. ``case``: of each; ``right``: whether its reference bears it out."""
+
+    case: np.ndarray
+    raw: np.ndarray
+    right: np.ndarray
+
+    @classmethod
+    def of(cls, said: Sequence[Sequence[Statement]], references: Sequence[Sequence[FindingMention]]) -> Judged:
+        rows = [
+            (case, statement.raw, is_right(statement.mention, truth))
+            for case, (statements, truth) in enumerate(zip(said, references, strict=True))
+            for statement in statements
+        ]
+        case, raw, right = zip(*rows, strict=True) if rows else ((), (), ())
+        return cls(np.array(case, int), np.array(raw, float), np.array(right, bool))
+
+
+@dataclass(frozen=True)
+class ConfidenceScores:
+    """``calibrated``: of each statement, in the order of ``Judged``; ``before``, ``after``: reliability without and
+    with calibration; ``calibrated_on``: in words."""
+
+    calibrated: np.ndarray
+    before: Reliability | None
+    after: Reliability | None
+    curve: RiskCoverage | None
+    calibrator: Platt | None
+    calibrated_on: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the card; without statements every number is None."""
+        fitted = self.calibrator and {"slope": self.calibrator.slope, "offset": self.calibrator.offset}
+        found: dict[str, Any] = {"ece": None, "ece_before": None, "statements": len(self.calibrated)}
+        found |= {"calibrated_on": self.calibrated_on, "calibrator": fitted}
+        if self.after is None or self.before is None or self.curve is None:
+            return found
+        bins = zip(self.after.edges, self.after.confidence, self.after.accuracy, self.after.count, strict=False)
+        found |= {"ece": self.after.ece, "ece_before": self.before.ece, "area_under_risk_coverage": self.curve.area}
+        found["reliability"] = [
+            {"from": float(a), "confidence": float(b), "right": float(c), "count": int(d)} for a, b, c, d in bins
+        ]
+        found["risk_coverage"] = [
+            {"coverage": float(a), "risk": float(b), "threshold": float(c)} for a, b, c in thinned(self.curve)
+        ]
+        return found
+
+
+def confidence_scores(judged: Judged, other: Judged | None, other_name: str) -> ConfidenceScores:
+    """Calibrate on ``other``, or where there is none by cross-fitting: each fifth of the cases on the rest.
+
+    With fewer than 20 statements to fit on, the raw confidence stands, and ``calibrated_on`` says so.
+    """
+    platt = None
+    if other is not None and len(other.raw) >= MIN_STATEMENTS:
+        platt = fit_platt(other.raw, other.right)
+        calibrated, on = platt(judged.raw), f"{other_name} ({len(other.raw)} statements)"
+    elif other is None and len(judged.raw) >= MIN_STATEMENTS * FOLDS / (FOLDS - 1):
+        calibrated, on = _cross_fitted(judged), f"the same table, cross-fitted over {FOLDS} folds of cases"
+        platt = fit_platt(judged.raw, judged.right)
+    else:
+        calibrated, on = judged.raw, f"nothing: fewer than {MIN_STATEMENTS} statements to fit on"
+    if not len(calibrated):
+        return ConfidenceScores(calibrated, None, None, None, platt, on)
+    before, after = (reliability(values, judged.right) for values in (judged.raw, calibrated))
+    return ConfidenceScores(calibrated, before, after, risk_coverage(calibrated, judged.right), platt, on)
+
+
+def thinned(curve: RiskCoverage, points: int = 50) -> list[tuple[float, float, float]]:
+    """At most so many points of the curve, its end among them."""
+    rows = list(zip(curve.coverage, curve.risk, curve.threshold, strict=True))
+    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(points, len(rows))).round().astype(int))]
+
+
+def _cross_fitted(judged: Judged) -> np.ndarray:
+    calibrated = np.empty_like(judged.raw)
+    for fold in range(FOLDS):
+        held = judged.case % FOLDS == fold
+        rest = fit_platt(judged.raw[~held], judged.right[~held]) if (~held).any() else None
+        calibrated[held] = rest(judged.raw[held]) if rest else judged.raw[held]
+    return calibrated

@@ -1,0 +1,58 @@
+"""How good are the reports of a checkpoint, do they depend on the image, how sure is each sentence, where did it look?
+
+    python scripts/evaluate_reports.py --checkpoint outputs/vision_bridge_vlm_final.pt --csv test.csv --out outputs/card
+    accelerate launch scripts/evaluate_reports.py --checkpoint outputs/vision_bridge_vlm_final.pt --csv test.csv \\
+        --out outputs/card
+
+Writes OUT/report_card.json, report_card.md, report_card.html (with its pictures inside), reports.csv, maps/*.png and
+maps/*.nii.gz. What was generated is kept in OUT/generations-*.jsonl: started again, it goes on where it stopped.
+Every measure is defined in docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
+
+from engine.cli import positive_int, run_main
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Evaluate the reports of a checkpoint")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="written by train_vlm.py")
+    parser.add_argument("--csv", type=Path, required=True, help="table of held-out cases")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the report card")
+    parser.add_argument(
+        "--config", type=Path, help="take tables, model folder and cache from here instead of the checkpoint"
+    )
+    parser.add_argument("--batch_size", type=positive_int, default=16, help="cases generated together, per process")
+    parser.add_argument("--limit", type=positive_int, help="only the first so many cases")
+    parser.add_argument("--max_new_tokens", type=positive_int, default=300, help="a report is cut there")
+    parser.add_argument(
+        "--calibration_csv", type=Path, help="cases to calibrate confidence on; default: caption_csv_val"
+    )
+    parser.add_argument("--abstain_below", type=float, default=0.5, help="surer sentences are not marked")
+    parser.add_argument("--samples", type=int, default=0, help="reports sampled per case, for agreement; 0: none")
+    parser.add_argument("--maps", type=int, default=12, help="cases whose maps are saved as PNG and NIfTI")
+    parser.add_argument("--pointing_cases", type=int, help="at most so many cases for the pointing game; default: all")
+    parser.add_argument("--attribution", choices=("integrated", "occlusion"), default="integrated")
+    parser.add_argument(
+        "--mask_labels", nargs="+", metavar="N=FINDING", help="names of mask values, or nnU-Net's dataset.json"
+    )
+    parser.add_argument("--language", choices=("auto", "zh", "en"), default="auto", help="of the reports")
+    parser.add_argument("--seed", type=int, default=42)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    from engine.report_evaluation import evaluate
+
+    evaluate(args)
+
+
+if __name__ == "__main__":
+    run_main(main)
