@@ -134,6 +134,44 @@ def fit_platt(confidences: Sequence[float], right: Sequence[bool]) -> Platt:
 
 
 @dataclass(frozen=True)
+class Logistic:
+    """Logistic regression on several signs: σ(signs · weights + offset)."""
+
+    weights: tuple[float, ...]
+    offset: float
+
+    def __call__(self, signs: np.ndarray) -> np.ndarray:
+        """Probabilities (N,) of signs (N, F)."""
+        return expit(np.asarray(signs, float) @ np.array(self.weights) + self.offset)
+
+
+def fit_logistic(signs: np.ndarray, right: Sequence[bool], ridge: float = 0.01) -> Logistic:
+    """Maximum likelihood with Platt's smoothed targets and a small penalty on the weights; a sign that does not vary
+    has weight 0.
+
+    Args:
+        signs: (N, F). right: (N,).
+    """
+    x, r = np.asarray(signs, float), np.asarray(right, float)
+    if x.ndim != 2 or len(x) != len(r) or not len(r):
+        raise InputError(f"signs of shape {x.shape} and {len(r)} outcomes; give one row per outcome, at least 1")
+    good, bad = r.sum(), len(r) - r.sum()
+    target = np.where(r > 0, (good + 1) / (good + 2), 1 / (bad + 2))
+    middle, spread = x.mean(0), x.std(0)
+    z = (x - middle) / np.where(spread > 0, spread, 1)
+
+    def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        a = z @ theta[:-1] + theta[-1]
+        error = expit(a) - target
+        value = (np.logaddexp(0, a) - target * a).sum() + ridge * len(r) * (theta[:-1] ** 2).sum() / 2
+        return float(value), np.append(z.T @ error + ridge * len(r) * theta[:-1], error.sum())
+
+    theta = minimize(loss, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B").x
+    weights = np.where(spread > 0, theta[:-1] / np.where(spread > 0, spread, 1), 0)
+    return Logistic(tuple(float(w) for w in weights), float(theta[-1] - middle @ weights))
+
+
+@dataclass(frozen=True)
 class RiskCoverage:
     """Error among the most confident share: ``risk[k]`` at ``coverage[k]``; ``area`` is its mean (AURC)."""
 

@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from data.report_labeller import FindingMention
-from engine.calibration import Platt, Reliability, RiskCoverage, fit_platt, reliability, risk_coverage
+from engine.calibration import Logistic, Reliability, RiskCoverage, fit_logistic, reliability, risk_coverage
 from engine.report_confidence import Statement, is_right
 
-MIN_STATEMENTS = 20  # to fit two numbers on
+MIN_STATEMENTS = 30  # to fit five numbers on
 FOLDS = 5
-Calibrator = Callable[[Sequence[float]], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Statements of one table. ``case``: of each; ``right``: whether its reference bears it out."""
+    """N statements of one table. ``case`` (N,); ``raw`` (N,) and ``signs`` (N, 4) as of ``Statement``; ``right`` (N,):
+    whether its reference bears it out."""
 
     case: np.ndarray
     raw: np.ndarray
+    signs: np.ndarray
     right: np.ndarray
 
     @classmethod
     def of(cls, said: Sequence[Sequence[Statement]], references: Sequence[Sequence[FindingMention]]) -> Judged:
         rows = [
-            (case, statement.raw, is_right(statement.mention, truth))
+            (case, statement.raw, statement.signs, is_right(statement.mention, truth))
             for case, (statements, truth) in enumerate(zip(said, references, strict=True))
             for statement in statements
         ]
-        case, raw, right = zip(*rows, strict=True) if rows else ((), (), ())
-        return cls(np.array(case, int), np.array(raw, float), np.array(right, bool))
+        case, raw, signs, right = zip(*rows, strict=True) if rows else ((), (), (), ())
+        held = np.array(signs, float).reshape(-1, 4)
+        return cls(np.array(case, int), np.array(raw, float), held, np.array(right, bool))
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,12 @@ class ConfidenceScores:
     before: Reliability | None
     after: Reliability | None
     curve: RiskCoverage | None
-    calibrator: Platt | None
+    calibrator: Logistic | None
     calibrated_on: str
 
     def as_dict(self) -> dict[str, Any]:
         """For the card; without statements every number is None."""
-        fitted = self.calibrator and {"slope": self.calibrator.slope, "offset": self.calibrator.offset}
+        fitted = self.calibrator and {"weights": list(self.calibrator.weights), "offset": self.calibrator.offset}
         found: dict[str, Any] = {"ece": None, "ece_before": None, "statements": len(self.calibrated)}
         found |= {"calibrated_on": self.calibrated_on, "calibrator": fitted}
         if self.after is None or self.before is None or self.curve is None:
@@ -69,21 +71,21 @@ class ConfidenceScores:
 def confidence_scores(judged: Judged, other: Judged | None, other_name: str) -> ConfidenceScores:
     """Calibrate on ``other``, or where there is none by cross-fitting: each fifth of the cases on the rest.
 
-    With fewer than 20 statements to fit on, the raw confidence stands, and ``calibrated_on`` says so.
+    With fewer than 30 statements to fit on, the raw confidence stands, and ``calibrated_on`` says so.
     """
-    platt = None
+    fitted = None
     if other is not None and len(other.raw) >= MIN_STATEMENTS:
-        platt = fit_platt(other.raw, other.right)
-        calibrated, on = platt(judged.raw), f"{other_name} ({len(other.raw)} statements)"
+        fitted = fit_logistic(other.signs, other.right)
+        calibrated, on = fitted(judged.signs), f"{other_name} ({len(other.raw)} statements)"
     elif other is None and len(judged.raw) >= MIN_STATEMENTS * FOLDS / (FOLDS - 1):
         calibrated, on = _cross_fitted(judged), f"the same table, cross-fitted over {FOLDS} folds of cases"
-        platt = fit_platt(judged.raw, judged.right)
+        fitted = fit_logistic(judged.signs, judged.right)
     else:
         calibrated, on = judged.raw, f"nothing: fewer than {MIN_STATEMENTS} statements to fit on"
     if not len(calibrated):
-        return ConfidenceScores(calibrated, None, None, None, platt, on)
+        return ConfidenceScores(calibrated, None, None, None, fitted, on)
     before, after = (reliability(values, judged.right) for values in (judged.raw, calibrated))
-    return ConfidenceScores(calibrated, before, after, risk_coverage(calibrated, judged.right), platt, on)
+    return ConfidenceScores(calibrated, before, after, risk_coverage(calibrated, judged.right), fitted, on)
 
 
 def thinned(curve: RiskCoverage, points: int = 50) -> list[tuple[float, float, float]]:
@@ -93,9 +95,9 @@ def thinned(curve: RiskCoverage, points: int = 50) -> list[tuple[float, float, f
 
 
 def _cross_fitted(judged: Judged) -> np.ndarray:
-    calibrated = np.empty_like(judged.raw)
+    calibrated = judged.raw.copy()
     for fold in range(FOLDS):
         held = judged.case % FOLDS == fold
-        rest = fit_platt(judged.raw[~held], judged.right[~held]) if (~held).any() else None
-        calibrated[held] = rest(judged.raw[held]) if rest else judged.raw[held]
+        if held.any() and (~held).any():
+            calibrated[held] = fit_logistic(judged.signs[~held], judged.right[~held])(judged.signs[held])
     return calibrated

@@ -132,8 +132,8 @@ def draw_heat(
             axis.imshow(strength, cmap="inferno", vmin=0, vmax=1, alpha=0.75 * strength, aspect=aspect)
         if lesion is not None and lesion[index].any():
             axis.contour(lesion[index] > 0, [0.5], colors="cyan", linewidths=0.8)
-        readable = title if font or title.isascii() else ""
-        axis.set_title("\n".join([f"slice {index + 1}/{len(volume.array)}", readable]), fontsize=7, family=font)
+        readable = "\n".join(line for line in title.split("\n") if font or line.isascii())
+        axis.set_title(f"slice {index + 1}/{len(volume.array)}\n{readable}", fontsize=7, family=font)
         for place, mark, align in ((0.02, "R", "left"), (0.98, "L", "right")):
             axis.text(place, 0.5, mark, color="yellow", fontsize=8, ha=align, va="center", transform=axis.transAxes)
         axis.axis("off")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from data.report_checks import find_duplicates, find_garble, find_repetition
-from data.report_labeller import FindingMention, detect_language, label_report
+from data.report_labeller import FindingMention, detect_language
 from data.report_sections import PREAMBLE, SECTIONS, section_shares, section_text
 from engine.bootstrap import Score, mean_score
 from engine.calibration import mark_unsure
@@ -29,7 +29,7 @@ from engine.image_audit import (
     same_share,
 )
 from engine.optional_metrics import optional_scores
-from engine.report_confidence import Statement, sentence_confidences
+from engine.report_confidence import Labeller, Statement, sentence_confidences
 from engine.report_facts import MaskedCase, mask_scores, place_scores, share
 from engine.report_metrics import language_scores
 
@@ -50,7 +50,7 @@ class Evaluated:
         looked: records of the pointing game, None for a row that was not looked at.
     """
 
-    language: str
+    label: Labeller
     references: list[str]
     records: dict[str, Records]
     masked: list[MaskedCase | None]
@@ -63,9 +63,13 @@ class Evaluated:
     truth: list[list[FindingMention]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.truth = [label_report(text, self.language) for text in self.references]
+        self.truth = [self.label(text) for text in self.references]
         for name in self.records:
-            self.mentions[name] = [label_report(text, self.language) for text in self.texts(name)]
+            self.mentions[name] = [self.label(text) for text in self.texts(name)]
+
+    @property
+    def language(self) -> str:
+        return self.label.language
 
     def texts(self, condition: str = "own") -> list[str]:
         return [record["text"] for record in self.records[condition]]

@@ -2,19 +2,22 @@
 
 A report is cut into statements: the clause of a finding (words of finding, place, size, number, negation) in its
 sentence. Its raw confidence is the probability of those words' tokens, not of the phrases around them, which may be
-put in many ways; where several reports were sampled, also the share of them that state the same. It is calibrated on
-cases that are not reported (:mod:`engine.calibration`).
+put in many ways. What it is worth is learnt on cases that are not reported (:mod:`engine.confidence_scores`), from
+the probability of the size, that of the other words, and, where several reports were sampled, the share of them that
+state the same.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from config.errors import InputError
 from data.report_labeller import LANGUAGES, FindingMention, label_report
-from data.report_lexer import Lexer, normal_form, sentences
+from data.report_lexer import Lexer, Token, normal_form, sentences
+from data.report_terms import FINDINGS
 from engine.calibration import split_sentences
 from engine.clinical_metrics import DIAGNOSTIC_SECTIONS
 from engine.report_facts import SIZE_TOLERANCE_MM
@@ -33,7 +36,24 @@ _CONTENT = (
     "maybe_after",
 )
 _STATED = ("present", "uncertain")
+_LEAST = math.log(1e-6)
 Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """The rule labeller in one language. ``merged``: findings that count as another one (miliary as tree_in_bud)."""
+
+    language: str
+    merged: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in [*self.merged, *self.merged.values()]:
+            if name not in FINDINGS:
+                raise InputError(f"'{name}' is no finding; expected one of {', '.join(FINDINGS)}")
+
+    def __call__(self, text: str) -> list[FindingMention]:
+        return [replace(m, finding=self.merged.get(m.finding, m.finding)) for m in label_report(text, self.language)]
 
 
 @dataclass(frozen=True)
@@ -44,17 +64,20 @@ class Statement:
         mention: as the labeller reads it.
         sentence: number of its piece in ``split_sentences``.
         words: stretches of the text that carry it.
-        raw: confidence before calibration, 0 to 1.
+        raw: probability of the words, 0 to 1: the confidence before calibration.
+        signs: what the calibration learns from: log-probability of the words but for the size, that of the size
+            (0 without one), whether there is a size, and the share of sampled reports that agree (0 without samples).
     """
 
     mention: FindingMention
     sentence: int
     words: tuple[Span, ...]
     raw: float
+    signs: tuple[float, float, float, float]
 
 
 def statements(
-    text: str, language: str, spans: Sequence[Span], log_probs: Sequence[float], samples: Sequence[str] = ()
+    text: str, label: Labeller, spans: Sequence[Span], log_probs: Sequence[float], samples: Sequence[str] = ()
 ) -> list[Statement]:
     """Statements of a report's findings and impression, in the order of the text.
 
@@ -67,42 +90,45 @@ def statements(
     for piece in split_sentences(text):
         at += len(piece)
         ends.append(at)
-    clauses = content_words(text, language)
-    others = [label_report(sample, language) for sample in samples]
+    clauses = content_words(text, label.language)
+    others = [label(sample) for sample in samples]
     made = []
-    for mention in label_report(text, language):
+    for mention in label(text):
         if mention.section not in DIAGNOSTIC_SECTIONS:
             continue
-        words = next((c for c in clauses if any(a <= mention.start < b for a, b in c)), ((mention.start, mention.end),))
-        raw = probability(words, spans, log_probs)
-        if others:
-            agree = sum(any(agrees(mention, other, size=False) for other in sample) for sample in others) / len(others)
-            raw = (raw + agree) / 2
+        words = next((c for c in clauses if any(w.start <= mention.start < w.end for w in c)), ())
+        plain = [(w.start, w.end) for w in words if w.kind != "size"] or [(mention.start, mention.end)]
+        sizes = [(w.start, w.end) for w in words if w.kind == "size"]
+        of_words = log_probability(plain, spans, log_probs)
+        of_sizes = log_probability(sizes, spans, log_probs) if sizes else 0.0
+        agree = sum(any(agrees(mention, other) for other in sample) for sample in others) / max(len(others), 1)
         sentence = next(k for k, end in enumerate(ends) if mention.start < end)
-        made.append(Statement(mention, sentence, words, raw))
+        raw = math.exp(log_probability([*plain, *sizes], spans, log_probs))
+        signs = (of_words, of_sizes, float(bool(sizes)), agree)
+        made.append(Statement(mention, sentence, tuple([*plain, *sizes]), raw, signs))
     return made
 
 
-def probability(words: Sequence[Span], spans: Sequence[Span], log_probs: Sequence[float]) -> float:
-    """Product of the probabilities of the tokens that touch the words; 0 where there are none."""
+def log_probability(words: Sequence[Span], spans: Sequence[Span], log_probs: Sequence[float]) -> float:
+    """Sum over the tokens that touch the words; a very small one where there are none (a text that was cut)."""
     held = [p for (a, b), p in zip(spans, log_probs, strict=True) if any(a < end and b > start for start, end in words)]
-    return math.exp(sum(held)) if held else 0.0
+    return sum(held) if held else _LEAST
 
 
-def content_words(text: str, language: str) -> list[tuple[Span, ...]]:
+def content_words(text: str, language: str) -> list[list[Token]]:
     """The words of each clause that states something; a clause without a finding belongs to the one before it, or
     at the start of a sentence to the one after."""
     normal = normal_form(text)
-    found: list[tuple[Span, ...]] = []
+    found: list[list[Token]] = []
     for start, end in sentences(normal, 0, len(normal)):
-        clauses: list[list] = [[]]
+        clauses: list[list[Token]] = [[]]
         for token in _lexer(language).read(normal, start, end):
             if token.kind == "comma":
                 clauses.append([])
             elif token.kind in _CONTENT:
                 clauses[-1].append(token)
-        groups: list[list] = []
-        waiting: list = []
+        groups: list[list[Token]] = []
+        waiting: list[Token] = []
         for clause in clauses:
             if any(token.kind in ("term", "head") for token in clause):
                 groups.append([*waiting, *clause])
@@ -111,7 +137,7 @@ def content_words(text: str, language: str) -> list[tuple[Span, ...]]:
                 groups[-1] += clause
             else:
                 waiting += clause
-        found += [tuple((token.start, token.end) for token in group) for group in groups]
+        found += groups
     return found
 
 
@@ -120,7 +146,10 @@ def is_right(mention: FindingMention, truth: Sequence[FindingMention]) -> bool:
     stated = [m for m in truth if m.polarity in _STATED and m.section in DIAGNOSTIC_SECTIONS]
     if mention.polarity == "absent":
         return all(m.finding != mention.finding for m in stated)
-    return any(agrees(mention, m) for m in stated)
+    same = [m for m in stated if agrees(mention, m, size=False)]
+    # An impression without sizes does not bear a size out that the findings contradict.
+    sized = [m for m in same if m.size_mm is not None]
+    return any(agrees(mention, m) for m in sized) if mention.size_mm is not None and sized else bool(same)
 
 
 def agrees(one: FindingMention, other: FindingMention, size: bool = True) -> bool:

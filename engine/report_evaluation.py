@@ -7,6 +7,7 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from config.schema import Config, keys_with_role, load_config
 from data.cache import file_digest
 from data.lesion_measure import Lesion
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
-from data.report_labeller import label_report
 from data.report_terms import FINDINGS
 from engine.calibration import draw_reliability, draw_risk_coverage
 from engine.card_pages import ShownCase, card_blocks, write_html, write_markdown
@@ -27,7 +27,7 @@ from engine.generation_store import GenerationStore
 from engine.loaders import fill_cache
 from engine.looking import look_at_case, save_maps
 from engine.report_card import Evaluated, language_of, marked_reports, report_card
-from engine.report_confidence import Statement, statements
+from engine.report_confidence import Labeller, Statement, statements
 from engine.report_facts import MaskedCase, measure_case
 from engine.report_passes import AUDITED, OWN, SAMPLE, EvaluatedTable, MeanImage, ReportPasses
 from engine.run import environment, jsonable, set_seeds
@@ -36,7 +36,6 @@ from models.medical_vlm import MedicalVLM
 from models.prefix_state import weights_fingerprint
 from models.report_writer import ReportWriter, token_spans
 
-TABLE, CALIBRATION = "table", "calibration"
 _SHOWN = 40  # reports on the card
 
 
@@ -49,11 +48,17 @@ class Job:
     table: EvaluatedTable
     calibration: EvaluatedTable | None
     names: dict[int, str] | None
-    language: str
+    label: Labeller
 
     @property
     def maps(self) -> Path:
         return self.args.out / "maps"
+
+    def kept_as(self, name: str) -> str:
+        """Name in the store of what depends on the mask's labels and on how maps are made."""
+        settings = [self.args.attribution, self.names and sorted(self.names.items()), self.label.merged, self.args.maps]
+        digest = blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
+        return f"{name}/{digest}/{len(self.table)}"
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -86,6 +91,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"--out {args.out} is a file: expected the name of a folder")
     read_mask_labels(args.mask_labels)
+    Labeller("zh", read_merged(args.same_finding))
 
 
 def read_mask_labels(given: Sequence[str] | None) -> dict[int, str] | None:
@@ -114,6 +120,12 @@ def read_mask_labels(given: Sequence[str] | None) -> dict[int, str] | None:
     return names
 
 
+def read_merged(given: Sequence[str] | None) -> dict[str, str]:
+    """``miliary=tree_in_bud`` → the first counts as the second."""
+    pairs = [pair.partition("=") for pair in given or []]
+    return {one: other for one, _, other in pairs}
+
+
 def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     """Model, tables and the store of what was generated before."""
     checkpoint = load_checkpoint(args.checkpoint)
@@ -121,7 +133,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     vision = checkpoint.build_vision().to(accelerator.device).eval()
     names = read_mask_labels(args.mask_labels)
 
-    def load(path: Path, name: str) -> EvaluatedTable:
+    def load(path: Path) -> EvaluatedTable:
         data = MedicalVLMDataset.from_config(
             config, path, checkpoint.preprocess_plan, vision.encoder.total_stride, args.seed
         )
@@ -129,14 +141,14 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
             data.rows, data.questions = data.rows[: args.limit], data.questions[: args.limit]
         with accelerator.main_process_first():
             fill_cache(data.cache, data.rows)
-        return EvaluatedTable(name, data)
+        return EvaluatedTable(file_digest(path).hex()[:12], data)
 
-    table = load(args.csv, TABLE)
+    table = load(args.csv)
     other = args.calibration_csv or (Path(config.caption_csv_val) if config.caption_csv_val else None)
     same = other is not None and other.is_file() and file_digest(other) == file_digest(args.csv)
     if other is not None and not other.is_file() and args.calibration_csv:
         raise InputError(f"--calibration_csv not found: {other}")
-    calibration = load(other, CALIBRATION) if other is not None and other.is_file() and not same else None
+    calibration = load(other) if other is not None and other.is_file() and not same else None
     lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=accelerator.device)
     if lm.width != checkpoint.llm["width"]:
         raise InputError(
@@ -145,13 +157,12 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         )
     described = {
         "checkpoint": file_digest(args.checkpoint).hex(),
-        "tables": [file_digest(path).hex() for path in (args.csv, other) if path is not None and path.is_file()],
+        "prompts": file_digest(Path(config.caption_prompt_json)).hex() if config.caption_prompt_json else None,
         "language_model": weights_fingerprint(lm.model),
-        "framing": [config.slices, config.slice_policy, config.max_visual_tokens, config.max_question_tokens],
+        "framing": [config.slices, config.slice_policy, config.max_visual_tokens],
+        "cut_at": [config.max_question_tokens, config.max_answer_tokens],
         "max_new_tokens": args.max_new_tokens,
-        "limit": args.limit,
         "seed": args.seed,
-        "looking": [args.attribution, names and sorted(names.items())],
         "format": 1,
     }
     store = GenerationStore(args.out, described, accelerator.process_index)
@@ -165,7 +176,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         where = f"{len(calibration)} cases to calibrate on" if calibration else "no other table to calibrate on"
         print(f"evaluation: {len(table)} cases, {where}, reports in {language}, device {accelerator.device}, "
               f"{accelerator.num_processes} process(es), generations {store.identity}", flush=True)  # fmt: skip
-    return Job(args, passes, table, calibration, names, language)
+    return Job(args, passes, table, calibration, names, Labeller(language, read_merged(args.same_finding)))
 
 
 def resolve(args: argparse.Namespace, checkpoint: Checkpoint) -> Config:
@@ -196,7 +207,7 @@ def said_in(job: Job, table: EvaluatedTable) -> list[list[Statement]]:
     samples = [job.passes.records(table, f"{SAMPLE}{k}") for k in range(1, job.args.samples + 1)]
     return [
         statements(
-            record["text"], job.language, token_spans(job.passes.writer.tokenizer, record["ids"]), record["log_probs"],
+            record["text"], job.label, token_spans(job.passes.writer.tokenizer, record["ids"]), record["log_probs"],
             [other[row]["text"] for other in samples],
         )
         for row, record in enumerate(records)
@@ -208,14 +219,16 @@ def look(job: Job, accelerator: Accelerator) -> None:
     rows = job.table.data.rows
     with_mask = [r for r, row in enumerate(rows) if row.mask_path is not None]
     job.passes.run_rows(
-        job.table, "lesions", with_mask,
+        job.table, job.kept_as("lesions"), with_mask,
         lambda r: asdict(measure_case(rows[r].image_path, rows[r].mask_path, job.names)),
     )  # fmt: skip
     mean = job.passes.mean_image(job.table)
     records, said = job.passes.records(job.table, OWN), said_in(job, job.table)
     played = with_mask if job.args.pointing_cases is None else with_mask[: job.args.pointing_cases]
     wanted = sorted({*range(min(job.args.maps, len(rows))), *played})
-    job.passes.run_rows(job.table, "looked", wanted, lambda r: look_at_row(job, r, records[r], said[r], mean))
+    job.passes.run_rows(
+        job.table, job.kept_as("looked"), wanted, lambda r: look_at_row(job, r, records[r], said[r], mean)
+    )
     accelerator.wait_for_everyone()
 
 
@@ -238,7 +251,7 @@ def look_at_row(
 
 
 def masked_case(job: Job, row: int) -> MaskedCase | None:
-    record = job.passes.store.get(TABLE, "lesions", row, job.table.cases[row])
+    record = job.passes.store.get(job.table.name, job.kept_as("lesions"), row, job.table.cases[row])
     return record and MaskedCase([Lesion(**lesion) for lesion in record["lesions"]], record["problem"])
 
 
@@ -247,19 +260,22 @@ def write_card(job: Job) -> dict[str, Any]:
     rows = job.table.data.rows
     references = [row.answer for row in rows]
     said = said_in(job, job.table)
-    judged = Judged.of(said, [label_report(text, job.language) for text in references])
+    judged = Judged.of(said, [job.label(text) for text in references])
     other = None
     if job.calibration:
-        truth = [label_report(row.answer, job.language) for row in job.calibration.data.rows]
+        truth = [job.label(row.answer) for row in job.calibration.data.rows]
         other = Judged.of(said_in(job, job.calibration), truth)
     held = Evaluated(
-        language=job.language,
+        label=job.label,
         references=references,
         records={name: job.passes.records(job.table, name) for name in AUDITED},
         masked=[masked_case(job, row) for row in range(len(rows))],
         statements=said,
         confidence=confidence_scores(judged, other, "the calibration table"),
-        looked=[job.passes.store.get(TABLE, "looked", row, case) for row, case in enumerate(job.table.cases)],
+        looked=[
+            job.passes.store.get(job.table.name, job.kept_as("looked"), row, case)
+            for row, case in enumerate(job.table.cases)
+        ],
         abstain_below=job.args.abstain_below,
     )
     card = {"checkpoint": str(job.args.checkpoint), "csv": str(job.args.csv)} | report_card(held)

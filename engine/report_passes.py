@@ -36,7 +36,8 @@ _BASELINE_CASES = 256  # that the mean image is made of
 
 @dataclass
 class EvaluatedTable:
-    """A table with its samples. ``name`` stands in the records; ``cases``: digests of image and mask by row."""
+    """A table with its samples. ``name``: of its content, stands in the records; ``cases``: digests of image and mask
+    by row."""
 
     name: str
     data: MedicalVLMDataset
@@ -78,7 +79,8 @@ class ReportPasses:
 
     def run(self, table: EvaluatedTable, condition: str, mean: MeanImage | None = None) -> None:
         """Write what is missing. ``mean`` is needed by ``blank`` and ``prior``."""
-        missing = [r for r in range(len(table)) if self.store.get(table.name, condition, r, table.cases[r]) is None]
+        kept = kept_as(table, condition)
+        missing = [r for r in range(len(table)) if self.store.get(table.name, kept, r, table.cases[r]) is None]
         mine = [row for row in missing if row % self.processes == self.process]
         if not mine:
             return
@@ -86,14 +88,14 @@ class ReportPasses:
         if condition == SHUFFLED:
             order = shuffled_order([row.patient or str(row.image_path) for row in table.data.rows], self.seed)
         known: dict[tuple, dict[str, Any]] = {}
-        bar = tqdm(total=len(mine), desc=f"{table.name}: {condition}", unit="case", dynamic_ncols=True, disable=None)
+        bar = tqdm(total=len(mine), desc=condition, unit="case", dynamic_ncols=True, disable=None)
         for rows in chunks(mine, self.batch_size):
             samples = [self._sample(table, row, order[row], condition, mean) for row in rows]
             batch = self.batch(samples)
             visual = self._visual(batch, condition, mean)
             records = self._records(visual, batch, samples, condition, known)
             identified = zip(rows, records, strict=True)
-            named = [{"table": table.name, "condition": condition, "row": r, "case": table.cases[r]} | record
+            named = [{"table": table.name, "condition": kept, "row": r, "case": table.cases[r]} | record
                      for r, record in identified]  # fmt: skip
             self.store.add(named)
             bar.update(len(rows))
@@ -105,7 +107,7 @@ class ReportPasses:
         """Make and keep what is missing of these rows' own records, one at a time; each process its share."""
         mine = [r for r in rows if r % self.processes == self.process]
         mine = [r for r in mine if self.store.get(table.name, condition, r, table.cases[r]) is None]
-        bar = tqdm(total=len(mine), desc=f"{table.name}: {condition}", unit="case", dynamic_ncols=True, disable=None)
+        bar = tqdm(total=len(mine), desc=condition, unit="case", dynamic_ncols=True, disable=None)
         for row in mine:
             record = {"table": table.name, "condition": condition, "row": row, "case": table.cases[row]}
             self.store.add([record | make(row)])
@@ -114,7 +116,8 @@ class ReportPasses:
 
     def records(self, table: EvaluatedTable, condition: str) -> list[dict[str, Any]]:
         """Of every row, in order. Call ``store.reload()`` first where other processes have written."""
-        found = [self.store.get(table.name, condition, row, case) for row, case in enumerate(table.cases)]
+        kept = kept_as(table, condition)
+        found = [self.store.get(table.name, kept, row, case) for row, case in enumerate(table.cases)]
         if None in found:
             raise RuntimeError(f"{found.count(None)} reports of {table.name}/{condition} are missing")
         return found
@@ -180,6 +183,11 @@ class ReportPasses:
             for key, one in zip(new, self.writer.write(visual[rows], part), strict=True):
                 known[key] = {"text": one.text}
         return [known[key] for key in keys]
+
+
+def kept_as(table: EvaluatedTable, condition: str) -> str:
+    """Name of a condition in the store: shuffling and means depend on how many rows there are."""
+    return f"{condition}/{len(table)}" if condition in (SHUFFLED, BLANK, PRIOR) else condition
 
 
 def shuffled_order(patients: Sequence[str], seed: int) -> list[int]:

@@ -42,6 +42,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--mask_labels", nargs="+", metavar="N=FINDING", help="names of mask values, or nnU-Net's dataset.json"
     )
+    parser.add_argument(
+        "--same_finding", nargs="+", metavar="A=B", help="count finding A as B, in reports and references alike"
+    )
     parser.add_argument("--language", choices=("auto", "zh", "en"), default="auto", help="of the reports")
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
