@@ -133,22 +133,21 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     vision = checkpoint.build_vision().to(accelerator.device).eval()
     names = read_mask_labels(args.mask_labels)
 
-    def load(path: Path) -> EvaluatedTable:
+    def load(path: Path, limit: int | None) -> EvaluatedTable:
         data = MedicalVLMDataset.from_config(
             config, path, checkpoint.preprocess_plan, vision.encoder.total_stride, args.seed
         )
-        if args.limit:
-            data.rows, data.questions = data.rows[: args.limit], data.questions[: args.limit]
+        data.rows, data.questions = data.rows[:limit], data.questions[:limit]
         with accelerator.main_process_first():
             fill_cache(data.cache, data.rows)
         return EvaluatedTable(file_digest(path).hex()[:12], data)
 
-    table = load(args.csv)
+    table = load(args.csv, args.limit)
     other = args.calibration_csv or (Path(config.caption_csv_val) if config.caption_csv_val else None)
     same = other is not None and other.is_file() and file_digest(other) == file_digest(args.csv)
     if other is not None and not other.is_file() and args.calibration_csv:
         raise InputError(f"--calibration_csv not found: {other}")
-    calibration = load(other) if other is not None and other.is_file() and not same else None
+    calibration = load(other, None) if other is not None and other.is_file() and not same else None
     lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=accelerator.device)
     if lm.width != checkpoint.llm["width"]:
         raise InputError(
@@ -194,8 +193,9 @@ def generate(job: Job, accelerator: Accelerator) -> None:
     if job.calibration:
         for condition in (OWN, *sampled):
             job.passes.run(job.calibration, condition)
-    mean = job.passes.mean_image(job.table)
-    for condition in (*AUDITED, *sampled):
+    wanted = [condition for condition in (*AUDITED, *sampled) if not job.passes.complete(job.table, condition)]
+    mean = job.passes.mean_image(job.table) if wanted else None
+    for condition in wanted:
         job.passes.run(job.table, condition, mean)
     accelerator.wait_for_everyone()
     job.passes.store.reload()

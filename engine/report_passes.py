@@ -80,8 +80,7 @@ class ReportPasses:
     def run(self, table: EvaluatedTable, condition: str, mean: MeanImage | None = None) -> None:
         """Write what is missing. ``mean`` is needed by ``blank`` and ``prior``."""
         kept = kept_as(table, condition)
-        missing = [r for r in range(len(table)) if self.store.get(table.name, kept, r, table.cases[r]) is None]
-        mine = [row for row in missing if row % self.processes == self.process]
+        mine = [row for row in self._missing(table, condition) if row % self.processes == self.process]
         if not mine:
             return
         order = list(range(len(table)))
@@ -100,6 +99,13 @@ class ReportPasses:
             self.store.add(named)
             bar.update(len(rows))
         bar.close()
+
+    def complete(self, table: EvaluatedTable, condition: str) -> bool:
+        return not self._missing(table, condition)
+
+    def _missing(self, table: EvaluatedTable, condition: str) -> list[int]:
+        kept = kept_as(table, condition)
+        return [r for r in range(len(table)) if self.store.get(table.name, kept, r, table.cases[r]) is None]
 
     def run_rows(
         self, table: EvaluatedTable, condition: str, rows: Sequence[int], make: Callable[[int], dict[str, Any]]
