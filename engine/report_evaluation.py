@@ -140,7 +140,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         data.rows, data.questions = data.rows[:limit], data.questions[:limit]
         with accelerator.main_process_first():
             fill_cache(data.cache, data.rows)
-        return EvaluatedTable(file_digest(path).hex()[:12], data)
+        return EvaluatedTable.of(file_digest(path).hex()[:12], data)
 
     table = load(args.csv, args.limit)
     other = args.calibration_csv or (Path(config.caption_csv_val) if config.caption_csv_val else None)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,11 +41,11 @@ class EvaluatedTable:
 
     name: str
     data: MedicalVLMDataset
-    cases: list[str] = field(default_factory=list)
+    cases: list[str]
 
-    def __post_init__(self) -> None:
-        cache = self.data.cache
-        self.cases = self.cases or [cache.entry(row.image_path, row.mask_path).name for row in self.data.rows]
+    @classmethod
+    def of(cls, name: str, data: MedicalVLMDataset) -> EvaluatedTable:
+        return cls(name, data, [data.cache.entry(row.image_path, row.mask_path).name for row in data.rows])
 
     def __len__(self) -> int:
         return len(self.data)
