@@ -1,0 +1,189 @@
+"""The evaluation from end to end on a random model and phantoms: all files, all keys, and a second start that adds
+nothing."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+
+from config.errors import InputError
+from config.plans import PreprocessPlan
+from config.schema import load_config
+from data.finding import FINDING_TYPES
+from data.phantom_dataset import DatasetPaths, make_dataset
+from engine.checkpoint import save_checkpoint
+from models.mamba_lm import lm_identity
+from models.medical_vlm import VisionBridge
+from models.nnunet_checkpoint import load_nnunet_checkpoint
+from models.nnunet_encoder import NnUNetEncoder
+from models.report_writer import ReportWriter, Written
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "evaluate_reports.py"
+LABELS = [f"{value}={name}" for value, name in enumerate(FINDING_TYPES) if value]
+PROMISED = (
+    "language findings.macro_f1 findings.chance location_acc size_within_3mm audit.shuffled.macro_f1 "
+    "audit.blank.macro_f1 audit.normal_false_finding_rate audit.duplicate_rate audit.verdict confidence.ece "
+    "pointing_game"
+)
+
+
+def write_language_model(folder: Path) -> None:
+    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, "<|endoftext|>": 256}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    torch.manual_seed(0)
+    MambaForCausalLM(MambaConfig(vocab_size=257, hidden_size=16, num_hidden_layers=2, state_size=4)).save_pretrained(
+        folder
+    )
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> tuple[Path, DatasetPaths]:
+    root = tmp_path_factory.mktemp("desk")
+    data = make_dataset(root / "data", 0, 3, 6, seed=3, workers=1, normal_share=0.3)
+    write_language_model(root / "lm")
+    source = load_nnunet_checkpoint(assets / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth")
+    config = load_config(
+        None, bridge_width=8, bridge_depth=1, encoder_target_spatial=4, max_visual_tokens=4,
+        mamba_model=str(root / "lm"), cache_dir=str(root / "cache"), caption_csv_train=None, caption_csv_val=str(data.val_csv),
+        caption_prompt_json=str(data.prompt_json),
+    )  # fmt: skip
+    torch.manual_seed(1)
+    vision = VisionBridge.build(
+        config, NnUNetEncoder.from_checkpoint(source, target_spatial=4, planes=1), 16, 0.5, with_cmi=False
+    )
+    diagnostics = {"token_std": 0.5, "image_std": 0.5, "effective_rank": 3.0, "expected_std": 0.5, "collapsed": False}
+    save_checkpoint(
+        root / "vlm.pt", vision, stage="vlm", step=1, epoch=1, val_loss=1.0, config=config,
+        plan=PreprocessPlan.from_nnunet(source.plans, source.configuration),
+        llm=lm_identity(str(root / "lm")).to_dict(), diagnostics=diagnostics,
+    )  # fmt: skip
+    return root, data
+
+
+@pytest.fixture
+def evaluate(desk: tuple[Path, DatasetPaths], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    root, data = desk
+    spec = importlib.util.spec_from_file_location("evaluate_reports", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def run(out: str, *flags: str, csv_file: Path = data.test_csv) -> Path:
+        command = [str(SCRIPT), "--checkpoint", str(root / "vlm.pt"), "--csv", str(csv_file), "--out", str(root / out)]
+        monkeypatch.setattr(sys, "argv", [*command, "--max_new_tokens", "12", "--batch_size", "4", *flags])
+        script.main()
+        return root / out
+
+    return run
+
+
+def read_card(out: Path) -> dict:
+    return json.loads((out / "report_card.json").read_text(encoding="utf-8"), parse_constant=lambda name: 1 / 0)
+
+
+def test_a_random_model_from_end_to_end(
+    evaluate: Callable[..., Path], desk: tuple[Path, DatasetPaths], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = evaluate("card", "--mask_labels", *LABELS, "--samples", "1", "--maps", "2")
+    card = read_card(out)
+    for name in PROMISED.split():
+        value = card
+        for key in name.split("."):
+            value = value[key]
+    assert card["cases"] == 6 and card["findings"]["macro_f1"] == 0 and card["audit"]["verdict_code"] == "unclear"
+    assert card["pointing_game"] is None and card["mask"]["references"]["side_acc"]["value"] == 1
+    page = (out / "report_card.html").read_text(encoding="utf-8")
+    assert "too few cases" in page and not re.search(r"(src|href)=['\"](?!data:)", page)
+    assert "| finding | in references |" in (out / "report_card.md").read_text(encoding="utf-8")
+    with (out / "reports.csv").open(encoding="utf-8-sig", newline="") as stream:
+        assert len(list(csv.DictReader(stream))) == 6
+    assert "verdict: too few cases" in capsys.readouterr().out
+
+    before = {path: path.read_bytes() for path in out.glob("generations-*.jsonl")}
+    again = evaluate("card", "--mask_labels", *LABELS, "--samples", "1", "--maps", "2")
+    assert {path: path.read_bytes() for path in again.glob("generations-*.jsonl")} == before
+    assert read_card(again) == card
+
+
+class Knowing:
+    """Writes the reference of every image, as if it had seen it."""
+
+    def __init__(self, data: DatasetPaths) -> None:
+        with data.test_csv.open(encoding="utf-8", newline="") as stream:
+            self.reports = [row["answer"] for row in csv.DictReader(stream)]
+
+    def __call__(self, writer: ReportWriter, visual: torch.Tensor, batch: dict, decoding: object = None) -> list:
+        rows = batch["row"].tolist() if "row" in batch else [0] * len(visual)
+        texts = [self.reports[row % len(self.reports)] for row in rows]
+        written = [(text, writer.tokenizer.encode(text)) for text in texts]
+        return [Written(text, ids, [-0.01] * len(ids)) for text, ids in written]
+
+
+def test_maps_of_true_reports_are_written_in_the_space_of_the_scan(
+    evaluate: Callable[..., Path], desk: tuple[Path, DatasetPaths], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, data = desk
+    knowing = Knowing(data)
+    monkeypatch.setattr(ReportWriter, "write", lambda *given: knowing(*given))
+    out = evaluate("true", "--mask_labels", *LABELS, "--same_finding", "miliary=tree_in_bud")
+    card = read_card(out)
+    assert card["findings"]["macro_f1"] == 1 and card["location_acc"] == 1 and card["size_within_3mm"] == 1
+    assert card["audit"]["normal_false_finding_rate"] == 0 and card["audit"]["normal_cases"] == 2
+    assert card["mask"]["reports"]["size_within_3mm"]["value"] == 1
+    assert card["pointing"]["n"] == 4 and not card["pointing"]["not_played"]
+    maps = sorted((out / "maps").glob("*.nii.gz"))
+    assert len(maps) == len(list((out / "maps").glob("*.png"))) == 4
+    for path in maps:
+        row = int(path.name[4:8])
+        scan, heat = nib.load(data.root / "images" / f"test_{row:04d}.nii.gz"), nib.load(path)
+        assert heat.shape == scan.shape and np.allclose(heat.affine, scan.affine)
+        assert np.abs(heat.get_fdata()).any((0, 1)).sum() == 1  # the one slice that the model was shown
+    page = (out / "report_card.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") >= 4
+
+
+def test_more_cases_keep_what_was_generated(evaluate: Callable[..., Path]) -> None:
+    few = evaluate("growing", "--limit", "3", "--maps", "0", "--pointing_cases", "0")
+    [path] = few.glob("generations-*.jsonl")
+    before = path.read_text(encoding="utf-8").splitlines()
+    evaluate("growing", "--maps", "0", "--pointing_cases", "0")
+    after = path.read_text(encoding="utf-8").splitlines()
+    assert after[: len(before)] == before
+    own = [json.loads(line) for line in after[len(before) :] if '"own"' in line]
+    assert [record["row"] for record in own] == [3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--abstain_below", "2"], "--abstain_below 2.0: expected a confidence from 0 to 1"),
+        (["--samples", "-1"], "--samples -1: expected a whole number from 0 on"),
+        (["--mask_labels", "1=tumour"], "--mask_labels 1=tumour: expected N=FINDING"),
+        (["--mask_labels", "none.json"], "--mask_labels none.json: expected nnU-Net's dataset.json"),
+        (["--same_finding", "miliary"], "'' is no finding"),
+        (["--calibration_csv", "none.csv"], "--calibration_csv not found: none.csv"),
+        (["--limit", "1"], "images cannot be shuffled between patients"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_one_line(evaluate: Callable[..., Path], flags: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        evaluate("bad", *flags)
+
+
+def test_a_missing_table(evaluate: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match="table not found"):
+        evaluate("bad", csv_file=Path("none.csv"))
