@@ -59,7 +59,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> tuple[Path, 
     source = load_nnunet_checkpoint(assets / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth")
     config = load_config(
         None, bridge_width=8, bridge_depth=1, encoder_target_spatial=4, max_visual_tokens=4,
-        mamba_model=str(root / "lm"), cache_dir=str(root / "cache"), caption_csv_train=None, caption_csv_val=str(data.val_csv),
+        mamba_model=str(root / "lm"), cache_dir=str(root / "cache"), caption_csv_train=None,
+        caption_csv_val=str(data.val_csv),
         caption_prompt_json=str(data.prompt_json),
     )  # fmt: skip
     torch.manual_seed(1)
