@@ -30,6 +30,7 @@ FLAG_TABLES = {
     "scripts/check_image_to_text.py": "8 单张检查",
     "scripts/run_overnight_300.py": "9 夜间网格",
     "scripts/check_data.py": "16 数据检查",
+    "scripts/evaluate_reports.py": "17 报告评价",
 }
 # Promised by the users' manual, verbatim.
 PROMISED = {
