@@ -235,8 +235,9 @@ def _section_rows(held: Mapping[str, Any]) -> list[list[str]]:
 def _text_text(held: Mapping[str, Any]) -> str:
     return (
         f"Loops: {_scored(held['looping'])} of the reports; garbled: {_scored(held['garbled'])}; empty: "
-        f"{show(held['empty'])}. Distinct 4-grams: {show(held['distinct_4grams'])}; mean length "
-        f"{show(held['mean_characters'], 0)} characters. Measured only: the reports stand as the model wrote them."
+        f"{show(held['empty'])}; cut at the limit of tokens: {show(held['cut_at_limit'])}. Distinct 4-grams: "
+        f"{show(held['distinct_4grams'])}; mean length {show(held['mean_characters'], 0)} characters. Measured only: "
+        "the reports stand as the model wrote them."
     )
 
 

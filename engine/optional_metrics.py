@@ -1,7 +1,7 @@
 """Metrics that need software, models or data of their own: used where they are, else one line says why not.
 
-METEOR (NLTK with WordNet), BERTScore, RadGraph F1, GREEN and RaTEScore. None is in requirements.txt except
-NLTK; none is ever downloaded from here. The calls follow each package's documentation; only METEOR and the
+METEOR (NLTK with WordNet), BERTScore, RadGraph F1, GREEN, RaTEScore and CheXbert. None is in requirements.txt except
+NLTK; what is installed may fetch its own model. The calls follow each package's documentation; only METEOR and the
 choice between "runs" and "says why not" are tested here.
 """
 
@@ -73,12 +73,20 @@ def _ratescore(references: Texts, generated: Texts, language: str) -> list[float
     return [float(value) for value in RaTEScore().compute_score(list(generated), list(references))]
 
 
+def _chexbert(references: Texts, generated: Texts, language: str) -> list[float]:
+    from f1chexbert import F1CheXbert
+
+    _, by_case, _, _ = F1CheXbert()(list(generated), list(references))
+    return [float(value) for value in by_case]
+
+
 OPTIONAL_METRICS = {
     "METEOR": OptionalMetric("nltk", ("en",), "NLTK's WordNet: python -m nltk.downloader wordnet", _meteor),
     "BERTScore": OptionalMetric("bert_score", ("zh", "en"), "pip install bert-score, and its model", _bertscore),
     "RadGraph-F1": OptionalMetric("radgraph", ("en",), "pip install radgraph, and its model", _radgraph),
     "GREEN": OptionalMetric("green_score", ("en",), "pip install green-score, and its 7B model", _green),
     "RaTEScore": OptionalMetric("RaTEScore", ("en",), "pip install RaTEScore, and its models", _ratescore),
+    "CheXbert": OptionalMetric("f1chexbert", ("en",), "pip install f1chexbert, and its model", _chexbert),
 }
 
 

@@ -95,7 +95,7 @@ def report_card(held: Evaluated) -> dict[str, Any]:
         "places": {name: _score(score) for name, score in own.items()},
         "mask": _mask(held),
         "sections": _sections(held),
-        "text": _text_faults(held.texts()),
+        "text": _text_faults(held.texts()) | {"cut_at_limit": _cut(held)},
         "audit": _audit(held, clinical, places),
         "confidence": _confidence(held),
         **_pointing(held),
@@ -201,6 +201,11 @@ def _text_faults(texts: Sequence[str]) -> dict[str, Any]:
         "empty": float(np.mean([not text.strip() for text in texts])),
         "mean_characters": float(np.mean([len(text) for text in texts])),
     }
+
+
+def _cut(held: Evaluated) -> float:
+    """Share of reports that had not ended at --max_new_tokens: their scores are those of a torso."""
+    return float(np.mean([not record["ended"] for record in held.records["own"]]))
 
 
 def _audit(

@@ -129,6 +129,10 @@ def read_merged(given: Sequence[str] | None) -> dict[str, str]:
 def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     """Model, tables and the store of what was generated before."""
     checkpoint = load_checkpoint(args.checkpoint)
+    if checkpoint.stage != "vlm":
+        raise InputError(
+            f"{args.checkpoint} is a Stage-1 checkpoint, which writes no reports yet: train_vlm.py comes next"
+        )
     config = resolve(args, checkpoint)
     vision = checkpoint.build_vision().to(accelerator.device).eval()
     names = read_mask_labels(args.mask_labels)
@@ -222,13 +226,13 @@ def look(job: Job, accelerator: Accelerator) -> None:
         job.table, job.kept_as("lesions"), with_mask,
         lambda r: asdict(measure_case(rows[r].image_path, rows[r].mask_path, job.names)),
     )  # fmt: skip
-    mean = job.passes.mean_image(job.table)
-    records, said = job.passes.records(job.table, OWN), said_in(job, job.table)
     played = with_mask if job.args.pointing_cases is None else with_mask[: job.args.pointing_cases]
     wanted = sorted({*range(min(job.args.maps, len(rows))), *played})
-    job.passes.run_rows(
-        job.table, job.kept_as("looked"), wanted, lambda r: look_at_row(job, r, records[r], said[r], mean)
-    )
+    kept, store = job.kept_as("looked"), job.passes.store
+    if any(store.get(job.table.name, kept, r, job.table.cases[r]) is None for r in wanted):
+        mean = job.passes.mean_image(job.table)
+        records, said = job.passes.records(job.table, OWN), said_in(job, job.table)
+        job.passes.run_rows(job.table, kept, wanted, lambda r: look_at_row(job, r, records[r], said[r], mean))
     accelerator.wait_for_everyone()
 
 

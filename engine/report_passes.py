@@ -173,7 +173,9 @@ class ReportPasses:
             texts = self._shared_texts(visual, batch, samples, known)
         else:
             written = self.writer.write(visual, batch)
-            texts = [{"text": one.text, "ids": one.ids, "log_probs": one.log_probs} for one in written]
+            texts = [
+                {"text": one.text, "ids": one.ids, "log_probs": one.log_probs, "ended": one.ended} for one in written
+            ]
             texts = texts if condition == OWN else [{"text": one["text"]} for one in texts]
         return [text | loss for text, loss in zip(texts, losses, strict=True)]
 

@@ -21,11 +21,13 @@ from models.medical_vlm import MedicalVLM, answer_inputs, generate_reports
 
 @dataclass(frozen=True)
 class Written:
-    """A generated report. ``ids``: its tokens without the end-of-text; ``log_probs``: of each, in nats."""
+    """A generated report. ``ids``: its tokens without the end-of-text; ``log_probs``: of each, in nats; ``ended``: by
+    itself, and not cut at the limit."""
 
     text: str
     ids: list[int]
     log_probs: list[float]
+    ended: bool = True
 
 
 class ReportWriter:
