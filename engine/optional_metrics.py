@@ -1,7 +1,7 @@
 """Metrics that need software, models or data of their own: used where they are, else one line says why not.
 
-METEOR (NLTK with WordNet), BERTScore, RadGraph F1, GREEN, RaTEScore and CheXbert. None is in requirements.txt except
-NLTK; what is installed may fetch its own model. The calls follow each package's documentation; only METEOR and the
+METEOR (NLTK with WordNet), BERTScore, RadGraph F1, GREEN, RaTEScore and CheXbert. Of these only
+NLTK is there by default, brought by rouge-score; what is installed may fetch its own model. The calls follow each package's documentation; only METEOR and the
 choice between "runs" and "says why not" are tested here.
 """
 
