@@ -1,8 +1,8 @@
 """Metrics that need software, models or data of their own: used where they are, else one line says why not.
 
-METEOR (NLTK with WordNet), BERTScore, RadGraph F1, GREEN, RaTEScore and CheXbert. Of these only
-NLTK is there by default, brought by rouge-score; what is installed may fetch its own model. The calls follow each package's documentation; only METEOR and the
-choice between "runs" and "says why not" are tested here.
+METEOR (NLTK with WordNet), BERTScore, RadGraph F1, GREEN, RaTEScore and CheXbert. Of these only NLTK is there by
+default, brought by rouge-score; what is installed may fetch its own model. The calls follow each package's
+documentation; only METEOR and the choice between "runs" and "says why not" are tested here.
 """
 
 from __future__ import annotations
