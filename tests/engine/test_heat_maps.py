@@ -63,18 +63,18 @@ def centre_of_peak(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("order", ["RAS", "LPS", "SAL", "PIR"])
 @pytest.mark.parametrize("orientation", ["LPS", "RAS"])
-@pytest.mark.parametrize("kind", ["2d_plain", "3d_plain"])
+@pytest.mark.parametrize("kind", ["2d_plain", "3d_plain", "3d_padded"])
 def test_a_marked_voxel_lands_where_it_was(
     assets: Path, tmp_path: Path, kind: str, orientation: str, order: str
 ) -> None:
     """With as many cells as voxels the encoder's own input, taken as the map, must peak at the marked place."""
     marked = (41, 22, 15)
     image, mask, world = write_marked(tmp_path, order, order == "SAL", marked)
-    spacing = (5.0, 1.0, 1.0) if kind == "3d_plain" else (1.0, 1.0)
-    patch = (16, 48, 64) if kind == "3d_plain" else (96, 64)
-    plan = plan_of(assets, kind, orientation=orientation, spacing=spacing, patch_size=patch)
+    spacing = (5.0, 1.0, 1.0)[-2 if kind == "2d_plain" else -3 :]
+    patch = {"2d_plain": (96, 64), "3d_plain": (16, 48, 64), "3d_padded": (48, 96, 128)}[kind]
+    plan = plan_of(assets, kind.replace("padded", "plain"), orientation=orientation, spacing=spacing, patch_size=patch)
     cached = VolumeCache(tmp_path / "cache", plan).get(image, mask)
-    framing = Framing(plan, (16, 16), 3 if kind == "2d_plain" else 16, "mask")
+    framing = Framing(plan, (16, 16), 3 if kind == "2d_plain" else patch[0], "mask")
     images, _ = framing(cached)
     shown = images[:, 0] if kind == "2d_plain" else images[0]
     grid = FramedGrid.of(framing, cached, tuple(shown.shape), orientation)
