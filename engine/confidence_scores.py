@@ -59,6 +59,7 @@ class ConfidenceScores:
             return found
         bins = zip(self.after.edges, self.after.confidence, self.after.accuracy, self.after.count, strict=False)
         found |= {"ece": self.after.ece, "ece_before": self.before.ece, "area_under_risk_coverage": self.curve.area}
+        found["ece_of_perfect"] = ece_of_perfect(self.calibrated)
         found["reliability"] = [
             {"from": float(a), "confidence": float(b), "right": float(c), "count": int(d)} for a, b, c, d in bins
         ]
@@ -86,6 +87,13 @@ def confidence_scores(judged: Judged, other: Judged | None, other_name: str) -> 
         return ConfidenceScores(calibrated, None, None, None, fitted, on)
     before, after = (reliability(values, judged.right) for values in (judged.raw, calibrated))
     return ConfidenceScores(calibrated, before, after, risk_coverage(calibrated, judged.right), fitted, on)
+
+
+def ece_of_perfect(confidences: np.ndarray, draws: int = 200, seed: int = 0) -> float:
+    """Mean ECE of as many statements that are right exactly as often as said: what chance alone leaves."""
+    rng = np.random.default_rng(seed)
+    values = [reliability(confidences, rng.random(len(confidences)) < confidences).ece for _ in range(draws)]
+    return float(np.mean(values))
 
 
 def thinned(curve: RiskCoverage, points: int = 50) -> list[tuple[float, float, float]]:

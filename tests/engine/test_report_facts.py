@@ -11,7 +11,7 @@ from config.errors import InputError
 from data.lesion_measure import Lesion
 from data.report_labeller import label_report
 from engine.calibration import split_sentences
-from engine.confidence_scores import Judged, confidence_scores
+from engine.confidence_scores import Judged, confidence_scores, ece_of_perfect
 from engine.report_confidence import (
     Labeller,
     content_words,
@@ -157,6 +157,12 @@ def test_confidence_is_calibrated_on_other_cases() -> None:
     assert card["risk_coverage"][9]["risk"] < card["risk_coverage"][-1]["risk"] - 0.05
     assert card["risk_coverage"][-1]["coverage"] == 1 and sum(b["count"] for b in card["reliability"]) == 4000
     assert card["calibrator"]["weights"][1:] == [0, 0, 0]
+
+
+def test_ece_of_perfect_calibration_falls_with_statements() -> None:
+    few, many = (ece_of_perfect(np.random.default_rng(0).random(n)) for n in (100, 10_000))
+    assert 0.08 < few < 0.13 and many < 0.015
+    assert ece_of_perfect(np.ones(50)) == 0
 
 
 def test_without_another_table_folds_of_cases_are_held_out() -> None:
