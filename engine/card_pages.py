@@ -201,8 +201,8 @@ def _mask_rows(mask: Mapping[str, Any]) -> list[list[str]]:
 def _confidence_text(held: Mapping[str, Any]) -> str:
     return (
         f"Expected calibration error {show(held['ece'])} of {held['statements']} statements (before calibration "
-        f"{show(held['ece_before'])}; of perfect calibration, by chance, {show(held.get('ece_of_perfect'))}); calibrated "
-        f"on {held['calibrated_on']}. Below {held['abstain_below']} a sentence is marked {TO_CHECK['zh']}: "
+        f"{show(held['ece_before'])}; of perfect calibration, by chance, {show(held.get('ece_of_perfect'))}); "
+        f"calibrated on {held['calibrated_on']}. Below {held['abstain_below']} a sentence is marked {TO_CHECK['zh']}: "
         f"{show(held['statements_marked'])} of the statements, in {show(held['reports_with_marks'])} of the reports. "
         f"Area under the risk-coverage curve: {show(held.get('area_under_risk_coverage'))}."
     )
