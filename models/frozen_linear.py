@@ -40,7 +40,7 @@ class FrozenLinear(nn.Linear):
 
     def is_ready(self) -> bool:
         """Whether a compiled kernel can read the weights in place."""
-        kind = self.weight.dtype in (torch.float32, torch.bfloat16) and self.weight.is_contiguous()
+        kind = self.weight.dtype in (torch.float32, torch.bfloat16, torch.int8) and self.weight.is_contiguous()
         return product is not None and kind and "forward" not in self.__dict__ and not is_watched(self)
 
 

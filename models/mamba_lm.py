@@ -34,6 +34,7 @@ from models.cuda_graph_decode import static_steps
 from models.decoding import StopAtText, StopRule, plain_text
 from models.mamba_backbone import PREFILL_CHUNK, read_in_chunks, recompute_blocks
 from models.mamba_mixer import use_our_scan
+from models.quantisation import CONTRADICTION, bitsandbytes_options, quantise_int8
 
 IGNORED = -100  # label of a position that the loss skips
 TIED_MESSAGE = "lm_head 已绑定到 input_embeddings"  # users look for this line
@@ -132,7 +133,13 @@ class MambaLM(nn.Module):
 
     @classmethod
     def load(
-        cls, name: str, *, dtype: str = "auto", device: torch.device | str = "cpu", load_in_8bit: bool = False
+        cls,
+        name: str,
+        *,
+        dtype: str = "auto",
+        device: torch.device | str = "cpu",
+        load_in_8bit: bool = False,
+        int8: bool = False,
     ) -> MambaLM:
         """
         Args:
@@ -140,15 +147,18 @@ class MambaLM(nn.Module):
             dtype: ``auto`` (bfloat16 on an accelerator or from a billion parameters, else float32) or
                 a torch dtype's name.
             load_in_8bit: weights in int8 through bitsandbytes (GPU only).
+            int8: the large weights in int8 by our own layers, on any device; ``dtype`` is that of the rest.
 
         Raises:
-            InputError: not found, not a Mamba-1, weights missing, bitsandbytes missing.
+            InputError: not found, not a Mamba-1, weights missing, bitsandbytes missing, both ways to int8 asked for.
         """
+        if load_in_8bit and int8:
+            raise InputError(CONTRADICTION)
         config, tokenizer = read_lm_config(name), read_tokenizer(name)
         device = torch.device(device)
         options: dict = {"dtype": _dtype(dtype, config, device)}
         if load_in_8bit:
-            options |= _eight_bit_options(device)
+            options |= bitsandbytes_options(device)
         try:
             model, report = _Mamba.from_pretrained(name, output_loading_info=True, **options)
         except (OSError, ValueError, RuntimeError) as error:
@@ -158,6 +168,8 @@ class MambaLM(nn.Module):
             what = sorted(missing)[:3] or sorted(map(str, report["mismatched_keys"]))[:3]
             raise InputError(f"weights of mamba_model '{name}' are incomplete or of another shape: {', '.join(what)}")
         _tie_head(model, head_missing="lm_head.weight" in report["missing_keys"])
+        if int8:
+            quantise_int8(model)  # before it moves: the device never holds the weights as they were
         if not load_in_8bit:
             model.to(device)
         return cls(model, tokenizer, name)
@@ -303,20 +315,6 @@ def _tie_head(model: MambaForCausalLM, head_missing: bool) -> None:
         print(TIED_MESSAGE, flush=True)
     else:
         logging.getLogger(__name__).warning("lm_head has weights of its own in these files; it is not tied")
-
-
-def _eight_bit_options(device: torch.device) -> dict:
-    try:
-        import bitsandbytes  # noqa: F401  (a CUDA build; present on few machines)
-        from transformers import BitsAndBytesConfig
-    except (ImportError, RuntimeError) as error:
-        raise InputError(
-            f"--llm_8bit needs bitsandbytes, which does not import here ({_first_line(error)}): "
-            "pip install -r requirements-cuda.txt, or leave the flag out"
-        ) from error
-    if device.type == "cpu":
-        raise InputError("--llm_8bit needs a CUDA device: add --llm_device auto, or leave the flag out")
-    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
 
 
 def _first_line(error: Exception) -> str:
