@@ -53,6 +53,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vision_checkpoint", type=Path, help="Stage-1 (or Stage-2) checkpoint to start from")
     parser.add_argument("--from_scratch", action="store_true", help="do not continue from vision_bridge_vlm_final.pt")
     parser.add_argument("--max_visual_tokens", type=positive_int, help="overrides the configuration")
+    parser.add_argument("--llm_int8", action="store_true", help="frozen language model in int8: half its memory")
     parser.add_argument("--allow_collapsed", action="store_true", help="start from a checkpoint stamped as collapsed")
     return parser.parse_args()
 
@@ -160,7 +161,7 @@ def main() -> None:
     say = accelerator.print
 
     # ---------------------------------------------------------------- model and data
-    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=accelerator.device)
+    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=accelerator.device, int8=args.llm_int8)
     if lm.checkpointing(config.llm_checkpointing):
         say("language model: each block is computed again in the backward pass (llm_checkpointing)", flush=True)
     vision, plan, origin = build_vision(config, start, lm)
@@ -189,7 +190,8 @@ def main() -> None:
         "the language model is not frozen"
     )
     model, optimizer = accelerator.prepare(vlm, optimizer)
-    settings = fingerprint(args, config, start=str(start.path) if start else None)
+    kind = {"llm_int8": True} if args.llm_int8 else {}  # states from before the flag existed stay usable
+    settings = fingerprint(args, config, start=str(start.path) if start else None, **kind)
     state = TrainState(output / "stage2_state.pt", settings, accelerator, vision, optimizer, schedule)
     resumed = state.resume(args.resume)
     progress = state.progress

@@ -32,7 +32,8 @@ class FrozenLinear(nn.Linear):
         if product is not None and few_rows(x, self.weight):
             return product(x, self.weight, self.bias)
         # As a matrix: for a strided (B, L, I) torch would repeat the weights for every sample.
-        return F.linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias).unflatten(0, x.shape[:-1])
+        rows = F.linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
+        return rows.reshape(*x.shape[:-1], self.out_features)
 
     def stored(self) -> tuple[Tensor, Tensor | None]:
         """Weights as they lie in memory (O, I), and the factor of each row (O,) if they need one."""

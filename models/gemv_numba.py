@@ -58,7 +58,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None
         torch.get_num_threads(),
         batch,
     )
-    return torch.from_numpy(out[:rows]).to(x.dtype).unflatten(0, x.shape[:-1])
+    return torch.from_numpy(out[:rows]).to(x.dtype).reshape(*x.shape[:-1], len(weight))
 
 
 def padded_rows(x: Tensor) -> Tensor:

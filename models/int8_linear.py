@@ -70,7 +70,7 @@ class Int8Linear(FrozenLinear):
             x = x.to(torch.get_autocast_dtype(kind))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
-        return _Widened.apply(rows, self.weight, self.scale, bias).unflatten(0, x.shape[:-1])
+        return _Widened.apply(rows, self.weight, self.scale, bias).reshape(*x.shape[:-1], self.out_features)
 
     def stored(self) -> tuple[Tensor, Tensor | None]:
         return self.weight, self.scale

@@ -32,6 +32,7 @@ class Quality(NamedTuple):
     max_difference: float
     mean_difference: float
     perplexity_ratio: float
+    deviation: float  # of the plain model's logits: what the differences are small or large against
 
 
 @torch.no_grad()
@@ -62,15 +63,18 @@ def quantisation_quality(plain: HasModel, quantised: HasModel, ids: Tensor) -> Q
     """
     hidden, other = (lm.model.backbone(input_ids=ids, use_cache=False).last_hidden_state for lm in (plain, quantised))
     hidden, other = hidden[:, :-1].flatten(0, 1), other[:, :-1].flatten(0, 1)
-    largest, total, lost = 0.0, 0.0, 0.0
+    largest, total, lost, squares = 0.0, 0.0, 0.0, 0.0
     pairs = zip(hidden.split(CHUNK), other.split(CHUNK), ids[:, 1:].flatten().split(CHUNK), strict=True)
     for one, two, target in pairs:
         logits, changed = _logits(plain.model, one), _logits(quantised.model, two)
         difference = (logits - changed).abs()
         largest, total = max(largest, float(difference.max())), total + float(difference.double().sum())
+        squares += float(logits.double().var(dim=1, correction=0).sum())
         worse = F.cross_entropy(changed, target, reduction="sum") - F.cross_entropy(logits, target, reduction="sum")
         lost += float(worse)
-    return Quality(largest, total / (len(hidden) * logits.shape[1]), math.exp(lost / len(hidden)))
+    positions = len(hidden)
+    mean, deviation = total / (positions * logits.shape[1]), math.sqrt(squares / positions)
+    return Quality(largest, mean, math.exp(lost / positions), deviation)
 
 
 def _logits(model: MambaForCausalLM, hidden: Tensor) -> Tensor:

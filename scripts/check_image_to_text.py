@@ -39,6 +39,7 @@ from models.embedding_table import load_embedding_table
 from models.mamba_lm import MambaLM, lm_identity, read_lm_config, read_tokenizer
 from models.medical_vlm import generate_reports
 from models.prefix_state import PrefixIdentity, PrefixState, answer_from_state, lm_size
+from models.quantisation import CONTRADICTION
 
 GPU_TOKEN_CAP = 32  # with the LLM on a GPU beside other programs; lifted by --max_visual_tokens
 
@@ -59,6 +60,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=positive_int, default=80)
     parser.add_argument("--llm_device", choices=("auto", "cpu"), default="cpu", help="auto: the GPU where there is one")
     parser.add_argument("--llm_8bit", action="store_true", help="int8 weights through bitsandbytes (GPU)")
+    parser.add_argument("--llm_int8", action="store_true", help="int8 weights by our own layers (CPU and GPU)")
     parser.add_argument("--seed", type=int, default=42, help="for drawing a question, and for sampling")
     parser.add_argument("--save_prefix", type=Path, metavar="FILE", help="keep the state after reading the image")
     parser.add_argument("--prefix", type=Path, metavar="FILE", help="ask about the image of such a state: no vision")
@@ -79,6 +81,8 @@ def check_flags(args: argparse.Namespace) -> tuple[Decoding, StopRule]:
         args.temperature, args.top_p, args.num_beams, args.repetition_penalty, args.no_repeat_ngram_size
     )
     stop = StopRule([text.replace("\\n", "\n") for text in args.stop or []], at_restart=args.stop_at_restart)
+    if args.llm_8bit and args.llm_int8:
+        raise InputError(CONTRADICTION)
     if args.stream and args.num_beams > 1:
         raise InputError("--stream with --num_beams: beams choose their text at the end only; leave one of them out")
     if args.image and not args.image.exists():
@@ -310,7 +314,8 @@ def main() -> None:
     else:
         case, visuals = see(args, checkpoint, config)
 
-    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, load_in_8bit=args.llm_8bit)
+    weights = {"load_in_8bit": args.llm_8bit, "int8": args.llm_int8}
+    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, **weights)
     how = "the image read with the question"
     if identity is not None:
         identity.check(PrefixIdentity.of_model(lm), str(args.prefix))

@@ -18,6 +18,7 @@ from engine.benchmark.report import Report
 from engine.benchmark.timing import Timing, finish, take_turns
 from models.mamba_lm import MambaLM
 from models.prefix_state import PrefixState, seconds_to_first_token
+from models.quantisation import quantisation_quality, quantise_int8
 
 Writer = Callable[["TokenClock", int], object]
 
@@ -80,8 +81,12 @@ def run(report: Report) -> None:
     lm = our_lm(model, size)
     embeds = prompt(size, size.text, device)
     kind = str(size.dtype).removeprefix("torch.").replace("bfloat16", "bf16")
-    bytes_of = {f"ours {kind}": weight_bytes(lm)}
-    writers = {f"ours {kind}": our_writer(lm, embeds), f"transformers {kind}": rival_writer(plain, embeds)}
+    narrow = our_lm(same_weights(model), size)
+    quantise_int8(narrow.model)
+    table = narrow.model.get_input_embeddings().weight.nbytes  # one row of it is read, the head has its own copy
+    bytes_of = {f"ours {kind}": weight_bytes(lm), "ours int8": weight_bytes(narrow) - table}
+    writers = {f"ours {kind}": our_writer(lm, embeds), "ours int8": our_writer(narrow, embeds),
+               f"transformers {kind}": rival_writer(plain, embeds)}  # fmt: skip
     limits = read_limits(size.block, device)
     times = decode_times(report, writers, limits)
     report.add_limits(limits, times)
@@ -94,11 +99,28 @@ def run(report: Report) -> None:
         report.add_share(f"reading the weights, {name}", limit / times[name].median)
     ours = times[f"ours {kind}"].median
     report.add_ratio("decode_bf16_vs_bandwidth_limit", bars[f"limit: weights of {kind} read once"] / ours)
-    report.add_ratio("decode_bf16_vs_transformers", speedup(ours, times[f"transformers {kind}"].median))
+    rival = times[f"transformers {kind}"].median
+    report.add_ratio("decode_bf16_vs_transformers", speedup(ours, rival))
+    report.add_ratio("decode_int8_vs_transformers_bf16", speedup(times["ours int8"].median, rival))
+    report.add_ratio("decode_int8_vs_ours_bf16", speedup(times["ours int8"].median, ours))
     if kind != "bf16":
         report.add_note(f"at this size the weights are {kind}, also where a ratio says bf16")
     report.panels.append(Panel("one new token", "seconds", bars, logarithmic=False))
+    _quality(report, lm, narrow)
     _second_question(report, lm)
+
+
+def _quality(report: Report, lm: MambaLM, narrow: MambaLM) -> None:
+    """What int8 does to the logits of a text, here of a random one."""
+    size, generator = report.size, torch.Generator().manual_seed(0)
+    ids = torch.randint(1, size.tokens, (1, size.answer), generator=generator).to(report.device)
+    quality = quantisation_quality(lm, narrow, ids)
+    report.add_value("int8: largest difference of a logit", quality.max_difference)
+    report.add_value("int8: mean difference of a logit", quality.mean_difference)
+    report.add_value("int8: deviation of the logits themselves", quality.deviation)
+    report.add_value("int8: perplexity over the plain model's", quality.perplexity_ratio)
+    report.add_note(f"int8's differences are those of random weights on {size.answer} random tokens; a trained model's "
+                    "perplexity says more: models/quantisation.py compares any two")  # fmt: skip
 
 
 def _second_question(report: Report, lm: MambaLM) -> None:
