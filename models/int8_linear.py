@@ -39,7 +39,7 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
         if not bool(largest.isfinite().all()):
             raise ValueError("weights that are not finite cannot be quantised")
         scale[rows] = largest / LEVELS
-        whole[rows] = (part * (LEVELS / largest.clamp(min=torch.finfo(torch.float32).tiny))[:, None]).round()
+        whole[rows] = (part / scale[rows].clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round()
     return whole, scale
 
 

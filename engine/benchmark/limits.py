@@ -9,10 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import njit
 from torch import Tensor
 
 from engine.benchmark.timing import Candidate, Timing
+
+try:
+    from numba import njit
+except ImportError:  # it has no build for every platform; reading is then timed in one way less
+    njit = None
 
 Shape = tuple[int, int, int]  # rows, inputs, outputs
 
@@ -60,7 +64,7 @@ def read_limits(nbytes: int, device: torch.device) -> list[Limit]:
     """Two ways to read a block far larger than the caches with all threads; the faster one is the limit."""
     block = _noise((nbytes // 4,), torch.float32, device)
     ways = [Limit("read: torch.sum", block.sum, float(block.nbytes), "B/s")]
-    if device.type == "cpu":
+    if device.type == "cpu" and njit is not None:
         ways.append(Limit("read: compiled loop", lambda: _read(block), float(block.nbytes), "B/s"))
     return ways
 
@@ -88,12 +92,15 @@ def best_rate(limits: list[Limit], timings: dict[str, Timing]) -> float:
     return max(limit.rate(timings[limit.name]) for limit in limits)
 
 
-@njit(nogil=True, fastmath=True, cache=True)
 def _sum(values: np.ndarray) -> float:
     total = np.float32(0)
     for i in range(values.size):
         total += values[i]
     return total
+
+
+if njit is not None:
+    _sum = njit(nogil=True, fastmath=True, cache=True)(_sum)
 
 
 def _read(block: Tensor) -> float:

@@ -167,14 +167,17 @@ def test_a_block_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(sizes) == 2 * 37 * 50 and max(sizes) <= 200
 
 
-def test_autocast_computes_in_its_dtype() -> None:
+def test_autocast_computes_and_widens_in_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes: set[torch.dtype] = set()
+    real = int8_linear._widen
+    monkeypatch.setattr(int8_linear, "_widen", lambda w, s, dtype: dtypes.add(dtype) or real(w, s, dtype))
     narrow = Int8Linear.of(layer())
     x = torch.randn(20, 50, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         out = narrow(x)
     assert out.dtype is torch.bfloat16
     out.float().sum().backward()
-    assert x.grad.dtype is torch.float32
+    assert x.grad.dtype is torch.float32 and dtypes == {torch.bfloat16}
     torch.testing.assert_close(x.grad, narrow.dequantised().sum(0).expand(20, 50), rtol=2e-2, atol=2e-2)
 
 
