@@ -219,6 +219,7 @@ class MambaLM(nn.Module):
         return torch.stack(losses).sum(), wanted.sum()
 
     def _token_loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        hidden = hidden.to(self.model.get_input_embeddings().weight.dtype)  # the last norm leaves it in float32
         logits = self.model.lm_head(hidden)[:, : self.known_tokens].float()
         return F.cross_entropy(logits, target, reduction="sum")
 

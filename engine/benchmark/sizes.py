@@ -32,7 +32,6 @@ class Size:
     text: int
     answer: int
     decode: int
-    rival_rounds: int
     part_layers: int
     rival_layers: int
     rival_step: tuple[int, int]  # visual and further tokens
@@ -65,12 +64,12 @@ _BIG = {
 SIZES = {
     size.name: size
     for size in (
-        Size("2.8b", 2560, 64, 50280, 50277, 32, torch.bfloat16, rival_rounds=1, part_layers=8, rival_layers=2,
+        Size("2.8b", 2560, 64, 50280, 50277, 32, torch.bfloat16, part_layers=8, rival_layers=2,
              rival_step=(196, 64), **_BIG),
-        Size("130m", 768, 24, 50280, 50277, 12, torch.float32, rival_rounds=3, part_layers=8, rival_layers=4,
+        Size("130m", 768, 24, 50280, 50277, 12, torch.float32, part_layers=8, rival_layers=4,
              rival_step=(196, 64), **_BIG),
         Size("tiny", 32, 2, 300, 297, 4, torch.float32, rounds=3, scan_tokens=48, scan_training_tokens=16, visual=16,
-             text=8, answer=12, decode=3, rival_rounds=3, part_layers=2, rival_layers=2, rival_step=(9, 4),
+             text=8, answer=12, decode=3, part_layers=2, rival_layers=2, rival_step=(9, 4),
              scaling=(4, 9, 16, 64, 256), memory_tokens=(16, 32), rival_memory_tokens=16, block=4 * MIB,
              work=1e7, own_process=False),
     )

@@ -51,11 +51,9 @@ def run(report: Report) -> None:
     candidates = [limit.candidate(size.rounds) for limit in limits]
     candidates.append(Candidate("ours", functools.partial(keep, "ours", functools.partial(our_prefill, lm, embeds)),
                                 size.rounds))  # fmt: skip
-    heavy = size.rival_rounds < 3
     for name, rival in rivals.items():
         call = functools.partial(keep, name, functools.partial(rival_prefill, rival, embeds))
-        note = f"only {size.rival_rounds} run, without a warm-up: it takes minutes" if heavy else ""
-        candidates.append(Candidate(name, call, size.rival_rounds, warm=not heavy, note=note))
+        candidates.append(Candidate(name, call, 3))
     times = take_turns(candidates, device)
 
     report.add_limits(limits, times)

@@ -136,15 +136,16 @@ def test_padded_batch_generates_what_single_prompts_do(folder: Path) -> None:
     assert lm.generate(padded, mask, 12) == alone
 
 
-def test_answer_loss_is_the_models_own_loss(folder: Path) -> None:
-    lm = MambaLM.load(str(folder))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # bfloat16 without autocast, as a large model trains on CPU
+def test_answer_loss_is_the_models_own_loss(folder: Path, dtype: str) -> None:
+    lm = MambaLM.load(str(folder), dtype=dtype)
     ids = torch.randint(0, 256, (2, 15))
     labels = ids.clone()
     labels[:, :6] = IGNORED
     labels[1, 12:] = IGNORED
     total, count = lm.answer_loss(lm.embed(ids), labels)
     assert int(count) == 9 + 6
-    logits = lm.model(input_ids=ids).logits[:, :-1, :257]
+    logits = lm.model(input_ids=ids).logits[:, :-1, :257].float()
     wanted = labels[:, 1:]
     expected = torch.nn.functional.cross_entropy(logits.reshape(-1, 257), wanted.reshape(-1), ignore_index=IGNORED)
     torch.testing.assert_close(total / count, expected)
