@@ -83,7 +83,7 @@ def validate(
     tokens: list[Tensor] = []
     for batch in loader:
         with accelerator.autocast():
-            visual = vision(batch["images"], batch["slice_position"])
+            visual = vision(batch["images"], batch["slice_position"], roi=batch["roi"])
             loss = objective(visual, batch["row"])
         losses.append(accelerator.gather_for_metrics(loss.float().expand(len(batch["row"]))))
         if sum(map(len, tokens)) < DIAGNOSED_IMAGES:

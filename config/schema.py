@@ -21,7 +21,7 @@ from config.errors import InputError
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = REPOSITORY / "config" / "paths.yaml"
 
-SlicePolicy = Literal["mask", "middle"]
+SlicePolicy = Literal["mask", "nnunet", "middle", "uniform"]
 
 
 def _key(default: Any, doc: str, *, role: str, minimum: int | None = None) -> Any:
@@ -61,7 +61,10 @@ class Config:
     train_encoder: bool = _key(True, "false keeps the nnU-Net encoder as it was trained", role="run")
     slices: int = _key(1, "axial slices per case (2-D encoder) or depth planes (3-D encoder)", role="arch", minimum=1)
     slice_policy: SlicePolicy = _key(
-        "mask", "mask: slices with most lesion where a row has a mask, else middle; or middle", role="run"
+        "mask",
+        "mask: slices that show the lesions of a row's mask, else the middle; nnunet: of nnU-Net's own segmentation; "
+        "middle; uniform: spread over the scan",
+        role="run",
     )
     augment_shift: int = _key(0, "training images are moved in plane by up to so many voxels", role="run", minimum=0)
     # bridge
@@ -70,7 +73,11 @@ class Config:
     max_visual_tokens: int = _key(
         64, "visual tokens given to the LLM (largest square grid that fits)", role="arch", minimum=1
     )
-    roi_side: int | None = _key(None, "centre crop of the feature map: 7 -> 49 tokens", role="arch", minimum=1)
+    roi_side: int | None = _key(None, "region of interest on the feature map: 7 -> 49 tokens", role="arch", minimum=1)
+    roi_policy: Literal["centre", "lesion"] = _key(
+        "centre", "centre: only that crop; lesion: all of it, and so many tokens around each slice's lesion beside",
+        role="arch",
+    )  # fmt: skip
     use_cmi: bool = _key(False, "the question steers the visual tokens (Cross-Mamba Interaction)", role="arch")
     cmi_compress_to: int | None = _key(None, "visual tokens after CMI, if fewer", role="arch", minimum=1)
     # language model

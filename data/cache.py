@@ -2,7 +2,7 @@
 
     root/<key>/image.bin    float32 (C_in, z, y, x), compressed slices (:mod:`data.slice_store`)
     root/<key>/mask.bin     labels (z, y, x), where the case has a mask
-    root/<key>/meta.json    shapes, checksums, spacing, voxel map, lesion voxels per slice
+    root/<key>/meta.json    shapes, checksums, spacing, voxel map, lesions, lesion voxels per slice
     root/files/<name>.json  digest of a source file's content, with the size and time it had
 
 The key is a digest of the files' content, the preprocessing plan and the format version: a file that is moved
@@ -23,7 +23,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -31,14 +31,16 @@ import numpy as np
 
 from config.plans import PreprocessPlan
 from data.image_reader import files_of, read_mask, read_volume
+from data.lesions import Lesion, find_lesions
 from data.nnunet_preprocess import Preprocessed, VoxelMap, preprocess
 from data.slice_store import DamagedFile, StoredArray, write_slices
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # raise it when the same files and plan would give other voxels or another layout
+FORMAT = 3  # raise it when the same files and plan would give other voxels or another layout
 _ABANDONED_S = 24 * 3600
 _RENAME_TRIES = 5
+_UNREADABLE = (FileNotFoundError, ValueError, KeyError, TypeError, IndexError)  # ValueError: JSON, UTF-8
 _SETTLED_NS = 2 * 10**9  # a file changed later than this may change again within one tick of its clock
 
 
@@ -78,7 +80,7 @@ class CachedVolume:
     """One preprocessed case, on disk.
 
     ``image``: float32 (C_in, z, y, x); ``mask``: labels (z, y, x) or None; ``lesion_voxels``: int64 (z,),
-    voxels with a label per slice, or None; ``spacing``: (z, y, x) in mm.
+    voxels with a label per slice, or None; ``spacing``: (z, y, x) in mm; ``lesions``: of the mask, largest first.
     """
 
     image: CachedArray
@@ -86,6 +88,7 @@ class CachedVolume:
     lesion_voxels: np.ndarray | None
     spacing: tuple[float, float, float]
     voxel_map: VoxelMap
+    lesions: tuple[Lesion, ...] = ()
 
 
 class VolumeCache:
@@ -115,6 +118,32 @@ class VolumeCache:
         self._replace(entry, image_path, mask_path, damage)
         return self._load(entry, image_path, mask_path)
 
+    def ensure(self, image_path: Path, mask_path: Path | None = None, *, verify: bool = False) -> bool:
+        """Prepare the case unless it is there; was anything done?
+
+        A missing or truncated file of an entry is always seen. ``verify`` reads every slice of it as well.
+        Raises InputError as :meth:`get` does.
+        """
+        entry = self.entry(image_path, mask_path)
+        if not entry.exists():
+            self._prepare(entry, image_path, mask_path)
+            return True
+        try:
+            if not verify:
+                self._load(entry, image_path, mask_path)
+                return False
+            records = json.loads((entry / "meta.json").read_text(encoding="utf-8"))["arrays"]
+            for name, record in records.items():
+                stored = StoredArray(entry / f"{name}.bin", record)
+                for z in range(stored.shape[-3]):
+                    stored.planes(z, z + 1)
+            self._load(entry, image_path, mask_path)
+            return False
+        except (DamagedFile, *_UNREADABLE) as error:
+            damage = error if isinstance(error, DamagedFile) else DamagedFile(f"{type(error).__name__}: {error}")
+        self._replace(entry, image_path, mask_path, damage)
+        return True
+
     def entry(self, image_path: Path, mask_path: Path | None = None) -> Path:
         """The folder that holds, or will hold, this case."""
         digest = blake2b(f"{FORMAT}\n{self._plan_text}\n".encode(), digest_size=20)
@@ -130,11 +159,11 @@ class VolumeCache:
     def _prepare(self, entry: Path, image_path: Path, mask_path: Path | None) -> None:
         volume = read_volume(image_path, self.plan.orientation)
         mask = None if mask_path is None else read_mask(mask_path, volume)
-        _publish(preprocess(volume, self.plan, mask), entry, image_path)
+        publish(partial(_write_case, preprocess(volume, self.plan, mask), image_path), entry)
 
     def _replace(self, entry: Path, image_path: Path, mask_path: Path | None, damage: DamagedFile) -> None:
         logger.warning("cache entry %s is damaged (%s); preparing %s again", entry, damage, image_path)
-        _discard(entry)
+        discard(entry)
         self._prepare(entry, image_path, mask_path)
 
     def _load(self, entry: Path, image_path: Path, mask_path: Path | None) -> CachedVolume:
@@ -157,8 +186,9 @@ class VolumeCache:
                 lesion_voxels=np.array(meta["lesion_voxels"], dtype=np.int64) if has_mask else None,
                 spacing=tuple(meta["spacing"]),
                 voxel_map=VoxelMap.from_dict(meta["voxel_map"]),
+                lesions=tuple(map(Lesion.from_list, meta["lesions"])) if has_mask else (),
             )
-        except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError) as error:  # ValueError: JSON, UTF-8
+        except _UNREADABLE as error:
             raise DamagedFile(f"{type(error).__name__}: {error}") from error
 
 
@@ -214,27 +244,37 @@ def _open(entry: Path, name: str) -> StoredArray:
     return StoredArray(entry / f"{name}.bin", record)
 
 
-def _publish(case: Preprocessed, entry: Path, source: Path) -> None:
-    """Write ``case`` into a temporary folder beside ``entry``, then rename it into place."""
+def publish(write: Callable[[Path], None], entry: Path) -> None:
+    """Let ``write`` fill a temporary folder beside ``entry``, then rename it into place."""
     entry.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(entry.parent)
     temporary = entry.with_name(f".tmp-{uuid.uuid4().hex}")
     temporary.mkdir()
     try:
-        arrays = {"image": write_slices(temporary / "image.bin", case.image)}
-        meta = {
-            "arrays": arrays,
-            "spacing": case.spacing,
-            "voxel_map": case.voxel_map.to_dict(),
-            "source": source.name,
-        }
-        if case.mask is not None:
-            arrays["mask"] = write_slices(temporary / "mask.bin", case.mask)
-            meta["lesion_voxels"] = np.count_nonzero(case.mask, axis=(1, 2)).tolist()
-        (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        write(temporary)
         _rename(temporary, entry)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def discard(entry: Path) -> None:
+    """Move a damaged entry out of the way first: a folder that is half deleted must not look like an entry."""
+    aside = entry.with_name(f".tmp-{uuid.uuid4().hex}")
+    try:
+        entry.rename(aside)
+    except FileNotFoundError:
+        return  # another process discarded it
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_case(case: Preprocessed, source: Path, folder: Path) -> None:
+    arrays = {"image": write_slices(folder / "image.bin", case.image)}
+    meta = {"arrays": arrays, "spacing": case.spacing, "voxel_map": case.voxel_map.to_dict(), "source": source.name}
+    if case.mask is not None:
+        arrays["mask"] = write_slices(folder / "mask.bin", case.mask)
+        meta["lesion_voxels"] = np.count_nonzero(case.mask, axis=(1, 2)).tolist()
+        meta["lesions"] = [lesion.to_list() for lesion in find_lesions(case.mask)]
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def _rename(temporary: Path, entry: Path) -> None:
@@ -249,16 +289,6 @@ def _rename(temporary: Path, entry: Path) -> None:
             if attempt == _RENAME_TRIES - 1:
                 raise
             time.sleep(0.2 * 2**attempt)
-
-
-def _discard(entry: Path) -> None:
-    """Move a damaged entry out of the way first: a folder that is half deleted must not look like an entry."""
-    aside = entry.with_name(f".tmp-{uuid.uuid4().hex}")
-    try:
-        entry.rename(aside)
-    except FileNotFoundError:
-        return  # another process discarded it
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 @cache

@@ -1,7 +1,7 @@
 """Table rows to samples, samples to batches.
 
 row → cached preprocessed volume [C_in, z, y, x] → 2-D: slices [K, C_in, H, W] · 3-D: patch [C_in, z, y, x]
-batch: images [B, …], slice_position [B, K], question_ids [B, Lq], answer_ids [B, La] and their masks
+batch: images [B, …], slice_position [B, K], roi [B, K, 4], question_ids [B, Lq], answer_ids [B, La] and their masks
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -19,116 +18,30 @@ from transformers import PreTrainedTokenizerBase
 
 from config.plans import PreprocessPlan
 from config.schema import Config
-from data.cache import CachedVolume, VolumeCache
+from data.cache import CachedVolume
 from data.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
+from data.framing import Framing, View
+
+
+class Volumes(Protocol):
+    """Where preprocessed cases come from: :class:`data.cache.VolumeCache`, or one that segments them as well."""
+
+    plan: PreprocessPlan
+
+    def get(self, image_path: Path, mask_path: Path | None) -> CachedVolume: ...
 
 
 @dataclass
 class Sample:
-    """One case. ``images``: (K, C_in, H, W) or (C_in, z, y, x); ``slice_position``: (K,) in 0…1;
+    """One case. ``images``, ``slice_position`` and ``roi`` as in :class:`data.framing.View`;
     ``row``: its index in the data set."""
 
     images: Tensor
     slice_position: Tensor
+    roi: Tensor
     question: str
     answer: str
     row: int
-
-
-class Framing:
-    """Chooses what the encoder sees of a preprocessed volume: which slices, or which patch.
-
-    A 2-D slice keeps its whole extent: padded to the plan's patch with zeros, as nnU-Net pads, and
-    where it is larger, to the next multiple of the encoder's stride. A 3-D patch has the plan's size.
-    """
-
-    def __init__(self, plan: PreprocessPlan, stride: Sequence[int], slices: int, policy: str, shift: int = 0) -> None:
-        """``shift``: move the image in plane by up to so many voxels at random; no side or zone changes by it."""
-        self.shift = shift
-        self.patch_size = tuple(plan.patch_size)
-        self.stride = tuple(stride)
-        self.slices = slices
-        self.policy = policy
-
-    def __call__(self, volume: CachedVolume) -> tuple[Tensor, Tensor]:
-        """Images (K, C_in, H, W) or (C_in, z, y, x), moved at random where asked for, and positions (K,)."""
-        images, position = self.cut(volume)
-        return self.moved(images), position
-
-    def cut(self, volume: CachedVolume) -> tuple[np.ndarray, Tensor]:
-        """The same every time: what is read of the disk."""
-        return self._slices(volume) if len(self.patch_size) == 2 else self._patch(volume)
-
-    def moved(self, images: np.ndarray) -> Tensor:
-        """All slices by the same offset, which is drawn from torch's generator: a resumed run restores it."""
-        offset = (0, 0)
-        if self.shift:
-            offset = tuple(torch.randint(-self.shift, self.shift + 1, (2,)).tolist())
-        return torch.from_numpy(shifted(images, offset).copy())  # a sample may be written to, what is kept not
-
-    def _slices(self, volume: CachedVolume) -> tuple[np.ndarray, Tensor]:
-        depth = volume.image.shape[1]
-        chosen = choose_slices(volume.lesion_voxels if self.policy == "mask" else None, depth, self.slices)
-        size = [
-            max(patch, -(-extent // stride) * stride)
-            for patch, extent, stride in zip(self.patch_size, volume.image.shape[2:], self.stride, strict=True)
-        ]
-        planes = [centred(volume.image.plane(index), size) for index in chosen]
-        position = (torch.tensor(chosen, dtype=torch.float32) + 0.5) / depth
-        return np.stack(planes), position
-
-    def _patch(self, volume: CachedVolume) -> tuple[np.ndarray, Tensor]:
-        shape = volume.image.shape[1:]
-        centre = [extent / 2 for extent in shape]
-        if self.policy == "mask" and volume.lesion_voxels is not None and volume.lesion_voxels.any():
-            centre = [float(axis.mean()) + 0.5 for axis in np.nonzero(np.asarray(volume.mask))]
-        start = [
-            int(np.clip(round(c - patch / 2), 0, max(extent - patch, 0)))
-            for c, patch, extent in zip(centre, self.patch_size, shape, strict=True)
-        ]
-        last = min(start[0] + self.patch_size[0], shape[0])
-        rows, columns = (slice(s, s + patch) for s, patch in zip(start[1:], self.patch_size[1:], strict=True))
-        patch = centred(volume.image.planes(start[0], last)[..., rows, columns], self.patch_size)
-        padding = max(self.patch_size[0] - shape[0], 0) // 2  # the volume begins below the patch's first plane
-        plane = (torch.arange(self.slices) + 0.5) / self.slices * self.patch_size[0] - padding
-        return patch, ((start[0] + plane) / shape[0]).clamp(0, 1)
-
-
-def choose_slices(lesion_voxels: np.ndarray | None, depth: int, count: int) -> list[int]:
-    """Indices of ``count`` slices, ascending: most lesion first where there is any, else around the middle.
-
-    With fewer lesion slices than ``count``, the neighbours of the largest one follow.
-    A volume of fewer slices than ``count`` repeats its last one, so that every case has K slices.
-    """
-    centre = depth // 2
-    order: list[int] = []
-    if lesion_voxels is not None and lesion_voxels.any():
-        by_area = np.argsort(-lesion_voxels, kind="stable")
-        order = [int(index) for index in by_area if lesion_voxels[index] > 0][:count]
-        centre = order[0]
-    nearest = sorted(range(depth), key=lambda index: (abs(index - centre), index))
-    order += [index for index in nearest if index not in order][: count - len(order)]
-    order += [depth - 1] * (count - len(order))
-    return sorted(order)
-
-
-def centred(plane: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """(C, *spatial) zero-padded on both sides to (C, *size); zero is the mean after CT normalisation."""
-    missing = [max(target - extent, 0) for target, extent in zip(size, plane.shape[1:], strict=True)]
-    return np.pad(np.asarray(plane, dtype=np.float32), [(0, 0), *((m // 2, m - m // 2) for m in missing)])
-
-
-def shifted(plane: np.ndarray, offset: tuple[int, int]) -> np.ndarray:
-    """(C, …, H, W) moved by ``offset`` rows and columns; what moves in is zero, what moves out is lost."""
-    if offset == (0, 0):
-        return plane
-    source, target = [], []
-    for by, extent in zip(offset, plane.shape[-2:], strict=True):
-        source.append(slice(max(-by, 0), extent - max(by, 0)))
-        target.append(slice(max(by, 0), extent - max(-by, 0)))
-    moved = np.zeros_like(plane)
-    moved[(..., *target)] = plane[(..., *source)]
-    return moved
 
 
 class MedicalVLMDataset(Dataset):
@@ -137,7 +50,7 @@ class MedicalVLMDataset(Dataset):
     def __init__(
         self,
         rows: Sequence[CaptionRow],
-        cache: VolumeCache,
+        cache: Volumes,
         framing: Framing,
         prompts: Sequence[str],
         seed: int,
@@ -148,12 +61,12 @@ class MedicalVLMDataset(Dataset):
         self.cache = cache
         self.framing = framing
         self.questions = [question_of(row, prompts, seed) for row in self.rows]
-        self._kept: dict[int, tuple[np.ndarray, Tensor]] = {}
+        self._kept: dict[int, View] = {}
         self._room = int(keep_mb * 2**20)
 
     @classmethod
     def from_config(
-        cls, config: Config, table: Path, plan: PreprocessPlan, stride: Sequence[int], seed: int, *, train: bool = False
+        cls, config: Config, table: Path, cache: Volumes, stride: Sequence[int], seed: int, *, train: bool = False
     ) -> MedicalVLMDataset:
         """``train``: with the augmentation that the configuration asks for.
 
@@ -163,25 +76,25 @@ class MedicalVLMDataset(Dataset):
         )
         prompts = read_prompts(Path(config.caption_prompt_json)) if config.caption_prompt_json else []
         shift = config.augment_shift if train else 0
-        framing = Framing(plan, stride, config.slices, config.slice_policy, shift)
+        framing = Framing(cache.plan, stride, config.slices, config.slice_policy, shift)
         keep_mb = config.memory_cache_mb / max(config.num_workers, 1)  # every worker keeps its own
-        return cls(rows, VolumeCache(Path(config.cache_dir), plan), framing, prompts, seed, keep_mb)
+        return cls(rows, cache, framing, prompts, seed, keep_mb)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
         row = self.rows[index]
-        images, position = self._kept.get(index) or self._read(index)
-        return Sample(self.framing.moved(images), position, self.questions[index], row.answer, index)
+        view = self.framing.moved(self._kept.get(index) or self._read(index))
+        return Sample(*view, self.questions[index], row.answer, index)
 
-    def _read(self, index: int) -> tuple[np.ndarray, Tensor]:
+    def _read(self, index: int) -> View:
         row = self.rows[index]
-        images, position = self.framing.cut(self.cache.get(row.image_path, row.mask_path))
-        if images.nbytes <= self._room:
-            self._room -= images.nbytes
-            self._kept[index] = images, position
-        return images, position
+        view = self.framing.cut(self.cache.get(row.image_path, row.mask_path))
+        if view.images.nbytes <= self._room:
+            self._room -= view.images.nbytes
+            self._kept[index] = view
+        return view
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, limit: int) -> list[int]:
@@ -226,6 +139,7 @@ class CaptionCollator:
         return {
             "images": images,
             "slice_position": torch.stack([sample.slice_position for sample in samples]),
+            "roi": torch.stack([sample.roi for sample in samples]),
             "row": torch.tensor([sample.row for sample in samples]),
         }
 

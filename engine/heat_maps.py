@@ -17,8 +17,8 @@ import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
 from data.cache import CachedVolume
+from data.framing import Framing
 from data.image_reader import read_header
-from data.medical_vlm_dataset import Framing
 from data.nnunet_preprocess import VoxelMap
 from data.volume import Volume
 
@@ -50,13 +50,10 @@ class FramedGrid:
     ) -> FramedGrid:
         """The grid (K, T, T) of what ``framing`` cuts out of a preprocessed case."""
         voxel_map = cached.voxel_map
-        extents = cached.image.shape[1:]
-        starts, sizes = _frame(framing, cached)
+        starts, sizes = framing.box(cached)
         axes = [_axis(voxel_map, axis, starts[axis], sizes[axis], grid[axis]) for axis in range(3)]
         if len(framing.patch_size) == 2:
-            _, position = framing.cut(cached)
-            chosen = [round(float(p) * extents[0] - 0.5) for p in position]
-            axes[0] = _chosen_slices(voxel_map, chosen)
+            axes[0] = _chosen_slices(voxel_map, framing.chosen_slices(cached))
         weights, cells = zip(*axes, strict=True)
         return cls(weights, cells, tuple(voxel_map.transpose_forward), orientation)
 
@@ -139,25 +136,6 @@ def draw_heat(
         axis.axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-
-
-def _frame(framing: Framing, cached: CachedVolume) -> tuple[list[int], list[int]]:
-    """First voxel (below 0 with padding) and number of voxels of the encoder's input, per preprocessed axis."""
-    extents = cached.image.shape[1:]
-    if len(framing.patch_size) == 2:
-        sizes = [
-            max(patch, -(-extent // stride) * stride)
-            for patch, extent, stride in zip(framing.patch_size, extents[1:], framing.stride, strict=True)
-        ]
-        return [0, *(-((s - e) // 2) for s, e in zip(sizes, extents[1:], strict=True))], [extents[0], *sizes]
-    centre = [extent / 2 for extent in extents]
-    if framing.policy == "mask" and cached.lesion_voxels is not None and cached.lesion_voxels.any():
-        centre = [float(axis.mean()) + 0.5 for axis in np.nonzero(np.asarray(cached.mask))]
-    starts = []
-    for c, patch, extent in zip(centre, framing.patch_size, extents, strict=True):
-        start = int(np.clip(round(c - patch / 2), 0, max(extent - patch, 0)))
-        starts.append(start - max(patch - extent, 0) // 2)
-    return starts, list(framing.patch_size)
 
 
 def _axis(voxel_map: VoxelMap, axis: int, start: int, size: int, cells: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from config.plans import PreprocessPlan
 from config.schema import Config
-from data.cache import VolumeCache
-from data.caption_table import CaptionRow, read_caption_table
+from data.caption_table import read_caption_table
 from data.data_check import quick_check
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
+from engine.prepare import fill_cache
 from engine.run import EpochShuffle
-
-PREPARING_THREADS = 4  # at most: a volume of 512 x 512 x 300 takes 2 GB while it is prepared
+from engine.segmentation import open_cache
 
 
 def build_loaders(
@@ -38,12 +33,13 @@ def build_loaders(
     Raises:
         InputError: a table is missing or has a bad row, or a volume cannot be read: before step 0.
     """
+    cache = open_cache(config, plan)
     train = MedicalVLMDataset.from_config(
-        config, config.resolved("caption_csv_train"), plan, stride, args.seed, train=True
+        config, config.resolved("caption_csv_train"), cache, stride, args.seed, train=True
     )
-    val = MedicalVLMDataset.from_config(config, config.resolved("caption_csv_val"), plan, stride, args.seed)
+    val = MedicalVLMDataset.from_config(config, config.resolved("caption_csv_val"), cache, stride, args.seed)
     with accelerator.main_process_first():
-        fill_cache(train.cache, [*train.rows, *val.rows])
+        fill_cache(cache, [*train.rows, *val.rows])
     if accelerator.is_main_process:
         print(
             f"data: {len(train)} training cases, {len(val)} validation cases, cache {config.cache_dir}",
@@ -73,24 +69,3 @@ def check_tables(config: Config) -> None:
     root = Path(config.image_root) if config.image_root else None
     keys = ("caption_csv_train", "caption_csv_val")
     quick_check(*(read_caption_table(config.resolved(k), image_root=root, path_map=config.path_map) for k in keys))
-
-
-def fill_cache(cache: VolumeCache, rows: Sequence[CaptionRow], threads: int | None = None) -> None:
-    """Preprocess what is not cached yet, so that a broken file stops the run now and not at midnight.
-
-    Unpacking, resampling and compression release the interpreter lock, so threads are enough; each volume then
-    has one thread of the matrix library, which is faster than all threads on every volume in turn.
-    """
-    files = sorted({(row.image_path, row.mask_path) for row in rows}, key=str)
-    threads = threads or min(os.cpu_count() or 1, PREPARING_THREADS)
-    with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
-        jobs = [pool.submit(cache.get, image, mask) for image, mask in files]
-        try:
-            bar = tqdm(total=len(files), desc="preparing volumes", unit="case", dynamic_ncols=True, disable=None)
-            for job in jobs:
-                job.result()
-                bar.update()
-            bar.close()
-        except BaseException:  # Ctrl-C too: what has not begun is left alone
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise

@@ -24,13 +24,14 @@ from engine.card_pages import ShownCase, card_blocks, write_html, write_markdown
 from engine.checkpoint import Checkpoint, load_checkpoint
 from engine.confidence_scores import Judged, confidence_scores
 from engine.generation_store import GenerationStore
-from engine.loaders import fill_cache
 from engine.looking import look_at_case, save_maps
+from engine.prepare import fill_cache
 from engine.report_card import Evaluated, language_of, marked_reports, report_card
 from engine.report_confidence import Labeller, Statement, statements
 from engine.report_facts import MaskedCase, measure_case
 from engine.report_passes import AUDITED, OWN, SAMPLE, EvaluatedTable, MeanImage, ReportPasses
 from engine.run import environment, jsonable, set_seeds
+from engine.segmentation import open_cache
 from models.mamba_lm import MambaLM
 from models.medical_vlm import MedicalVLM
 from models.prefix_state import weights_fingerprint
@@ -139,7 +140,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
 
     def load(path: Path, limit: int | None) -> EvaluatedTable:
         data = MedicalVLMDataset.from_config(
-            config, path, checkpoint.preprocess_plan, vision.encoder.total_stride, args.seed
+            config, path, open_cache(config, checkpoint.preprocess_plan), vision.encoder.total_stride, args.seed
         )
         data.rows, data.questions = data.rows[:limit], data.questions[:limit]
         with accelerator.main_process_first():
@@ -162,7 +163,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         "checkpoint": file_digest(args.checkpoint).hex(),
         "prompts": file_digest(Path(config.caption_prompt_json)).hex() if config.caption_prompt_json else None,
         "language_model": weights_fingerprint(lm.model),
-        "framing": [config.slices, config.slice_policy, config.max_visual_tokens],
+        "framing": [config.slices, config.slice_policy, config.roi_policy, config.max_visual_tokens],
         "cut_at": [config.max_question_tokens, config.max_answer_tokens],
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed,

@@ -153,7 +153,8 @@ class ReportPasses:
         sample = table.data[image_of]
         sample = replace(sample, question=table.data.questions[row], answer=table.data.rows[row].answer, row=row)
         if condition == BLANK:
-            return replace(sample, images=torch.zeros_like(sample.images), slice_position=mean.position.cpu().clone())
+            nothing = {"images": torch.zeros_like(sample.images), "roi": torch.zeros_like(sample.roi)}
+            return replace(sample, **nothing, slice_position=mean.position.cpu().clone())
         return sample
 
     def _visual(self, batch: Mapping[str, Any], condition: str, mean: MeanImage | None) -> Tensor:

@@ -18,3 +18,9 @@ def load_encoder(config: Config) -> tuple[NnUNetEncoder, PreprocessPlan]:
         planes=config.slices,
     )
     return encoder, PreprocessPlan.from_nnunet(source.plans, source.configuration)
+
+
+def load_plan(config: Config) -> PreprocessPlan:
+    """The plan alone, for what prepares data. Raises InputError as :func:`load_encoder` does."""
+    source = load_nnunet_checkpoint(config.resolved("nnunet_encoder_checkpoint"))
+    return PreprocessPlan.from_nnunet(source.plans, source.configuration)

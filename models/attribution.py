@@ -41,7 +41,7 @@ def attribution_maps(
     """Maps (S, K, T, T), float32 on the CPU, one for each of S stretches of one report.
 
     Args:
-        batch: of one case: ``images``, ``slice_position``, ``question_ids``, ``question_mask``.
+        batch: of one case: ``images``, ``slice_position``, ``roi``, ``question_ids``, ``question_mask``.
         ids: tokens of the report.
         stretches: positions in ``ids``.
         baseline: (K, C, T, T), the mean features of many cases.
@@ -111,8 +111,9 @@ def _log_probs(model: MedicalVLM, case: Mapping[str, Any], features: Tensor) -> 
     B = features.shape[0]
     names = ("slice_position", "question_ids", "question_mask", "answer_ids", "answer_mask")
     copies = {name: case[name].expand(B, -1) for name in names}
+    roi = case["roi"].expand(B, -1, -1)
     question = model.lm.embed(copies["question_ids"]).float()
-    visual = model.vision.tokens(features, copies["slice_position"], question, copies["question_mask"])
+    visual = model.vision.tokens(features, copies["slice_position"], question, copies["question_mask"], roi=roi)
     return answer_log_probs(model.lm, *answer_inputs(model.lm, visual, copies))
 
 

@@ -2,7 +2,7 @@
 
 images [B, K, C_in, H, W] (2-D)  or  [B, C_in, z, y, x] (3-D)
   NnUNetEncoder → features [B, K, C, T, T]
-  RoI crop      → [B, K, C, r, r]               (optional)
+  RoI crop      → [B, K, C, r, r]               (optional: the centre; around lesions the bridge adds tokens)
   VimBridge     → visual [B, L, D]
   CMI           → visual [B, L', D]             (optional, steered by the question)
   [visual][question]\\n[answer]  → frozen Mamba → loss on the answer, or generated text
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from config.errors import InputError
 from config.schema import Config
 from models.cmi import CMI
 from models.mamba_lm import IGNORED, MambaLM
@@ -30,18 +31,22 @@ class VisionBridge(nn.Module):
     """Everything that is trained, and everything a checkpoint's ``model_state_dict`` holds."""
 
     def __init__(
-        self, encoder: NnUNetEncoder, bridge: VimBridge, cmi: CMI | None, *, roi_side: int | None, planes: int
+        self, encoder: NnUNetEncoder, bridge: VimBridge, cmi: CMI | None, *, centre_crop: int | None, planes: int
     ):
+        """``centre_crop``: side of the central square of features that is seen; None: all of them."""
         super().__init__()
         self.encoder = encoder
         self.bridge = bridge
         self.cmi = cmi
-        self.roi_side = roi_side
+        self.centre_crop = centre_crop
         self.planes = planes
 
     @classmethod
     def build(cls, config: Config, encoder: NnUNetEncoder, llm_width: int, output_std: float, *, with_cmi: bool):
         """A fresh bridge (and CMI) around ``encoder``, as the configuration describes."""
+        lesion = config.roi_policy == "lesion"
+        if lesion and not config.roi_side:
+            raise InputError("roi_policy is lesion and roi_side is empty: set it, e.g. 7 for 49 tokens around a lesion")
         bridge = VimBridge(
             encoder.out_channels,
             llm_width,
@@ -50,9 +55,10 @@ class VisionBridge(nn.Module):
             grid=config.encoder_target_spatial,
             max_visual_tokens=config.max_visual_tokens,
             output_std=output_std,
+            local_side=config.roi_side if lesion else 0,
         )
         cmi = CMI(llm_width, compress_to=config.cmi_compress_to) if with_cmi else None
-        return cls(encoder, bridge, cmi, roi_side=config.roi_side, planes=config.slices)
+        return cls(encoder, bridge, cmi, centre_crop=None if lesion else config.roi_side, planes=config.slices)
 
     def features(self, images: Images) -> Tensor:
         """(B, K, C, T, T). A list holds cases of different size, each (K, C_in, H, W) or (C_in, z, y, x)."""
@@ -69,9 +75,12 @@ class VisionBridge(nn.Module):
         slice_position: Tensor,
         question: Tensor | None = None,
         question_mask: Tensor | None = None,
+        *,
+        roi: Tensor | None = None,
     ) -> Tensor:
-        """Visual tokens (B, L', D); ``question`` embeddings (B, Lq, D) are needed by CMI only."""
-        return self.tokens(self.features(images), slice_position, question, question_mask)
+        """Visual tokens (B, L', D); ``question`` embeddings (B, Lq, D) are needed by CMI only, ``roi`` (B, K, 4) by a
+        bridge that looks around lesions."""
+        return self.tokens(self.features(images), slice_position, question, question_mask, roi=roi)
 
     def tokens(
         self,
@@ -79,14 +88,16 @@ class VisionBridge(nn.Module):
         slice_position: Tensor,
         question: Tensor | None = None,
         question_mask: Tensor | None = None,
+        *,
+        roi: Tensor | None = None,
     ) -> Tensor:
         """As :meth:`forward`, from the encoder's features (B, K, C, T, T): what an explanation differentiates by."""
         corner = (0, 0)
-        if self.roi_side is not None:
+        if self.centre_crop is not None:
             B, K = features.shape[:2]
-            cropped, corner = center_crop(features.flatten(0, 1), self.roi_side)
+            cropped, corner = center_crop(features.flatten(0, 1), self.centre_crop)
             features = cropped.unflatten(0, (B, K))
-        visual = self.bridge(features, slice_position, corner)
+        visual = self.bridge(features, slice_position, corner, roi)
         if self.cmi is not None:
             if question is None or question_mask is None:
                 raise ValueError("CMI is part of this model: the question's embeddings are needed")
@@ -122,7 +133,7 @@ class MedicalVLM(nn.Module):
 
     def visual_tokens(self, batch: Mapping[str, Any]) -> Tensor:
         question = self.lm.embed(batch["question_ids"]).float()
-        return self.vision(batch["images"], batch["slice_position"], question, batch["question_mask"])
+        return self.vision(batch["images"], batch["slice_position"], question, batch["question_mask"], roi=batch["roi"])
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Sum of the caption loss over the batch's answer tokens (nats), and their number."""

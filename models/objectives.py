@@ -74,7 +74,7 @@ class Stage1(nn.Module):
 
     def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
         """The batch's loss, and its tokens (B, L, D)."""
-        tokens = self.vision(batch["images"], batch["slice_position"])
+        tokens = self.vision(batch["images"], batch["slice_position"], roi=batch["roi"])
         return self.objective(tokens, batch["row"]), tokens
 
 

@@ -52,11 +52,12 @@ class ReportWriter:
 
     @torch.no_grad()
     def visual_of_features(self, features: Tensor, position: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """Visual tokens (B, L, D) of one image, given by its features (K, C, T, T) and positions (K,)."""
+        """Visual tokens (B, L, D) of one image, given by its features (K, C, T, T) and positions (K,); of no lesion."""
         B = len(batch["question_ids"])
         question = self.model.lm.embed(batch["question_ids"]).float()
         copies = features.expand(B, *features.shape), position.expand(B, -1)
-        return self.model.vision.tokens(*copies, question, batch["question_mask"])
+        nowhere = torch.zeros_like(batch["roi"])
+        return self.model.vision.tokens(*copies, question, batch["question_mask"], roi=nowhere)
 
     @torch.no_grad()
     def write(self, visual: Tensor, batch: Mapping[str, Any], decoding: Decoding | None = None) -> list[Written]:

@@ -4,6 +4,7 @@ features        [B, K, C, H, W]    K slices (or depth planes) of encoder feature
   project       [B, K·H·W, W_b]    W_b = bridge width; plus 2-D position, plus slice position
   VimBlock × n  [B, K·H·W, W_b]    bidirectional scan over all slices' tokens
   pool          [B, K·s·s, W_b]    s = side of the largest square grid that fits the token budget
+  + lesion      [B, K·r·r, W_b]    r x r more for each slice, sampled around its lesion      (roi_policy lesion)
   project       [B, L, D]          D = the LLM's width, scaled like the LLM's own embeddings
 """
 
@@ -16,20 +17,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config.errors import InputError
+from models.roi_crop import sample_square
 from models.vim_mixer import VimBlock
 
 
-def grid_side(max_tokens: int, planes: int, available: int) -> int:
+def grid_side(max_tokens: int, planes: int, available: int, local_side: int = 0) -> int:
     """Side of the largest square grid per plane that fits the budget: 64 → 8, 96 → 9, 32 → 5.
 
+    ``local_side``: each plane has so many squared tokens beside, which the budget holds too.
+
     Raises:
-        InputError: fewer tokens than planes.
+        InputError: fewer tokens than every plane needs.
     """
-    if max_tokens < planes:
+    least = planes * (1 + local_side**2)
+    if max_tokens < least:
+        local = f" and {local_side**2} around its lesion (roi_side {local_side})" if local_side else ""
         raise InputError(
-            f"max_visual_tokens {max_tokens} is less than slices {planes}: each slice needs at least one token"
+            f"max_visual_tokens {max_tokens} is less than slices {planes} need: each slice has at least one token"
+            f"{local}; raise it to {least} or more"
         )
-    return min(math.isqrt(max_tokens // planes), available)
+    return min(math.isqrt(max_tokens // planes - local_side**2), available)
 
 
 def sincos_2d(side: int, width: int) -> Tensor:
@@ -77,6 +84,7 @@ class VimBridge(nn.Module):
         grid: int = 28,
         max_visual_tokens: int = 64,
         output_std: float = 0.1,
+        local_side: int = 0,
     ) -> None:
         """
         Args:
@@ -85,9 +93,11 @@ class VimBridge(nn.Module):
             grid: side of the full token grid; a RoI crop keeps the positions it was cut from.
             output_std: standard deviation of a token at initialisation; the LLM's embeddings have one
                 too, and tokens far from it would be strangers to the frozen model.
+            local_side: r, side of the grid of tokens around each slice's lesion; 0: none.
         """
         super().__init__()
         self.max_visual_tokens = max_visual_tokens
+        self.local_side = local_side
         self.output_std = output_std
         self.in_norm = nn.LayerNorm(in_channels)
         self.in_proj = nn.Linear(in_channels, width)
@@ -99,16 +109,22 @@ class VimBridge(nn.Module):
         nn.init.normal_(self.out_proj.weight, std=output_std / math.sqrt(width))
         nn.init.zeros_(self.out_proj.bias)
         self.position._no_weight_decay = True
+        if local_side:
+            self.local = nn.Linear(4, width)  # which square it is, and that these tokens are not the overview's
 
-    def forward(self, features: Tensor, slice_position: Tensor, corner: tuple[int, int] = (0, 0)) -> Tensor:
+    def forward(
+        self, features: Tensor, slice_position: Tensor, corner: tuple[int, int] = (0, 0), roi: Tensor | None = None
+    ) -> Tensor:
         """
         Args:
             features: (B, K, C, H, W).
             slice_position: (B, K), 0 lowest to 1 highest.
             corner: row and column of the full grid where a RoI crop begins.
+            roi: (B, K, 4) squares around the lesions, as :func:`models.roi_crop.sample_square` takes them; needed
+                with ``local_side``.
 
         Returns:
-            (B, L, D) with L = K·s², s from :func:`grid_side`.
+            (B, L, D) with L = K·(s² + r²), s from :func:`grid_side`: the overview of all slices, then the squares.
         """
         B, K, _, H, W = features.shape
         row, column = corner
@@ -121,8 +137,18 @@ class VimBridge(nn.Module):
             hidden, residual = block(hidden, residual)
         hidden = self.out_norm(hidden + residual)
 
-        side = grid_side(self.max_visual_tokens, K, min(H, W))
+        side = grid_side(self.max_visual_tokens, K, min(H, W), self.local_side)
         grid = hidden.reshape(B * K, H, W, -1).permute(0, 3, 1, 2)
-        pooled = F.adaptive_avg_pool2d(grid, side)  # (B·K, W_b, s, s)
-        tokens = pooled.flatten(2).transpose(1, 2).reshape(B, K * side * side, -1)
+        tokens = _tokens(F.adaptive_avg_pool2d(grid, side), B)
+        if self.local_side:
+            if roi is None:
+                raise ValueError("this bridge looks around lesions: roi (B, K, 4) is needed")
+            sampled = _tokens(sample_square(grid, roi.flatten(0, 1), self.local_side), B)
+            which = self.local(roi).repeat_interleave(self.local_side**2, dim=1)
+            tokens = torch.cat([tokens, sampled + which], dim=1)
         return self.out_proj(tokens)
+
+
+def _tokens(grid: Tensor, batch: int) -> Tensor:
+    """(B·K, C, s, s) → (B, K·s·s, C)."""
+    return grid.flatten(2).transpose(1, 2).reshape(batch, -1, grid.shape[1])

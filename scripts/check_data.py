@@ -19,7 +19,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-import numpy as np
 from tqdm import tqdm
 
 from config.errors import InputError
@@ -87,13 +86,13 @@ def model_view(config: Config) -> Callable[[CheckedImage], ModelView] | None:
     if not (config.nnunet_encoder_checkpoint and Path(config.nnunet_encoder_checkpoint).is_file()):
         print("no nnunet_encoder_checkpoint: the sheet shows the scans, not the encoder's input", flush=True)
         return None
-    from data.cache import VolumeCache
-    from data.medical_vlm_dataset import Framing
+    from data.framing import Framing
+    from engine.segmentation import open_cache
     from engine.vision_setup import load_encoder
 
     encoder, plan = load_encoder(config)
     framing = Framing(plan, encoder.total_stride, config.slices, config.slice_policy)
-    cache = VolumeCache(Path(config.cache_dir), plan)
+    cache = open_cache(config, plan)
     intensity = plan.intensity[0]
     if intensity is not None and plan.normalization_schemes[0] == "CTNormalization":
         limits = (intensity.percentile_00_5, intensity.percentile_99_5)
@@ -102,8 +101,8 @@ def model_view(config: Config) -> Callable[[CheckedImage], ModelView] | None:
         grey = (-2.0, 2.0)
 
     def view(checked: CheckedImage) -> ModelView:
-        images, position = framing(cache.get(checked.row.image_path, checked.row.mask_path))
-        images, depth = np.asarray(images), len(checked.volume.array)
+        images, position, _ = framing.cut(cache.get(checked.row.image_path, checked.row.mask_path))
+        depth = len(checked.volume.array)
         planes = images[:, 0] if encoder.dim == 2 else images[0, [images.shape[1] // 2]]
         slices = [min(max(round(float(p) * depth - 0.5), 0), depth - 1) for p in position]
         return ModelView(planes, grey, slices, ("R", "L") if plan.orientation[0] == "L" else ("L", "R"))

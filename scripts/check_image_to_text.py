@@ -29,11 +29,13 @@ from transformers import PreTrainedTokenizerBase
 
 from config.errors import InputError
 from config.schema import Config, keys_with_role, load_config
-from data.cache import VolumeCache, file_digest
+from data.cache import file_digest
 from data.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
-from data.medical_vlm_dataset import Framing, encode_prompt
+from data.framing import Framing
+from data.medical_vlm_dataset import encode_prompt
 from engine.checkpoint import Checkpoint, load_checkpoint
 from engine.cli import positive_int, run_main
+from engine.segmentation import open_cache
 from models.decoding import INCOMPLETE, CharacterStream, Decoding, FirstTokenClock, StopRule
 from models.embedding_table import load_embedding_table
 from models.mamba_lm import MambaLM, lm_identity, read_lm_config, read_tokenizer
@@ -235,11 +237,12 @@ def look(checkpoint: Checkpoint, config: Config, case: Case, questions: list[Ten
     vision = checkpoint.build_vision().eval()
     vision.bridge.max_visual_tokens = config.max_visual_tokens
     framing = Framing(plan, vision.encoder.total_stride, config.slices, config.slice_policy)
-    images, position = framing(VolumeCache(Path(config.cache_dir), plan).get(case.image, case.mask))
+    view = framing(open_cache(config, plan).get(case.image, case.mask))
+    images, position, roi = (part[None] for part in view)
     if vision.cmi is None:
-        return [vision(images[None], position[None])]
+        return [vision(images, position, roi=roi)]
     table = load_embedding_table(config.mamba_model)
-    return [vision(images[None], position[None], table[ids][None], torch.ones_like(ids)[None]) for ids in questions]
+    return [vision(images, position, table[ids][None], torch.ones_like(ids)[None], roi=roi) for ids in questions]
 
 
 def see(args: argparse.Namespace, checkpoint: Checkpoint, config: Config) -> tuple[Case, list[Tensor]]:
@@ -254,6 +257,8 @@ def see(args: argparse.Namespace, checkpoint: Checkpoint, config: Config) -> tup
         print("note: with CMI the visual tokens depend on the question: the image is read for each anew", flush=True)
     if case.mask is None and config.slice_policy == "mask":
         print("note: no lesion mask: the model sees the middle of the scan and may miss a lesion elsewhere", flush=True)
+    if config.roi_policy == "lesion" and case.mask is None and config.slice_policy != "nnunet":
+        print("note: no lesion is known, so the tokens around it look at the centre", flush=True)
     visuals = look(checkpoint, config, case, encode(case.questions, read_tokenizer(config.mamba_model), config))
     gc.collect()  # the vision part is gone before the language model comes
     return case, visuals

@@ -26,11 +26,11 @@ from config.plans import PreprocessPlan
 from data.cache import VolumeCache
 from data.caption_table import CaptionRow, read_caption_table
 from data.finding import FINDING_TYPES
-from data.medical_vlm_dataset import centred
+from data.framing import centred
 from data.nifti import read_mask, read_volume
 from engine.cli import positive_float, positive_int, run_main
-from engine.loaders import fill_cache
 from engine.optimization import build_optimizer, build_schedule, require_finite
+from engine.prepare import fill_cache
 from engine.run import native_bf16, set_seeds
 from models.nnunet_architecture import Architecture
 from models.nnunet_checkpoint import save_nnunet_checkpoint

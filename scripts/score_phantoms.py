@@ -28,6 +28,7 @@ from data.phantom_dataset import load_cases
 from data.phantom_report import score_reports
 from engine.checkpoint import load_checkpoint
 from engine.cli import positive_int, run_main
+from engine.segmentation import open_cache
 from models.mamba_lm import MambaLM
 from models.medical_vlm import MedicalVLM
 
@@ -60,7 +61,7 @@ def load_model(args: argparse.Namespace) -> tuple[MedicalVLM, MedicalVLMDataset]
     )
     table = args.data / f"{args.split}.csv"
     dataset = MedicalVLMDataset.from_config(
-        config, table, checkpoint.preprocess_plan, vision.encoder.total_stride, args.seed
+        config, table, open_cache(config, checkpoint.preprocess_plan), vision.encoder.total_stride, args.seed
     )
     return MedicalVLM(vision, lm).eval(), dataset
 

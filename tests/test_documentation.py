@@ -31,6 +31,7 @@ FLAG_TABLES = {
     "scripts/run_overnight_300.py": "9 夜间网格",
     "scripts/check_data.py": "16 数据检查",
     "scripts/evaluate_reports.py": "17 报告评价",
+    "scripts/prepare_data.py": "18 批量预处理",
 }
 # Promised by the users' manual, verbatim.
 PROMISED = {

@@ -14,7 +14,7 @@ import torch
 
 from config.plans import PreprocessPlan
 from data.cache import VolumeCache
-from data.medical_vlm_dataset import Framing
+from data.framing import Framing
 from data.phantom import Phantom, make_case
 from data.phantom_canvas import Grid
 from data.phantom_report import parse_report, write_report
@@ -57,7 +57,7 @@ def features(
     framing = Framing(
         plan if encoder.dim == 2 else replace(plan, patch_size=tuple(whole)), encoder.total_stride, 2, "mask"
     )
-    images, position = framing(volume)
+    images, position, _ = framing(volume)
     inputs = torch.as_tensor(images) if encoder.dim == 2 else torch.as_tensor(images)[None]
     return encoder(inputs).reshape(2, -1, SIDE, SIDE).numpy(), position.tolist()
 

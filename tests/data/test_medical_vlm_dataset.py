@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
@@ -18,17 +16,14 @@ from transformers import PreTrainedTokenizerFast
 from config.errors import InputError
 from config.plans import Intensity, PreprocessPlan, Resampling
 from config.schema import build_config
-from data.cache import CachedVolume
+from data.cache import VolumeCache
+from data.framing import shifted
 from data.medical_vlm_dataset import (
     CaptionCollator,
-    Framing,
     MedicalVLMDataset,
     Sample,
-    centred,
-    choose_slices,
     encode_answer,
     encode_prompt,
-    shifted,
 )
 from data.nifti import write_volume
 
@@ -60,174 +55,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
 
 
-class InMemory:
-    """Has what a stored array has."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array, self.shape = array, array.shape
-
-    def planes(self, first: int, last: int) -> np.ndarray:
-        return self.array[..., first:last, :, :]
-
-    def plane(self, index: int) -> np.ndarray:
-        return self.array[..., index, :, :]
-
-    def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
-        return self.array
-
-
-def cached(shape: tuple[int, int, int], lesion: tuple[slice, slice, slice] | None = None) -> CachedVolume:
-    """Voxels that tell where they were: z·10⁴ + y·10² + x, and 1 more, so that padding's zero is none of them."""
-    z, y, x = np.indices(shape)
-    image = (1 + z * 10_000 + y * 100 + x).astype(np.float32)[None]
-    mask = None
-    if lesion is not None:
-        mask = np.zeros(shape, np.uint8)
-        mask[lesion] = 1
-    lesion_voxels = None if mask is None else np.count_nonzero(mask, axis=(1, 2))
-    stored = None if mask is None else InMemory(mask)
-    return CachedVolume(InMemory(image), stored, lesion_voxels, (1.0, 1.0, 1.0), None)
-
-
-def depths(planes: torch.Tensor) -> list[int]:
-    """z of every plane (K, 1, H, W), read from its largest voxel."""
-    return [int((plane.max() - 1) // 10_000) for plane in planes]
-
-
-# ---------------------------------------------------------------- which slices
-
-
-@settings(deadline=None, max_examples=200)
-@given(
-    lesion=st.one_of(st.none(), st.lists(st.integers(0, 5), min_size=1, max_size=30)),
-    depth=st.integers(1, 30),
-    count=st.integers(1, 12),
-)
-def test_choose_slices_always(lesion, depth, count):
-    voxels = None if lesion is None else np.array(lesion)
-    depth = depth if voxels is None else len(voxels)
-    chosen = choose_slices(voxels, depth, count)
-    assert len(chosen) == count
-    assert chosen == sorted(chosen)
-    assert chosen[0] >= 0 and chosen[-1] < depth
-    assert len(set(chosen)) == min(count, depth), "no slice twice while there are others"
-    if voxels is not None and voxels.any():
-        assert int(voxels.argmax()) in chosen
-        # No slice is preferred to one with more lesion.
-        assert sum(voxels[sorted(set(chosen))]) == sum(np.sort(voxels)[::-1][: min(count, depth)])
-
-
-@pytest.mark.parametrize(
-    ("lesion", "depth", "count", "expected"),
-    [
-        (None, 9, 1, [4]),
-        (None, 9, 3, [3, 4, 5]),
-        (None, 10, 2, [4, 5]),
-        ([0] * 9, 9, 3, [3, 4, 5]),
-        ([0, 0, 0, 0, 0, 0, 0, 7, 9], 9, 1, [8]),
-        ([0, 0, 0, 0, 0, 0, 0, 7, 9], 9, 2, [7, 8]),
-        ([0, 9, 0, 0, 0, 0, 0, 7, 0], 9, 3, [0, 1, 7]),
-        ([0, 9, 0, 0, 0, 0, 0, 7, 0], 9, 2, [1, 7]),
-        ([3, 3, 3], 3, 2, [0, 1]),
-        (None, 2, 4, [0, 1, 1, 1]),
-        (None, 1, 1, [0]),
-    ],
-)
-def test_choose_slices_cases(lesion, depth, count, expected):
-    assert choose_slices(None if lesion is None else np.array(lesion), depth, count) == expected
-
-
-# ---------------------------------------------------------------- framing
-
-
-@settings(deadline=None, max_examples=50)
-@given(extent=st.tuples(st.integers(1, 9), st.integers(1, 9)), size=st.tuples(st.integers(1, 9), st.integers(1, 9)))
-def test_centred_pads_both_sides_alike_and_cuts_nothing(extent, size):
-    plane = np.arange(1, 1 + 2 * extent[0] * extent[1]).reshape(2, *extent)
-    padded = centred(plane, size)
-    assert padded.shape == (2, *(max(pair) for pair in zip(extent, size, strict=True)))
-    assert padded.dtype == np.float32
-    before = [max(s - e, 0) // 2 for e, s in zip(extent, size, strict=True)]
-    inner = padded[:, before[0] : before[0] + extent[0], before[1] : before[1] + extent[1]]
-    assert np.array_equal(inner, plane)
-    assert padded.sum() == plane.sum(), "the rest is zero"
-
-
-@pytest.mark.parametrize(
-    ("extent", "expected"),
-    [((10, 11), (16, 24)), ((16, 24), (16, 24)), ((17, 20), (24, 24)), ((33, 25), (40, 32)), ((40, 32), (40, 32))],
-)
-def test_slice_has_the_patch_size_or_the_next_multiple_of_the_stride(extent, expected):
-    images, _ = Framing(PLAN_2D, (8, 8), slices=2, policy="middle")(cached((5, *extent)))
-    assert images.shape == (2, 1, *expected) and images.dtype == torch.float32
-    assert int((images[0] != 0).sum()) == extent[0] * extent[1], "the whole slice is seen"
-
-
-def test_policy_mask_takes_the_lesion_and_middle_does_not():
-    volume = cached((20, 8, 8), lesion=(slice(15, 17), slice(0, 3), slice(0, 3)))
-    assert depths(Framing(PLAN_2D, (8, 8), 2, "mask")(volume)[0]) == [15, 16]
-    assert depths(Framing(PLAN_2D, (8, 8), 2, "middle")(volume)[0]) == [9, 10]
-    assert depths(Framing(PLAN_2D, (8, 8), 2, "mask")(cached((20, 8, 8)))[0]) == [9, 10]
-
-
-@settings(deadline=None, max_examples=50)
-@given(
-    depth=st.integers(1, 20), slices=st.integers(1, 8), plan=st.sampled_from([PLAN_2D, PLAN_3D]), z=st.integers(0, 19)
-)
-def test_slice_position_lies_in_0_to_1_and_rises_with_z(depth, slices, plan, z):
-    at = min(z, depth - 1)
-    volume = cached((depth, 8, 8), lesion=(slice(at, at + 1), slice(0, 2), slice(0, 2)))
-    images, position = Framing(plan, (4,) * plan.dim, slices, "mask")(volume)
-    assert position.shape == (slices,) and position.dtype == torch.float32
-    assert position.min() >= 0 and position.max() <= 1
-    assert (position.diff() >= 0).all()
-    if plan is PLAN_2D:
-        assert torch.allclose(position, (torch.tensor(depths(images)) + 0.5) / depth)
-
-
-def test_writing_to_a_sample_does_not_reach_the_cache():
-    volume = cached((8, 16, 16))
-    volume.image.array.flags.writeable = False
-    for plan in (PLAN_2D, PLAN_3D):
-        images, _ = Framing(plan, (8,) * plan.dim, 1, "middle")(volume)
-        images += 1
-
-
-def test_patch_is_centred_on_the_lesion():
-    volume = cached((30, 40, 50), lesion=(slice(10, 14), slice(20, 24), slice(30, 34)))
-    images, position = Framing(PLAN_3D, (4, 8, 8), slices=2, policy="mask")(volume)
-    assert images.shape == (1, 8, 16, 16)
-    assert np.array_equal(images[0], volume.image.array[0, 8:16, 14:30, 24:40])
-    # Two planes stand for the patch's lower and upper half.
-    assert torch.allclose(position, torch.tensor([10.0, 14.0]) / 30)
-
-
-def test_patch_without_a_lesion_or_by_policy_is_the_middle():
-    lesion = (slice(0, 2), slice(0, 2), slice(0, 2))
-    for volume, policy in ((cached((30, 40, 50)), "mask"), (cached((30, 40, 50), lesion), "middle")):
-        images, position = Framing(PLAN_3D, (4, 8, 8), slices=1, policy=policy)(volume)
-        assert np.array_equal(images[0], volume.image.array[0, 11:19, 12:28, 17:33])
-        assert position.item() == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(("corner", "expected"), [((0, 0, 0), (0, 0, 0)), ((29, 39, 49), (22, 24, 34))])
-def test_patch_is_clamped_to_the_volume(corner, expected):
-    volume = cached((30, 40, 50), lesion=tuple(slice(c, c + 1) for c in corner))
-    images, _ = Framing(PLAN_3D, (4, 8, 8), slices=1, policy="mask")(volume)
-    window = tuple(slice(start, start + size) for start, size in zip(expected, PLAN_3D.patch_size, strict=True))
-    assert np.array_equal(images[0], volume.image.array[0][window])
-
-
-def test_volume_smaller_than_the_patch_is_padded_and_its_planes_keep_their_place():
-    volume = cached((4, 10, 40))
-    images, position = Framing(PLAN_3D, (4, 8, 8), slices=4, policy="middle")(volume)
-    assert images.shape == (1, 8, 16, 16)
-    assert np.array_equal(images[0, 2:6, 3:13], volume.image.array[0, :, :, 12:28])
-    assert (images[0, :2] == 0).all() and (images[0, :, :3] == 0).all()
-    # Patch planes 0-2, 2-4, 4-6, 6-8; the volume fills planes 2 to 6.
-    assert torch.allclose(position, torch.tensor([0.0, 0.25, 0.75, 1.0]))
-
-
 # ---------------------------------------------------------------- text
 
 
@@ -246,7 +73,9 @@ def test_answer_ends_with_end_of_text_unless_it_is_cut(tokenizer):
 
 
 def sample(shape: tuple[int, ...], question: str, answer: str, row: int) -> Sample:
-    return Sample(torch.full(shape, float(row)), torch.tensor([0.25, 0.75]), question, answer, row)
+    return Sample(
+        torch.full(shape, float(row)), torch.tensor([0.25, 0.75]), torch.full((2, 4), 0.5), question, answer, row
+    )
 
 
 def test_collator_stacks_equal_sizes_and_lists_different_ones(tokenizer):
@@ -256,7 +85,7 @@ def test_collator_stacks_equal_sizes_and_lists_different_ones(tokenizer):
     assert same["row"].tolist() == [3, 5] and same["slice_position"].tolist() == [[0.25, 0.75]] * 2
     mixed = collator([sample((2, 1, 8, 8), "", "a", 0), sample((2, 1, 8, 16), "", "a", 1)])
     assert [tuple(image.shape) for image in mixed["images"]] == [(2, 1, 8, 8), (2, 1, 8, 16)]
-    assert mixed["slice_position"].shape == (2, 2)
+    assert mixed["slice_position"].shape == (2, 2) and mixed["roi"].shape == (2, 2, 4)
 
 
 def test_collator_pads_on_the_right_and_masks_the_padding(tokenizer):
@@ -276,7 +105,7 @@ def test_collator_pads_on_the_right_and_masks_the_padding(tokenizer):
 
 def test_collator_without_a_tokenizer_gives_images_alone():
     batch = CaptionCollator(None, 128, 1024)([sample((1, 1, 4, 4), "Why?", "a", 0)])
-    assert set(batch) == {"images", "slice_position", "row"}
+    assert set(batch) == {"images", "slice_position", "roi", "row"}
 
 
 # ---------------------------------------------------------------- the whole
@@ -301,7 +130,9 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def dataset(table: Path, **keys: object) -> MedicalVLMDataset:
     values = {"cache_dir": str(table.parent / "cache"), "caption_prompt_json": str(table.parent / "prompts.json")}
-    return MedicalVLMDataset.from_config(build_config({**values, **keys}, "test"), table, PLAN_2D, (8, 8), seed=0)
+    config = build_config({**values, **keys}, "test")
+    cache = VolumeCache(Path(config.cache_dir), PLAN_2D)
+    return MedicalVLMDataset.from_config(config, table, cache, (8, 8), seed=0)
 
 
 def test_samples_carry_their_row(table):

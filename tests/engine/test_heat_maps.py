@@ -13,8 +13,8 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 
 from config.plans import PreprocessPlan
 from data.cache import VolumeCache
+from data.framing import Framing
 from data.image_reader import read_mask, read_volume
-from data.medical_vlm_dataset import Framing
 from engine.heat_maps import FramedGrid, draw_heat, write_heat
 from models.nnunet_checkpoint import load_nnunet_checkpoint
 
@@ -75,7 +75,7 @@ def test_a_marked_voxel_lands_where_it_was(
     plan = plan_of(assets, kind.replace("padded", "plain"), orientation=orientation, spacing=spacing, patch_size=patch)
     cached = VolumeCache(tmp_path / "cache", plan).get(image, mask)
     framing = Framing(plan, (16, 16), 3 if kind == "2d_plain" else patch[0], "mask")
-    images, _ = framing(cached)
+    images, *_ = framing(cached)
     shown = images[:, 0] if kind == "2d_plain" else images[0]
     grid = FramedGrid.of(framing, cached, tuple(shown.shape), orientation)
     heat = np.where(shown.numpy() > 0.5 * float(shown.max()), 1.0, 0.0)

@@ -45,7 +45,7 @@ class Table:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> Sample:
-        return Sample(torch.full((1, 1, 2, 2), float(row + 1)), torch.tensor([0.5]), "", "", row)
+        return Sample(torch.full((1, 1, 2, 2), float(row + 1)), torch.tensor([0.5]), torch.zeros(1, 4), "", "", row)
 
 
 class Model:
@@ -86,6 +86,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
     return {
         "images": torch.stack([sample.images for sample in samples]),
         "slice_position": torch.stack([sample.slice_position for sample in samples]),
+        "roi": torch.stack([sample.roi for sample in samples]),
         "question_ids": questions,
         "question_mask": torch.ones_like(questions),
         "row": torch.tensor([sample.row for sample in samples]),

@@ -148,12 +148,12 @@ def test_scale_is_trained_but_capped_and_reports_are_no_parameters():
 
 def test_stage1_passes_images_positions_and_rows():
     class Vision(nn.Module):
-        def forward(self, images: Tensor, slice_position: Tensor) -> Tensor:
-            return images + slice_position[:, :, None]
+        def forward(self, images: Tensor, slice_position: Tensor, *, roi: Tensor) -> Tensor:
+            return images + slice_position[:, :, None] + roi
 
-    batch = {"images": torch.ones(2, 3, 4), "slice_position": torch.ones(2, 3), "row": torch.arange(2)}
-    loss, tokens = Stage1(Vision(), ProxyL2())(batch)
-    assert loss == 4 and torch.equal(tokens, torch.full((2, 3, 4), 2.0))
+    batch = {"images": torch.ones(2, 3, 4), "slice_position": torch.ones(2, 3), "roi": torch.ones(2, 3, 4)}
+    loss, tokens = Stage1(Vision(), ProxyL2())({**batch, "row": torch.arange(2)})
+    assert loss == 9 and torch.equal(tokens, torch.full((2, 3, 4), 3.0))
 
 
 # ---------------------------------------------------------------- reports as vectors

@@ -65,6 +65,7 @@ def batch(model: MedicalVLM) -> dict[str, Tensor]:
     return {
         "images": torch.randn(3, 2, 1, 64, 64, generator=generator),
         "slice_position": torch.tensor([[0.2, 0.6]] * 3),
+        "roi": torch.zeros(3, 2, 4),
         "question_ids": ids,
         "question_mask": mask,
         "answer_ids": answers,

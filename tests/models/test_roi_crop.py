@@ -1,4 +1,4 @@
-"""The central crop and where it was taken."""
+"""The central crop and where it was taken; the square around a lesion."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from config.errors import InputError
-from models.roi_crop import center_crop
+from models.roi_crop import center_crop, sample_square
 
 
 @pytest.mark.parametrize(("height", "width", "side"), [(28, 28, 7), (28, 28, 14), (9, 12, 4), (5, 5, 5), (6, 6, 1)])
@@ -34,3 +34,65 @@ def test_gradient_flows_into_the_crop_alone():
     features = torch.zeros(1, 1, 4, 4, requires_grad=True)
     center_crop(features, 2)[0].sum().backward()
     assert features.grad.sum() == 4 and features.grad[0, 0, 1:3, 1:3].min() == 1
+
+
+# ---------------------------------------------------------------- around a lesion
+
+
+def plainly(features: torch.Tensor, square: list[float], side: int) -> torch.Tensor:
+    """:func:`sample_square` of one map (C, H, W), point by point."""
+    extents = features.shape[-2:]
+    starts, steps = [], []
+    for share, extent in zip(square[:2], extents, strict=True):
+        length = min(max(square[2], side / extent), 1)
+        middle = min(max(share, length / 2), 1 - length / 2)
+        starts.append(middle - length / 2)
+        steps.append(length / side)
+    cells = torch.zeros(len(features), side, side)
+    for i in range(side):
+        for j in range(side):
+            for a in (0.25, 0.75):
+                for b in (0.25, 0.75):
+                    row = (starts[0] + (i + a) * steps[0]) * extents[0] - 0.5
+                    column = (starts[1] + (j + b) * steps[1]) * extents[1] - 0.5
+                    cells[:, i, j] += bilinear(features, row, column) / 4
+    return cells
+
+
+def bilinear(features: torch.Tensor, row: float, column: float) -> torch.Tensor:
+    height, width = features.shape[-2:]
+    row, column = min(max(row, 0), height - 1), min(max(column, 0), width - 1)
+    top, left = min(int(row), height - 2), min(int(column), width - 2)
+    v, u = row - top, column - left
+    upper = (1 - u) * features[:, top, left] + u * features[:, top, left + 1]
+    lower = (1 - u) * features[:, top + 1, left] + u * features[:, top + 1, left + 1]
+    return (1 - v) * upper + v * lower
+
+
+@pytest.mark.parametrize(
+    "square", [[0.5, 0.5, 0.6, 1], [0.1, 0.9, 0.5, 1], [0.3, 0.4, 0.01, 1], [0.7, 0.2, 1.5, 1], [0.37, 0.61, 0.43, 1]]
+)
+@pytest.mark.parametrize("side", [1, 3, 4])
+def test_sampled_square_equals_the_plain_way(square, side):
+    features = torch.randn(2, 5, 8, 11, generator=torch.Generator().manual_seed(side))
+    got = sample_square(features, torch.tensor([square, [0.5, 0.5, 1, 1]]), side)
+    assert got.shape == (2, 5, side, side)
+    torch.testing.assert_close(got[0], plainly(features[0], square, side), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got[1], plainly(features[1], [0.5, 0.5, 1, 1], side), atol=1e-5, rtol=1e-5)
+
+
+def test_a_square_is_no_finer_than_the_features_and_without_a_lesion_central():
+    features = torch.randn(1, 3, 8, 8)
+    tiny = sample_square(features, torch.tensor([[0.5, 0.5, 0.0, 1.0]]), 4)
+    least = sample_square(features, torch.tensor([[0.5, 0.5, 0.5, 1.0]]), 4)
+    assert torch.equal(tiny, least)
+    nowhere = sample_square(features, torch.tensor([[0.1, 0.9, 0.7, 0.0]]), 4)
+    torch.testing.assert_close(nowhere, least, atol=1e-6, rtol=0)
+
+
+def test_gradient_reaches_the_features_of_the_square_alone():
+    features = torch.zeros(1, 1, 16, 16, requires_grad=True)
+    sample_square(features, torch.tensor([[0.25, 0.75, 0.25, 1.0]]), 4).sum().backward()
+    rows, columns = torch.nonzero(features.grad[0, 0], as_tuple=True)
+    assert 1 <= rows.min() <= 2 and 5 <= rows.max() <= 6 and 9 <= columns.min() <= 10 and 13 <= columns.max() <= 14
+    assert features.grad.sum().item() == pytest.approx(16)

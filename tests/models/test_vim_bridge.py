@@ -171,3 +171,46 @@ def test_positions_norms_and_dynamics_are_not_decayed():
     free = {name for name, parameter in model.named_parameters() if getattr(parameter, "_no_weight_decay", False)}
     assert "position" in free and all(f"blocks.{i}.mixer.A_log" in free for i in range(2))
     assert "out_proj.weight" not in free and "in_proj.weight" not in free
+
+
+# ---------------------------------------------------------------- tokens around lesions
+
+
+def test_lesion_tokens_follow_the_overview_and_share_the_budget():
+    model = bridge(max_visual_tokens=40, local_side=3)
+    assert grid_side(40, 2, 8, 3) == 3
+    tokens = model(features(planes=2), position(planes=2), roi=torch.tensor([0.2, 0.8, 0.1, 1.0]).expand(2, 2, 4))
+    assert tokens.shape == (2, 2 * (9 + 9), OUT)
+    with pytest.raises(InputError, match=r"slices 2 need: .* 9 around its lesion \(roi_side 3\); raise it to 20"):
+        grid_side(19, 2, 8, 3)
+    with pytest.raises(ValueError, match="roi"):
+        model(features(planes=2), position(planes=2))
+
+
+def test_another_square_changes_the_lesion_tokens_alone():
+    model = bridge(max_visual_tokens=13, local_side=3)
+    here, there = (
+        model(features(1), position(1), roi=torch.tensor([[[0.3, at, 0.4, 1.0]]])).detach() for at in (0.3, 0.7)
+    )
+    assert torch.equal(here[:, :4], there[:, :4])
+    assert (here[:, 4:] - there[:, 4:]).abs().amin(-1).max() > 0
+    unknown = model(features(1), position(1), roi=torch.zeros(1, 1, 4)).detach()
+    assert torch.equal(here[:, :4], unknown[:, :4]) and not torch.allclose(here[:, 4:], unknown[:, 4:])
+
+
+def test_every_case_and_slice_has_its_own_square():
+    model = bridge(max_visual_tokens=26, local_side=3)
+    seen, where = features(2, planes=2), position(2, planes=2)
+    roi = torch.rand(2, 2, 4, generator=torch.Generator().manual_seed(0))
+    roi[..., 3] = 1
+    both = model(seen, where, roi=roi)
+    alone = torch.cat([model(seen[b : b + 1], where[b : b + 1], roi=roi[b : b + 1]) for b in range(2)])
+    torch.testing.assert_close(both, alone)
+    other = roi.clone()
+    other[0, 1, :2] = 1 - other[0, 1, :2]
+    changed = (model(seen, where, roi=other) - both).abs().sum(-1) > 0
+    assert changed.nonzero().tolist() == [[0, token] for token in range(8 + 9, 8 + 18)]
+
+
+def test_without_lesion_tokens_the_weights_are_as_they_were():
+    assert not [name for name in bridge().state_dict() if name.startswith("local")]

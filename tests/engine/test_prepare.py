@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_info
 
 from config.errors import InputError
 from data.caption_table import CaptionRow
-from engine.loaders import fill_cache
+from engine.prepare import fill_cache
 
 
 class Recorder:
@@ -21,7 +21,7 @@ class Recorder:
     def __init__(self, fail: str = "") -> None:
         self.fail, self.seen, self.threads = fail, [], set()
 
-    def get(self, image: Path, mask: Path | None) -> None:
+    def ensure(self, image: Path, mask: Path | None) -> None:
         if image.name == self.fail:
             raise InputError(f"{image}: broken")
         self.seen.append((image.name, None if mask is None else mask.name))

@@ -1,0 +1,94 @@
+"""The lesions of a label mask: connected voxels, their boxes, and how much of each lies in every slice.
+
+Kept beside a preprocessed case, so that slices, patches and regions of interest are chosen without reading masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+MOST = 64  # lesions kept of one case, by size; a mask with more is noise or a disease of the whole lung
+
+Span = tuple[int, int]  # first index, and one past the last
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """``box``: spans along z, y, x, in voxels; ``areas``: voxels in each slice of the box, from the first on."""
+
+    box: tuple[Span, Span, Span]
+    areas: tuple[int, ...]
+
+    @property
+    def voxels(self) -> int:
+        return sum(self.areas)
+
+    def area(self, z: int) -> int:
+        """Voxels in slice ``z``."""
+        first, last = self.box[0]
+        return self.areas[z - first] if first <= z < last else 0
+
+    @property
+    def largest_slice(self) -> int:
+        return self.box[0][0] + int(np.argmax(self.areas))
+
+    def to_list(self) -> list:
+        return [*map(list, self.box), list(self.areas)]
+
+    @classmethod
+    def from_list(cls, stored: Sequence) -> Lesion:
+        *box, areas = stored
+        z, y, x = (tuple(map(int, span)) for span in box)
+        return cls((z, y, x), tuple(map(int, areas)))
+
+
+def find_lesions(mask: np.ndarray, most: int = MOST) -> list[Lesion]:
+    """Of labels (z, y, x), whatever their number; voxels that touch at a corner are one lesion. Largest first."""
+    solid = mask > 0
+    spans = []
+    for axis in range(3):
+        occupied = np.flatnonzero(solid.any(axis=tuple(other for other in range(3) if other != axis)))
+        if not occupied.size:
+            return []
+        spans.append((int(occupied[0]), int(occupied[-1]) + 1))
+    corner = [first for first, _ in spans]
+    # Labelling takes four bytes a voxel: only where there is something.
+    numbered, count = ndimage.label(solid[tuple(slice(*span) for span in spans)], np.ones((3, 3, 3)))
+    sizes = np.bincount(numbered.ravel(), minlength=count + 1)[1:]
+    boxes = ndimage.find_objects(numbered)
+    found = []
+    for number in np.argsort(-sizes, kind="stable")[:most]:
+        box = boxes[number]
+        areas = (numbered[box] == number + 1).sum(axis=(1, 2))
+        (z, y, x) = ((side.start + c, side.stop + c) for side, c in zip(box, corner, strict=True))
+        found.append(Lesion((z, y, x), tuple(areas.tolist())))
+    return found
+
+
+def covering_slices(lesions: Iterable[Lesion], lesion_voxels: np.ndarray, count: int) -> list[int]:
+    """At most ``count`` slices that show the lesions, the most important first.
+
+    First the slice with most lesion, then, for every lesion that no chosen slice shows at half its largest area
+    or more, its largest slice; then the slices with most lesion. A single large lesion so takes one slice before
+    a second one is left out, not all of them.
+
+    Args:
+        lesion_voxels: (z,), voxels of any lesion in each slice.
+    """
+    by_area = [int(z) for z in np.argsort(-lesion_voxels, kind="stable") if lesion_voxels[z] > 0]
+    chosen = by_area[:1]
+    for lesion in lesions:
+        if all(2 * lesion.area(z) < max(lesion.areas) for z in chosen):
+            chosen.append(lesion.largest_slice)
+    return [*chosen, *(z for z in by_area if z not in chosen)][:count]
+
+
+def largest_on(lesions: Iterable[Lesion], first: int, last: int) -> Lesion | None:
+    """The lesion with most voxels in slices ``first`` to ``last - 1``; None where there is none."""
+    areas = [(sum(lesion.area(z) for z in range(first, last)), lesion) for lesion in lesions]
+    area, lesion = max(areas, key=lambda pair: pair[0], default=(0, None))
+    return lesion if area else None

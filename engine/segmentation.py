@@ -1,0 +1,172 @@
+"""``slice_policy: nnunet``: the user's own network finds the lesions, in training and where no mask exists.
+
+    root/segmentation/<key>/mask.bin    labels (z, y, x) on the grid of the preprocessed case
+    root/segmentation/<key>/meta.json   checksums, lesions, lesion voxels per slice
+
+The key is a digest of the case's cache entry and of the nnU-Net file, so another network segments anew. It is the
+network as nnU-Net trained it, decoder and all, also where the encoder went on learning: what the model is shown does
+not change while it learns.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from config.errors import InputError
+from config.plans import PreprocessPlan
+from config.schema import Config
+from data.cache import CachedArray, CachedVolume, VolumeCache, discard, file_digest, publish
+from data.lesions import Lesion, find_lesions
+from data.slice_store import DamagedFile, StoredArray, write_slices
+from engine.prepare import Files
+from models.nnunet_checkpoint import load_nnunet_checkpoint
+from models.nnunet_unet import SegmentationUNet
+from models.sliding_window import labels_of, sliding_window
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1  # raise it when the same network would give other labels
+_ONE_AT_A_TIME = threading.Lock()  # of threads that prepare cases: a network fills the device by itself
+
+
+class SegmentedCache:
+    """Preprocessed cases that carry nnU-Net's own segmentation as their mask, made once and kept. Picklable."""
+
+    def __init__(self, volumes: VolumeCache, checkpoint: Path) -> None:
+        """``checkpoint``: nnU-Net's file, which must have the plan of ``volumes``."""
+        self.volumes = volumes
+        self.plan = volumes.plan
+        self.root = volumes.root
+        self.checkpoint = checkpoint
+        self.network = file_digest(checkpoint, self.root / "files").hex()
+
+    def get(self, image_path: Path, mask_path: Path | None = None) -> CachedVolume:
+        """As :meth:`VolumeCache.get`, with the labels that the network gives in place of the mask."""
+        volume = self.volumes.get(image_path, mask_path)
+        folder = self.folder(image_path, mask_path)
+        if not folder.exists():
+            self._segment(folder, volume)
+        try:
+            meta, stored = _open(folder)
+        except (DamagedFile, FileNotFoundError, ValueError, KeyError, TypeError, IndexError) as error:
+            self._again(folder, volume, error)
+            meta, stored = _open(folder)
+
+        def mend(damage: DamagedFile) -> StoredArray:
+            self._again(folder, volume, damage)
+            return _open(folder)[1]
+
+        return replace(
+            volume,
+            mask=CachedArray(stored, mend),
+            lesion_voxels=np.array(meta["lesion_voxels"], dtype=np.int64),
+            lesions=tuple(map(Lesion.from_list, meta["lesions"])),
+        )
+
+    def ensure(self, image_path: Path, mask_path: Path | None = None, *, verify: bool = False) -> bool:
+        """As :meth:`VolumeCache.ensure`; ``verify`` reads the labels too."""
+        done = self.volumes.ensure(image_path, mask_path, verify=verify)
+        done |= not self.folder(image_path, mask_path).exists()
+        mask = self.get(image_path, mask_path).mask
+        if verify:
+            np.asarray(mask)
+        return done
+
+    def folder(self, image_path: Path, mask_path: Path | None = None) -> Path:
+        """Where the labels of this case are, or will be."""
+        entry = self.volumes.entry(Path(image_path), None if mask_path is None else Path(mask_path))
+        key = blake2b(f"{VERSION}\n{entry.name}\n{self.network}".encode(), digest_size=20).hexdigest()
+        return self.root / "segmentation" / key
+
+    def _segment(self, folder: Path, volume: CachedVolume) -> None:
+        with _ONE_AT_A_TIME:
+            if folder.exists():
+                return
+            labels = segment(*_network(self.checkpoint), volume, self.plan.patch_size)
+
+        def write(temporary: Path) -> None:
+            meta = {
+                "array": write_slices(temporary / "mask.bin", labels),
+                "lesion_voxels": np.count_nonzero(labels, axis=(1, 2)).tolist(),
+                "lesions": [lesion.to_list() for lesion in find_lesions(labels)],
+            }
+            (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+        publish(write, folder)
+
+    def _again(self, folder: Path, volume: CachedVolume, damage: Exception) -> None:
+        logger.warning("segmentation %s is damaged (%s); segmenting again", folder, damage)
+        discard(folder)
+        self._segment(folder, volume)
+
+
+def open_cache(config: Config, plan: PreprocessPlan) -> VolumeCache | SegmentedCache:
+    """The cache that the configuration's slice policy needs.
+
+    Raises:
+        InputError: the policy is ``nnunet`` and the nnU-Net checkpoint is missing, or has another plan.
+    """
+    volumes = VolumeCache(Path(config.cache_dir), plan)
+    if config.slice_policy != "nnunet":
+        return volumes
+    path = config.resolved("nnunet_encoder_checkpoint")
+    if not path.is_file():
+        raise InputError(
+            f"slice_policy is nnunet, which segments every scan with the whole nnU-Net, and {path} is not there; set "
+            "nnunet_encoder_checkpoint to the file that was trained with"
+        )
+    source = load_nnunet_checkpoint(path)
+    if PreprocessPlan.from_nnunet(source.plans, source.configuration) != plan:
+        raise InputError(
+            f"{path} has another plan than the model was trained with; set nnunet_encoder_checkpoint to the file that "
+            "was trained with"
+        )
+    return SegmentedCache(volumes, path)
+
+
+def segment_all(cache: SegmentedCache, files: Sequence[Files]) -> int:
+    """Segment what is not segmented yet, with a progress bar; how many were. The cases must have been prepared."""
+    missing = {folder: pair for pair in files if not (folder := cache.folder(*pair)).exists()}
+    for pair in tqdm(missing.values(), desc="segmenting volumes", unit="case", dynamic_ncols=True, disable=None):
+        cache.ensure(*pair)
+    return len(missing)
+
+
+def segment(
+    network: SegmentationUNet, device: torch.device, regions: bool, volume: CachedVolume, patch: Sequence[int]
+) -> np.ndarray:
+    """Labels uint8 (z, y, x) of a preprocessed case. A 2-D network reads one slice at a time."""
+    with torch.autocast(device.type, enabled=device.type == "cuda"):
+        if len(patch) == 3:
+            image = torch.from_numpy(np.asarray(volume.image)).to(device)
+            return labels_of(sliding_window(network, image, patch), regions=regions).cpu().numpy()
+        labels = np.empty(volume.image.shape[1:], np.uint8)
+        for z in range(len(labels)):
+            image = torch.from_numpy(volume.image.plane(z)).to(device)
+            labels[z] = labels_of(sliding_window(network, image, patch), regions=regions).cpu().numpy()
+    return labels
+
+
+@lru_cache(maxsize=1)
+def _network(checkpoint: Path) -> tuple[SegmentationUNet, torch.device, bool]:
+    """The whole network, where it runs, and whether its classes are overlapping regions."""
+    source = load_nnunet_checkpoint(checkpoint)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    regions = any(isinstance(label, list) for label in source.dataset_json.get("labels", {}).values())
+    return SegmentationUNet.from_checkpoint(source).to(device).eval(), device, regions
+
+
+def _open(folder: Path) -> tuple[dict, StoredArray]:
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    return meta, StoredArray(folder / "mask.bin", meta["array"])

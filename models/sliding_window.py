@@ -1,0 +1,76 @@
+"""nnU-Net's sliding window: a volume of any size through a network of one patch size.
+
+    image (C, z, y, x) → tiles that overlap by half → logits, weighted by a Gaussian → labels (z, y, x)
+
+2-D networks see slice by slice, 3-D ones blocks. Mirroring, which nnU-Net averages over at test time, is left out:
+it costs four to eight times as much, and here the labels choose slices.
+
+Source: nnU-Net 2.8.1, ``nnunetv2/inference/sliding_window_prediction.py`` and ``predict_from_raw_data.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+_PEAK = 10.0  # of the weights, as nnU-Net has it: half precision has room on both sides
+
+
+def tile_starts(extent: int, patch: int, overlap: float = 0.5) -> list[int]:
+    """First voxels of tiles of ``patch`` voxels that cover ``extent``, evenly spaced, at most a step apart."""
+    if extent <= patch:
+        return [0]
+    count = math.ceil((extent - patch) / (patch * (1 - overlap))) + 1
+    return [round((extent - patch) * k / (count - 1)) for k in range(count)]
+
+
+def tile_weight(patch: Sequence[int]) -> Tensor:
+    """Weights (*patch): a Gaussian of an eighth of the patch, nowhere zero, so that a corner counts in the end."""
+    point = np.zeros(patch)
+    point[tuple(size // 2 for size in patch)] = 1
+    weight = gaussian_filter(point, [size / 8 for size in patch], mode="constant")
+    weight *= _PEAK / weight.max()
+    return torch.from_numpy(np.maximum(weight, weight[weight > 0].min())).float()
+
+
+@torch.inference_mode()
+def sliding_window(
+    network: Callable[[Tensor], Tensor], image: Tensor, patch: Sequence[int], batch_size: int = 4
+) -> Tensor:
+    """Logits (classes, *space), float32, of one image (C, *space); ``space`` has as many axes as ``patch``.
+
+    What is smaller than the patch is padded with zeros on both sides, the mean after normalisation.
+    """
+    space = image.shape[1:]
+    padding = [max(size - extent, 0) for size, extent in zip(patch, space, strict=True)]
+    sides = [side for missing in reversed(padding) for side in (missing // 2, missing - missing // 2)]
+    padded = torch.nn.functional.pad(image, sides)
+    starts = itertools.product(*map(tile_starts, padded.shape[1:], patch))
+    tiles = [tuple(slice(s, s + size) for s, size in zip(start, patch, strict=True)) for start in starts]
+    weight = tile_weight(patch).to(image.device)
+    total = sums = None
+    for first in range(0, len(tiles), batch_size):
+        some = tiles[first : first + batch_size]
+        for tile, logits in zip(some, network(torch.stack([padded[:, *tile] for tile in some])), strict=True):
+            if total is None:
+                total = torch.zeros(len(logits), *padded.shape[1:], device=image.device)
+                sums = torch.zeros(padded.shape[1:], device=image.device)
+            total[:, *tile] += logits.float() * weight
+            sums[tile] += weight
+    inner = tuple(slice(missing // 2, missing // 2 + extent) for missing, extent in zip(padding, space, strict=True))
+    return (total / sums)[:, *inner]
+
+
+def labels_of(logits: Tensor, *, regions: bool) -> Tensor:
+    """uint8 (*space) from logits (classes, *space): the likeliest class, or, of overlapping regions, the last of
+    those that are likelier than not."""
+    if not regions:
+        return logits.argmax(0).to(torch.uint8)
+    numbers = torch.arange(1, len(logits) + 1, device=logits.device).view(-1, *[1] * (logits.ndim - 1))
+    return ((logits > 0) * numbers).amax(0).to(torch.uint8)

@@ -1,0 +1,139 @@
+"""``slice_policy: nnunet``: the network's own labels, made once, kept, found again, and mended."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from config.errors import InputError
+from config.plans import PreprocessPlan
+from config.schema import Config, build_config
+from data.cache import VolumeCache
+from data.framing import Framing
+from data.nifti import write_volume
+from engine import segmentation
+from engine.segmentation import SegmentedCache, open_cache, segment_all
+from models.nnunet_checkpoint import load_nnunet_checkpoint
+from models.nnunet_unet import SegmentationUNet
+from models.sliding_window import sliding_window
+
+
+@pytest.fixture(params=["2d_plain", "3d_plain"])
+def checkpoint(request, tmp_path, assets: Path, scan: Path) -> Path:
+    """A tiny nnU-Net whose head is moved so that a tenth of the scan is lesion: untrained, it finds nothing."""
+    path = assets / "nnunet_tiny" / request.param / "fold_0" / "checkpoint_best.pth"
+    plan = plan_of(path)
+    image = torch.from_numpy(np.asarray(VolumeCache(tmp_path / "cache", plan).get(scan).image))
+    network = SegmentationUNet.from_checkpoint(load_nnunet_checkpoint(path)).eval()
+    if plan.dim == 2:
+        logits = torch.stack([sliding_window(network, plane, plan.patch_size) for plane in image.transpose(0, 1)], 1)
+    else:
+        logits = sliding_window(network, image, plan.patch_size)
+    content = torch.load(path, weights_only=False)
+    margin = float((logits[1] - logits[0]).quantile(0.9))
+    for name, weight in content["network_weights"].items():
+        if "seg_layers" in name and name.endswith("bias"):
+            weight[1] -= margin
+    torch.save(content, tmp_path / "moved.pth")
+    return tmp_path / "moved.pth"
+
+
+@pytest.fixture
+def scan(tmp_path) -> Path:
+    rng = np.random.default_rng(3)
+    hu = np.clip(rng.normal(-600, 400, (16, 60, 66)), -1000, 600)
+    hu[8:12, 20:36, 20:36] = 300
+    write_volume(tmp_path / "scan.nii.gz", hu.astype(np.int16), (3.0, 1.2, 1.2))
+    return tmp_path / "scan.nii.gz"
+
+
+@pytest.fixture(autouse=True)
+def fresh_network():
+    segmentation._network.cache_clear()
+
+
+def configuration(tmp_path: Path, checkpoint: Path, **keys: object) -> Config:
+    values = {"cache_dir": str(tmp_path / "cache"), "nnunet_encoder_checkpoint": str(checkpoint)}
+    return build_config({**values, "slice_policy": "nnunet", **keys}, "test")
+
+
+def plan_of(checkpoint: Path) -> PreprocessPlan:
+    source = load_nnunet_checkpoint(checkpoint)
+    return PreprocessPlan.from_nnunet(source.plans, source.configuration)
+
+
+def test_labels_are_the_networks_and_the_slices_follow_them(tmp_path, checkpoint, scan):
+    plan = plan_of(checkpoint)
+    cache = open_cache(configuration(tmp_path, checkpoint), plan)
+    volume = cache.get(scan)
+    labels = np.asarray(volume.mask)
+    network = SegmentationUNet.from_checkpoint(load_nnunet_checkpoint(checkpoint)).eval()
+    image = torch.from_numpy(np.asarray(volume.image))
+    if plan.dim == 3:
+        expected = sliding_window(network, image, plan.patch_size).argmax(0)
+    else:
+        planes = [sliding_window(network, image[:, z], plan.patch_size).argmax(0) for z in range(image.shape[1])]
+        expected = torch.stack(planes)
+    assert np.array_equal(labels, expected.numpy()) and labels.dtype == np.uint8
+    assert labels.any(), "a network that finds nothing would prove nothing here"
+    assert np.array_equal(volume.lesion_voxels, np.count_nonzero(labels, axis=(1, 2)))
+    assert volume.lesions and volume.lesions[0].voxels <= np.count_nonzero(labels)
+    if plan.dim == 2:
+        chosen = Framing(plan, (8, 8), 1, "nnunet").chosen_slices(volume)
+        assert chosen == [int(volume.lesion_voxels.argmax())]
+
+
+def test_made_once_kept_and_found_by_another_process(tmp_path, checkpoint, scan, monkeypatch):
+    cache = open_cache(configuration(tmp_path, checkpoint), plan_of(checkpoint))
+    assert cache.ensure(scan) and not cache.ensure(scan)
+    labels = np.asarray(cache.get(scan).mask)
+    monkeypatch.setattr(segmentation, "segment", lambda *_: pytest.fail("segmented again"))
+    assert np.array_equal(pickle.loads(pickle.dumps(cache)).get(scan).mask, labels)
+    assert segment_all(cache, [(scan, None)]) == 0
+
+
+def test_another_network_or_image_is_another_segmentation(tmp_path, checkpoint, scan):
+    cache = open_cache(configuration(tmp_path, checkpoint), plan_of(checkpoint))
+    other_file = tmp_path / "other.pth"
+    content = torch.load(checkpoint, weights_only=False)
+    content["current_epoch"] = 77
+    torch.save(content, other_file)
+    other = SegmentedCache(cache.volumes, other_file)
+    assert other.folder(scan) != cache.folder(scan)
+    copy = tmp_path / "copy.nii.gz"
+    shutil.copy(scan, copy)
+    assert cache.folder(copy) == cache.folder(scan), "the same content is the same case"
+    assert segment_all(cache, [(scan, None), (copy, None)]) == 1 and segment_all(cache, [(copy, None)]) == 0
+
+
+@pytest.mark.parametrize("damage", ["labels", "meta", "cut"])
+def test_damaged_labels_are_made_again(tmp_path, checkpoint, scan, damage, caplog):
+    cache = open_cache(configuration(tmp_path, checkpoint), plan_of(checkpoint))
+    labels = np.asarray(cache.get(scan).mask)
+    file = cache.folder(scan) / ("meta.json" if damage == "meta" else "mask.bin")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 255
+    file.write_bytes({"labels": data, "meta": b"{", "cut": data[:-1]}[damage])
+    with caplog.at_level(logging.WARNING):
+        again = cache.get(scan)
+        assert np.array_equal(np.asarray(again.mask), labels)
+    assert "segmenting again" in caplog.text
+
+
+def test_without_the_network_it_is_one_line(tmp_path, checkpoint, assets):
+    plan = plan_of(checkpoint)
+    with pytest.raises(InputError, match="slice_policy is nnunet.* is not there; set nnunet_encoder_checkpoint"):
+        open_cache(configuration(tmp_path, tmp_path / "gone.pth"), plan)
+    kind = "3d_plain" if plan.dim == 2 else "2d_plain"
+    other = assets / "nnunet_tiny" / kind / "fold_0" / "checkpoint_best.pth"
+    with pytest.raises(InputError, match="another plan than the model was trained with"):
+        open_cache(configuration(tmp_path, other), plan)
+    assert isinstance(
+        open_cache(configuration(tmp_path, tmp_path / "gone.pth", slice_policy="mask"), plan), VolumeCache
+    )
