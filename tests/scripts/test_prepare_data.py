@@ -21,7 +21,7 @@ from engine.vision_setup import load_plan
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHECKPOINT = REPOSITORY / "tests/assets/nnunet_tiny/2d_plain/fold_0/checkpoint_best.pth"
-CASES = 24
+CASES = 48
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def folder(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     lines = ["image_path,question,answer,mask_path"]
     for case in range(CASES):
-        mask = np.zeros((40, 96, 96), np.uint8)
+        mask = np.zeros((48, 128, 128), np.uint8)
         mask[10:14, 30:50, 40:60] = 1
         write_volume(folder / f"{case:02}.nii.gz", rng.integers(-1000, 400, mask.shape).astype(np.int16), (3, 1.6, 1.6))
         if case % 3 == 0:
@@ -167,7 +167,8 @@ def test_killed_at_ten_random_moments_the_cache_is_the_same(folder, whole, tmp_p
     for kill in range(10):
         process = begin(folder, tmp_path)
         wait_for_entries(process, tmp_path, len(written) + moments.randint(0, 2))
-        time.sleep(moments.uniform(0, 0.5))
+        time.sleep(moments.uniform(0, 0.15))
+        assert process.poll() is None, "it ended before it could be killed"
         workers = psutil.Process(process.pid).children(recursive=True)
         if kill % 2:
             os.killpg(process.pid, signal.SIGKILL)
