@@ -9,6 +9,8 @@ one feature up and to the left of the exact centre.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,12 +49,7 @@ def sample_square(features: Tensor, square: Tensor, side: int) -> Tensor:
 
     Source: He et al. 2017, Mask R-CNN, section 3 (RoIAlign).
     """
-    height, width = features.shape[-2:]
-    known = square[:, 3:4]
-    least = torch.tensor([side / height, side / width], device=square.device)
-    extent = torch.maximum(square[:, 2:3] * known, least).clamp(max=1)  # (B, 2)
-    centre = torch.where(known > 0, square[:, :2], torch.full_like(square[:, :2], 0.5))
-    centre = torch.maximum(torch.minimum(centre, 1 - extent / 2), extent / 2)
+    centre, extent = square_extent(square, features.shape[-2:], side)
     points = (torch.arange(side * SAMPLES, device=square.device) + 0.5) / (side * SAMPLES) - 0.5
     rows, columns = (2 * (centre[:, axis, None] + extent[:, axis, None] * points) - 1 for axis in (0, 1))
     count = len(points)
@@ -60,3 +57,12 @@ def sample_square(features: Tensor, square: Tensor, side: int) -> Tensor:
     # In float32: bfloat16 knows a place in the map to no better than a third of a feature.
     sampled = F.grid_sample(features.float(), grid, padding_mode="border", align_corners=False)
     return F.avg_pool2d(sampled, SAMPLES).to(features.dtype)
+
+
+def square_extent(square: Tensor, shape: Sequence[int], side: int) -> tuple[Tensor, Tensor]:
+    """Centre and extent, (B, 2) each in shares of a map of ``shape``, of what :func:`sample_square` looks at."""
+    known = square[:, 3:4]
+    least = torch.tensor([side / length for length in shape], device=square.device)
+    extent = torch.maximum(square[:, 2:3] * known, least).clamp(max=1)
+    centre = torch.where(known > 0, square[:, :2], torch.full_like(square[:, :2], 0.5))
+    return torch.maximum(torch.minimum(centre, 1 - extent / 2), extent / 2), extent

@@ -21,7 +21,7 @@ from engine.cli import run_main
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Benchmarks beside rivals and the machine's own limits")
-    parser.add_argument("suite", choices=("scan", "prefill", "decode", "train_step", "scaling", "memory"))
+    parser.add_argument("suite", choices=("scan", "prefill", "decode", "train_step", "scaling", "memory", "data"))
     parser.add_argument("--size", choices=("2.8b", "130m", "tiny"), default="2.8b", help="of the language model")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"), help="folder for the results")
     return parser.parse_args()

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from config.schema import Config, load_config
 from data.caption_table import scan_caption_table
-from engine.cli import Interrupted, positive_int, run_main
+from engine.cli import Interrupted, positive_int, run_main, shard
 from engine.prepare import Files, Outcome, default_workers, prepare_all, unique_files
 
 EXIT_UNUSABLE = 1
@@ -41,14 +41,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--shard", type=shard, metavar="I/N", help="the I-th of N parts (default: RANK, WORLD_SIZE)")
     parser.add_argument("--verify", action="store_true", help="also read every slice of the entries that are there")
     return parser.parse_args()
-
-
-def shard(text: str) -> tuple[int, int]:
-    """``2/4`` → (2, 4)."""
-    index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise argparse.ArgumentTypeError(f"expected I/N with 1 <= I <= N, e.g. 2/4, got {text}")
-    return int(index), int(count)
 
 
 def shard_of_environment() -> tuple[int, int]:

@@ -22,6 +22,14 @@ TARGETS: dict[str, dict[str, tuple[str, float]]] = {
     "train_step": {},
     "scaling": {"time_784_to_12544_vs_linear": (AT_MOST, 1.1), "peak_memory_784_to_12544": (AT_MOST, 1.15)},
     "memory": {},
+    "data": {
+        "preprocessing_2d_vs_nnunet_one_thread": (AT_LEAST, 2),
+        "preprocessing_2d_peak_memory_vs_nnunet": (AT_MOST, 1),
+        "preprocessing_3d_fullres_vs_nnunet_one_thread": (AT_LEAST, 2),
+        "preprocessing_3d_fullres_peak_memory_vs_nnunet": (AT_MOST, 1),
+        "cached_samples_per_s": (AT_LEAST, 100),
+        "cached_epoch_vs_nifti": (AT_LEAST, 20),
+    },
 }
 
 

@@ -41,6 +41,9 @@ class Size:
     block: int  # bytes of the block that is read and copied
     work: float  # floating-point operations in one timed call of matrix products
     own_process: bool  # a fresh process for every peak of memory
+    volume: tuple[int, int, int]  # voxels of the scan that is preprocessed, z y x
+    epoch_cases: int
+    epoch_volume: tuple[int, int, int]
 
     @property
     def inner(self) -> int:
@@ -59,6 +62,7 @@ _BIG = {
     "rounds": 5, "scan_tokens": 1024, "scan_training_tokens": 256, "visual": 784, "text": 64, "answer": 256,
     "decode": 16, "scaling": (49, 196, 784, 3136, 12544), "block": 1024 * MIB, "work": 2e10, "own_process": True,
     "memory_tokens": (256, 512, 1024, 2048, 4096), "rival_memory_tokens": 256,
+    "volume": (300, 512, 512), "epoch_cases": 8, "epoch_volume": (120, 512, 512),
 }  # fmt: skip
 
 SIZES = {
@@ -71,6 +75,6 @@ SIZES = {
         Size("tiny", 32, 2, 300, 297, 4, torch.float32, rounds=3, scan_tokens=48, scan_training_tokens=16, visual=16,
              text=8, answer=12, decode=3, part_layers=2, rival_layers=2, rival_step=(9, 4),
              scaling=(4, 9, 16, 64, 256), memory_tokens=(16, 32), rival_memory_tokens=16, block=4 * MIB,
-             work=1e7, own_process=False),
+             work=1e7, own_process=False, volume=(12, 48, 56), epoch_cases=4, epoch_volume=(10, 40, 48)),
     )
 }  # fmt: skip

@@ -1,0 +1,107 @@
+"""Draw what the language model is given of a slice: which part of the image each visual token stands for.
+
+    python scripts/draw_token_grid.py --out docs/token_grid.png
+
+A synthetic scan through the very framing and token budget of training: all features, the pooled overview, the centre
+crop (``roi_policy: centre``), and overview with lesion tokens (``roi_policy: lesion``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from config.plans import PreprocessPlan
+from config.schema import REPOSITORY, Config
+from data.cache import VolumeCache
+from data.framing import Framing, View
+from data.phantom import make_case, write_case
+from engine.cli import positive_int, run_main
+from models.nnunet_checkpoint import load_nnunet_checkpoint
+from models.roi_crop import center_crop, square_extent
+from models.vim_bridge import grid_side
+
+NETWORK = REPOSITORY / "tests" / "assets" / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth"
+STRIDE = (16, 16)  # of nnU-Net's stage that gives 28 x 28 at a patch of 448
+ROI_SIDE = 7
+
+
+def parse_args() -> argparse.Namespace:
+    defaults = Config()
+    parser = argparse.ArgumentParser(description="Draw the token grid of a slice")
+    parser.add_argument("--out", type=Path, default=Path("docs/token_grid.png"))
+    parser.add_argument("--grid", type=positive_int, default=defaults.encoder_target_spatial, help="features per side")
+    parser.add_argument("--max_visual_tokens", type=positive_int, default=defaults.max_visual_tokens)
+    parser.add_argument("--seed", type=int, default=5)
+    return parser.parse_args()
+
+
+def see(seed: int) -> View:
+    """The slice with most of a small lesion, framed as in training."""
+    source = load_nnunet_checkpoint(NETWORK)
+    plan = PreprocessPlan.from_nnunet(source.plans, source.configuration)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_case(make_case(seed, [("nodule", "left", "upper")]), folder / "ct.nii.gz", folder / "mask.nii.gz")
+        volume = VolumeCache(folder / "cache", plan).get(folder / "ct.nii.gz", folder / "mask.nii.gz")
+        return Framing(plan, STRIDE, 1, "mask").cut(volume)
+
+
+def lattice(axes: Axes, box: tuple[float, float, float, float], cells: int, colour: str) -> None:
+    """``cells`` x ``cells`` within top, left, bottom, right."""
+    top, left, bottom, right = box
+    for share in np.linspace(0, 1, cells + 1):
+        row, column = top + share * (bottom - top), left + share * (right - left)
+        axes.plot([left, right], [row, row], color=colour, linewidth=0.8)
+        axes.plot([column, column], [top, bottom], color=colour, linewidth=0.8)
+
+
+def main() -> None:
+    args = parse_args()
+    view = see(args.seed)
+    image = view.images[0, 0]
+    height, width = image.shape
+    whole = (0.0, 0.0, float(height), float(width))
+    overview = grid_side(args.max_visual_tokens, 1, args.grid)
+    beside = grid_side(args.max_visual_tokens, 1, args.grid, ROI_SIDE)
+
+    import torch
+
+    _, (row, column) = center_crop(torch.zeros(1, 1, args.grid, args.grid), ROI_SIDE)
+    share = np.array([row, column, row + ROI_SIDE, column + ROI_SIDE]) / args.grid
+    crop = tuple(share * np.array([height, width, height, width]))
+    centre, extent = (v[0].numpy() for v in square_extent(view.roi[:1], (args.grid, args.grid), ROI_SIDE))
+    corners = np.concatenate([centre - extent / 2, centre + extent / 2])
+    square = tuple(corners * np.array([height, width, height, width]))
+
+    figure = Figure(figsize=(13, 3.9), dpi=110, layout="constrained")
+    panels = [
+        (f"features: {args.grid} × {args.grid}", [(whole, args.grid, "deepskyblue")]),
+        (f"{overview} × {overview} = {overview**2} tokens\n(max_visual_tokens {args.max_visual_tokens})",
+         [(whole, overview, "deepskyblue")]),
+        (f"roi_policy centre, roi_side {ROI_SIDE}:\n{ROI_SIDE**2} tokens", [(crop, ROI_SIDE, "deepskyblue")]),
+        (f"roi_policy lesion, roi_side {ROI_SIDE}:\n{beside} × {beside} + {ROI_SIDE} × {ROI_SIDE} = "
+         f"{beside**2 + ROI_SIDE**2} tokens", [(whole, beside, "deepskyblue"), (square, ROI_SIDE, "orange")]),
+    ]  # fmt: skip
+    for axes, (title, grids) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        axes.imshow(image, cmap="gray")
+        axes.set(xlim=(-2, width + 2), ylim=(height + 2, -2))
+        for box, cells, colour in grids:
+            lattice(axes, box, cells, colour)
+        axes.set_title(title, fontsize=10)
+        axes.axis("off")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out)
+    print(f"written: {args.out}", flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)
