@@ -21,7 +21,7 @@ from torch import Tensor
 from config.plans import PreprocessPlan
 from config.schema import SlicePolicy
 from data.cache import CachedVolume
-from data.lesions import Lesion, covering_slices, largest_on
+from data.lesions import Lesion, covering_slices, lesion_of_each
 
 ROI_MARGIN = 0.25  # of the lesion's longer side, on each side of it
 
@@ -30,8 +30,9 @@ class View(NamedTuple):
     """What is seen of a volume.
 
     ``images``: (K, C_in, H, W) or (C_in, z, y, x). ``slice_position``: (K,), 0 lowest to 1 highest.
-    ``roi``: (K, 4), for each slice or depth plane the square around its largest lesion: row and column of the
-    centre, side, all as shares of the image, and 1; a row of zeros where no lesion is known.
+    ``roi``: (K, 4), for each slice or depth plane the square around its lesion: row and column of the centre, side,
+    all as shares of the image, and 1. Every lesion has one square, in the slice that shows it best; a slice that has
+    none to show, or only what another one shows better, has a row of zeros.
     """
 
     images: np.ndarray | Tensor
@@ -74,7 +75,7 @@ class Framing:
             lower = [starts[0] + k * height for k in range(self.slices)]
             ranges = [(round(z), max(round(z + height), round(z) + 1)) for z in lower]
             position = ((torch.tensor(lower) + height / 2) / volume.image.shape[1]).clamp(0, 1)
-        roi = torch.tensor([_square(largest_on(volume.lesions, *range_), starts, sizes) for range_ in ranges])
+        roi = torch.tensor([_square(lesion, starts, sizes) for lesion in lesion_of_each(volume.lesions, ranges)])
         return View(images, position, roi)
 
     def moved(self, view: View) -> View:

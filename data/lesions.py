@@ -33,8 +33,9 @@ class Lesion:
         return self.areas[z - first] if first <= z < last else 0
 
     @property
-    def largest_slice(self) -> int:
-        return self.box[0][0] + int(np.argmax(self.areas))
+    def slices_by_area(self) -> list[int]:
+        """Its slices, the one with most of it first."""
+        return [self.box[0][0] + int(k) for k in np.argsort(-np.array(self.areas), kind="stable")]
 
     def to_list(self) -> list:
         return [*map(list, self.box), list(self.areas)]
@@ -69,26 +70,33 @@ def find_lesions(mask: np.ndarray, most: int = MOST) -> list[Lesion]:
     return found
 
 
-def covering_slices(lesions: Iterable[Lesion], lesion_voxels: np.ndarray, count: int) -> list[int]:
+def covering_slices(lesions: Sequence[Lesion], lesion_voxels: np.ndarray, count: int) -> list[int]:
     """At most ``count`` slices that show the lesions, the most important first.
 
-    First the slice with most lesion, then, for every lesion that no chosen slice shows at half its largest area
-    or more, its largest slice; then the slices with most lesion. A single large lesion so takes one slice before
-    a second one is left out, not all of them.
+    First the slice with most lesion; then, largest lesion first, for each its largest slice that is not taken yet;
+    then the slices with most lesion. A single large lesion so takes one slice before a small one has its own.
 
     Args:
         lesion_voxels: (z,), voxels of any lesion in each slice.
     """
     by_area = [int(z) for z in np.argsort(-lesion_voxels, kind="stable") if lesion_voxels[z] > 0]
     chosen = by_area[:1]
+    shown = max(lesions, key=lambda lesion: lesion.area(by_area[0]), default=None) if by_area else None
     for lesion in lesions:
-        if all(2 * lesion.area(z) < max(lesion.areas) for z in chosen):
-            chosen.append(lesion.largest_slice)
+        own = [z for z in lesion.slices_by_area if z not in chosen]
+        if own and lesion is not shown:
+            chosen.append(own[0])
     return [*chosen, *(z for z in by_area if z not in chosen)][:count]
 
 
-def largest_on(lesions: Iterable[Lesion], first: int, last: int) -> Lesion | None:
-    """The lesion with most voxels in slices ``first`` to ``last - 1``; None where there is none."""
-    areas = [(sum(lesion.area(z) for z in range(first, last)), lesion) for lesion in lesions]
-    area, lesion = max(areas, key=lambda pair: pair[0], default=(0, None))
-    return lesion if area else None
+def lesion_of_each(lesions: Iterable[Lesion], ranges: Sequence[Span]) -> list[Lesion | None]:
+    """For each range of slices the lesion it is the one to show: every lesion once, largest first, where it is largest.
+
+    A range that shows no lesion, or only such as another range shows better, has None.
+    """
+    found: list[Lesion | None] = [None] * len(ranges)
+    for lesion in lesions:
+        areas = [sum(lesion.area(z) for z in range(*span)) if found[k] is None else 0 for k, span in enumerate(ranges)]
+        if any(areas):
+            found[int(np.argmax(areas))] = lesion
+    return found

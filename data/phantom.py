@@ -33,7 +33,7 @@ class Phantom:
         hu: [Z, Y, X] float32, HU.
         mask: [Z, Y, X] uint8, index of the finding type.
         spacing: (z, y, x) mm.
-        findings: what is drawn, sizes as measured on ``mask``.
+        findings: what is drawn, sizes as measured on ``mask``; from the lowest best slice to the highest.
         lung_z: lowest and highest z of each lung, mm above the first slice.
     """
 
@@ -62,13 +62,16 @@ def make_case(seed: int | Sequence[int], wanted: Sequence[tuple[str, str, str]],
     patient = sample_patient(rng, grid)
     chest = build_chest(grid, patient, rng)
     mask = np.zeros(grid.shape, np.uint8)
-    findings = []
+    found: list[tuple[int, Finding]] = []
     for index, (kind, side, zone) in enumerate(wanted):
+        before = mask > 0
         finding = add_finding(chest, mask, kind, side, zone, rng)
         if finding is None and index == 0:
             raise RuntimeError(f"no place for a {kind} in the {side} {zone} zone (seed {seed}, grid {grid})")
         if finding is not None:
-            findings.append(finding)
+            found.append((int(((mask > 0) & ~before).sum((1, 2)).argmax()), finding))
+    # A report then names them in the order in which slices show them, whatever was drawn first.
+    findings = [finding for _, finding in sorted(found, key=lambda pair: pair[0])]
     return Phantom(finish(chest.hu, patient.noise, rng), mask, grid.spacing, findings, chest.z_range)
 
 

@@ -34,7 +34,7 @@ from data.phantom import Phantom, make_case, write_case
 from data.phantom_report import finding_keys, wording, write_report
 
 # Raise it when the same seed no longer gives the same files, so that a rerun does not keep old ones.
-GENERATOR_VERSION = 5
+GENERATOR_VERSION = 6
 SPLITS = ("train", "val", "test")
 _EMPTY_QUESTION_SHARE = 0.2
 _PLACEMENT_ATTEMPTS = 8

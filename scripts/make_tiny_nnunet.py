@@ -42,7 +42,6 @@ FINGERPRINT_CASES = 60
 FINGERPRINT_VOXELS = 1000  # drawn from the lesions of each case
 CROP = 48  # voxels; most steps see a window around a lesion, a seventh of the work of a slice
 CROP_STEPS = 0.8  # share of the steps on windows; the rest on whole slices, whose statistics differ
-DECODER_STEPS = 60  # the last ones; the encoder does not depend on the decoder
 LESION_SHARE = 0.8
 
 
@@ -56,6 +55,10 @@ def parse_args() -> argparse.Namespace:
     # High for Adam: instance norm makes the convolutions' scale free, and 3e-3 took ten times the steps.
     parser.add_argument("--lr", type=positive_float, default=3e-2)
     parser.add_argument("--features", type=positive_int, nargs=4, default=(8, 24, 48, 96), help="channels per stage")
+    parser.add_argument(
+        "--decoder_steps", type=positive_int, default=60,
+        help="the last ones train the decoder too; a few hundred if its segmentation is to be used",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
 
@@ -174,6 +177,16 @@ def segmentation_loss(logits: Tensor, share: Tensor) -> Tensor:
     return per_lesion.sum() / (area > 0).sum().clamp(min=1) + entropy[:, 0].sum() / share[:, 0].sum()
 
 
+def dice_and_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """nnU-Net's own loss: mean cross-entropy minus the lesions' soft Dice over the batch, of (B, types, y, x)."""
+    probability = logits.softmax(1)[:, 1:]
+    truth = F.one_hot(label, logits.shape[1]).movedim(-1, 1)[:, 1:].float()
+    both, either = (probability * truth).sum((0, 2, 3)), (probability + truth).sum((0, 2, 3))
+    present = truth.sum((0, 2, 3)) > 0
+    dice = (2 * both + 1) / (either + 1)
+    return F.cross_entropy(logits, label) - dice[present].sum() / present.sum().clamp(min=1)
+
+
 def training_loss(network: SegmentationUNet, head: nn.Module, image: Tensor, label: Tensor, *, full: bool) -> Tensor:
     """Deep supervision of the deepest stage, and with ``full`` the decoder on top of what the encoder has learnt.
 
@@ -186,7 +199,7 @@ def training_loss(network: SegmentationUNet, head: nn.Module, image: Tensor, lab
     # Shares, not one label a cell: how much of a cell a lesion covers is what its size is read from.
     loss = segmentation_loss(coarse.float(), F.adaptive_avg_pool2d(share, coarse.shape[-2:]))
     if full:
-        loss = loss + segmentation_loss(network.decoder([stage.detach() for stage in features]).float(), share)
+        loss = loss + dice_and_entropy(network.decoder(features).float(), label)
     return loss
 
 
@@ -221,7 +234,7 @@ def main() -> None:
         if windowed:
             image, label = lesion_crops(image, label, rng)
         with torch.autocast("cpu", torch.bfloat16, enabled=native_bf16()):
-            loss = training_loss(network, head, image, label, full=step > args.steps - DECODER_STEPS)
+            loss = training_loss(network, head, image, label, full=step > args.steps - args.decoder_steps)
         value = require_finite(loss, step, args.lr)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from config.plans import Intensity, PreprocessPlan, Resampling
 from data.cache import CachedVolume
 from data.framing import ROI_MARGIN, Framing, centred, choose_slices
-from data.lesions import Lesion, covering_slices, find_lesions, largest_on
+from data.lesions import Lesion, covering_slices, find_lesions, lesion_of_each
 
 PLAN_2D = PreprocessPlan(
     configuration="2d",
@@ -217,7 +217,7 @@ def two_lesions() -> np.ndarray:
 def test_lesions_are_what_touches_and_remember_their_slices():
     large, small = find_lesions(two_lesions())
     assert large.box == ((2, 8), (2, 12), (2, 9)) and large.areas == (56, 56, 70, 56, 56, 56)
-    assert large.largest_slice == 4 and large.voxels == 350 and large.area(1) == 0 and large.area(8) == 0
+    assert large.slices_by_area[0] == 4 and large.voxels == 350 and large.area(1) == 0 and large.area(8) == 0
     assert small.box == ((9, 12), (15, 19), (14, 19)) and small.areas == (12, 12, 1)
     assert Lesion.from_list(small.to_list()) == small
     assert find_lesions(np.zeros((3, 4, 5), np.uint8)) == []
@@ -249,10 +249,18 @@ def test_a_small_lesion_is_shown_before_a_large_one_a_second_time():
     assert choose_slices(voxels, 12, 4, find_lesions(mask)) == [2, 3, 4, 9]
 
 
-def test_largest_lesion_on_some_slices():
-    large, small = lesions = find_lesions(two_lesions())
-    assert largest_on(lesions, 4, 5) is large and largest_on(lesions, 9, 10) is small
-    assert largest_on(lesions, 7, 11) is large and largest_on(lesions, 0, 2) is None and largest_on([], 0, 9) is None
+def test_two_lesions_of_one_slice_have_a_slice_each():
+    mask = np.zeros((9, 20, 20), np.uint8)
+    mask[3:6, 1:9, 1:9] = 1
+    mask[4, 1:10, 1:9] = 1
+    mask[4:6, 12:15, 12:15] = 1
+    lesions = find_lesions(mask)
+    voxels = np.count_nonzero(mask, axis=(1, 2))
+    assert choose_slices(voxels, 9, 1, lesions) == [4] and choose_slices(voxels, 9, 2, lesions) == [4, 5]
+    assert lesion_of_each(lesions, [(4, 5), (5, 6)]) == lesions
+    assert lesion_of_each(lesions, [(4, 5)]) == lesions[:1]
+    assert lesion_of_each(lesions, [(2, 3), (3, 4), (4, 5), (5, 6)]) == [None, None, *lesions]
+    assert lesion_of_each([], [(0, 3)]) == [None]
 
 
 # ---------------------------------------------------------------- policies and the region of interest
@@ -287,15 +295,16 @@ def test_roi_is_the_square_around_the_lesion_in_shares_of_the_padded_image():
     images, _, roi = Framing(PLAN_2D, (8, 8), 3, "mask")(volume)
     assert images.shape[-2:] == (16, 24)  # 2 voxels of padding on each side
     square = torch.tensor([(4 + 2) / 16, (12 + 2) / 24, 4 / 16 * (1 + 2 * ROI_MARGIN), 1])
-    assert roi.shape == (3, 4) and torch.allclose(roi[1:], square.expand(2, 4)), roi
+    assert roi.shape == (3, 4) and torch.allclose(roi[1], square), roi
     assert (roi[0] == 0).all(), "the slice beside the lesion shows none"
+    assert (roi[2] == 0).all(), "another slice shows this lesion as well"
     assert (Framing(PLAN_2D, (8, 8), 3, "mask")(cached((20, 12, 20))).roi == 0).all()
 
 
 def test_roi_of_a_patch_is_that_of_its_planes():
     volume = cached((30, 40, 50), lesion=(slice(10, 12), slice(20, 24), slice(30, 34)))
     _, _, roi = Framing(PLAN_3D, (4, 8, 8), slices=4, policy="mask")(volume)  # z 7 to 15, y 14 to 30, x 24 to 40
-    assert roi[:, 3].tolist() == [0, 1, 1, 0]
+    assert roi[:, 3].tolist() == [0, 1, 0, 0]
     assert torch.allclose(roi[1], torch.tensor([0.5, 0.5, 4 / 16 * (1 + 2 * ROI_MARGIN), 1]))
 
 
