@@ -132,10 +132,12 @@ def test_other_grids_and_a_grid_too_small() -> None:
         make_case(1, [], Grid((20, 64, 64), (5.0, 2.0, 2.0)))
 
 
-def test_several_findings_do_not_touch() -> None:
+def test_several_findings_do_not_touch_and_are_named_from_the_lowest_to_the_highest() -> None:
     wanted = [("effusion", "right", "lower"), ("cavity", "right", "upper"), ("nodule", "left", "middle")]
     case = make_case(5, wanted)
-    assert [(f.type, f.side, f.zone) for f in case.findings] == wanted
+    assert [(f.type, f.side, f.zone) for f in case.findings] == [wanted[0], wanted[2], wanted[1]]
+    best = [int((case.mask == f.mask_value).sum((1, 2)).argmax()) for f in case.findings]
+    assert best == sorted(best)
     assert set(np.unique(case.mask)) == {0, *(f.mask_value for f in case.findings)}
 
 
