@@ -116,7 +116,15 @@ def test_torch_opens_it_without_running_code(saved):
 
 
 @pytest.mark.parametrize("with_cmi", [False, True])
-@pytest.mark.parametrize("keys", [{}, {"roi_side": 4, "slices": 2}, {"encoder_output_stage": 1, "cmi_compress_to": 4}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"roi_side": 4, "slices": 2},
+        {"encoder_output_stage": 1, "cmi_compress_to": 4},
+        {"roi_side": 2, "roi_policy": "lesion", "slices": 2, "max_visual_tokens": 16},
+    ],
+)
 def test_build_vision_gives_the_same_tokens_bit_for_bit(tmp_path, source, with_cmi, keys):
     """And without nnU-Net's own file, which stays with whoever trained the encoder."""
     config = configuration(**keys)
@@ -124,11 +132,25 @@ def test_build_vision_gives_the_same_tokens_bit_for_bit(tmp_path, source, with_c
     path = save(tmp_path / "a.pt", vision, source[1], config.replace(nnunet_encoder_checkpoint="/nowhere/best.pth"))
     images = torch.randn(2, config.slices, 1, *source[1].patch_size)
     inputs = (images, torch.rand(2, config.slices), torch.randn(2, 3, LLM_WIDTH), torch.ones(2, 3))
+    roi = torch.rand(2, config.slices, 4)
     torch.manual_seed(99)  # nothing of the random start may show
     rebuilt = load_checkpoint(path).build_vision().eval()
     with torch.no_grad():
-        assert torch.equal(rebuilt(*inputs), vision(*inputs))
+        assert torch.equal(rebuilt(*inputs, roi=roi), vision(*inputs, roi=roi))
     assert rebuilt.bridge.output_std == vision.bridge.output_std
+
+
+def test_a_checkpoint_from_before_a_key_existed_has_its_default(saved):
+    content = torch.load(saved, weights_only=True)
+    del content["config"]["roi_policy"]
+    torch.save(content, saved)
+    loaded = load_checkpoint(saved)
+    assert loaded.config.roi_policy == "centre" and loaded.build_vision().bridge.local_side == 0
+
+
+def test_lesion_tokens_need_a_side(source):
+    with pytest.raises(InputError, match="roi_policy is lesion and roi_side is empty"):
+        vision_of(source, configuration(roi_policy="lesion"))
 
 
 def test_collapsed_is_read_from_the_diagnostics(tmp_path, source):
@@ -373,6 +395,7 @@ def test_a_refused_load_changes_nothing(saved, source):
         ("bridge_depth", 3),
         ("bridge_width", 64),
         ("roi_side", 3),
+        ("roi_policy", "lesion"),
     ],
 )
 def test_setting_that_must_agree_is_named_with_both_values(saved, key, value):

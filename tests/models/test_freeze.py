@@ -26,7 +26,15 @@ def vision_of(folder: Path, *, with_cmi: bool, **keys: object) -> VisionBridge:
 
 
 @pytest.mark.parametrize("kind", ["2d_plain", "2d_resenc", "3d_plain"])
-@pytest.mark.parametrize("keys", [{}, {"encoder_output_stage": 1, "roi_side": 4}, {"encoder_output_stage": 0}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"encoder_output_stage": 1, "roi_side": 4},
+        {"encoder_output_stage": 0},
+        {"roi_side": 2, "roi_policy": "lesion"},
+    ],
+)
 @pytest.mark.parametrize("train_encoder", [False, True])
 @pytest.mark.parametrize("with_cmi", [False, True])
 def test_every_trained_parameter_gets_a_gradient(assets, kind, keys, train_encoder, with_cmi):
@@ -35,7 +43,8 @@ def test_every_trained_parameter_gets_a_gradient(assets, kind, keys, train_encod
     said = vision.freeze(train_encoder=train_encoder)
     patch = vision.encoder.patch_size
     images = torch.randn(2, 1, *patch) if vision.encoder.dim == 3 else torch.randn(2, 1, 1, *patch)
-    visual = vision(images, torch.rand(2, 1), torch.randn(2, 3, WIDTH), torch.ones(2, 3))
+    roi = torch.rand(2, 1, 4)
+    visual = vision(images, torch.rand(2, 1), torch.randn(2, 3, WIDTH), torch.ones(2, 3), roi=roi)
     visual.pow(3).sum().backward()
     trained = {name for name, parameter in vision.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, parameter in vision.named_parameters() if parameter.grad is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,18 +58,23 @@ class Desk:
             voxels = rng.normal(-600, 300, (48, 48, 6)).astype(np.int16)
             nib.save(nib.Nifti1Image(voxels, np.diag([4.0, 4.0, 8.0, 1.0])), root / f"{name}.nii.gz")
         (root / "prompts.json").write_text(json.dumps({"caption_prompt": ["请描述。"]}), encoding="utf-8")
+        self.network = root / "checkpoint_best.pth"
+        shutil.copy(assets / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth", self.network)
         for name, with_cmi in (("plain", False), ("cmi", True)):
-            self._write_checkpoint(assets, root / f"{name}.pt", with_cmi=with_cmi)
+            self._write_checkpoint(root / f"{name}.pt", with_cmi=with_cmi)
+        lesion = {"slice_policy": "nnunet", "slices": 2, "roi_side": 2, "roi_policy": "lesion"}
+        self._write_checkpoint(root / "lesion.pt", with_cmi=False, **lesion)
+        self._write_checkpoint(root / "masked.pt", with_cmi=False, **{**lesion, "slice_policy": "mask"})
 
-    def _write_checkpoint(self, assets: Path, path: Path, *, with_cmi: bool) -> None:
-        source = load_nnunet_checkpoint(assets / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth")
+    def _write_checkpoint(self, path: Path, *, with_cmi: bool, **keys: object) -> None:
+        source = load_nnunet_checkpoint(self.network)
         config = load_config(
             None, bridge_width=8, bridge_depth=1, encoder_target_spatial=4, max_visual_tokens=16, use_cmi=with_cmi,
             mamba_model=str(self.lm), cache_dir=str(self.root / "cache"), caption_csv_train=None, caption_csv_val=None,
-            caption_prompt_json=str(self.root / "prompts.json"),
+            caption_prompt_json=str(self.root / "prompts.json"), nnunet_encoder_checkpoint=str(self.network), **keys,
         )  # fmt: skip
         torch.manual_seed(1)
-        encoder = NnUNetEncoder.from_checkpoint(source, target_spatial=4, planes=1)
+        encoder = NnUNetEncoder.from_checkpoint(source, target_spatial=4, planes=config.slices)
         vision = VisionBridge.build(config, encoder, 32, 0.5, with_cmi=with_cmi)
         diagnostics = {"token_std": 0.5, "image_std": 0.5, "effective_rank": 3.0, "expected_std": 0.5}
         save_checkpoint(
@@ -171,6 +177,22 @@ def test_cmi_reads_the_image_for_each_question(desk: Desk, check: Callable[..., 
     assert texts(printed) == alone
     with pytest.raises(InputError, match="--save_prefix.*CMI"):
         check(*desk.one, "--save_prefix", str(tmp_path / "a.safetensors"), checkpoint="cmi")
+
+
+def test_nnunet_finds_the_slices_of_a_new_scan_and_its_file_is_needed(
+    desk: Desk, check: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed = check(*desk.one, checkpoint="lesion")
+    assert texts(printed)[0] and "no lesion" not in printed
+    assert len(list((desk.root / "cache" / "segmentation").glob("*/mask.bin"))) == 1
+    assert "tokens around it look at the centre" in check(*desk.one, checkpoint="masked")
+    hidden = desk.network.with_suffix(".away")
+    desk.network.rename(hidden)
+    try:
+        with pytest.raises(InputError, match="slice_policy is nnunet"):
+            check(*desk.one, checkpoint="lesion")
+    finally:
+        hidden.rename(desk.network)
 
 
 def test_streaming_prints_the_same_text(desk: Desk, check: Callable[..., str]) -> None:
