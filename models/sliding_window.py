@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -30,7 +31,8 @@ def tile_starts(extent: int, patch: int, overlap: float = 0.5) -> list[int]:
     return [round((extent - patch) * k / (count - 1)) for k in range(count)]
 
 
-def tile_weight(patch: Sequence[int]) -> Tensor:
+@lru_cache(maxsize=8)
+def tile_weight(patch: tuple[int, ...]) -> Tensor:
     """Weights (*patch): a Gaussian of an eighth of the patch, nowhere zero, so that a corner counts in the end."""
     point = np.zeros(patch)
     point[tuple(size // 2 for size in patch)] = 1
@@ -40,37 +42,34 @@ def tile_weight(patch: Sequence[int]) -> Tensor:
 
 
 @torch.inference_mode()
-def sliding_window(
-    network: Callable[[Tensor], Tensor], image: Tensor, patch: Sequence[int], batch_size: int = 4
-) -> Tensor:
-    """Logits (classes, *space), float32, of one image (C, *space); ``space`` has as many axes as ``patch``.
+def sliding_window(network: Callable[[Tensor], Tensor], images: Tensor, patch: Sequence[int]) -> Tensor:
+    """Logits (B, classes, *space), float32, of images (B, C, *space); ``space`` has as many axes as ``patch``.
 
-    What is smaller than the patch is padded with zeros on both sides, the mean after normalisation.
+    The network sees one place of all B images at a time. What is smaller than the patch is padded with zeros on both
+    sides, the mean after normalisation.
     """
-    space = image.shape[1:]
+    space = images.shape[2:]
     padding = [max(size - extent, 0) for size, extent in zip(patch, space, strict=True)]
     sides = [side for missing in reversed(padding) for side in (missing // 2, missing - missing // 2)]
-    padded = torch.nn.functional.pad(image, sides)
-    starts = itertools.product(*map(tile_starts, padded.shape[1:], patch))
-    tiles = [tuple(slice(s, s + size) for s, size in zip(start, patch, strict=True)) for start in starts]
-    weight = tile_weight(patch).to(image.device)
-    total = sums = None
-    for first in range(0, len(tiles), batch_size):
-        some = tiles[first : first + batch_size]
-        for tile, logits in zip(some, network(torch.stack([padded[:, *tile] for tile in some])), strict=True):
-            if total is None:
-                total = torch.zeros(len(logits), *padded.shape[1:], device=image.device)
-                sums = torch.zeros(padded.shape[1:], device=image.device)
-            total[:, *tile] += logits.float() * weight
-            sums[tile] += weight
+    padded = torch.nn.functional.pad(images, sides)
+    weight = tile_weight(tuple(patch)).to(images.device)
+    sums = torch.zeros(padded.shape[2:], device=images.device)
+    total = None
+    for start in itertools.product(*map(tile_starts, padded.shape[2:], patch)):
+        tile = tuple(slice(s, s + size) for s, size in zip(start, patch, strict=True))
+        logits = network(padded[:, :, *tile]).float()
+        if total is None:
+            total = torch.zeros(*logits.shape[:2], *padded.shape[2:], device=images.device)
+        total[:, :, *tile] += logits * weight
+        sums[tile] += weight
     inner = tuple(slice(missing // 2, missing // 2 + extent) for missing, extent in zip(padding, space, strict=True))
-    return (total / sums)[:, *inner]
+    return (total / sums)[:, :, *inner]
 
 
 def labels_of(logits: Tensor, *, regions: bool) -> Tensor:
-    """uint8 (*space) from logits (classes, *space): the likeliest class, or, of overlapping regions, the last of
+    """uint8 (B, *space) from logits (B, classes, *space): the likeliest class, or, of overlapping regions, the last of
     those that are likelier than not."""
     if not regions:
-        return logits.argmax(0).to(torch.uint8)
-    numbers = torch.arange(1, len(logits) + 1, device=logits.device).view(-1, *[1] * (logits.ndim - 1))
-    return ((logits > 0) * numbers).amax(0).to(torch.uint8)
+        return logits.argmax(1).to(torch.uint8)
+    numbers = torch.arange(1, logits.shape[1] + 1, device=logits.device).view(1, -1, *[1] * (logits.ndim - 2))
+    return ((logits > 0) * numbers).amax(1).to(torch.uint8)

@@ -41,7 +41,6 @@ LESION_SLICES = 4  # per case, those with most lesion
 FINGERPRINT_CASES = 60
 FINGERPRINT_VOXELS = 1000  # drawn from the lesions of each case
 CROP = 48  # voxels; most steps see a window around a lesion, a seventh of the work of a slice
-CROP_STEPS = 0.8  # share of the steps on windows; the rest on whole slices, whose statistics differ
 LESION_SHARE = 0.8
 
 
@@ -59,6 +58,11 @@ def parse_args() -> argparse.Namespace:
         "--decoder_steps", type=positive_int, default=60,
         help="the last ones train the decoder too; a few hundred if its segmentation is to be used",
     )  # fmt: skip
+    parser.add_argument(
+        "--window_share", type=float, default=0.8,
+        help="share of the steps on windows around lesions; the rest on whole slices, whose statistics differ",
+    )  # fmt: skip
+    parser.add_argument("--random_slices", type=positive_int, default=1, help="per case, beside those with most lesion")
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
 
@@ -132,14 +136,16 @@ def make_plans(intensity: dict[str, float], spacing: float, features: list[int])
     }
 
 
-def training_slices(cache: VolumeCache, rows: list[CaptionRow], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Per case the slices with most lesion and one at random: images (S, C, y, x), labels (S, y, x) uint8."""
+def training_slices(
+    cache: VolumeCache, rows: list[CaptionRow], rng: np.random.Generator, at_random: int
+) -> tuple[Tensor, Tensor]:
+    """Per case the slices with most lesion and others at random: images (S, C, y, x), labels (S, y, x) uint8."""
     images, labels = [], []
     for row in rows:
         volume = cache.get(row.image_path, row.mask_path)
         area = volume.lesion_voxels
         chosen = [int(i) for i in np.argsort(-area)[:LESION_SLICES] if area[i] > 0]
-        chosen.append(int(rng.integers(len(area))))
+        chosen += rng.integers(len(area), size=at_random).tolist()
         for index in chosen:
             images.append(centred(volume.image.plane(index), (PATCH, PATCH)))
             labels.append(centred(volume.mask.plane(index)[None], (PATCH, PATCH))[0].astype(np.uint8))
@@ -218,7 +224,7 @@ def main() -> None:
     }
     cache = VolumeCache(args.cache_dir or args.out.parent / "cache", PreprocessPlan.from_nnunet(plans, "2d"))
     fill_cache(cache, rows)
-    images, labels = training_slices(cache, rows, rng)
+    images, labels = training_slices(cache, rows, rng, args.random_slices)
 
     network = SegmentationUNet(Architecture.from_plans(plans, "2d", in_channels=1, num_classes=len(FINDING_TYPES)))
     head = nn.Conv2d(args.features[-1], len(FINDING_TYPES), 1)  # for training alone: nnU-Net has none there
@@ -227,7 +233,7 @@ def main() -> None:
     schedule = build_schedule(optimizer, args.steps, warmup_ratio=0.05)
     bar = tqdm(range(1, args.steps + 1), desc="segmentation", unit="step", dynamic_ncols=True, disable=None)
     for step in bar:
-        windowed = step <= CROP_STEPS * args.steps
+        windowed = step <= args.window_share * args.steps
         count = args.batch_size * (2 if windowed else 1)
         chosen = torch.from_numpy(rng.choice(len(images), count, replace=False))
         image, label = images[chosen], labels[chosen].long()

@@ -224,6 +224,18 @@ def test_lesions_are_what_touches_and_remember_their_slices():
     assert find_lesions(two_lesions(), most=1) == [large]
 
 
+@pytest.mark.parametrize(("axis", "gap", "count"), [(2, 2, 1), (2, 3, 2), (1, 2, 1), (1, 3, 2), (0, 1, 1), (0, 3, 2)])
+def test_parts_with_a_small_gap_are_one_lesion(axis, gap, count):
+    mask = np.zeros((12, 12, 12), np.uint8)
+    for start in (2, 4 + gap):
+        part = [slice(5, 7)] * 3
+        part[axis] = slice(start, start + 2)
+        mask[tuple(part)] = 1
+    lesions = find_lesions(mask)
+    assert len(lesions) == count and sum(lesion.voxels for lesion in lesions) == 16
+    assert lesions[0].box[axis] == ((2, 6 + gap) if count == 1 else (2, 4))
+
+
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 6), density=st.sampled_from([0.002, 0.02, 0.2]))
 def test_lesions_hold_every_voxel_and_covering_slices_show_the_most(seed, count, density):

@@ -45,7 +45,8 @@ def placed(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("space", [(8, 12), (21, 30), (5, 40), (3, 4)])
 def test_equals_every_tile_in_turn(space):
     patch = (8, 12)
-    image = torch.randn(1, *space, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(2, 1, *space, generator=torch.Generator().manual_seed(1))
+    image = images[1]
     sizes = [max(pair) for pair in zip(space, patch, strict=True)]
     before = [(size - extent) // 2 for size, extent in zip(sizes, space, strict=True)]
     padded = np.zeros((1, *sizes), np.float32)
@@ -59,23 +60,22 @@ def test_equals_every_tile_in_turn(space):
                 total[:, row + i, column + j] += logits[:, i, j] * weight[i, j]
                 sums[row + i, column + j] += weight[i, j]
     expected = (total / sums)[:, before[0] : before[0] + space[0], before[1] : before[1] + space[1]]
-    for batch_size in (1, 3, 100):
-        got = sliding_window(placed, image, patch, batch_size)
-        assert got.shape == (2, *space)
-        np.testing.assert_allclose(got.numpy(), expected, atol=1e-5)
+    got = sliding_window(placed, images, patch)
+    assert got.shape == (2, 2, *space)
+    np.testing.assert_allclose(got[1].numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("space", "patch"), [((17, 40, 23), (8, 16, 12)), ((50, 20), (16, 16)), ((4, 5, 6), (8, 8, 8))]
 )
 def test_a_network_that_sees_no_context_is_applied_voxel_by_voxel(space, patch):
-    image = torch.randn(1, *space)
-    got = sliding_window(lambda x: torch.cat([x, -2 * x], dim=1), image, patch)
-    torch.testing.assert_close(got, torch.cat([image, -2 * image]), atol=1e-5, rtol=1e-5)
+    images = torch.randn(3, 1, *space)
+    got = sliding_window(lambda x: torch.cat([x, -2 * x], dim=1), images, patch)
+    torch.testing.assert_close(got, torch.cat([images, -2 * images], dim=1), atol=1e-5, rtol=1e-5)
 
 
 def test_labels():
-    logits = torch.tensor([[1.0, -1.0, 0.5, -2.0], [0.0, 2.0, 0.7, -1.0]])
-    assert labels_of(logits, regions=False).tolist() == [0, 1, 1, 1]
-    assert labels_of(logits, regions=True).tolist() == [1, 2, 2, 0]
+    logits = torch.tensor([[[1.0, -1.0, 0.5, -2.0], [0.0, 2.0, 0.7, -1.0]]])
+    assert labels_of(logits, regions=False).tolist() == [[0, 1, 1, 1]]
+    assert labels_of(logits, regions=True).tolist() == [[1, 2, 2, 0]]
     assert labels_of(logits, regions=True).dtype == torch.uint8
