@@ -13,8 +13,8 @@ from scipy import ndimage
 
 MOST = 64  # lesions kept of one case, by size; a mask with more is noise or a disease of the whole lung
 
-_NEAR = np.zeros((3, 3, 3), bool)  # a cross in plane, a voxel above and below
-_NEAR[1, 1] = _NEAR[1, :, 1] = _NEAR[:, 1, 1] = True
+_NEAR = np.zeros((3, 3, 3), bool)  # a cross in plane: two voxels are bridged; to one side along z: one slice
+_NEAR[1, 1] = _NEAR[1, :, 1] = _NEAR[:2, 1, 1] = True
 
 Span = tuple[int, int]  # first index, and one past the last
 

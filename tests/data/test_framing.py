@@ -224,7 +224,7 @@ def test_lesions_are_what_touches_and_remember_their_slices():
     assert find_lesions(two_lesions(), most=1) == [large]
 
 
-@pytest.mark.parametrize(("axis", "gap", "count"), [(2, 2, 1), (2, 3, 2), (1, 2, 1), (1, 3, 2), (0, 1, 1), (0, 3, 2)])
+@pytest.mark.parametrize(("axis", "gap", "count"), [(2, 2, 1), (2, 3, 2), (1, 2, 1), (1, 3, 2), (0, 1, 1), (0, 2, 2)])
 def test_parts_with_a_small_gap_are_one_lesion(axis, gap, count):
     mask = np.zeros((12, 12, 12), np.uint8)
     for start in (2, 4 + gap):
