@@ -21,6 +21,7 @@ from config.errors import InputError
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = REPOSITORY / "config" / "paths.yaml"
 
+BridgeMixer = Literal["vim", "one_way", "linear"]
 SlicePolicy = Literal["mask", "nnunet", "middle", "uniform"]
 
 
@@ -69,6 +70,9 @@ class Config:
     augment_shift: int = _key(0, "training images are moved in plane by up to so many voxels", role="run", minimum=0)
     # bridge
     bridge_depth: int = _key(2, "Vision-Mamba blocks", role="arch", minimum=1)
+    bridge_mixer: BridgeMixer = _key(
+        "vim", "vim: scans from both ends; one_way: from one end; linear: no blocks, for comparison", role="arch"
+    )
     bridge_width: int = _key(512, "inner width of the bridge; its output has the LLM's width", role="arch", minimum=8)
     max_visual_tokens: int = _key(
         64, "visual tokens given to the LLM (largest square grid that fits)", role="arch", minimum=1

@@ -56,6 +56,7 @@ class VisionBridge(nn.Module):
             max_visual_tokens=config.max_visual_tokens,
             output_std=output_std,
             local_side=config.roi_side if lesion else 0,
+            mixer=config.bridge_mixer,
         )
         cmi = CMI(llm_width, compress_to=config.cmi_compress_to) if with_cmi else None
         return cls(encoder, bridge, cmi, centre_crop=None if lesion else config.roi_side, planes=config.slices)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config.errors import InputError
+from config.schema import BridgeMixer
 from models.roi_crop import sample_square
 from models.vim_mixer import VimBlock
 
@@ -85,6 +86,7 @@ class VimBridge(nn.Module):
         max_visual_tokens: int = 64,
         output_std: float = 0.1,
         local_side: int = 0,
+        mixer: BridgeMixer = "vim",
     ) -> None:
         """
         Args:
@@ -94,6 +96,8 @@ class VimBridge(nn.Module):
             output_std: standard deviation of a token at initialisation; the LLM's embeddings have one
                 too, and tokens far from it would be strangers to the frozen model.
             local_side: r, side of the grid of tokens around each slice's lesion; 0: none.
+            mixer: ``vim`` reads the tokens from both ends, ``one_way`` from the first to the last, ``linear`` has no
+                blocks: each token stays alone.
         """
         super().__init__()
         self.max_visual_tokens = max_visual_tokens
@@ -103,7 +107,8 @@ class VimBridge(nn.Module):
         self.in_proj = nn.Linear(in_channels, width)
         self.position = nn.Parameter(sincos_2d(grid, width))
         self.slice_position = SlicePosition(width)
-        self.blocks = nn.ModuleList(VimBlock(width) for _ in range(depth))
+        blocks = 0 if mixer == "linear" else depth
+        self.blocks = nn.ModuleList(VimBlock(width, one_way=mixer == "one_way") for _ in range(blocks))
         self.out_norm = nn.RMSNorm(width, eps=1e-5)
         self.out_proj = nn.Linear(width, out_width)
         nn.init.normal_(self.out_proj.weight, std=output_std / math.sqrt(width))
@@ -135,7 +140,7 @@ class VimBridge(nn.Module):
         residual = None
         for block in self.blocks:
             hidden, residual = block(hidden, residual)
-        hidden = self.out_norm(hidden + residual)
+        hidden = self.out_norm(hidden if residual is None else hidden + residual)
 
         side = grid_side(self.max_visual_tokens, K, min(H, W), self.local_side)
         grid = hidden.reshape(B * K, H, W, -1).permute(0, 3, 1, 2)

@@ -394,6 +394,7 @@ def test_a_refused_load_changes_nothing(saved, source):
         ("encoder_target_spatial", 14),
         ("bridge_depth", 3),
         ("bridge_width", 64),
+        ("bridge_mixer", "one_way"),
         ("roi_side", 3),
         ("roi_policy", "lesion"),
     ],

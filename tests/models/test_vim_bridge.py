@@ -214,3 +214,28 @@ def test_every_case_and_slice_has_its_own_square():
 
 def test_without_lesion_tokens_the_weights_are_as_they_were():
     assert not [name for name in bridge().state_dict() if name.startswith("local")]
+
+
+# ---------------------------------------------------------------- mixers for comparison
+
+
+def reach(mixer: str) -> list[list[bool]]:
+    """Which of the 16 tokens (row) changes with which feature (column), without pooling."""
+    model, where = bridge(mixer=mixer, grid=4), position(1)
+    seen = features(1, side=4)
+    plain = model(seen, where).detach()
+    changed = []
+    for cell in range(16):
+        other = seen.clone()
+        other[0, 0, :, cell // 4, cell % 4] += 1
+        changed.append(((model(other, where).detach() - plain).abs().amax(-1)[0] > 0).tolist())
+    return [list(row) for row in zip(*changed, strict=True)]
+
+
+def test_linear_keeps_tokens_apart_one_way_looks_back_and_vim_both_ways():
+    assert reach("linear") == [[token == cell for cell in range(16)] for token in range(16)]
+    back, both = reach("one_way"), reach("vim")  # of tokens far away too little is left to change a float
+    assert all(
+        not any(back[token][token + 1 :]) and all(back[token][max(token - 1, 0) : token + 1]) for token in range(16)
+    )
+    assert all(all(both[token][max(token - 1, 0) : token + 2]) for token in range(16))
