@@ -1,0 +1,98 @@
+"""What is compared in the ablations, one choice at a time, and the table of what came out.
+
+Every variant is the baseline with one thing changed, trained with the same number of optimizer steps, cases and seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.finding import Finding
+from data.phantom_report import score_reports
+from engine.bootstrap import Score, mean_score
+
+BASELINE = "baseline"
+MEASURES = {
+    "exact_acc": "exact",
+    "location_acc": "side and zone",
+    "type_acc": "finding",
+    "size_within_4mm": "size ± 4 mm",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """``keys``: of the configuration, changed against the baseline. ``start``: of Stage 2; ``scratch`` gives Stage 2
+    the steps that Stage 1 has otherwise. ``random_encoder``: an nnU-Net as it is before any training."""
+
+    axis: str
+    name: str
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    start: str = "align"
+    random_encoder: bool = False
+
+    @property
+    def folder(self) -> str:
+        return f"{self.axis}_{self.name}".replace(" ", "_")
+
+
+def variants(grid: int) -> list[Variant]:
+    """``grid``: side of the baseline's token grid; a region of interest has half of it."""
+    half = max(grid // 2, 1)
+    lesion = {"roi_side": half, "roi_policy": "lesion", "max_visual_tokens": half**2 + 4}
+    return [
+        Variant(BASELINE, BASELINE),
+        Variant("Stage-1 start", "scratch", start="scratch"),
+        Variant("Stage-1 start", "proxy_l2", start="proxy_l2"),
+        Variant("bridge", "linear", {"bridge_mixer": "linear"}),
+        Variant("bridge", "one-way", {"bridge_mixer": "one_way"}),
+        Variant("CMI", "on", {"use_cmi": True}),
+        Variant("RoI", "centre", {"roi_side": half}),
+        Variant("RoI", "lesion", lesion),
+        *(Variant("visual tokens", str(side**2), {"max_visual_tokens": side**2, "encoder_target_spatial": max(side, grid)})
+          for side in (7, 14, 28)),
+        Variant("encoder", "random, trained", {"train_encoder": True}, random_encoder=True),
+        Variant("encoder", "nnU-Net, trained on", {"train_encoder": True}),
+    ]  # fmt: skip
+
+
+def score_cases(truth: Sequence[Sequence[Finding]], texts: Sequence[str]) -> dict[str, Score]:
+    """Each measure with its 95 % interval over cases; a case that has no such measure does not count."""
+    each = [score_reports([findings], [text]) for findings, text in zip(truth, texts, strict=True)]
+    return {name: mean_score([one[name] for one in each if np.isfinite(one[name])]) for name in MEASURES}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One variant with one seed. ``loss``: of the validation table, in nats per token, after each epoch of Stage 2."""
+
+    variant: Variant
+    seed: int
+    scores: Mapping[str, Score]
+    loss: Sequence[float]
+    seconds: float
+
+
+def markdown(outcomes: Iterable[Outcome], commands: Sequence[str], about: str) -> str:
+    """The table: a row for each variant and seed, and the command lines that made it."""
+    head = ["", "variant", "seed", *MEASURES.values(), "loss after epoch 1", "at the end", "seconds"]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for one in outcomes:
+        cells = [f"{s.value:.3f} [{s.low:.3f}, {s.high:.3f}]" for s in (one.scores[name] for name in MEASURES)]
+        losses = [f"{one.loss[0]:.3f}", f"{one.loss[-1]:.3f}"]
+        row = [one.variant.axis, one.variant.name, str(one.seed), *cells, *losses, f"{one.seconds:.0f}"]
+        lines.append(f"| {' | '.join(row)} |")
+    shown = "\n".join(commands)
+    return f"{about}\n\n" + "\n".join(lines) + f"\n\n```bash\n{shown}\n```\n"
+
+
+def read_losses(log: Path) -> list[float]:
+    """Validation loss after each epoch, out of a run's log of JSON lines."""
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    return [record["val_loss"] for record in records if record.get("val_loss") is not None]
