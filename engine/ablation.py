@@ -55,8 +55,10 @@ def variants(grid: int) -> list[Variant]:
         Variant("CMI", "on", {"use_cmi": True}),
         Variant("RoI", "centre", {"roi_side": half}),
         Variant("RoI", "lesion", lesion),
-        *(Variant("visual tokens", str(side**2), {"max_visual_tokens": side**2, "encoder_target_spatial": max(side, grid)})
-          for side in (7, 14, 28)),
+        *(
+            Variant("visual tokens", f"{n * n}", {"max_visual_tokens": n * n, "encoder_target_spatial": max(n, grid)})
+            for n in (7, 14, 28)
+        ),
         Variant("encoder", "random, trained", {"train_encoder": True}, random_encoder=True),
         Variant("encoder", "nnU-Net, trained on", {"train_encoder": True}),
     ]  # fmt: skip

@@ -111,8 +111,8 @@ def run_variant(args: argparse.Namespace, base: Config, variant: Variant, seed: 
             ).returncode
             if code:
                 raise InputError(
-                    f"{variant.axis} {variant.name}: {command[0]} ended with status {code}, see {log.name}; mend that, and "
-                    "the same command goes on from here"
+                    f"{variant.axis} {variant.name}: {command[0]} ended with status {code}, see {log.name}; "
+                    "mend that, and the same command goes on from here"
                 )
     seconds = time.perf_counter() - started
     done.write_text(json.dumps({**wanted, "seconds": seconds}), encoding="utf-8")
