@@ -15,9 +15,8 @@ from config.schema import Config
 from data.caption_table import read_caption_table
 from data.data_check import quick_check
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
-from engine.prepare import fill_cache
 from engine.run import EpochShuffle
-from engine.segmentation import open_cache
+from engine.segmentation import open_cache, prepare_cases
 
 
 def build_loaders(
@@ -39,7 +38,7 @@ def build_loaders(
     )
     val = MedicalVLMDataset.from_config(config, config.resolved("caption_csv_val"), cache, stride, args.seed)
     with accelerator.main_process_first():
-        fill_cache(cache, [*train.rows, *val.rows])
+        prepare_cases(cache, [*train.rows, *val.rows])
     if accelerator.is_main_process:
         print(
             f"data: {len(train)} training cases, {len(val)} validation cases, cache {config.cache_dir}",

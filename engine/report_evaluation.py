@@ -25,13 +25,12 @@ from engine.checkpoint import Checkpoint, load_checkpoint
 from engine.confidence_scores import Judged, confidence_scores
 from engine.generation_store import GenerationStore
 from engine.looking import look_at_case, save_maps
-from engine.prepare import fill_cache
 from engine.report_card import Evaluated, language_of, marked_reports, report_card
 from engine.report_confidence import Labeller, Statement, statements
 from engine.report_facts import MaskedCase, measure_case
 from engine.report_passes import AUDITED, OWN, SAMPLE, EvaluatedTable, MeanImage, ReportPasses
 from engine.run import environment, jsonable, set_seeds
-from engine.segmentation import open_cache
+from engine.segmentation import open_cache, prepare_cases
 from models.mamba_lm import MambaLM
 from models.medical_vlm import MedicalVLM
 from models.prefix_state import weights_fingerprint
@@ -144,7 +143,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         )
         data.rows, data.questions = data.rows[:limit], data.questions[:limit]
         with accelerator.main_process_first():
-            fill_cache(data.cache, data.rows)
+            prepare_cases(data.cache, data.rows)
         return EvaluatedTable.of(file_digest(path).hex()[:12], data)
 
     table = load(args.csv, args.limit)

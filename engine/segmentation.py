@@ -27,9 +27,10 @@ from config.errors import InputError
 from config.plans import PreprocessPlan
 from config.schema import Config
 from data.cache import CachedArray, CachedVolume, VolumeCache, discard, file_digest, publish
+from data.caption_table import CaptionRow
 from data.lesions import Lesion, find_lesions
 from data.slice_store import DamagedFile, StoredArray, write_slices
-from engine.prepare import Files
+from engine.prepare import Files, fill_cache, unique_files
 from models.nnunet_checkpoint import load_nnunet_checkpoint
 from models.nnunet_unet import SegmentationUNet
 from models.sliding_window import labels_of, sliding_window
@@ -134,6 +135,18 @@ def open_cache(config: Config, plan: PreprocessPlan) -> VolumeCache | SegmentedC
             "was trained with"
         )
     return SegmentedCache(volumes, path)
+
+
+def prepare_cases(cache: VolumeCache | SegmentedCache, rows: Sequence[CaptionRow]) -> None:
+    """Fill the cache before the first step, and segment where the policy wants it.
+
+    Raises InputError as :func:`engine.prepare.fill_cache` does.
+    """
+    if isinstance(cache, VolumeCache):
+        fill_cache(cache, rows)
+        return
+    fill_cache(cache.volumes, rows)  # several volumes at once, a thread each; the network then has all threads
+    segment_all(cache, unique_files(rows))
 
 
 def segment_all(cache: SegmentedCache, files: Sequence[Files]) -> int:

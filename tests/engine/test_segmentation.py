@@ -15,10 +15,11 @@ from config.errors import InputError
 from config.plans import PreprocessPlan
 from config.schema import Config, build_config
 from data.cache import VolumeCache
+from data.caption_table import CaptionRow
 from data.framing import Framing
 from data.nifti import write_volume
 from engine import segmentation
-from engine.segmentation import SegmentedCache, open_cache, segment_all
+from engine.segmentation import SegmentedCache, open_cache, prepare_cases, segment_all
 from models.nnunet_checkpoint import load_nnunet_checkpoint
 from models.nnunet_unet import SegmentationUNet
 from models.sliding_window import sliding_window
@@ -111,6 +112,8 @@ def test_another_network_or_image_is_another_segmentation(tmp_path, checkpoint, 
     shutil.copy(scan, copy)
     assert cache.folder(copy) == cache.folder(scan), "the same content is the same case"
     assert segment_all(cache, [(scan, None), (copy, None)]) == 1 and segment_all(cache, [(copy, None)]) == 0
+    prepare_cases(other, [CaptionRow(2, scan, "", "", None), CaptionRow(3, copy, "", "", None)])
+    assert other.folder(scan).is_dir() and len(list((cache.root / "segmentation").iterdir())) == 2
 
 
 @pytest.mark.parametrize("damage", ["labels", "meta", "cut"])
