@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from torch.utils.data import DataLoader
 
 from config.errors import InputError
@@ -38,6 +39,7 @@ from engine.run import jsonable, start_run
 from engine.run_log import CsvLog, RunLog, plot_losses, progress_bar
 from engine.train_state import StopRequest, TrainState, fingerprint
 from engine.vision_setup import load_encoder
+from models.lora import Adapters
 from models.mamba_lm import IGNORED, MambaLM
 from models.medical_vlm import MedicalVLM, VisionBridge
 from models.nnunet_encoder import NnUNetEncoder
@@ -54,6 +56,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--from_scratch", action="store_true", help="do not continue from vision_bridge_vlm_final.pt")
     parser.add_argument("--max_visual_tokens", type=positive_int, help="overrides the configuration")
     parser.add_argument("--llm_int8", action="store_true", help="frozen language model in int8: half its memory")
+    parser.add_argument(
+        "--lora_rank", type=int, default=0, help="train low-rank adapters on the language model's in_proj; 0: none"
+    )
     parser.add_argument("--allow_collapsed", action="store_true", help="start from a checkpoint stamped as collapsed")
     return parser.parse_args()
 
@@ -99,6 +104,27 @@ def build_vision(
     if at_random:
         said.append(f"the checkpoint has no CMI: these start at random: {', '.join(at_random)}")
     return vision, start.preprocess_plan, said
+
+
+def check_lora(args: argparse.Namespace, start: Checkpoint | None) -> None:
+    """Raises: InputError when --lora_rank cannot be, or is not the one of the checkpoint to start from."""
+    if args.lora_rank < 0:
+        raise InputError(f"--lora_rank is {args.lora_rank}, expected 0 (none) or the rank of the adapters, e.g. 8")
+    if args.lora_rank and args.llm_int8:
+        raise InputError("--lora_rank and --llm_int8 contradict each other: int8 weights take no adapters in training")
+    had = start.adapters["rank"] if start is not None and start.adapters else 0
+    if had and had != args.lora_rank:
+        raise InputError(f"{start.path} was trained with --lora_rank {had}: give the same, or use --from_scratch")
+
+
+def add_adapters(lm: MambaLM, rank: int, start: Checkpoint | None) -> Adapters | None:
+    """Fresh adapters, or those of the checkpoint to start from; None for rank 0."""
+    if not rank:
+        return None
+    adapters = Adapters(lm.model, rank)
+    if start is not None and start.adapters:
+        adapters.load(start.adapters)
+    return adapters
 
 
 @torch.no_grad()
@@ -161,6 +187,7 @@ def main() -> None:
     say = accelerator.print
 
     # ---------------------------------------------------------------- model and data
+    check_lora(args, start)
     lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=accelerator.device, int8=args.llm_int8)
     if lm.checkpointing(config.llm_checkpointing):
         say("language model: each block is computed again in the backward pass (llm_checkpointing)", flush=True)
@@ -174,25 +201,28 @@ def main() -> None:
     )
     report_truncation(accelerator, lm, train_loader, config.max_answer_tokens)
     vlm = MedicalVLM(vision, lm)
-    say(
-        f"model: {vision.freeze(train_encoder=config.train_encoder)}, language model {lm.name} (frozen)",
-        flush=True,
-    )
+    parts = vision.freeze(train_encoder=config.train_encoder)
+    adapters = add_adapters(lm, args.lora_rank, start)
+    trained = nn.ModuleDict({"vision": vision, "adapters": adapters}) if adapters else vision
+    count = sum(p.numel() for p in adapters.parameters()) if adapters else 0
+    beside = f", adapters of rank {args.lora_rank} {count / 1e6:.2f} M (trained)" if adapters else ""
+    say(f"model: {parts}{beside}, language model {lm.name} (frozen)", flush=True)
     say(check_loss_mask(vlm, train_loader, accelerator.device), flush=True)
 
     # ---------------------------------------------------------------- optimizer, schedule, resume
     steps_per_epoch = math.ceil(len(train_loader) / args.grad_accumulation)
     total_steps = steps_per_epoch * args.epochs
-    optimizer = build_optimizer(vision, args.lr, args.weight_decay)
+    optimizer = build_optimizer(trained, args.lr, args.weight_decay)
     schedule = build_schedule(optimizer, total_steps, args.warmup_ratio)
     in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert not any(p.requires_grad or id(p) in in_optimizer for p in lm.parameters()), (
-        "the language model is not frozen"
-    )
+    own = {id(p) for p in adapters.parameters()} if adapters else set()
+    rest = [p for p in lm.parameters() if id(p) not in own]
+    assert not any(p.requires_grad or id(p) in in_optimizer for p in rest), "the language model is not frozen"
     model, optimizer = accelerator.prepare(vlm, optimizer)
-    kind = {"llm_int8": True} if args.llm_int8 else {}  # states from before the flag existed stay usable
+    # States from before a flag existed stay usable.
+    kind = {name: value for name in ("llm_int8", "lora_rank") if (value := getattr(args, name))}
     settings = fingerprint(args, config, start=str(start.path) if start else None, **kind)
-    state = TrainState(output / "stage2_state.pt", settings, accelerator, vision, optimizer, schedule)
+    state = TrainState(output / "stage2_state.pt", settings, accelerator, trained, optimizer, schedule)
     resumed = state.resume(args.resume)
     progress = state.progress
     log = RunLog(output / "stage2_log.jsonl", active=accelerator.is_main_process, resumed=resumed)
@@ -212,6 +242,7 @@ def main() -> None:
             save_checkpoint(
                 output / name, vision, stage="vlm", step=progress.step, epoch=epoch, val_loss=val_loss, config=config,
                 plan=plan, llm=lm.identity.to_dict(), diagnostics=diagnostics,
+                adapters=adapters.to_dict() if adapters else None,
             )  # fmt: skip
 
     def evaluate(epoch: int) -> None:
@@ -245,7 +276,7 @@ def main() -> None:
                     loss = total / count
                     progress.losses.append(require_finite(loss, progress.step + 1, args.lr))
                     accelerator.backward(loss)
-                    stepped = optimizer_step(accelerator, optimizer, schedule, vision.parameters(), args.max_grad_norm)
+                    stepped = optimizer_step(accelerator, optimizer, schedule, trained.parameters(), args.max_grad_norm)
                 progress.batch += 1
                 if not stepped:
                     continue

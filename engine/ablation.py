@@ -29,12 +29,13 @@ MEASURES = {
 @dataclass(frozen=True)
 class Variant:
     """``keys``: of the configuration, changed against the baseline. ``start``: of Stage 2; ``scratch`` gives Stage 2
-    the steps that Stage 1 has otherwise. ``random_encoder``: an nnU-Net as it is before any training."""
+    the steps that Stage 1 has otherwise. ``flags``: of Stage 2. ``random_encoder``: an nnU-Net before any training."""
 
     axis: str
     name: str
     keys: Mapping[str, Any] = field(default_factory=dict)
     start: str = "align"
+    flags: tuple[str, ...] = ()
     random_encoder: bool = False
 
     @property
@@ -59,6 +60,7 @@ def variants(grid: int) -> list[Variant]:
             Variant("visual tokens", f"{n * n}", {"max_visual_tokens": n * n, "encoder_target_spatial": max(n, grid)})
             for n in (7, 14, 28)
         ),
+        Variant("language model", "LoRA, rank 8", flags=("--lora_rank", "8")),
         Variant("encoder", "random, trained", {"train_encoder": True}, random_encoder=True),
         Variant("encoder", "nnU-Net, trained on", {"train_encoder": True}),
     ]  # fmt: skip

@@ -9,6 +9,7 @@ encoder_architecture     the nnU-Net encoder's architecture, so that it is rebui
 preprocess_plan          what turned the scan into the encoder's input
 llm                      the language model's and tokenizer's identity
 diagnostics              token statistics; ``collapsed`` is true where the vision part gives nothing
+adapters                 of the language model (--lora_rank), where it has any (models/lora.py)
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Checkpoint:
     preprocess_plan: PreprocessPlan
     llm: dict[str, Any]
     diagnostics: dict[str, Any]
+    adapters: dict[str, Any] | None = None
 
     @property
     def collapsed(self) -> bool:
@@ -109,6 +111,7 @@ def save_checkpoint(
     plan: PreprocessPlan,
     llm: dict[str, Any],
     diagnostics: dict[str, Any],
+    adapters: dict[str, Any] | None = None,
 ) -> None:
     content = {
         "format": FORMAT,
@@ -123,6 +126,7 @@ def save_checkpoint(
         "preprocess_plan": plan.to_dict(),
         "llm": llm,
         "diagnostics": diagnostics,
+        **({"adapters": adapters} if adapters else {}),
     }
     save_atomically(content, path)
 
@@ -173,7 +177,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     while version < VERSION:
         content = MIGRATIONS[version](content)
         version += 1
-    fields = {name: _part(content, name, path) for name in Checkpoint.__dataclass_fields__ if name != "path"}
+    needed = [name for name in Checkpoint.__dataclass_fields__ if name not in ("path", "adapters")]
+    fields = {name: _part(content, name, path) for name in needed} | {"adapters": content.get("adapters")}
     known = {key: value for key, value in fields["config"].items() if key in FIELDS}
     fields["config"] = build_config(known, origin=f"{path} (its configuration)")
     fields["preprocess_plan"] = PreprocessPlan.from_dict(fields["preprocess_plan"])

@@ -152,7 +152,9 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     if other is not None and not other.is_file() and args.calibration_csv:
         raise InputError(f"--calibration_csv not found: {other}")
     calibration = load(other, None) if other is not None and other.is_file() and not same else None
-    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=accelerator.device)
+    lm = MambaLM.load(
+        config.mamba_model, dtype=config.mamba_dtype, device=accelerator.device, adapters=checkpoint.adapters
+    )
     if lm.width != checkpoint.llm["width"]:
         raise InputError(
             f"mamba_model '{config.mamba_model}' has width {lm.width}, {args.checkpoint} was trained for width "

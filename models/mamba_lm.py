@@ -9,8 +9,9 @@ no token stands for are masked, or garbage is sampled from them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from config.errors import InputError
 from models.cuda_graph_decode import static_steps
 from models.decoding import StopAtText, StopRule, plain_text
+from models.lora import merge
 from models.mamba_backbone import PREFILL_CHUNK, read_in_chunks, recompute_blocks
 from models.mamba_mixer import use_our_scan
 from models.quantisation import CONTRADICTION, bitsandbytes_options, quantise_int8
@@ -140,6 +142,7 @@ class MambaLM(nn.Module):
         device: torch.device | str = "cpu",
         load_in_8bit: bool = False,
         int8: bool = False,
+        adapters: Mapping[str, Any] | None = None,
     ) -> MambaLM:
         """
         Args:
@@ -148,12 +151,19 @@ class MambaLM(nn.Module):
                 a torch dtype's name.
             load_in_8bit: weights in int8 through bitsandbytes (GPU only).
             int8: the large weights in int8 by our own layers, on any device; ``dtype`` is that of the rest.
+            adapters: of a checkpoint that was trained with --lora_rank; merged into the weights.
 
         Raises:
-            InputError: not found, not a Mamba-1, weights missing, bitsandbytes missing, both ways to int8 asked for.
+            InputError: not found, not a Mamba-1, weights missing, bitsandbytes missing, both ways to int8 asked for,
+                adapters that fit another model or, loaded through bitsandbytes, cannot be merged.
         """
         if load_in_8bit and int8:
             raise InputError(CONTRADICTION)
+        if load_in_8bit and adapters:
+            raise InputError(
+                "--llm_8bit: this checkpoint has adapters (--lora_rank), which bitsandbytes' weights do not take up; "
+                "use --llm_int8"
+            )
         config, tokenizer = read_lm_config(name), read_tokenizer(name)
         device = torch.device(device)
         options: dict = {"dtype": _dtype(dtype, config, device)}
@@ -168,6 +178,8 @@ class MambaLM(nn.Module):
             what = sorted(missing)[:3] or sorted(map(str, report["mismatched_keys"]))[:3]
             raise InputError(f"weights of mamba_model '{name}' are incomplete or of another shape: {', '.join(what)}")
         _tie_head(model, head_missing="lm_head.weight" in report["missing_keys"])
+        if adapters:
+            merge(model, adapters)
         if int8:
             quantise_int8(model)  # before it moves: the device never holds the weights as they were
         if not load_in_8bit:

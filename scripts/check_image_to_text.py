@@ -319,7 +319,7 @@ def main() -> None:
     else:
         case, visuals = see(args, checkpoint, config)
 
-    weights = {"load_in_8bit": args.llm_8bit, "int8": args.llm_int8}
+    weights = {"load_in_8bit": args.llm_8bit, "int8": args.llm_int8, "adapters": checkpoint.adapters}
     lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, **weights)
     how = "the image read with the question"
     if identity is not None:

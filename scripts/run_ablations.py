@@ -74,7 +74,17 @@ def commands_of(args: argparse.Namespace, variant: Variant, seed: int, folder: P
     scratch = variant.start == "scratch"
     start = ["--from_scratch"] if scratch else ["--vision_checkpoint", str(folder / "vision_bridge_best_val.pt")]
     epochs = args.epochs + (args.stage1_epochs if scratch else 0)
-    stage2 = ["train_vlm.py", *common, *start, "--epochs", str(epochs), "--lr", str(args.lr), "--allow_collapsed"]
+    stage2 = [
+        "train_vlm.py",
+        *common,
+        *start,
+        "--epochs",
+        str(epochs),
+        "--lr",
+        str(args.lr),
+        "--allow_collapsed",
+        *variant.flags,
+    ]
     scores = ["scripts/score_phantoms.py", "--checkpoint", str(folder / "vision_bridge_vlm_final.pt"),
               "--data", str(args.data), "--out", str(folder / "scores.json"), "--seed", str(seed)]  # fmt: skip
     return [*([] if scratch else [stage1]), stage2, scores]

@@ -54,7 +54,7 @@ def load_model(args: argparse.Namespace) -> tuple[MedicalVLM, MedicalVLMDataset]
     checkpoint = load_checkpoint(args.checkpoint)
     config = load_config(args.config) if args.config else checkpoint.config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device)
+    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, adapters=checkpoint.adapters)
     vision = checkpoint.build_vision().to(device).eval()
     config = checkpoint.config.replace(
         cache_dir=config.cache_dir, caption_prompt_json=str(args.data / "prompts.json"), image_root=None
