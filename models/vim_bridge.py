@@ -57,19 +57,40 @@ def sincos_2d(side: int, width: int) -> Tensor:
     return table
 
 
+FREQUENCIES = 16
+
+
+def harmonics(share: Tensor) -> Tensor:
+    """Shares in 0…1, (…), as sines and cosines of rising frequency, (…, 2 · FREQUENCIES): a linear map can then read
+    them finely; of the plain number it would see a small difference only."""
+    harmonic = torch.arange(1, FREQUENCIES + 1, device=share.device, dtype=torch.float32)
+    angle = share.float()[..., None] * harmonic * (math.pi / 2)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
 class SlicePosition(nn.Module):
     """Where a slice lies in its scan, 0 (lowest) to 1 (highest), as an embedding (B, K) → (B, K, W_b)."""
 
-    FREQUENCIES = 16
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(2 * FREQUENCIES, width)
+
+    def forward(self, position: Tensor) -> Tensor:
+        return self.project(harmonics(position))
+
+
+class SquarePosition(nn.Module):
+    """Where the square around a lesion lies and how large it is, as an embedding (B, K, 4) → (B, K, W_b).
+
+    Row and column of the centre, side, and 1; of a row of zeros (no lesion) nothing but the bias is left.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.project = nn.Linear(2 * self.FREQUENCIES, width)
+        self.project = nn.Linear(3 * 2 * FREQUENCIES, width)
 
-    def forward(self, position: Tensor) -> Tensor:
-        harmonic = torch.arange(1, self.FREQUENCIES + 1, device=position.device, dtype=torch.float32)
-        angle = position.float()[..., None] * harmonic * (math.pi / 2)
-        return self.project(torch.cat([angle.sin(), angle.cos()], dim=-1))
+    def forward(self, roi: Tensor) -> Tensor:
+        return self.project(harmonics(roi[..., :3]).flatten(-2) * roi[..., 3:])
 
 
 class VimBridge(nn.Module):
@@ -115,7 +136,7 @@ class VimBridge(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
         self.position._no_weight_decay = True
         if local_side:
-            self.local = nn.Linear(4, width)  # which square it is, and that these tokens are not the overview's
+            self.local = SquarePosition(width)  # its bias also says that these tokens are not the overview's
 
     def forward(
         self, features: Tensor, slice_position: Tensor, corner: tuple[int, int] = (0, 0), roi: Tensor | None = None

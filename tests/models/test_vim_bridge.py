@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from config.errors import InputError
-from models.vim_bridge import VimBridge, grid_side, sincos_2d
+from models.vim_bridge import SquarePosition, VimBridge, grid_side, sincos_2d
 
 CHANNELS, WIDTH, OUT = 12, 32, 48
 
@@ -239,3 +239,15 @@ def test_linear_keeps_tokens_apart_one_way_looks_back_and_vim_both_ways():
     back, both = np.array(reach("one_way")), np.array(reach("vim"))
     assert back.diagonal().all() and not np.triu(back, 1).any() and np.tril(back, -1).any()
     assert both.diagonal().all() and np.triu(both, 1).any() and np.tril(both, -1).any()
+
+
+def test_the_square_is_read_finely_and_without_a_lesion_not_at_all():
+    torch.manual_seed(0)
+    embed = SquarePosition(WIDTH)
+    square = torch.tensor([0.4, 0.6, 0.20, 1.0])
+    wider = torch.tensor([0.4, 0.6, 0.21, 1.0])
+    plain = torch.nn.Linear(4, WIDTH)
+    fine = (embed(wider) - embed(square)).norm() / embed(square).norm()
+    coarse = (plain(wider) - plain(square)).norm() / plain(square).norm()
+    assert fine > 5 * coarse
+    assert torch.equal(embed(torch.tensor([0.3, 0.9, 0.5, 0.0])), embed.project.bias)
