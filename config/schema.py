@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = REPOSITORY / "config" / "paths.yaml"
 
 BridgeMixer = Literal["vim", "one_way", "linear"]
+CMIKind = Literal["text_ssm", "gated"]
 SlicePolicy = Literal["mask", "nnunet", "middle", "uniform"]
 
 
@@ -83,6 +84,10 @@ class Config:
         role="arch",
     )  # fmt: skip
     use_cmi: bool = _key(False, "the question steers the visual tokens (Cross-Mamba Interaction)", role="arch")
+    cmi_kind: CMIKind = _key(
+        "text_ssm", "text_ssm: the question writes the scan's parameters; gated: it gates the scan (CMI-MTL)",
+        role="arch",
+    )  # fmt: skip
     cmi_compress_to: int | None = _key(None, "visual tokens after CMI, if fewer", role="arch", minimum=1)
     # language model
     mamba_model: str = _key("state-spaces/mamba-2.8b-hf", "hub name or local folder of the Mamba LLM", role="place")

@@ -247,6 +247,8 @@ def check_agreement(checkpoint: Checkpoint, config: Config) -> list[str]:
     """
     # The encoder pools a 3-D volume to this many planes; of 2-D slices, each is encoded on its own.
     fixed = (*_FIXED, "slices") if len(checkpoint.preprocess_plan.patch_size) == 3 else _FIXED
+    if checkpoint.has_cmi and config.use_cmi:
+        fixed = (*fixed, "cmi_kind")
     for key in fixed:
         there, here = getattr(checkpoint.config, key), getattr(config, key)
         if there != here:

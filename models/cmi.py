@@ -3,8 +3,8 @@
     question  [B, Lq, D] → pooled [B, D] → Δ [B, E], B [B, N], C [B, N]
     visual    [B, L, D]  → x, z [B, E, L] → scan(x; Δ, A, B, C) · SiLU(z) → [B, L, D] + visual
 
-Source: the users' manual ("the text prompt generates the SSM parameters"); the related design of
-CMI-MTL (arXiv 2511.01357) gates two text and image scans instead.
+Source: the users' manual ("the text prompt generates the SSM parameters"). The related design of CMI-MTL
+(arXiv 2511.01357), which gates instead, is :mod:`models.cmi_gated`.
 """
 
 from __future__ import annotations
@@ -72,8 +72,7 @@ class CMI(nn.Module):
             (B, L', D), L' = ``compress_to`` if that is less than L, else L.
         """
         B, L, D = visual.shape
-        weight = question_mask[..., None].to(question.dtype)
-        pooled = (self.text_norm(question) * weight).sum(1) / weight.sum(1).clamp(min=1)  # (B, D)
+        pooled = masked_mean(self.text_norm(question), question_mask)  # (B, D)
         dt, Bt, Ct = self.text_proj(pooled).split([self.dt_proj.in_features, self.d_state, self.d_state], dim=-1)
         delta = F.linear(dt, self.dt_proj.weight)  # (B, E); the scan adds the bias
 
@@ -90,6 +89,17 @@ class CMI(nn.Module):
             delta_softplus=True,
         )
         fused = visual + self.out_proj(y.transpose(1, 2).to(visual.dtype))
-        if self.compress_to is not None and self.compress_to < L:
-            fused = F.adaptive_avg_pool1d(fused.transpose(1, 2), self.compress_to).transpose(1, 2)
-        return fused
+        return compress(fused, self.compress_to)
+
+
+def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Mean (B, D) of the tokens (B, L, D) where ``mask`` (B, L) is 1."""
+    weight = mask[..., None].to(tokens.dtype)
+    return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def compress(tokens: Tensor, to: int | None) -> Tensor:
+    """Average neighbouring tokens (B, L, D) so that ``to`` are left; fewer or ``None``: as they are."""
+    if to is None or to >= tokens.shape[1]:
+        return tokens
+    return F.adaptive_avg_pool1d(tokens.transpose(1, 2), to).transpose(1, 2)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from config.errors import InputError
 from config.schema import Config
 from models.cmi import CMI
+from models.cmi_gated import GatedCMI
 from models.mamba_lm import IGNORED, MambaLM
 from models.nnunet_encoder import NnUNetEncoder
 from models.roi_crop import center_crop
@@ -31,7 +32,13 @@ class VisionBridge(nn.Module):
     """Everything that is trained, and everything a checkpoint's ``model_state_dict`` holds."""
 
     def __init__(
-        self, encoder: NnUNetEncoder, bridge: VimBridge, cmi: CMI | None, *, centre_crop: int | None, planes: int
+        self,
+        encoder: NnUNetEncoder,
+        bridge: VimBridge,
+        cmi: CMI | GatedCMI | None,
+        *,
+        centre_crop: int | None,
+        planes: int,
     ):
         """``centre_crop``: side of the central square of features that is seen; None: all of them."""
         super().__init__()
@@ -58,7 +65,8 @@ class VisionBridge(nn.Module):
             local_side=config.roi_side if lesion else 0,
             mixer=config.bridge_mixer,
         )
-        cmi = CMI(llm_width, compress_to=config.cmi_compress_to) if with_cmi else None
+        kind = GatedCMI if config.cmi_kind == "gated" else CMI
+        cmi = kind(llm_width, compress_to=config.cmi_compress_to) if with_cmi else None
         return cls(encoder, bridge, cmi, centre_crop=None if lesion else config.roi_side, planes=config.slices)
 
     def features(self, images: Images) -> Tensor:

@@ -1,11 +1,11 @@
 """Vision-Mamba bridge: encoder features to visual tokens of the language model's width.
 
-features        [B, K, C, H, W]    K slices (or depth planes) of encoder features
-  project       [B, K·H·W, W_b]    W_b = bridge width; plus 2-D position, plus slice position
-  VimBlock × n  [B, K·H·W, W_b]    bidirectional scan over all slices' tokens
-  pool          [B, K·s·s, W_b]    s = side of the largest square grid that fits the token budget
-  + lesion      [B, K·r·r, W_b]    r x r more for each slice, sampled around its lesion      (roi_policy lesion)
-  project       [B, L, D]          D = the LLM's width, scaled like the LLM's own embeddings
+features        [B, K, C, H, W]          K slices (or depth planes) of encoder features
+  project       [B, K, H·W, W_b]         W_b = bridge width; plus 2-D position, plus slice position
+  + lesion      [B, K, H·W + r·r, W_b]   r x r more for each slice, sampled around its lesion    (roi_policy lesion)
+  VimBlock × n  [B, K·(H·W + r·r), W_b]  bidirectional scan over all slices' tokens, a slice's square after its grid
+  pool          [B, K·s·s, W_b]          the grids; s = side of the largest square grid that fits the token budget
+  project       [B, L, D]                grids, then squares; D = the LLM's width, scaled like the LLM's own embeddings
 """
 
 from __future__ import annotations
@@ -136,7 +136,11 @@ class VimBridge(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
         self.position._no_weight_decay = True
         if local_side:
-            self.local = SquarePosition(width)  # its bias also says that these tokens are not the overview's
+            self.local = SquarePosition(width)
+            # Each place in the square is a token of its own kind, so that one can come to stand for what the
+            # lesion is, another for where it is or how large.
+            self.local_cell = nn.Parameter(0.5 * torch.randn(local_side**2, width))
+            self.local_cell._no_weight_decay = True
 
     def forward(
         self, features: Tensor, slice_position: Tensor, corner: tuple[int, int] = (0, 0), roi: Tensor | None = None
@@ -154,27 +158,29 @@ class VimBridge(nn.Module):
         """
         B, K, _, H, W = features.shape
         row, column = corner
-        hidden = self.in_proj(self.in_norm(features.permute(0, 1, 3, 4, 2)))  # (B, K, H, W, W_b)
-        hidden = hidden + self.position[0, :, row : row + H, column : column + W].permute(1, 2, 0)
-        hidden = hidden + self.slice_position(slice_position)[:, :, None, None]
-        hidden = hidden.reshape(B, K * H * W, -1)
+        grid = self.in_proj(self.in_norm(features.permute(0, 1, 3, 4, 2)))  # (B, K, H, W, W_b)
+        grid = grid + self.position[0, :, row : row + H, column : column + W].permute(1, 2, 0)
+        grid = grid + self.slice_position(slice_position)[:, :, None, None]
+        hidden = grid.flatten(2, 3)  # (B, K, H·W, W_b)
+        if self.local_side:
+            if roi is None:
+                raise ValueError("this bridge looks around lesions: roi (B, K, 4) is needed")
+            hidden = torch.cat([hidden, self._squares(grid, roi)], dim=2)
+        hidden = hidden.flatten(1, 2)
         residual = None
         for block in self.blocks:
             hidden, residual = block(hidden, residual)
         hidden = self.out_norm(hidden if residual is None else hidden + residual)
 
+        overview, squares = hidden.unflatten(1, (K, -1)).split([H * W, self.local_side**2], dim=2)
         side = grid_side(self.max_visual_tokens, K, min(H, W), self.local_side)
-        grid = hidden.reshape(B * K, H, W, -1).permute(0, 3, 1, 2)
-        tokens = _tokens(F.adaptive_avg_pool2d(grid, side), B)
-        if self.local_side:
-            if roi is None:
-                raise ValueError("this bridge looks around lesions: roi (B, K, 4) is needed")
-            sampled = _tokens(sample_square(grid, roi.flatten(0, 1), self.local_side), B)
-            which = self.local(roi).repeat_interleave(self.local_side**2, dim=1)
-            tokens = torch.cat([tokens, sampled + which], dim=1)
-        return self.out_proj(tokens)
+        overview = overview.reshape(B * K, H, W, -1).permute(0, 3, 1, 2)
+        overview = F.adaptive_avg_pool2d(overview, side).flatten(2).transpose(1, 2).unflatten(0, (B, K))
+        return self.out_proj(torch.cat([overview.flatten(1, 2), squares.flatten(1, 2)], dim=1))
 
-
-def _tokens(grid: Tensor, batch: int) -> Tensor:
-    """(B·K, C, s, s) → (B, K·s·s, C)."""
-    return grid.flatten(2).transpose(1, 2).reshape(batch, -1, grid.shape[1])
+    def _squares(self, grid: Tensor, roi: Tensor) -> Tensor:
+        """Tokens (B, K, r², W_b) of the squares ``roi`` (B, K, 4) on ``grid`` (B, K, H, W, W_b)."""
+        channels_first = grid.flatten(0, 1).permute(0, 3, 1, 2)
+        sampled = sample_square(channels_first, roi.flatten(0, 1), self.local_side)  # (B·K, W_b, r, r)
+        tokens = sampled.flatten(2).transpose(1, 2).unflatten(0, grid.shape[:2])
+        return tokens + self.local(roi)[:, :, None] + self.local_cell

@@ -75,12 +75,16 @@ class VimMixer(nn.Module):
         """[B, L, D] -> [B, L, D]."""
         # z stays a transposed view of the projection: the scan reads any strides.
         x, z = self.in_proj(hidden).transpose(1, 2).chunk(2, dim=1)
+        return self.out_proj(self.scan(x, z).transpose(1, 2))
+
+    def scan(self, x: Tensor, z: Tensor) -> Tensor:
+        """Convolution, scan and gate in all directions: x, z [B, E, L] -> [B, E, L]."""
         y = self._direction(x, z, "", reverse=False)
         if not self.one_way:
             y = y + self._direction(x, z, "_b", reverse=True)
             if self.if_divide_out:
                 y = y / 2
-        return self.out_proj(y.transpose(1, 2))
+        return y
 
     def _direction(self, x: Tensor, z: Tensor, suffix: str, reverse: bool) -> Tensor:
         """One direction's conv, projections and scan over x, z [B, E, L]. Nothing is flipped in memory.

@@ -188,28 +188,46 @@ def test_lesion_tokens_follow_the_overview_and_share_the_budget():
         model(features(planes=2), position(planes=2))
 
 
-def test_another_square_changes_the_lesion_tokens_alone():
-    model = bridge(max_visual_tokens=13, local_side=3)
-    here, there = (
-        model(features(1), position(1), roi=torch.tensor([[[0.3, at, 0.4, 1.0]]])).detach() for at in (0.3, 0.7)
-    )
-    assert torch.equal(here[:, :4], there[:, :4])
-    assert (here[:, 4:] - there[:, 4:]).abs().amin(-1).max() > 0
-    unknown = model(features(1), position(1), roi=torch.zeros(1, 1, 4)).detach()
-    assert torch.equal(here[:, :4], unknown[:, :4]) and not torch.allclose(here[:, 4:], unknown[:, 4:])
+def without_mixing(**options: object) -> VimBridge:
+    """A bridge whose blocks do nothing: every token is its own features, projected."""
+    model = bridge(depth=1, **options)
+    torch.nn.init.zeros_(model.blocks[0].mixer.out_proj.weight)
+    return model
+
+
+def test_another_square_changes_the_lesion_tokens_and_through_the_scans_the_overview():
+    where = [torch.tensor([[[0.3, at, 0.4, 1.0]]]) for at in (0.3, 0.7)] + [torch.zeros(1, 1, 4)]
+    model = without_mixing(max_visual_tokens=13, local_side=3)
+    here, there, unknown = (model(features(1), position(1), roi=roi).detach() for roi in where)
+    assert torch.equal(here[:, :4], there[:, :4]) and torch.equal(here[:, :4], unknown[:, :4])
+    assert (here[:, 4:] - there[:, 4:]).abs().amax(-1).min() > 0
+    assert (here[:, 4:] - unknown[:, 4:]).abs().amax(-1).min() > 0
+    mixing = bridge(max_visual_tokens=13, local_side=3)
+    here, there = (mixing(features(1), position(1), roi=roi).detach() for roi in where[:2])
+    assert not torch.equal(here[:, :4], there[:, :4])
+
+
+def test_places_in_a_square_are_told_apart():
+    """Of features that are the same everywhere, each token of a square is another one."""
+    model = without_mixing(max_visual_tokens=13, local_side=3)
+    torch.nn.init.zeros_(model.position)
+    same = torch.ones(1, 1, CHANNELS, 8, 8) * torch.randn(CHANNELS, 1, 1)
+    tokens = model(same, position(1), roi=torch.tensor([[[0.3, 0.5, 0.4, 1.0]]]))[0, 4:]
+    assert torch.pdist(tokens).min() > 0.1 * tokens.norm(dim=-1).mean()
 
 
 def test_every_case_and_slice_has_its_own_square():
-    model = bridge(max_visual_tokens=26, local_side=3)
     seen, where = features(2, planes=2), position(2, planes=2)
     roi = torch.rand(2, 2, 4, generator=torch.Generator().manual_seed(0))
     roi[..., 3] = 1
+    model = bridge(max_visual_tokens=26, local_side=3)
     both = model(seen, where, roi=roi)
     alone = torch.cat([model(seen[b : b + 1], where[b : b + 1], roi=roi[b : b + 1]) for b in range(2)])
-    torch.testing.assert_close(both, alone)
+    torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-6)
     other = roi.clone()
     other[0, 1, :2] = 1 - other[0, 1, :2]
-    changed = (model(seen, where, roi=other) - both).abs().sum(-1) > 0
+    model = without_mixing(max_visual_tokens=26, local_side=3)
+    changed = (model(seen, where, roi=other) - model(seen, where, roi=roi)).abs().sum(-1) > 0
     assert changed.nonzero().tolist() == [[0, token] for token in range(8 + 9, 8 + 18)]
 
 
