@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,10 @@ class Config:
         role="run",
     )
     augment_shift: int = _key(0, "training images are moved in plane by up to so many voxels", role="run", minimum=0)
+    augment_rotate: float = _key(0.0, "they are turned in plane by up to so many degrees", role="run", minimum=0)
+    augment_noise: float = _key(
+        0.0, "they get Gaussian noise of up to this deviation, in units of the normalised image", role="run", minimum=0
+    )
     # bridge
     bridge_depth: int = _key(2, "Vision-Mamba blocks", role="arch", minimum=1)
     bridge_mixer: BridgeMixer = _key(
@@ -240,7 +245,7 @@ def _checked(key: str, value: Any, origin: str) -> Any:
     minimum = FIELDS[key].metadata["minimum"]
     if minimum is not None and value is not None and value < minimum:
         raise InputError(f"{origin}: '{key}' is {value}, expected at least {minimum}")
-    return value
+    return float(value) if expected is float else value
 
 
 def _matches(value: Any, expected: Any) -> bool:
@@ -253,6 +258,8 @@ def _matches(value: Any, expected: Any) -> bool:
         return isinstance(value, dict) and all(isinstance(t, str) for pair in value.items() for t in pair)
     if expected is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if expected is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, expected)
 
 
@@ -262,5 +269,11 @@ def _describe(expected: Any) -> str:
         return " or ".join(_describe(option) for option in get_args(expected))
     if origin is Literal:
         return "one of " + ", ".join(repr(option) for option in get_args(expected))
-    names = {int: "a whole number", bool: "true or false", str: "text", type(None): "nothing (empty)"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "nothing (empty)",
+    }
     return names.get(expected, "'text: text' pairs")

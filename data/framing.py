@@ -20,6 +20,7 @@ from torch import Tensor
 
 from config.plans import PreprocessPlan
 from config.schema import SlicePolicy
+from data.augmentation import Augmentation
 from data.cache import CachedVolume
 from data.lesions import Lesion, covering_slices, lesion_of_each
 
@@ -48,18 +49,23 @@ class Framing:
     """
 
     def __init__(
-        self, plan: PreprocessPlan, stride: Sequence[int], slices: int, policy: SlicePolicy, shift: int = 0
+        self,
+        plan: PreprocessPlan,
+        stride: Sequence[int],
+        slices: int,
+        policy: SlicePolicy,
+        augmentation: Augmentation | None = None,
     ) -> None:
-        """``shift``: move the image in plane by up to so many voxels at random; no side or zone changes by it."""
-        self.shift = shift
+        """``augmentation``: for training; by default nothing is changed."""
+        self.augmentation = augmentation or Augmentation()
         self.patch_size = tuple(plan.patch_size)
         self.stride = tuple(stride)
         self.slices = slices
         self.policy = policy
 
     def __call__(self, volume: CachedVolume) -> View:
-        """What is seen, moved at random where asked for."""
-        return self.moved(self.cut(volume))
+        """What is seen, changed at random where asked for."""
+        return self.changed(self.cut(volume))
 
     def cut(self, volume: CachedVolume) -> View:
         """The same every time: what is read of the disk. ``images`` is an array."""
@@ -78,15 +84,11 @@ class Framing:
         roi = torch.tensor([_square(lesion, starts, sizes) for lesion in lesion_of_each(volume.lesions, ranges)])
         return View(images, position, roi)
 
-    def moved(self, view: View) -> View:
-        """All slices by the same offset, which is drawn from torch's generator: a resumed run restores it."""
-        offset, roi = (0, 0), view.roi
-        if self.shift:
-            offset = tuple(torch.randint(-self.shift, self.shift + 1, (2,)).tolist())
-            by = torch.tensor([o / extent for o, extent in zip(offset, view.images.shape[-2:], strict=True)])
-            roi = torch.cat([roi[:, :2] + by * roi[:, 3:], roi[:, 2:]], dim=1)
-        # A sample may be written to, what is kept not.
-        return View(torch.from_numpy(shifted(view.images, offset).copy()), view.slice_position, roi)
+    def changed(self, view: View) -> View:
+        """A copy, changed at random where asked for: a sample may be written to, what is kept not."""
+        images = torch.from_numpy(np.array(view.images))
+        images, roi = self.augmentation(images, view.roi)
+        return View(images, view.slice_position, roi)
 
     def chosen_slices(self, volume: CachedVolume) -> list[int]:
         """Indices of the K slices of a 2-D encoder, ascending."""
@@ -157,19 +159,6 @@ def centred(plane: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """(C, *spatial) zero-padded on both sides to (C, *size); zero is the mean after CT normalisation."""
     missing = [max(target - extent, 0) for target, extent in zip(size, plane.shape[1:], strict=True)]
     return np.pad(np.asarray(plane, dtype=np.float32), [(0, 0), *((m // 2, m - m // 2) for m in missing)])
-
-
-def shifted(plane: np.ndarray, offset: tuple[int, int]) -> np.ndarray:
-    """(C, …, H, W) moved by ``offset`` rows and columns; what moves in is zero, what moves out is lost."""
-    if offset == (0, 0):
-        return plane
-    source, target = [], []
-    for by, extent in zip(offset, plane.shape[-2:], strict=True):
-        source.append(slice(max(-by, 0), extent - max(by, 0)))
-        target.append(slice(max(by, 0), extent - max(-by, 0)))
-    moved = np.zeros_like(plane)
-    moved[(..., *target)] = plane[(..., *source)]
-    return moved
 
 
 def _square(lesion: Lesion | None, starts: Sequence[int], sizes: Sequence[int]) -> list[float]:

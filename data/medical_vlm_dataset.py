@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from config.plans import PreprocessPlan
 from config.schema import Config
+from data.augmentation import Augmentation
 from data.cache import CachedVolume
 from data.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
 from data.framing import Framing, View
@@ -75,8 +76,8 @@ class MedicalVLMDataset(Dataset):
             table, image_root=Path(config.image_root) if config.image_root else None, path_map=config.path_map
         )
         prompts = read_prompts(Path(config.caption_prompt_json)) if config.caption_prompt_json else []
-        shift = config.augment_shift if train else 0
-        framing = Framing(cache.plan, stride, config.slices, config.slice_policy, shift)
+        changes = Augmentation(config.augment_shift, config.augment_rotate, config.augment_noise) if train else None
+        framing = Framing(cache.plan, stride, config.slices, config.slice_policy, changes)
         keep_mb = config.memory_cache_mb / max(config.num_workers, 1)  # every worker keeps its own
         return cls(rows, cache, framing, prompts, seed, keep_mb)
 
@@ -85,7 +86,7 @@ class MedicalVLMDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         row = self.rows[index]
-        view = self.framing.moved(self._kept.get(index) or self._read(index))
+        view = self.framing.changed(self._kept.get(index) or self._read(index))
         return Sample(*view, self.questions[index], row.answer, index)
 
     def _read(self, index: int) -> View:

@@ -9,15 +9,17 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
+from config.schema import BridgeMixer, CMIKind, Config
 from data.finding import Finding
 from data.phantom_report import score_reports
 from engine.bootstrap import Score, mean_score
 
 BASELINE = "baseline"
+STAGE1 = "align"  # the baseline's start of Stage 2
 MEASURES = {
     "exact_acc": "exact",
     "location_acc": "side and zone",
@@ -34,36 +36,50 @@ class Variant:
     axis: str
     name: str
     keys: Mapping[str, Any] = field(default_factory=dict)
-    start: str = "align"
+    start: str = STAGE1
     flags: tuple[str, ...] = ()
     random_encoder: bool = False
+
+    def differs_from(self, base: Config) -> bool:
+        """Whether it is the baseline itself, or another set-up than the baseline's."""
+        other = self.start != STAGE1 or self.flags or self.random_encoder
+        return bool(self.axis == BASELINE or other or base.replace(**self.keys) != base)
 
     @property
     def folder(self) -> str:
         return f"{self.axis}_{self.name}".replace(" ", "_")
 
 
-def variants(grid: int) -> list[Variant]:
-    """``grid``: side of the baseline's token grid; a region of interest has half of it."""
-    half = max(grid // 2, 1)
-    lesion = {"roi_side": half, "roi_policy": "lesion", "max_visual_tokens": half**2 + 4}
-    return [
+def variants(base: Config) -> list[Variant]:
+    """The baseline and everything that is compared with it; what the baseline is already is left out.
+
+    A region of interest has the baseline's ``roi_side``, or without one half of its token grid. Budgets of visual
+    tokens are squares of 7, 14 and 28, as far as each slice gets a token.
+    """
+    side = base.roi_side or max(base.encoder_target_spatial // 2, 1)
+    # The budget of a baseline without squares has no room for them: one overview token a slice is added.
+    room = base.slices * (side**2 + 1)
+    lesion = {"roi_side": side, "roi_policy": "lesion", "max_visual_tokens": max(base.max_visual_tokens, room)}
+    found = [
         Variant(BASELINE, BASELINE),
         Variant("Stage-1 start", "scratch", start="scratch"),
         Variant("Stage-1 start", "proxy_l2", start="proxy_l2"),
-        Variant("bridge", "linear", {"bridge_mixer": "linear"}),
-        Variant("bridge", "one-way", {"bridge_mixer": "one_way"}),
-        Variant("CMI", "on", {"use_cmi": True}),
-        Variant("RoI", "centre", {"roi_side": half}),
+        *(Variant("bridge", mixer, {"bridge_mixer": mixer}) for mixer in get_args(BridgeMixer)),
+        Variant("CMI", "off", {"use_cmi": False}),
+        *(Variant("CMI", kind, {"use_cmi": True, "cmi_kind": kind}) for kind in get_args(CMIKind)),
+        Variant("RoI", "off", {"roi_side": None, "roi_policy": "centre"}),
+        Variant("RoI", "centre", {"roi_side": side, "roi_policy": "centre"}),
         Variant("RoI", "lesion", lesion),
-        *(
-            Variant("visual tokens", f"{n * n}", {"max_visual_tokens": n * n, "encoder_target_spatial": max(n, grid)})
-            for n in (7, 14, 28)
-        ),
+        *(Variant("visual tokens", f"{n * n}", {"max_visual_tokens": n * n}) for n in (7, 14, 28)),
+        *(Variant("augmentation", f"shift {n}", {"augment_shift": n}) for n in (0, 2, 6)),
+        Variant("augmentation", "rotate 5", {"augment_rotate": 5.0}),
+        Variant("augmentation", "noise 0.2", {"augment_noise": 0.2}),
         Variant("language model", "LoRA, rank 8", flags=("--lora_rank", "8")),
         Variant("encoder", "random, trained", {"train_encoder": True}, random_encoder=True),
         Variant("encoder", "nnU-Net, trained on", {"train_encoder": True}),
+        Variant("encoder", "nnU-Net, frozen", {"train_encoder": False}),
     ]  # fmt: skip
+    return [one for one in found if one.differs_from(base)]
 
 
 def score_cases(truth: Sequence[Sequence[Finding]], texts: Sequence[str]) -> dict[str, Score]:
@@ -85,12 +101,12 @@ class Outcome:
 
 def markdown(outcomes: Iterable[Outcome], commands: Sequence[str], about: str) -> str:
     """The table: a row for each variant and seed, and the command lines that made it."""
-    head = ["", "variant", "seed", *MEASURES.values(), "loss after epoch 1", "at the end", "seconds"]
+    head = ["", "variant", "seed", *MEASURES.values(), "validation loss by epoch", "seconds"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for one in outcomes:
         cells = [f"{s.value:.3f} [{s.low:.3f}, {s.high:.3f}]" for s in (one.scores[name] for name in MEASURES)]
-        losses = [f"{one.loss[0]:.3f}", f"{one.loss[-1]:.3f}"]
-        row = [one.variant.axis, one.variant.name, str(one.seed), *cells, *losses, f"{one.seconds:.0f}"]
+        losses = " ".join(f"{loss:.3f}" for loss in one.loss)
+        row = [one.variant.axis, one.variant.name, str(one.seed), *cells, losses, f"{one.seconds:.0f}"]
         lines.append(f"| {' | '.join(row)} |")
     shown = "\n".join(commands)
     return f"{about}\n\n" + "\n".join(lines) + f"\n\n```bash\n{shown}\n```\n"

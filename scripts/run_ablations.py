@@ -36,6 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=positive_int, default=16)
     parser.add_argument("--lr", type=positive_float, default=6e-3, help="of Stage 2")
     parser.add_argument("--stage1_lr", type=positive_float, default=4e-3)
+    parser.add_argument("--max_new_tokens", type=positive_int, default=300, help="a report is cut there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--only", nargs="+", help="axes or variants (default: all)")
     return parser.parse_args()
@@ -86,7 +87,8 @@ def commands_of(args: argparse.Namespace, variant: Variant, seed: int, folder: P
         *variant.flags,
     ]
     scores = ["scripts/score_phantoms.py", "--checkpoint", str(folder / "vision_bridge_vlm_final.pt"),
-              "--data", str(args.data), "--out", str(folder / "scores.json"), "--seed", str(seed)]  # fmt: skip
+              "--data", str(args.data), "--out", str(folder / "scores.json"), "--seed", str(seed),
+              "--max_new_tokens", str(args.max_new_tokens)]  # fmt: skip
     return [*([] if scratch else [stage1]), stage2, scores]
 
 
@@ -141,7 +143,7 @@ def main() -> None:
     args = parse_args()
     args.out, args.data = args.out.resolve(), args.data.resolve()
     base = load_config(args.base)
-    todo = chosen(variants(base.encoder_target_spatial), args.only)
+    todo = chosen(variants(base), args.only)
     outcomes = []
     for number, (variant, seed) in enumerate([(v, s) for v in todo for s in args.seeds], start=1):
         folder, seconds = run_variant(args, base, variant, seed)

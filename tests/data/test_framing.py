@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config.plans import Intensity, PreprocessPlan, Resampling
+from data.augmentation import Augmentation
 from data.cache import CachedVolume
 from data.framing import ROI_MARGIN, Framing, centred, choose_slices
 from data.lesions import Lesion, covering_slices, find_lesions, lesion_of_each
@@ -326,7 +327,7 @@ def test_roi_moves_with_the_image(seed):
     volume.image.array[:] = 0
     volume.image.array[0, 2, 10:14, 12:20] = 1
     torch.manual_seed(seed)
-    images, _, roi = Framing(PLAN_2D, (8, 8), 1, "mask", shift=5)(volume)
+    images, _, roi = Framing(PLAN_2D, (8, 8), 1, "mask", Augmentation(shift=5))(volume)
     rows, columns = np.nonzero(images[0, 0].numpy())
     centre = [(rows.min() + rows.max() + 1) / 2 / 32, (columns.min() + columns.max() + 1) / 2 / 32]
     assert roi[0, :2].tolist() == pytest.approx(centre)

@@ -17,7 +17,6 @@ from config.errors import InputError
 from config.plans import Intensity, PreprocessPlan, Resampling
 from config.schema import build_config
 from data.cache import VolumeCache
-from data.framing import shifted
 from data.medical_vlm_dataset import (
     CaptionCollator,
     MedicalVLMDataset,
@@ -161,15 +160,6 @@ def test_spawned_worker_gives_what_the_main_process_gives(table, tokenizer):
         assert one.keys() == other.keys()
         for key in one:
             torch.testing.assert_close(other[key], one[key], rtol=0, atol=0)
-
-
-def test_shifted_moves_and_fills_with_zero():
-    plane = np.arange(12, dtype=np.float32).reshape(1, 3, 4) + 1
-    moved = shifted(plane, (1, -2))
-    assert np.array_equal(moved[0, 1:, :2], plane[0, :2, 2:])
-    assert not moved[0, 0].any() and not moved[0, :, 2:].any()
-    assert shifted(plane, (0, 0)) is plane
-    assert not shifted(plane, (3, 0)).any()
 
 
 @pytest.mark.parametrize(("megabytes", "reads"), [(0, 6), (64, 3)])

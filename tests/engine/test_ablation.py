@@ -33,14 +33,32 @@ def script() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("grid", [8, 16, 28])
-def test_every_variant_is_a_valid_configuration_with_room_for_its_tokens(grid):
-    folders = [variant.folder for variant in variants(grid)]
-    assert len(set(folders)) == len(folders)
-    for variant in variants(grid):
-        config = build_config({"encoder_target_spatial": grid, "max_visual_tokens": 16, **variant.keys}, "test")
+BASES = [
+    {"encoder_target_spatial": 8, "max_visual_tokens": 16},
+    {"encoder_target_spatial": 28, "use_cmi": True, "bridge_mixer": "linear", "augment_shift": 2},
+    {"slices": 4, "encoder_target_spatial": 16, "max_visual_tokens": 80, "roi_side": 2, "roi_policy": "lesion"},
+]
+
+
+@pytest.mark.parametrize("keys", BASES)
+def test_every_variant_is_a_valid_configuration_with_room_for_its_tokens(keys):
+    base = build_config(keys, "test")
+    found = variants(base)
+    assert found[0].axis == "baseline" and len({variant.folder for variant in found}) == len(found)
+    for variant in found:
+        config = base.replace(**variant.keys)
         local = config.roi_side if config.roi_policy == "lesion" else 0
-        assert grid_side(config.max_visual_tokens, 1, config.encoder_target_spatial, local) >= 1
+        assert grid_side(config.max_visual_tokens, config.slices, config.encoder_target_spatial, local) >= 1
+
+
+@pytest.mark.parametrize("keys", BASES)
+def test_no_variant_repeats_the_baseline_and_every_axis_has_one(keys):
+    base = build_config(keys, "test")
+    found = variants(base)[1:]
+    changed = [v for v in found if base.replace(**v.keys) != base]
+    assert all(v in changed or v.start != "align" or v.flags or v.random_encoder for v in found)
+    axes = {"Stage-1 start", "bridge", "CMI", "RoI", "visual tokens", "augmentation", "language model", "encoder"}
+    assert {v.axis for v in found} == axes
 
 
 def test_scores_are_those_of_the_whole_with_an_interval():
@@ -101,7 +119,7 @@ def test_a_table_is_written_and_nothing_is_run_twice(script, runs, monkeypatch):
     scratch = next(call for call in runs.calls if "--from_scratch" in call)
     assert scratch[scratch.index("--epochs") + 1] == "5", "the steps of both stages"
     table = (runs.root / "out" / "ablations.md").read_text(encoding="utf-8")
-    assert "| bridge | linear | 42 | 0.500 [" in table and "| 2.000 | 1.500 |" in table and "--only" in table
+    assert "| bridge | linear | 42 | 0.500 [" in table and "| 2.000 1.500 |" in table and "--only" in table
     assert len(json.loads((runs.root / "out" / "ablations.json").read_text(encoding="utf-8"))) == 4
     start(script, runs, monkeypatch, *only)
     assert len(runs.calls) == len(scripts)
