@@ -65,6 +65,8 @@ def variants(base: Config) -> list[Variant]:
         Variant("Stage-1 start", "scratch", start="scratch"),
         Variant("Stage-1 start", "proxy_l2", start="proxy_l2"),
         *(Variant("bridge", mixer, {"bridge_mixer": mixer}) for mixer in get_args(BridgeMixer)),
+        Variant("bridge", "pooled before", {"bridge_pool": "before"}),
+        Variant("bridge", "pooled after", {"bridge_pool": "after"}),
         Variant("CMI", "off", {"use_cmi": False}),
         *(Variant("CMI", kind, {"use_cmi": True, "cmi_kind": kind}) for kind in get_args(CMIKind)),
         Variant("RoI", "off", {"roi_side": None, "roi_policy": "centre"}),

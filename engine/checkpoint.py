@@ -230,8 +230,8 @@ def load_vision_weights(vision: VisionBridge, checkpoint: Checkpoint) -> list[st
 
 # What the weights were trained with; another value would load and give other tokens in silence.
 _FIXED = (
-    "encoder_output_stage", "encoder_target_spatial", "bridge_depth", "bridge_width", "bridge_mixer", "roi_side",
-    "roi_policy",
+    "encoder_output_stage", "encoder_target_spatial", "bridge_depth", "bridge_width", "bridge_mixer", "bridge_pool",
+    "roi_side", "roi_policy",
 )  # fmt: skip
 _FREE = ("max_visual_tokens", "slices", "use_cmi", "cmi_compress_to")
 

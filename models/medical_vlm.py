@@ -64,6 +64,7 @@ class VisionBridge(nn.Module):
             output_std=output_std,
             local_side=config.roi_side if lesion else 0,
             mixer=config.bridge_mixer,
+            pool_first=config.bridge_pool == "before",
         )
         kind = GatedCMI if config.cmi_kind == "gated" else CMI
         cmi = kind(llm_width, compress_to=config.cmi_compress_to) if with_cmi else None

@@ -4,7 +4,8 @@ features        [B, K, C, H, W]          K slices (or depth planes) of encoder f
   project       [B, K, H·W, W_b]         W_b = bridge width; plus 2-D position, plus slice position
   + lesion      [B, K, H·W + r·r, W_b]   r x r more for each slice, sampled around its lesion    (roi_policy lesion)
   VimBlock × n  [B, K·(H·W + r·r), W_b]  bidirectional scan over all slices' tokens, a slice's square after its grid
-  pool          [B, K·s·s, W_b]          the grids; s = side of the largest square grid that fits the token budget
+  pool          [B, K·s·s, W_b]          the grids; s = side of the largest square grid that fits the token budget;
+                                         bridge_pool before: ahead of the blocks, which then scan fewer tokens
   project       [B, L, D]                grids, then squares; D = the LLM's width, scaled like the LLM's own embeddings
 """
 
@@ -38,6 +39,12 @@ def grid_side(max_tokens: int, planes: int, available: int, local_side: int = 0)
             f"{local}; raise it to {least} or more"
         )
     return min(math.isqrt(max_tokens // planes - local_side**2), available)
+
+
+def pooled(grid: Tensor, side: int) -> Tensor:
+    """Average (B, K, H, W, C) to (B, K, ``side``, ``side``, C)."""
+    channels_first = grid.flatten(0, 1).permute(0, 3, 1, 2)
+    return F.adaptive_avg_pool2d(channels_first, side).permute(0, 2, 3, 1).unflatten(0, grid.shape[:2])
 
 
 def sincos_2d(side: int, width: int) -> Tensor:
@@ -108,6 +115,7 @@ class VimBridge(nn.Module):
         output_std: float = 0.1,
         local_side: int = 0,
         mixer: BridgeMixer = "vim",
+        pool_first: bool = False,
     ) -> None:
         """
         Args:
@@ -119,10 +127,13 @@ class VimBridge(nn.Module):
             local_side: r, side of the grid of tokens around each slice's lesion; 0: none.
             mixer: ``vim`` reads the tokens from both ends, ``one_way`` from the first to the last, ``linear`` has no
                 blocks: each token stays alone.
+            pool_first: pool to the budget before the blocks, which then scan s·s tokens a slice and not H·W; squares
+                are still sampled from all features.
         """
         super().__init__()
         self.max_visual_tokens = max_visual_tokens
         self.local_side = local_side
+        self.pool_first = pool_first
         self.output_std = output_std
         self.in_norm = nn.LayerNorm(in_channels)
         self.in_proj = nn.Linear(in_channels, width)
@@ -161,7 +172,9 @@ class VimBridge(nn.Module):
         grid = self.in_proj(self.in_norm(features.permute(0, 1, 3, 4, 2)))  # (B, K, H, W, W_b)
         grid = grid + self.position[0, :, row : row + H, column : column + W].permute(1, 2, 0)
         grid = grid + self.slice_position(slice_position)[:, :, None, None]
-        hidden = grid.flatten(2, 3)  # (B, K, H·W, W_b)
+        side = grid_side(self.max_visual_tokens, K, min(H, W), self.local_side)
+        scanned = pooled(grid, side) if self.pool_first else grid
+        hidden = scanned.flatten(2, 3)  # (B, K, H·W, W_b)
         if self.local_side:
             if roi is None:
                 raise ValueError("this bridge looks around lesions: roi (B, K, 4) is needed")
@@ -172,11 +185,10 @@ class VimBridge(nn.Module):
             hidden, residual = block(hidden, residual)
         hidden = self.out_norm(hidden if residual is None else hidden + residual)
 
-        overview, squares = hidden.unflatten(1, (K, -1)).split([H * W, self.local_side**2], dim=2)
-        side = grid_side(self.max_visual_tokens, K, min(H, W), self.local_side)
-        overview = overview.reshape(B * K, H, W, -1).permute(0, 3, 1, 2)
-        overview = F.adaptive_avg_pool2d(overview, side).flatten(2).transpose(1, 2).unflatten(0, (B, K))
-        return self.out_proj(torch.cat([overview.flatten(1, 2), squares.flatten(1, 2)], dim=1))
+        cells = scanned.shape[2] * scanned.shape[3]
+        overview, squares = hidden.unflatten(1, (K, -1)).split([cells, self.local_side**2], dim=2)
+        overview = pooled(overview.unflatten(2, scanned.shape[2:4]), side)
+        return self.out_proj(torch.cat([overview.flatten(1, 3), squares.flatten(1, 2)], dim=1))
 
     def _squares(self, grid: Tensor, roi: Tensor) -> Tensor:
         """Tokens (B, K, r², W_b) of the squares ``roi`` (B, K, 4) on ``grid`` (B, K, H, W, W_b)."""

@@ -64,6 +64,21 @@ def test_shape_of_the_tokens(planes, budget, tokens):
     assert output.shape == (2, tokens, OUT)
 
 
+@pytest.mark.parametrize("local_side", [0, 2])
+def test_pooling_first_gives_the_same_tokens_where_blocks_do_nothing_and_as_many_where_they_do(local_side):
+    roi = torch.tensor([0.3, 0.6, 0.4, 1.0]).expand(2, 3, 4)
+    options = {"max_visual_tokens": 30, "local_side": local_side}
+    models = {first: bridge(mixer="linear", pool_first=first, **options) for first in (False, True)}
+    for model in models.values():  # the norm of a mean is not the mean of norms: it is left out
+        model.out_norm = torch.nn.Identity()
+    after, before = (models[first](features(planes=3), position(planes=3), roi=roi) for first in (False, True))
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
+    after, before = (
+        bridge(pool_first=first, **options)(features(planes=3), position(planes=3), roi=roi) for first in (False, True)
+    )
+    assert after.shape == before.shape and not torch.allclose(after, before, atol=1e-3)
+
+
 def test_tokens_keep_the_order_of_slices_and_rows():
     """Without blocks there is no mixing: token (plane, row, column) is its own features, projected."""
     model = bridge(depth=1, max_visual_tokens=48)
