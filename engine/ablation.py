@@ -17,6 +17,7 @@ from config.schema import BridgeMixer, CMIKind, Config
 from data.finding import Finding
 from data.phantom_report import score_reports
 from engine.bootstrap import Score, mean_score
+from models.vim_bridge import grid_side
 
 BASELINE = "baseline"
 STAGE1 = "align"  # the baseline's start of Stage 2
@@ -54,7 +55,10 @@ def variants(base: Config) -> list[Variant]:
     """The baseline and everything that is compared with it; what the baseline is already is left out.
 
     A region of interest has the baseline's ``roi_side``, or without one half of its token grid. Budgets of visual
-    tokens are squares of 7, 14 and 28, as far as each slice gets a token.
+    tokens are squares of 7, 14 and 28.
+
+    Raises:
+        InputError: the baseline's slices and squares need more than 49 visual tokens.
     """
     side = base.roi_side or max(base.encoder_target_spatial // 2, 1)
     # The budget of a baseline without squares has no room for them: one overview token a slice is added.
@@ -72,7 +76,7 @@ def variants(base: Config) -> list[Variant]:
         Variant("RoI", "off", {"roi_side": None, "roi_policy": "centre"}),
         Variant("RoI", "centre", {"roi_side": side, "roi_policy": "centre"}),
         Variant("RoI", "lesion", lesion),
-        *(Variant("visual tokens", f"{n * n}", {"max_visual_tokens": n * n}) for n in (7, 14, 28)),
+        *(_tokens(base, n * n) for n in (7, 14, 28)),
         *(Variant("augmentation", f"shift {n}", {"augment_shift": n}) for n in (0, 2, 6)),
         Variant("augmentation", "rotate 5", {"augment_rotate": 5.0}),
         Variant("augmentation", "noise 0.2", {"augment_noise": 0.2}),
@@ -82,6 +86,13 @@ def variants(base: Config) -> list[Variant]:
         Variant("encoder", "nnU-Net, frozen", {"train_encoder": False}),
     ]  # fmt: skip
     return [one for one in found if one.differs_from(base)]
+
+
+def _tokens(base: Config, budget: int) -> Variant:
+    """Another budget of visual tokens, with a grid that has as many features as it asks for."""
+    local = base.roi_side if base.roi_policy == "lesion" and base.roi_side else 0
+    grid = max(base.encoder_target_spatial, grid_side(budget, base.slices, budget, local))
+    return Variant("visual tokens", str(budget), {"max_visual_tokens": budget, "encoder_target_spatial": grid})
 
 
 def score_cases(truth: Sequence[Sequence[Finding]], texts: Sequence[str]) -> dict[str, Score]:

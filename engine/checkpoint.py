@@ -32,10 +32,22 @@ from models.medical_vlm import VisionBridge
 from models.nnunet_encoder import NnUNetEncoder
 
 FORMAT = "mamba-ct-report"
-VERSION = 1
+VERSION = 2
+
+
+def _squares_pass_the_blocks(content: dict) -> dict:
+    """Version 2: the tokens around lesions pass the bridge's blocks, where they were added behind them before. Weights
+    for the one are of no use for the other; without such tokens nothing changed."""
+    if content.get("config", {}).get("roi_policy") == "lesion":
+        raise InputError(
+            "it was trained with roi_policy: lesion of an older version, whose tokens around lesions did not pass the "
+            "bridge's blocks; train both stages again"
+        )
+    return content
+
 
 # From version n to n + 1, by name; a file of an older layout passes through all that follow it.
-MIGRATIONS: dict[int, Callable[[dict], dict]] = {}
+MIGRATIONS: dict[int, Callable[[dict], dict]] = {1: _squares_pass_the_blocks}
 
 
 @dataclass
@@ -175,7 +187,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if version > VERSION:
         raise InputError(f"{path} has format version {version}, this program knows {VERSION}: update the program")
     while version < VERSION:
-        content = MIGRATIONS[version](content)
+        try:
+            content = MIGRATIONS[version](content)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         version += 1
     needed = [name for name in Checkpoint.__dataclass_fields__ if name not in ("path", "adapters")]
     fields = {name: _part(content, name, path) for name in needed} | {"adapters": content.get("adapters")}

@@ -3,7 +3,8 @@
     python scripts/quickstart.py
     python scripts/run_ablations.py --base outputs/quickstart/paths.yaml --data outputs/quickstart/data
 
-Writes OUT/ablations.md and OUT/ablations.json, a folder for each variant and seed, and goes on where it was stopped.
+Writes OUT/ablations.md and OUT/ablations.json after each variant, a folder for each variant and seed, and goes on where
+it was stopped.
 """
 
 from __future__ import annotations
@@ -139,25 +140,15 @@ def judge(args: argparse.Namespace, variant: Variant, seed: int, folder: Path, s
     return Outcome(variant, seed, scores, read_losses(folder / "stage2_log.jsonl"), seconds)
 
 
-def main() -> None:
-    args = parse_args()
-    args.out, args.data = args.out.resolve(), args.data.resolve()
-    base = load_config(args.base)
-    todo = chosen(variants(base), args.only)
-    outcomes = []
-    for number, (variant, seed) in enumerate([(v, s) for v in todo for s in args.seeds], start=1):
-        folder, seconds = run_variant(args, base, variant, seed)
-        outcomes.append(judge(args, variant, seed, folder, seconds))
-        shown = ", ".join(f"{name} {score}" for name, score in outcomes[-1].scores.items())
-        total = len(todo) * len(args.seeds)
-        print(f"[{number}/{total}] {variant.axis}: {variant.name}, seed {seed}: {shown}", flush=True)
-    commands = [" ".join(["python", "scripts/run_ablations.py", *sys.argv[1:]])]
+def write_table(args: argparse.Namespace, outcomes: list[Outcome]) -> None:
+    """What has come out so far, as Markdown and as JSON."""
     n = outcomes[0].scores["exact_acc"].n
     about = (
         f"Held-out synthetic cases: {n}. Stage 1: {args.stage1_epochs} epochs, Stage 2: {args.epochs} (from scratch: "
         f"{args.epochs + args.stage1_epochs}), batch {args.batch_size}. In brackets: 95 % bootstrap intervals."
     )
-    (args.out / "ablations.md").write_text(markdown(outcomes, commands, about), encoding="utf-8")
+    command = " ".join(["python", "scripts/run_ablations.py", *sys.argv[1:]])
+    (args.out / "ablations.md").write_text(markdown(outcomes, [command], about), encoding="utf-8")
     rows = [
         {"axis": o.variant.axis, "variant": o.variant.name, "keys": dict(o.variant.keys), "seed": o.seed,
          "scores": {name: score.as_dict() for name, score in o.scores.items()}, "val_loss": list(o.loss),
@@ -165,6 +156,20 @@ def main() -> None:
         for o in outcomes
     ]  # fmt: skip
     (args.out / "ablations.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def main() -> None:
+    args = parse_args()
+    args.out, args.data = args.out.resolve(), args.data.resolve()
+    base = load_config(args.base)
+    todo = [(variant, seed) for variant in chosen(variants(base), args.only) for seed in args.seeds]
+    outcomes: list[Outcome] = []
+    for number, (variant, seed) in enumerate(todo, start=1):
+        folder, seconds = run_variant(args, base, variant, seed)
+        outcomes.append(judge(args, variant, seed, folder, seconds))
+        write_table(args, outcomes)
+        shown = ", ".join(f"{name} {score}" for name, score in outcomes[-1].scores.items())
+        print(f"[{number}/{len(todo)}] {variant.axis}: {variant.name}, seed {seed}: {shown}", flush=True)
     print(f"table: {args.out / 'ablations.md'}", flush=True)
 
 

@@ -109,7 +109,7 @@ def test_everything_that_was_saved_comes_back(tmp_path, source):
 
 def test_torch_opens_it_without_running_code(saved):
     content = torch.load(saved, weights_only=True)
-    assert content["format"] == "mamba-ct-report" and content["version"] == 1
+    assert content["format"] == "mamba-ct-report" and content["version"] == 2
     wanted = {"model_state_dict", "step", "epoch", "val_loss", "config", "preprocess_plan", "llm", "diagnostics"}
     assert wanted < set(content)
     assert not any(key.startswith("lm.") for key in content["model_state_dict"])
@@ -295,14 +295,14 @@ def test_nnunets_own_file_is_recognised(assets):
 
 
 def test_newer_version(saved):
-    assert "format version 2, this program knows 1: update" in refusal(edited(saved, version=2))
+    assert "format version 3, this program knows 2: update" in refusal(edited(saved, version=3))
 
 
 def test_older_version_passes_through_its_migrations(saved, monkeypatch):
     def renamed(content: dict) -> dict:
         return {**content, "epoch": content["epochs_done"]}
 
-    monkeypatch.setattr(module, "MIGRATIONS", {0: renamed})
+    monkeypatch.setattr(module, "MIGRATIONS", {**module.MIGRATIONS, 0: renamed})
     assert load_checkpoint(edited(saved, remove="epoch", version=0, epochs_done=7)).epoch == 7
 
 
@@ -357,6 +357,27 @@ def test_checkpoint_with_cmi_into_a_model_without_is_refused(tmp_path, source):
         load_vision_weights(vision_of(source, configuration()), load_checkpoint(path))
 
 
+def test_another_kind_of_cmi_is_refused_and_without_one_it_does_not_matter(tmp_path, saved, source):
+    config = configuration(use_cmi=True)
+    path = save(tmp_path / "a.pt", vision_of(source, config, with_cmi=True), source[1], config)
+    gated = configuration(use_cmi=True, cmi_kind="gated")
+    with pytest.raises(InputError, match="trained with cmi_kind: text_ssm, the configuration says gated"):
+        check_agreement(load_checkpoint(path), gated)
+    assert len(check_agreement(load_checkpoint(saved), gated)) == 1
+
+
+@pytest.mark.parametrize(("policy", "loads"), [("centre", True), ("lesion", False)])
+def test_a_checkpoint_of_version_1_loads_unless_it_has_tokens_around_lesions(saved, policy, loads):
+    content = torch.load(saved, weights_only=True)
+    content["version"], content["config"]["roi_policy"] = 1, policy
+    torch.save(content, saved)
+    if loads:
+        assert load_checkpoint(saved).config.roi_policy == policy
+    else:
+        with pytest.raises(InputError, match=f"{saved}: it was trained with roi_policy: lesion of an older version"):
+            load_checkpoint(saved)
+
+
 @pytest.mark.parametrize("with_cmi", [False, True])
 def test_another_language_model_width_is_said_with_both_widths_and_its_name(saved, source, with_cmi):
     vision = vision_of(source, configuration(), width=40, with_cmi=with_cmi)
@@ -398,6 +419,7 @@ def test_a_refused_load_changes_nothing(saved, source):
         ("bridge_depth", 3),
         ("bridge_width", 64),
         ("bridge_mixer", "one_way"),
+        ("bridge_pool", "before"),
         ("roi_side", 3),
         ("roi_policy", "lesion"),
     ],
