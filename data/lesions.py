@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
+from scipy.optimize import linear_sum_assignment
 
 MOST = 64  # lesions kept of one case, by size; a mask with more is noise or a disease of the whole lung
 
@@ -83,30 +84,56 @@ def find_lesions(mask: np.ndarray, most: int = MOST) -> list[Lesion]:
 def covering_slices(lesions: Sequence[Lesion], lesion_voxels: np.ndarray, count: int) -> list[int]:
     """At most ``count`` slices that show the lesions, the most important first.
 
-    First the slice with most lesion; then, largest lesion first, for each its largest slice that is not taken yet;
-    then the slices with most lesion. A single large lesion so takes one slice before a small one has its own.
+    Each of the ``count`` largest lesions has a slice of its own, by falling size, so chosen that every one is shown
+    nearly as large as it gets; where two lie in one slice alone, it is there twice. Then the slices with most lesion.
+    A single slice is the one with most lesion.
 
     Args:
         lesion_voxels: (z,), voxels of any lesion in each slice.
     """
     by_area = [int(z) for z in np.argsort(-lesion_voxels, kind="stable") if lesion_voxels[z] > 0]
-    chosen = by_area[:1]
-    shown = max(lesions, key=lambda lesion: lesion.area(by_area[0]), default=None) if by_area else None
-    for lesion in lesions:
-        own = [z for z in lesion.slices_by_area if z not in chosen]
-        if own and lesion is not shown:
-            chosen.append(own[0])
-    return [*chosen, *(z for z in by_area if z not in chosen)][:count]
+    if count == 1:
+        return by_area[:1]
+    shown = lesions[:count]
+    areas = np.array([[lesion.area(z) for z in by_area] for lesion in shown]).reshape(len(shown), len(by_area))
+    places = _one_each(areas)
+    own = [by_area[areas[k].argmax() if place is None else place] for k, place in enumerate(places)]
+    return [*own, *(z for z in by_area if z not in own)][:count]
 
 
 def lesion_of_each(lesions: Iterable[Lesion], ranges: Sequence[Span]) -> list[Lesion | None]:
-    """For each range of slices the lesion it is the one to show: every lesion once, largest first, where it is largest.
+    """For each range of slices the lesion it is the one to show: every lesion once, as far as there are ranges, so
+    that each is shown nearly as large as it gets; the largest lesions first.
 
     A range that shows no lesion, or only such as another range shows better, has None.
     """
+    shown = list(lesions)[: len(ranges)]
+    areas = np.array([[sum(lesion.area(z) for z in range(*span)) for span in ranges] for lesion in shown])
     found: list[Lesion | None] = [None] * len(ranges)
-    for lesion in lesions:
-        areas = [sum(lesion.area(z) for z in range(*span)) if found[k] is None else 0 for k, span in enumerate(ranges)]
-        if any(areas):
-            found[int(np.argmax(areas))] = lesion
+    for lesion, place in zip(shown, _one_each(areas.reshape(len(shown), len(ranges))), strict=True):
+        if place is not None:
+            found[place] = lesion
     return found
+
+
+def _one_each(areas: np.ndarray) -> list[int | None]:
+    """For each lesion a place of its own, or None where there is none: first as many lesions as can be have one, then
+    the shares of their largest area that they show there add up to most.
+
+    Largest first, each its best place, would leave a small lesion without one that lies in a single slice where a
+    large one is largest too.
+
+    Args:
+        areas: (lesions, places).
+    """
+    if not areas.size:
+        return [None] * len(areas)
+    share = areas / np.maximum(areas.max(axis=1, keepdims=True), 1)
+    # A lesion that is shown at all outweighs all shares together; earlier lesions win where not all can be shown.
+    worth = (areas > 0) * (1 + len(areas) + np.linspace(1e-3, 0, len(areas))[:, None])
+    rows, columns = linear_sum_assignment(share + worth, maximize=True)
+    place: list[int | None] = [None] * len(areas)
+    for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
+        if areas[row, column]:
+            place[row] = column
+    return place

@@ -73,7 +73,10 @@ class FramedGrid:
         )]  # fmt: skip
         seen = np.logical_and.reduce([axis >= 0 for axis in points])
         held[tuple(axis[seen] for axis in points)] = True
-        return held
+        # A slice that was shown twice holds the same both times.
+        along_z = self.weights[0]
+        alike = (along_z[:, :, None] == along_z[:, None]).all(axis=0)  # (K, K)
+        return np.einsum("kj,jyx->kyx", alike, held)
 
 
 def turned(array: np.ndarray, there: str, here: str) -> np.ndarray:

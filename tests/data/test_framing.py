@@ -249,8 +249,15 @@ def test_lesions_hold_every_voxel_and_covering_slices_show_the_most(seed, count,
         inner = mask[tuple(slice(*span) for span in lesion.box)]
         assert all(inner.take(end, axis).any() for axis in range(3) for end in (0, -1)), "the box is tight"
     chosen = covering_slices(lesions, voxels, count)
-    assert len(set(chosen)) == len(chosen) == min(count, int((voxels > 0).sum()))
-    assert not chosen or chosen[0] == int(voxels.argmax())
+    assert len(set(chosen)) <= len(chosen) <= count and len(chosen) >= min(count, int((voxels > 0).sum()))
+    assert all(voxels[z] > 0 for z in chosen)
+    if count == 1 and lesions:
+        assert chosen == [int(voxels.argmax())]
+    squares = lesion_of_each(lesions, [(z, z + 1) for z in chosen])
+    expected = lesions[:count] if count > 1 else [lesion for lesion in lesions if lesion.area(chosen[0])][:1]
+    assert sum(square is not None for square in squares) >= len(expected) - (count == 1)
+    if count > 1:
+        assert {id(square) for square in squares if square} == {id(lesion) for lesion in expected}
 
 
 def test_a_small_lesion_is_shown_before_a_large_one_a_second_time():
@@ -274,6 +281,28 @@ def test_two_lesions_of_one_slice_have_a_slice_each():
     assert lesion_of_each(lesions, [(4, 5)]) == lesions[:1]
     assert lesion_of_each(lesions, [(2, 3), (3, 4), (4, 5), (5, 6)]) == [None, None, *lesions]
     assert lesion_of_each([], [(0, 3)]) == [None]
+
+
+def test_a_small_lesion_in_the_best_slice_of_a_large_one_keeps_its_square():
+    """The large one is shown a little smaller, so that the one that lies nowhere else can be shown at all."""
+    mask = np.zeros((9, 30, 30), np.uint8)
+    mask[3:6, 1:9, 1:9] = 1
+    mask[4, 1:10, 1:9] = 1
+    mask[4, 15:18, 15:18] = 1
+    lesions = find_lesions(mask)
+    chosen = choose_slices(np.count_nonzero(mask, axis=(1, 2)), 9, 2, lesions)
+    assert chosen == [3, 4] and lesion_of_each(lesions, [(3, 4), (4, 5)]) == lesions
+
+
+def test_two_lesions_that_lie_in_one_slice_alone_have_it_twice():
+    mask = np.zeros((9, 30, 30), np.uint8)
+    mask[4, 1:9, 1:9] = mask[4, 15:18, 15:18] = 1
+    lesions = find_lesions(mask)
+    chosen = choose_slices(np.count_nonzero(mask, axis=(1, 2)), 9, 3, lesions)
+    assert chosen == [3, 4, 4]
+    assert sorted(map(id, filter(None, lesion_of_each(lesions, [(z, z + 1) for z in chosen])))) == sorted(
+        map(id, lesions)
+    )
 
 
 # ---------------------------------------------------------------- policies and the region of interest
