@@ -1,7 +1,7 @@
 """Stage 1: train the vision part (nnU-Net encoder and Vision-Mamba bridge), without the language model.
 
     python train.py --epochs 3 --batch_size 4 --lr 1e-4
-    python train.py --objective align --epochs 10
+    python train.py --objective proxy_l2 --epochs 3
 
 Writes OUTPUT/vision_bridge_best_val.pt (never from a collapsed epoch) and OUTPUT/vision_bridge_final.pt.
 """
@@ -42,9 +42,9 @@ def parse_args() -> argparse.Namespace:
     add_training_flags(parser, epochs=3, batch_size=4, lr=1e-4)
     parser.add_argument(
         "--objective",
-        choices=("proxy_l2", "align"),
-        default="proxy_l2",
-        help="proxy_l2: mean square of the tokens (its minimum is zero output); align: contrast with the reports",
+        choices=("align", "proxy_l2"),
+        default="align",
+        help="align: contrast with the reports; proxy_l2: mean square of the tokens (its minimum is zero output)",
     )
     return parser.parse_args()
 
@@ -125,7 +125,7 @@ def main() -> None:
     optimizer = build_optimizer(stage, args.lr, args.weight_decay)
     schedule = build_schedule(optimizer, total_steps, args.warmup_ratio)
     model, optimizer = accelerator.prepare(stage, optimizer)
-    val_objective.to(accelerator.device)
+    val_objective.to(accelerator.device).eval()
     state = TrainState(
         output / "stage1_state.pt",
         fingerprint(args, config, objective=args.objective),

@@ -27,9 +27,6 @@ OBJECTIVES = {
     ),
     "align": "align, the contrast of each scan's tokens with all reports: lower is better agreement.",
 }
-MIXED_BATCHES = (
-    "The contrast is taken within a batch too, so val_loss grows with batch_size: compare runs of one batch_size."
-)
 NUMBERS = ("val_loss", "epoch", "token_std", "image_std", "effective_rank", "seconds")
 
 
@@ -83,8 +80,6 @@ def summary_lines(rows: Sequence[Row], best: Row | None, problems: Sequence[str]
         f"study {settings.study}: {settings.epochs} epochs, seed {settings.seed}",
         *textwrap.wrap(f"objective: {OBJECTIVES[settings.objective]}", 110),
     ]
-    if settings.objective == "align" and len({row.point.batch_size for row in rows}) > 1:
-        lines.append(MIXED_BATCHES)
     lines += ["", *_best_lines(best, settings), "", "all runs, best first:", *table(rows)]
     if problems:
         lines += ["", *problems]

@@ -28,7 +28,11 @@ class ProxyL2(nn.Module):
 
 
 class Align(nn.Module):
-    """InfoNCE of mean visual tokens against the embeddings of all reports of the table."""
+    """InfoNCE of mean visual tokens against the embeddings of all reports of the table.
+
+    In training also of reports against the images of the batch, and the variance term. In evaluation neither, so that
+    validation losses of different batch sizes can be compared.
+    """
 
     def __init__(self, reports: Tensor, group: Tensor, expected_std: float, *, variance_weight: float = 1.0) -> None:
         """
@@ -50,6 +54,8 @@ class Align(nn.Module):
         image = F.normalize(tokens.mean(1), dim=-1)
         scale = self.log_scale.clamp(max=math.log(100)).exp()
         loss = _soft_nce(scale * image @ self.reports.T, self.group[row][:, None] == self.group[None])
+        if not self.training:  # the rest depends on who is in a batch, and so on its size
+            return loss
         if len(row) > 1:
             same = self.group[row][:, None] == self.group[row][None]
             loss = (loss + _soft_nce(scale * self.reports[row] @ image.T, same)) / 2

@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A night of Stage-1 runs; the same command goes on after any stop")
     add_common_flags(parser)
     parser.add_argument("--epochs", type=positive_int, default=100, help="of every run")
-    parser.add_argument("--objective", choices=("proxy_l2", "align"), default="proxy_l2", help="see train.py")
+    parser.add_argument("--objective", choices=("align", "proxy_l2"), default="align", help="see train.py")
     parser.add_argument("--lrs", type=positive_float, nargs="+", help=f"default: {LRS}")
     parser.add_argument("--batch_sizes", type=positive_int, nargs="+", help=f"default: {BATCH_SIZES}")
     parser.add_argument("--no_grid", action="store_true", help="one run with train.py's own lr and batch_size")

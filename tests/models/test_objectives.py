@@ -61,6 +61,16 @@ def test_rows_say_which_report_belongs_to_an_image():
     assert objective(tokens_at(reports[row]), row.flip(0)) > 5
 
 
+def test_in_evaluation_the_loss_of_an_image_does_not_depend_on_its_batch():
+    reports, row = unit_reports(), torch.arange(4)
+    objective, tokens = align(reports), tokens_at(unit_reports(8)[4:, :] + unit_reports(8)[:4])
+    together = objective(tokens, row)
+    objective.eval()
+    alone = [objective(tokens[k : k + 1], row[k : k + 1]) for k in range(4)]
+    torch.testing.assert_close(objective(tokens, row), torch.stack(alone).mean())
+    assert not torch.isclose(objective(tokens, row), together)
+
+
 def test_training_the_tokens_lowers_the_loss():
     reports, row = unit_reports(), torch.arange(4)
     objective = align(reports)

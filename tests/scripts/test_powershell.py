@@ -138,7 +138,7 @@ def test_a_broken_script_is_noticed(break_it) -> None:
     ("name", "call", "expected"),
     [
         ("run_train_5090.ps1", "-Epochs 5 -BatchSize 2 -Lr 1e-4", {"epochs": 5, "batch_size": 2, "lr": 1e-4}),
-        ("run_train_5090.ps1", "", {"epochs": 5, "batch_size": 2, "lr": 1e-4, "objective": "proxy_l2"}),
+        ("run_train_5090.ps1", "", {"epochs": 5, "batch_size": 2, "lr": 1e-4, "objective": "align"}),
         ("run_train_5090.ps1", "-epochs 1 --objective align", {"epochs": 1, "objective": "align"}),
         (
             "run_stage2_train.ps1",

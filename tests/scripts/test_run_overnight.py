@@ -39,7 +39,7 @@ def test_runs_the_grid_once_and_keeps_it(night: Night, capsys: pytest.CaptureFix
     assert all(torch.equal(value, own.model_state_dict[key]) for key, value in best.model_state_dict.items())
     for line in ("best lr: 5e-05", "best batch_size: 2", "best val_loss: 0.05", "best epoch: 3 of 3"):
         assert line in night.summary
-    assert "NO proof of quality" in " ".join(night.summary.split())
+    assert "objective: align" in night.summary and "lower is better agreement" in " ".join(night.summary.split())
     said = capsys.readouterr().out
     assert re.findall(r"^\[(\d)/4\] .*: starts;", said, re.MULTILINE) == ["1", "2", "3", "4"]
     assert len(re.findall(r"^\[\d/4\] .*: finished, val_loss .*elapsed 0:00:", said, re.MULTILINE)) == 4
@@ -97,9 +97,9 @@ def test_the_default_grid_is_the_documented_one(night: Night) -> None:
 
 
 def test_the_objective_is_handed_on_and_its_limits_are_told(night: Night) -> None:
-    assert night.run("--objective", "align", "--lrs", "5e-5", "--batch_sizes", "2", "4") == 0
-    assert "objective: align" in night.summary and "compare runs of one batch_size" in night.summary
-    assert "--objective align" in (night.folder(NAMES[2]) / "train.log").read_text(encoding="utf-8")
+    assert night.run("--objective", "proxy_l2", "--lrs", "5e-5", "--batch_sizes", "2", "4") == 0
+    assert "objective: proxy_l2" in night.summary and "NO proof of quality" in " ".join(night.summary.split())
+    assert "--objective proxy_l2" in (night.folder(NAMES[2]) / "train.log").read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------- runs that went wrong
