@@ -80,7 +80,7 @@ class Config:
         "vim", "vim: scans from both ends; one_way: from one end; linear: no blocks, for comparison", role="arch"
     )
     bridge_pool: Literal["after", "before"] = _key(
-        "after", "pool to max_visual_tokens after the blocks, or before them: fewer tokens to scan, faster", role="arch"
+        "after", "pool to max_visual_tokens after the blocks, or before them: fewer tokens to scan", role="arch"
     )
     bridge_width: int = _key(512, "inner width of the bridge; its output has the LLM's width", role="arch", minimum=8)
     max_visual_tokens: int = _key(

@@ -86,9 +86,9 @@ class Framing:
 
     def changed(self, view: View) -> View:
         """A copy, changed at random where asked for: a sample may be written to, what is kept not."""
-        images = torch.from_numpy(np.array(view.images))
-        images, roi = self.augmentation(images, view.roi)
-        return View(images, view.slice_position, roi)
+        kept = torch.from_numpy(view.images)
+        images, roi = self.augmentation(kept, view.roi)
+        return View(images.clone() if images is kept else images, view.slice_position, roi)
 
     def chosen_slices(self, volume: CachedVolume) -> list[int]:
         """Indices of the K slices of a 2-D encoder, ascending."""

@@ -36,11 +36,6 @@ class Lesion:
         first, last = self.box[0]
         return self.areas[z - first] if first <= z < last else 0
 
-    @property
-    def slices_by_area(self) -> list[int]:
-        """Its slices, the one with most of it first."""
-        return [self.box[0][0] + int(k) for k in np.argsort(-np.array(self.areas), kind="stable")]
-
     def to_list(self) -> list:
         return [*map(list, self.box), list(self.areas)]
 
