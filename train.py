@@ -109,7 +109,7 @@ def main() -> None:
     encoder, plan = load_encoder(config)
     identity = lm_identity(config.mamba_model)
     collator = CaptionCollator(None, config.max_question_tokens, config.max_answer_tokens)
-    train_loader, val_loader, order = build_loaders(args, config, plan, encoder.total_stride, collator, accelerator)
+    train_loader, val_loader, order = build_loaders(args, config, plan, encoder, collator, accelerator)
     objective, val_objective, output_std = build_objectives(args, config, train_loader.dataset, val_loader.dataset)
     vision = VisionBridge.build(config, encoder, identity.width, output_std, with_cmi=False)
     say(f"model: {vision.freeze(train_encoder=config.train_encoder)}; encoder stage {encoder.output_stage}, "

@@ -196,9 +196,7 @@ def main() -> None:
     for line in origin:
         say(line, flush=True)
     collator = CaptionCollator(lm.tokenizer, config.max_question_tokens, config.max_answer_tokens)
-    train_loader, val_loader, order = build_loaders(
-        args, config, plan, vision.encoder.total_stride, collator, accelerator
-    )
+    train_loader, val_loader, order = build_loaders(args, config, plan, vision.encoder, collator, accelerator)
     report_truncation(accelerator, lm, train_loader, config.max_answer_tokens)
     vlm = MedicalVLM(vision, lm)
     parts = vision.freeze(train_encoder=config.train_encoder)

@@ -91,6 +91,10 @@ class Config:
         "centre", "centre: only that crop; lesion: all of it, and so many tokens around each slice's lesion beside",
         role="arch",
     )  # fmt: skip
+    roi_scales: int = _key(
+        1, "roi_policy lesion: 2 adds as many tokens of a region three times as wide, 3 also of one nine times as wide",
+        role="arch", minimum=1,
+    )  # fmt: skip
     use_cmi: bool = _key(False, "the question steers the visual tokens (Cross-Mamba Interaction)", role="arch")
     cmi_kind: CMIKind = _key(
         "text_ssm", "text_ssm: the question writes the scan's parameters; gated: it gates the scan (CMI-MTL)",

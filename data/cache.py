@@ -37,7 +37,7 @@ from data.slice_store import DamagedFile, StoredArray, write_slices
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 4  # raise it when the same files and plan would give other voxels or another layout
+FORMAT = 5  # raise it when the same files and plan would give other voxels or another layout
 _ABANDONED_S = 24 * 3600
 _RENAME_TRIES = 5
 _UNREADABLE = (FileNotFoundError, ValueError, KeyError, TypeError, IndexError)  # ValueError: JSON, UTF-8

@@ -12,17 +12,17 @@ Without a lesion, ``mask`` and ``nnunet`` do as ``middle``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from config.plans import PreprocessPlan
-from config.schema import SlicePolicy
+from config.schema import Config, SlicePolicy
 from data.augmentation import Augmentation
 from data.cache import CachedVolume
-from data.lesions import Lesion, covering_slices, lesion_of_each
+from data.lesions import Lesion, Span, covering_slices, lesion_of_each
 
 ROI_MARGIN = 0.25  # of the lesion's longer side, on each side of it
 
@@ -31,7 +31,7 @@ class View(NamedTuple):
     """What is seen of a volume.
 
     ``images``: (K, C_in, H, W) or (C_in, z, y, x). ``slice_position``: (K,), 0 lowest to 1 highest.
-    ``roi``: (K, 4), for each slice or depth plane the square around its lesion: row and column of the centre, side,
+    ``roi``: (K, 4), for each slice or depth plane the square of its lesion: row and column of the lesion's core, side,
     all as shares of the image, and 1. Every lesion has one square, in the slice that shows it best; a slice that has
     none to show, or only what another one shows better, has a row of zeros.
     """
@@ -39,6 +39,13 @@ class View(NamedTuple):
     images: np.ndarray | Tensor
     slice_position: Tensor
     roi: Tensor
+
+
+class SeesVoxels(Protocol):
+    """An encoder, as far as framing needs to know it; see :class:`models.nnunet_encoder.NnUNetEncoder`."""
+
+    total_stride: tuple[int, ...]
+    lead: tuple[float, ...]
 
 
 class Framing:
@@ -55,16 +62,30 @@ class Framing:
         slices: int,
         policy: SlicePolicy,
         augmentation: Augmentation | None = None,
+        lead: Sequence[float] | None = None,
     ) -> None:
-        """``augmentation``: for training; by default nothing is changed."""
+        """
+        Args:
+            augmentation: for training; by default nothing is changed.
+            lead: of the encoder's features, in voxels per axis; by default none.
+        """
+        self.lead = tuple(lead or [0.0] * plan.dim)
         self.augmentation = augmentation or Augmentation()
         self.patch_size = tuple(plan.patch_size)
         self.stride = tuple(stride)
         self.slices = slices
         self.policy = policy
 
+    @classmethod
+    def of(
+        cls, config: Config, plan: PreprocessPlan, encoder: SeesVoxels, augmentation: Augmentation | None = None
+    ) -> Framing:
+        """As ``config`` says, for ``encoder``."""
+        stride, lead = encoder.total_stride, encoder.lead
+        return cls(plan, stride, config.slices, config.slice_policy, augmentation, lead)
+
     def __call__(self, volume: CachedVolume) -> View:
-        """What is seen, changed at random where asked for."""
+        """What the encoder and the bridge are given: :meth:`cut`, :meth:`changed`."""
         return self.changed(self.cut(volume))
 
     def cut(self, volume: CachedVolume) -> View:
@@ -81,13 +102,19 @@ class Framing:
             lower = [starts[0] + k * height for k in range(self.slices)]
             ranges = [(round(z), max(round(z + height), round(z) + 1)) for z in lower]
             position = ((torch.tensor(lower) + height / 2) / volume.image.shape[1]).clamp(0, 1)
-        roi = torch.tensor([_square(lesion, starts, sizes) for lesion in lesion_of_each(volume.lesions, ranges)])
+        shown = zip(lesion_of_each(volume.lesions, ranges), ranges, strict=True)
+        roi = torch.tensor([_square(lesion, span, starts, sizes) for lesion, span in shown])
         return View(images, position, roi)
 
     def changed(self, view: View) -> View:
-        """A copy, changed at random where asked for: a sample may be written to, what is kept not."""
+        """A copy, changed at random where asked for: a sample may be written to, what is kept not.
+
+        Squares then lie in the grid of features, which see what is ``lead`` voxels before the middle of their cells.
+        """
         kept = torch.from_numpy(view.images)
         images, roi = self.augmentation(kept, view.roi)
+        ahead = [lead / size for lead, size in zip(self.lead[-2:], images.shape[-2:], strict=True)]
+        roi = roi + roi[:, 3:] * torch.tensor([*ahead, 0.0, 0.0])
         return View(images.clone() if images is kept else images, view.slice_position, roi)
 
     def chosen_slices(self, volume: CachedVolume) -> list[int]:
@@ -161,11 +188,12 @@ def centred(plane: np.ndarray, size: Sequence[int]) -> np.ndarray:
     return np.pad(np.asarray(plane, dtype=np.float32), [(0, 0), *((m // 2, m - m // 2) for m in missing)])
 
 
-def _square(lesion: Lesion | None, starts: Sequence[int], sizes: Sequence[int]) -> list[float]:
-    """Row and column of the centre and the side of the padded square around a lesion, as shares of the image."""
+def _square(lesion: Lesion | None, span: Span, starts: Sequence[int], sizes: Sequence[int]) -> list[float]:
+    """Row and column of a lesion's core in the slices of ``span``, and the side of the padded square around it, as
+    shares of the image."""
     if lesion is None:
         return [0.0] * 4
-    in_plane = list(zip(lesion.box[1:], starts[1:], sizes[1:], strict=True))
-    centre = [((low + high) / 2 - start) / size for (low, high), start, size in in_plane]
-    side = max((high - low) / size for (low, high), _, size in in_plane)
+    core = lesion.core(max(range(*span), key=lesion.area))
+    centre = [(at + 0.5 - start) / size for at, start, size in zip(core, starts[1:], sizes[1:], strict=True)]
+    side = max((high - low) / size for (low, high), size in zip(lesion.box[1:], sizes[1:], strict=True))
     return [*centre, side * (1 + 2 * ROI_MARGIN), 1.0]

@@ -1,4 +1,4 @@
-"""The lesions of a label mask: connected voxels, their boxes, and how much of each lies in every slice.
+"""The lesions of a label mask: connected voxels, their boxes, and how much of each lies where in every slice.
 
 Kept beside a preprocessed case, so that slices, patches and regions of interest are chosen without reading masks.
 """
@@ -22,10 +22,12 @@ Span = tuple[int, int]  # first index, and one past the last
 
 @dataclass(frozen=True)
 class Lesion:
-    """``box``: spans along z, y, x, in voxels; ``areas``: voxels in each slice of the box, from the first on."""
+    """``box``: spans along z, y, x, in voxels; ``areas``: voxels in each slice of the box, from the first on;
+    ``cores``: there, the voxel (y, x) that stands for the lesion, see :func:`core_of`; (-1, -1) in a slice without."""
 
     box: tuple[Span, Span, Span]
     areas: tuple[int, ...]
+    cores: tuple[tuple[int, int], ...]
 
     @property
     def voxels(self) -> int:
@@ -36,14 +38,34 @@ class Lesion:
         first, last = self.box[0]
         return self.areas[z - first] if first <= z < last else 0
 
+    def core(self, z: int) -> tuple[int, int]:
+        """Voxel (y, x) in slice ``z`` of the box."""
+        return self.cores[z - self.box[0][0]]
+
     def to_list(self) -> list:
-        return [*map(list, self.box), list(self.areas)]
+        return [*map(list, self.box), list(self.areas), list(map(list, self.cores))]
 
     @classmethod
     def from_list(cls, stored: Sequence) -> Lesion:
-        *box, areas = stored
+        *box, areas, cores = stored
         z, y, x = (tuple(map(int, span)) for span in box)
-        return cls((z, y, x), tuple(map(int, areas)))
+        return cls((z, y, x), tuple(map(int, areas)), tuple((int(row), int(column)) for row, column in cores))
+
+
+def core_of(plane: np.ndarray) -> tuple[int, int]:
+    """The voxel of a lesion (y, x) that stands for it: as near as can be to the middle, and inside.
+
+    Of the voxels at least half as deep as the deepest, holes filled, the nearest to the centre of mass: of a disc or a
+    ring its middle, of a sickle, whose middle is not part of it, its own thickest part. (-1, -1) of an empty plane.
+    """
+    solid = ndimage.binary_fill_holes(plane)
+    if not solid.any():
+        return -1, -1
+    depth = ndimage.distance_transform_edt(np.pad(solid, 1))[1:-1, 1:-1]
+    inside = np.argwhere(depth >= depth.max() / 2)
+    distance = ((inside - np.argwhere(solid).mean(0)) ** 2).sum(1)
+    row, column = inside[distance.argmin()]
+    return int(row), int(column)
 
 
 def find_lesions(mask: np.ndarray, most: int = MOST) -> list[Lesion]:
@@ -70,9 +92,11 @@ def find_lesions(mask: np.ndarray, most: int = MOST) -> list[Lesion]:
     found = []
     for number in np.argsort(-sizes, kind="stable")[:most]:
         box = boxes[number]
-        areas = (numbered[box] == number + 1).sum(axis=(1, 2))
+        parts = numbered[box] == number + 1
         (z, y, x) = ((side.start + c, side.stop + c) for side, c in zip(box, corner, strict=True))
-        found.append(Lesion((z, y, x), tuple(areas.tolist())))
+        inner = [core_of(plane) for plane in parts]
+        cores = [(row + y[0], column + x[0]) if row >= 0 else (row, column) for row, column in inner]
+        found.append(Lesion((z, y, x), tuple(parts.sum(axis=(1, 2)).tolist()), tuple(cores)))
     return found
 
 

@@ -21,7 +21,7 @@ from config.schema import Config
 from data.augmentation import Augmentation
 from data.cache import CachedVolume
 from data.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
-from data.framing import Framing, View
+from data.framing import Framing, SeesVoxels, View
 
 
 class Volumes(Protocol):
@@ -67,7 +67,7 @@ class MedicalVLMDataset(Dataset):
 
     @classmethod
     def from_config(
-        cls, config: Config, table: Path, cache: Volumes, stride: Sequence[int], seed: int, *, train: bool = False
+        cls, config: Config, table: Path, cache: Volumes, encoder: SeesVoxels, seed: int, *, train: bool = False
     ) -> MedicalVLMDataset:
         """``train``: with the augmentation that the configuration asks for.
 
@@ -77,7 +77,7 @@ class MedicalVLMDataset(Dataset):
         )
         prompts = read_prompts(Path(config.caption_prompt_json)) if config.caption_prompt_json else []
         changes = Augmentation(config.augment_shift, config.augment_rotate, config.augment_noise) if train else None
-        framing = Framing(cache.plan, stride, config.slices, config.slice_policy, changes)
+        framing = Framing.of(config, cache.plan, encoder, changes)
         keep_mb = config.memory_cache_mb / max(config.num_workers, 1)  # every worker keeps its own
         return cls(rows, cache, framing, prompts, seed, keep_mb)
 

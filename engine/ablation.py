@@ -90,7 +90,7 @@ def variants(base: Config) -> list[Variant]:
 
 def _tokens(base: Config, budget: int) -> Variant:
     """Another budget of visual tokens, with a grid that has as many features as it asks for."""
-    local = base.roi_side if base.roi_policy == "lesion" and base.roi_side else 0
+    local = base.roi_scales * base.roi_side**2 if base.roi_policy == "lesion" and base.roi_side else 0
     grid = max(base.encoder_target_spatial, grid_side(budget, base.slices, budget, local))
     return Variant("visual tokens", str(budget), {"max_visual_tokens": budget, "encoder_target_spatial": grid})
 

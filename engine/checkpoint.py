@@ -32,7 +32,7 @@ from models.medical_vlm import VisionBridge
 from models.nnunet_encoder import NnUNetEncoder
 
 FORMAT = "mamba-ct-report"
-VERSION = 2
+VERSION = 3
 
 
 def _squares_pass_the_blocks(content: dict) -> dict:
@@ -46,8 +46,19 @@ def _squares_pass_the_blocks(content: dict) -> dict:
     return content
 
 
+def _squares_have_a_fixed_scale(content: dict) -> dict:
+    """Version 3: around a lesion a region of fixed width is seen, and where its features lie, not half a cell beside.
+    Weights of the older way are of no use for it; without such tokens nothing changed."""
+    if content.get("config", {}).get("roi_policy") == "lesion":
+        raise InputError(
+            "it was trained with roi_policy: lesion of an older version, which saw regions as wide as the lesion; "
+            "train both stages again"
+        )
+    return content
+
+
 # From version n to n + 1, by name; a file of an older layout passes through all that follow it.
-MIGRATIONS: dict[int, Callable[[dict], dict]] = {1: _squares_pass_the_blocks}
+MIGRATIONS: dict[int, Callable[[dict], dict]] = {1: _squares_pass_the_blocks, 2: _squares_have_a_fixed_scale}
 
 
 @dataclass
@@ -246,7 +257,7 @@ def load_vision_weights(vision: VisionBridge, checkpoint: Checkpoint) -> list[st
 # What the weights were trained with; another value would load and give other tokens in silence.
 _FIXED = (
     "encoder_output_stage", "encoder_target_spatial", "bridge_depth", "bridge_width", "bridge_mixer", "bridge_pool",
-    "roi_side", "roi_policy",
+    "roi_side", "roi_policy", "roi_scales",
 )  # fmt: skip
 _FREE = ("max_visual_tokens", "slices", "use_cmi", "cmi_compress_to")
 

@@ -51,7 +51,8 @@ class FramedGrid:
         """The grid (K, T, T) of what ``framing`` cuts out of a preprocessed case."""
         voxel_map = cached.voxel_map
         starts, sizes = framing.box(cached)
-        axes = [_axis(voxel_map, axis, starts[axis], sizes[axis], grid[axis]) for axis in range(3)]
+        lead = (0.0, *framing.lead)[-3:]
+        axes = [_axis(voxel_map, axis, starts[axis], sizes[axis], grid[axis], lead[axis]) for axis in range(3)]
         if len(framing.patch_size) == 2:
             axes[0] = _chosen_slices(voxel_map, framing.chosen_slices(cached))
         weights, cells = zip(*axes, strict=True)
@@ -141,11 +142,15 @@ def draw_heat(
     figure.savefig(path)
 
 
-def _axis(voxel_map: VoxelMap, axis: int, start: int, size: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (voxels of the scan, cells) and cell of each voxel, along one axis of the preprocessed volume."""
+def _axis(
+    voxel_map: VoxelMap, axis: int, start: int, size: int, cells: int, lead: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (voxels of the scan, cells) and cell of each voxel, along one axis of the preprocessed volume: the cell
+    whose feature sees the voxel best."""
     inner, seen = _preprocessed(voxel_map, axis)
-    at = (inner - start + 0.5) / size * cells  # in cells; k to k + 1 is cell k
+    at = (inner - start + 0.5) / size * cells
     seen = seen & (at >= 0) & (at < cells)
+    at = np.clip(at + lead / size * cells, 0, np.nextafter(cells, 0))  # k to k + 1 is cell k
     weights = np.zeros((len(at), cells))
     left = np.clip(at - 0.5, 0, cells - 1)
     low = np.minimum(left.astype(int), max(cells - 2, 0))

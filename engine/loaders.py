@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,13 +16,14 @@ from data.data_check import quick_check
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from engine.run import EpochShuffle
 from engine.segmentation import open_cache, prepare_cases
+from models.nnunet_encoder import NnUNetEncoder
 
 
 def build_loaders(
     args: argparse.Namespace,
     config: Config,
     plan: PreprocessPlan,
-    stride: Sequence[int],
+    encoder: NnUNetEncoder,
     collator: CaptionCollator,
     accelerator: Accelerator,
 ) -> tuple[DataLoader, DataLoader, EpochShuffle]:
@@ -34,9 +34,9 @@ def build_loaders(
     """
     cache = open_cache(config, plan)
     train = MedicalVLMDataset.from_config(
-        config, config.resolved("caption_csv_train"), cache, stride, args.seed, train=True
+        config, config.resolved("caption_csv_train"), cache, encoder, args.seed, train=True
     )
-    val = MedicalVLMDataset.from_config(config, config.resolved("caption_csv_val"), cache, stride, args.seed)
+    val = MedicalVLMDataset.from_config(config, config.resolved("caption_csv_val"), cache, encoder, args.seed)
     with accelerator.main_process_first():
         prepare_cases(cache, [*train.rows, *val.rows])
     if accelerator.is_main_process:

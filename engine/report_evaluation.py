@@ -139,7 +139,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
 
     def load(path: Path, limit: int | None) -> EvaluatedTable:
         data = MedicalVLMDataset.from_config(
-            config, path, open_cache(config, checkpoint.preprocess_plan), vision.encoder.total_stride, args.seed
+            config, path, open_cache(config, checkpoint.preprocess_plan), vision.encoder, args.seed
         )
         data.rows, data.questions = data.rows[:limit], data.questions[:limit]
         with accelerator.main_process_first():

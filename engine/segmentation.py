@@ -37,7 +37,7 @@ from models.sliding_window import labels_of, sliding_window
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # raise it when the same network would give other labels
+VERSION = 3  # raise it when the same network would give other labels, or other things are noted of them
 _SLICES = 8
 _ONE_AT_A_TIME = threading.Lock()  # of threads that prepare cases: a network fills the device by itself
 

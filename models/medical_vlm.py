@@ -63,6 +63,7 @@ class VisionBridge(nn.Module):
             max_visual_tokens=config.max_visual_tokens,
             output_std=output_std,
             local_side=config.roi_side if lesion else 0,
+            local_scales=config.roi_scales,
             mixer=config.bridge_mixer,
             pool_first=config.bridge_pool == "before",
         )

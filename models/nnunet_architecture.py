@@ -95,6 +95,20 @@ class Architecture:
             total = [a * b for a, b in zip(total, strides, strict=True)]
         return tuple(total)
 
+    def lead(self, stage: int) -> tuple[float, ...]:
+        """How many voxels the middle of what a feature of ``stage`` sees lies before the middle of its cell, per axis.
+
+        A cell is the block of ``total_stride`` voxels that the feature stands for. A padded convolution of stride s
+        sees voxels around s·i, the first of the cell; pooling, on the short cut of a residual stage, around its middle.
+        Both there are added, and taken here for as much as each other.
+        """
+        lead, jump = [0.0] * self.dim, [1] * self.dim
+        for strides in self.strides[: stage + 1]:
+            share = 0.25 if self.residual else 0.5
+            lead = [before + share * (s - 1) * j for before, s, j in zip(lead, strides, jump, strict=True)]
+            jump = [j * s for j, s in zip(jump, strides, strict=True)]
+        return tuple(lead)
+
     @classmethod
     def from_plans(
         cls, plans: Mapping[str, Any], configuration: str, *, in_channels: int, num_classes: int

@@ -30,7 +30,8 @@ class NnUNetEncoder(nn.Module):
     Attributes:
         architecture: JSON-storable description; :meth:`from_architecture` rebuilds the module from it.
         dim: 2 or 3. in_channels: C_in. out_channels: C of the chosen stage. output_stage: its index.
-        patch_size: of the plan, in voxels. total_stride: input voxels per feature, per axis.
+        patch_size: of the plan, in voxels. total_stride: input voxels per feature, per axis. lead: voxels by which the
+            middle of what a feature sees lies before the middle of its cell, per axis; pooling keeps it.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class NnUNetEncoder(nn.Module):
         self.output_stage = output_stage
         self.patch_size = network.patch_size
         self.total_stride = network.total_stride(output_stage)
+        self.lead = network.lead(output_stage)
         self.target_spatial = target_spatial
         self.planes = planes
         self.encoder = UNetEncoder(network)

@@ -1,7 +1,7 @@
 """Region of interest on a feature map.
 
     centre   features (B, C, H, W) → (B, C, r, r) and the (row, column) of its upper left corner in H x W
-    lesion   features (B, C, H, W), squares (B, 4) → (B, C, r, r), sampled between the features
+    lesion   features (B, C, H, W), squares (B, 4) → (B, C, r, r), sampled between the features, at a fixed scale
 
 The corner lets positional embeddings of the full grid be cropped alike. With an odd remainder the crop sits
 one feature up and to the left of the exact centre.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from config.errors import InputError
 
-SAMPLES = 2  # per cell and axis, averaged: a square of twice the grid's spacing still sees every feature
+SAMPLES = 2  # at least, per cell and axis
 
 
 def center_crop(features: Tensor, side: int) -> tuple[Tensor, tuple[int, int]]:
@@ -35,34 +35,42 @@ def center_crop(features: Tensor, side: int) -> tuple[Tensor, tuple[int, int]]:
     return features[..., row : row + side, column : column + side], (row, column)
 
 
-def sample_square(features: Tensor, square: Tensor, side: int) -> Tensor:
-    """Sample ``side`` x ``side`` cells of a square, bilinearly, each the mean of 2 x 2 points (RoIAlign).
+def sample_square(features: Tensor, square: Tensor, side: int, scale: int = 1) -> Tensor:
+    """Sample ``side`` x ``side`` cells of ``scale`` features each around a lesion, bilinearly, each the mean of as many
+    points (RoIAlign, at least 2 x 2).
+
+    How much is seen does not depend on how large the square of the lesion is: that is told by the features alone.
 
     Args:
-        features: (B, C, H, W).
-        square: (B, 4) row and column of the centre, side, as shares of the map, and 1 where it is known. A square
-            is made no smaller than ``side`` features, where the map has no more to tell, and moved to lie inside the
-            map; where none is known it is the central one of that size.
+        features: (B, C, H, W), or (1, C, H, W) that all squares share.
+        square: (B, 4) row and column of its middle, side, as shares of the map, and 1 where it is known. What is seen
+            is moved to lie inside the map; where no square is known it is the middle of the map.
 
     Returns:
         (B, C, ``side``, ``side``).
 
     Source: He et al. 2017, Mask R-CNN, section 3 (RoIAlign).
     """
-    centre, extent = square_extent(square, features.shape[-2:], side)
-    points = (torch.arange(side * SAMPLES, device=square.device) + 0.5) / (side * SAMPLES) - 0.5
+    centre, extent = square_extent(square, features.shape[-2:], side * scale)
+    samples = max(SAMPLES, scale)
+    points = (torch.arange(side * samples, device=square.device) + 0.5) / (side * samples) - 0.5
     rows, columns = (2 * (centre[:, axis, None] + extent[:, axis, None] * points) - 1 for axis in (0, 1))
-    count = len(points)
+    count, squares = len(points), len(square)
     grid = torch.stack([columns[:, None, :].expand(-1, count, -1), rows[:, :, None].expand(-1, -1, count)], dim=-1)
+    shared = len(features) == 1
+    if shared:  # one map, the squares below each other
+        grid = grid.reshape(1, squares * count, count, 2)
     # In float32: bfloat16 knows a place in the map to no better than a third of a feature.
     sampled = F.grid_sample(features.float(), grid, padding_mode="border", align_corners=False)
-    return F.avg_pool2d(sampled, SAMPLES).to(features.dtype)
+    cells = F.avg_pool2d(sampled, samples).to(features.dtype)
+    return cells[0].unflatten(1, (squares, side)).transpose(0, 1) if shared else cells
 
 
-def square_extent(square: Tensor, shape: Sequence[int], side: int) -> tuple[Tensor, Tensor]:
-    """Centre and extent, (B, 2) each in shares of a map of ``shape``, of what :func:`sample_square` looks at."""
+def square_extent(square: Tensor, shape: Sequence[int], features: int) -> tuple[Tensor, Tensor]:
+    """Middle and extent, (B, 2) each in shares of a map of ``shape``, of ``features`` by ``features`` around
+    ``square`` (B, 4)."""
     known = square[:, 3:4]
-    least = torch.tensor([side / length for length in shape], device=square.device)
-    extent = torch.maximum(square[:, 2:3] * known, least).clamp(max=1)
+    extent = torch.tensor([min(features / length, 1.0) for length in shape], device=square.device)
+    extent = extent.expand(len(square), 2)
     centre = torch.where(known > 0, square[:, :2], torch.full_like(square[:, :2], 0.5))
     return torch.maximum(torch.minimum(centre, 1 - extent / 2), extent / 2), extent

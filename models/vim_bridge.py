@@ -2,8 +2,9 @@
 
 features        [B, K, C, H, W]          K slices (or depth planes) of encoder features
   project       [B, K, H·W, W_b]         W_b = bridge width; plus 2-D position, plus slice position
-  + lesion      [B, K, H·W + r·r, W_b]   r x r more for each slice, sampled around its lesion    (roi_policy lesion)
-  VimBlock × n  [B, K·(H·W + r·r), W_b]  bidirectional scan over all slices' tokens, a slice's square after its grid
+  + lesion      [B, K, H·W + q, W_b]     q = n·r² more for each slice, around its lesion: r x r features, then r x r
+                                         cells three times as wide, …                            (roi_policy lesion)
+  VimBlock × n  [B, K·(H·W + q), W_b]    bidirectional scan over all slices' tokens, a slice's lesion after its grid
   pool          [B, K·s·s, W_b]          the grids; s = side of the largest square grid that fits the token budget;
                                          bridge_pool before: ahead of the blocks, which then scan fewer tokens
   project       [B, L, D]                grids, then squares; D = the LLM's width, scaled like the LLM's own embeddings
@@ -23,22 +24,22 @@ from models.roi_crop import sample_square
 from models.vim_mixer import VimBlock
 
 
-def grid_side(max_tokens: int, planes: int, available: int, local_side: int = 0) -> int:
+def grid_side(max_tokens: int, planes: int, available: int, local: int = 0) -> int:
     """Side of the largest square grid per plane that fits the budget: 64 → 8, 96 → 9, 32 → 5.
 
-    ``local_side``: each plane has so many squared tokens beside, which the budget holds too.
+    ``local``: tokens that each plane has around its lesion, which the budget holds too.
 
     Raises:
         InputError: fewer tokens than every plane needs.
     """
-    least = planes * (1 + local_side**2)
+    least = planes * (1 + local)
     if max_tokens < least:
-        local = f" and {local_side**2} around its lesion (roi_side {local_side})" if local_side else ""
+        around = f" and {local} around its lesion (roi_scales x roi_side²)" if local else ""
         raise InputError(
             f"max_visual_tokens {max_tokens} is less than slices {planes} need: each slice has at least one token"
-            f"{local}; raise it to {least} or more"
+            f"{around}; raise it to {least} or more"
         )
-    return min(math.isqrt(max_tokens // planes - local_side**2), available)
+    return min(math.isqrt(max_tokens // planes - local), available)
 
 
 def pooled(grid: Tensor, side: int) -> Tensor:
@@ -114,6 +115,7 @@ class VimBridge(nn.Module):
         max_visual_tokens: int = 64,
         output_std: float = 0.1,
         local_side: int = 0,
+        local_scales: int = 1,
         mixer: BridgeMixer = "vim",
         pool_first: bool = False,
     ) -> None:
@@ -124,7 +126,8 @@ class VimBridge(nn.Module):
             grid: side of the full token grid; a RoI crop keeps the positions it was cut from.
             output_std: standard deviation of a token at initialisation; the LLM's embeddings have one
                 too, and tokens far from it would be strangers to the frozen model.
-            local_side: r, side of the grid of tokens around each slice's lesion; 0: none.
+            local_side: r, side of each grid of tokens around a slice's lesion; 0: none.
+            local_scales: n, how many such grids: of the features themselves, of three, of nine in one, …
             mixer: ``vim`` reads the tokens from both ends, ``one_way`` from the first to the last, ``linear`` has no
                 blocks: each token stays alone.
             pool_first: pool to the budget before the blocks, which then scan s·s tokens a slice and not H·W; squares
@@ -133,6 +136,8 @@ class VimBridge(nn.Module):
         super().__init__()
         self.max_visual_tokens = max_visual_tokens
         self.local_side = local_side
+        self.local_scales = local_scales
+        self.local_tokens = local_scales * local_side**2
         self.pool_first = pool_first
         self.output_std = output_std
         self.in_norm = nn.LayerNorm(in_channels)
@@ -148,9 +153,9 @@ class VimBridge(nn.Module):
         self.position._no_weight_decay = True
         if local_side:
             self.local = SquarePosition(width)
-            # Each place in the square is a token of its own kind, so that one can come to stand for what the
+            # Each place around a lesion is a token of its own kind, so that one can come to stand for what the
             # lesion is, another for where it is or how large.
-            self.local_cell = nn.Parameter(0.5 * torch.randn(local_side**2, width))
+            self.local_cell = nn.Parameter(0.5 * torch.randn(self.local_tokens, width))
             self.local_cell._no_weight_decay = True
 
     def forward(
@@ -165,20 +170,23 @@ class VimBridge(nn.Module):
                 with ``local_side``.
 
         Returns:
-            (B, L, D) with L = K·(s² + r²), s from :func:`grid_side`: the overview of all slices, then the squares.
+            (B, L, D) with L = K·(s² + n·r²), s from :func:`grid_side`: the overview of all slices, then the lesions.
         """
-        B, K, _, H, W = features.shape
+        _, K, _, H, W = features.shape
         row, column = corner
-        grid = self.in_proj(self.in_norm(features.permute(0, 1, 3, 4, 2)))  # (B, K, H, W, W_b)
-        grid = grid + self.position[0, :, row : row + H, column : column + W].permute(1, 2, 0)
-        grid = grid + self.slice_position(slice_position)[:, :, None, None]
-        side = grid_side(self.max_visual_tokens, K, min(H, W), self.local_side)
-        scanned = pooled(grid, side) if self.pool_first else grid
-        hidden = scanned.flatten(2, 3)  # (B, K, H·W, W_b)
+        side = grid_side(self.max_visual_tokens, K, min(H, W), self.local_tokens)
+        normed = self.in_norm(features.permute(0, 1, 3, 4, 2))  # (B, K, H, W, C)
+        where = self.position[:, None, :, row : row + H, column : column + W].permute(0, 1, 3, 4, 2)
+        if self.pool_first:  # projecting is linear, and costs less of a mean than of all it is the mean of
+            scanned = self.in_proj(pooled(normed, side)) + pooled(where, side)
+        else:
+            scanned = self.in_proj(normed) + where  # (B, K, H, W, W_b)
+        height = self.slice_position(slice_position)[:, :, None]  # (B, K, 1, W_b)
+        hidden = scanned.flatten(2, 3) + height  # (B, K, H·W, W_b)
         if self.local_side:
             if roi is None:
                 raise ValueError("this bridge looks around lesions: roi (B, K, 4) is needed")
-            hidden = torch.cat([hidden, self._squares(grid, roi)], dim=2)
+            hidden = torch.cat([hidden, self._around_lesions(normed, roi) + height], dim=2)
         hidden = hidden.flatten(1, 2)
         residual = None
         for block in self.blocks:
@@ -186,13 +194,15 @@ class VimBridge(nn.Module):
         hidden = self.out_norm(hidden if residual is None else hidden + residual)
 
         cells = scanned.shape[2] * scanned.shape[3]
-        overview, squares = hidden.unflatten(1, (K, -1)).split([cells, self.local_side**2], dim=2)
+        overview, local = hidden.unflatten(1, (K, -1)).split([cells, self.local_tokens], dim=2)
         overview = pooled(overview.unflatten(2, scanned.shape[2:4]), side)
-        return self.out_proj(torch.cat([overview.flatten(1, 3), squares.flatten(1, 2)], dim=1))
+        return self.out_proj(torch.cat([overview.flatten(1, 3), local.flatten(1, 2)], dim=1))
 
-    def _squares(self, grid: Tensor, roi: Tensor) -> Tensor:
-        """Tokens (B, K, r², W_b) of the squares ``roi`` (B, K, 4) on ``grid`` (B, K, H, W, W_b)."""
-        channels_first = grid.flatten(0, 1).permute(0, 3, 1, 2)
-        sampled = sample_square(channels_first, roi.flatten(0, 1), self.local_side)  # (B·K, W_b, r, r)
-        tokens = sampled.flatten(2).transpose(1, 2).unflatten(0, grid.shape[:2])
-        return tokens + self.local(roi)[:, :, None] + self.local_cell
+    def _around_lesions(self, normed: Tensor, roi: Tensor) -> Tensor:
+        """Tokens (B, K, n·r², W_b) around the squares ``roi`` (B, K, 4) in ``normed`` features (B, K, H, W, C)."""
+        channels_first, squares = normed.flatten(0, 1).permute(0, 3, 1, 2), roi.flatten(0, 1)
+        scales = [(self.local_side, 3**level) for level in range(self.local_scales)]
+        seen = torch.cat([sample_square(channels_first, squares, *scale).flatten(2) for scale in scales], dim=2)
+        where = torch.cat([sample_square(self.position, squares, *scale).flatten(2) for scale in scales], dim=2)
+        tokens = self.in_proj(seen.transpose(1, 2)) + where.transpose(1, 2)  # (B·K, n·r², W_b)
+        return tokens.unflatten(0, normed.shape[:2]) + self.local(roi)[:, :, None] + self.local_cell

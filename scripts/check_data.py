@@ -91,7 +91,7 @@ def model_view(config: Config) -> Callable[[CheckedImage], ModelView] | None:
     from engine.vision_setup import load_encoder
 
     encoder, plan = load_encoder(config)
-    framing = Framing(plan, encoder.total_stride, config.slices, config.slice_policy)
+    framing = Framing.of(config, plan, encoder)
     cache = open_cache(config, plan)
     intensity = plan.intensity[0]
     if intensity is not None and plan.normalization_schemes[0] == "CTNormalization":

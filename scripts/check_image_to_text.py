@@ -236,7 +236,7 @@ def look(checkpoint: Checkpoint, config: Config, case: Case, questions: list[Ten
     plan = checkpoint.preprocess_plan
     vision = checkpoint.build_vision().eval()
     vision.bridge.max_visual_tokens = config.max_visual_tokens
-    framing = Framing(plan, vision.encoder.total_stride, config.slices, config.slice_policy)
+    framing = Framing.of(config, plan, vision.encoder)
     view = framing(open_cache(config, plan).get(case.image, case.mask))
     images, position, roi = (part[None] for part in view)
     if vision.cmi is None:

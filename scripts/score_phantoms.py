@@ -61,7 +61,7 @@ def load_model(args: argparse.Namespace) -> tuple[MedicalVLM, MedicalVLMDataset]
     )
     table = args.data / f"{args.split}.csv"
     dataset = MedicalVLMDataset.from_config(
-        config, table, open_cache(config, checkpoint.preprocess_plan), vision.encoder.total_stride, args.seed
+        config, table, open_cache(config, checkpoint.preprocess_plan), vision.encoder, args.seed
     )
     return MedicalVLM(vision, lm).eval(), dataset
 

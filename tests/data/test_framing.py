@@ -14,7 +14,7 @@ from config.plans import Intensity, PreprocessPlan, Resampling
 from data.augmentation import Augmentation
 from data.cache import CachedVolume
 from data.framing import ROI_MARGIN, Framing, centred, choose_slices
-from data.lesions import Lesion, covering_slices, find_lesions, lesion_of_each
+from data.lesions import Lesion, core_of, covering_slices, find_lesions, lesion_of_each
 
 PLAN_2D = PreprocessPlan(
     configuration="2d",
@@ -218,11 +218,39 @@ def two_lesions() -> np.ndarray:
 def test_lesions_are_what_touches_and_remember_their_slices():
     large, small = find_lesions(two_lesions())
     assert large.box == ((2, 8), (2, 12), (2, 9)) and large.areas == (56, 56, 70, 56, 56, 56)
+    assert (
+        large.core(2) == (5, 5)
+        and large.core(4) == (6, 5)
+        and small.core(10) == (16, 15)
+        and small.core(11) == (18, 18)
+    )
     assert max(range(12), key=large.area) == 4 and large.voxels == 350 and large.area(1) == 0 and large.area(8) == 0
     assert small.box == ((9, 12), (15, 19), (14, 19)) and small.areas == (12, 12, 1)
     assert Lesion.from_list(small.to_list()) == small
     assert find_lesions(np.zeros((3, 4, 5), np.uint8)) == []
     assert find_lesions(two_lesions(), most=1) == [large]
+
+
+def test_the_core_is_the_middle_or_the_nearest_to_it_inside():
+    y, x = np.mgrid[:41, :41]
+    distance = np.hypot(y - 20, x - 20)
+    disc, ring = distance < 12, (distance < 12) & (distance > 8)
+    assert core_of(disc) == core_of(ring) == (20, 20)
+    sickle = (distance < 16) & (np.hypot(y - 20, x - 26) > 14)  # open towards larger x, thickest at the left
+    row, column = core_of(sickle)
+    assert sickle[row, column] and row == 20 and column < 12, "its middle of mass is none of it"
+    assert core_of(np.zeros((4, 4), bool)) == (-1, -1)
+    bow = np.zeros((9, 9), bool)
+    bow[:, 0] = bow[0] = True
+    assert bow[core_of(bow)]
+
+
+def test_a_slice_without_a_lesion_in_its_box_has_no_core():
+    mask = np.zeros((5, 9, 9), np.uint8)
+    mask[1, 2:5, 2:5] = mask[3, 2:5, 2:5] = 1
+    (lesion,) = find_lesions(mask)
+    assert lesion.areas == (9, 0, 9) and lesion.cores == ((3, 3), (-1, -1), (3, 3))
+    assert Lesion.from_list(lesion.to_list()) == lesion
 
 
 @pytest.mark.parametrize(("axis", "gap", "count"), [(2, 2, 1), (2, 3, 2), (1, 2, 1), (1, 3, 2), (0, 1, 1), (0, 2, 2)])
@@ -334,7 +362,8 @@ def test_roi_is_the_square_around_the_lesion_in_shares_of_the_padded_image():
     volume = cached((20, 12, 20), lesion=(slice(10, 12), slice(2, 6), slice(11, 13)))
     images, _, roi = Framing(PLAN_2D, (8, 8), 3, "mask")(volume)
     assert images.shape[-2:] == (16, 24)  # 2 voxels of padding on each side
-    square = torch.tensor([(4 + 2) / 16, (12 + 2) / 24, 4 / 16 * (1 + 2 * ROI_MARGIN), 1])
+    core = (3 + 0.5 + 2) / 16, (11 + 0.5 + 2) / 24
+    square = torch.tensor([*core, 4 / 16 * (1 + 2 * ROI_MARGIN), 1])
     assert roi.shape == (3, 4) and torch.allclose(roi[1], square), roi
     assert (roi[0] == 0).all(), "the slice beside the lesion shows none"
     assert (roi[2] == 0).all(), "another slice shows this lesion as well"
@@ -345,16 +374,26 @@ def test_roi_of_a_patch_is_that_of_its_planes():
     volume = cached((30, 40, 50), lesion=(slice(10, 12), slice(20, 24), slice(30, 34)))
     _, _, roi = Framing(PLAN_3D, (4, 8, 8), slices=4, policy="mask")(volume)  # z 7 to 15, y 14 to 30, x 24 to 40
     assert roi[:, 3].tolist() == [0, 1, 0, 0]
-    assert torch.allclose(roi[1], torch.tensor([0.5, 0.5, 4 / 16 * (1 + 2 * ROI_MARGIN), 1]))
+    core = (21 + 0.5 - 14) / 16, (31 + 0.5 - 24) / 16
+    assert torch.allclose(roi[1], torch.tensor([*core, 4 / 16 * (1 + 2 * ROI_MARGIN), 1]))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_roi_moves_with_the_image(seed):
-    volume = cached((5, 32, 32), lesion=(slice(2, 3), slice(10, 14), slice(12, 20)))
+    volume = cached((5, 32, 32), lesion=(slice(2, 3), slice(10, 13), slice(12, 19)))
     volume.image.array[:] = 0
-    volume.image.array[0, 2, 10:14, 12:20] = 1
+    volume.image.array[0, 2, 10:13, 12:19] = 1
     torch.manual_seed(seed)
     images, _, roi = Framing(PLAN_2D, (8, 8), 1, "mask", Augmentation(shift=5))(volume)
     rows, columns = np.nonzero(images[0, 0].numpy())
     centre = [(rows.min() + rows.max() + 1) / 2 / 32, (columns.min() + columns.max() + 1) / 2 / 32]
     assert roi[0, :2].tolist() == pytest.approx(centre)
+
+
+def test_squares_lie_where_the_features_that_see_the_lesion_best_are():
+    """The first feature of an encoder with a lead sees the middle of its cell less well than the border before it."""
+    volume = cached((20, 12, 20), lesion=(slice(10, 12), slice(2, 6), slice(11, 13)))
+    plain, ahead = (Framing(PLAN_2D, (8, 8), 3, "mask", lead=lead) for lead in (None, (3.5, 1.5)))
+    assert torch.equal(plain.cut(volume).roi, ahead.cut(volume).roi), "of the image"
+    by = ahead(volume).roi - plain(volume).roi
+    assert torch.allclose(by[1], torch.tensor([3.5 / 16, 1.5 / 24, 0, 0])) and (by[[0, 2]] == 0).all()

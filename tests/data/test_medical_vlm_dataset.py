@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,7 +132,8 @@ def dataset(table: Path, **keys: object) -> MedicalVLMDataset:
     values = {"cache_dir": str(table.parent / "cache"), "caption_prompt_json": str(table.parent / "prompts.json")}
     config = build_config({**values, **keys}, "test")
     cache = VolumeCache(Path(config.cache_dir), PLAN_2D)
-    return MedicalVLMDataset.from_config(config, table, cache, (8, 8), seed=0)
+    encoder = SimpleNamespace(total_stride=(8, 8), lead=(0.0, 0.0))
+    return MedicalVLMDataset.from_config(config, table, cache, encoder, seed=0)
 
 
 def test_samples_carry_their_row(table):

@@ -109,7 +109,7 @@ def test_everything_that_was_saved_comes_back(tmp_path, source):
 
 def test_torch_opens_it_without_running_code(saved):
     content = torch.load(saved, weights_only=True)
-    assert content["format"] == "mamba-ct-report" and content["version"] == 2
+    assert content["format"] == "mamba-ct-report" and content["version"] == 3
     wanted = {"model_state_dict", "step", "epoch", "val_loss", "config", "preprocess_plan", "llm", "diagnostics"}
     assert wanted < set(content)
     assert not any(key.startswith("lm.") for key in content["model_state_dict"])
@@ -295,7 +295,7 @@ def test_nnunets_own_file_is_recognised(assets):
 
 
 def test_newer_version(saved):
-    assert "format version 3, this program knows 2: update" in refusal(edited(saved, version=3))
+    assert "format version 4, this program knows 3: update" in refusal(edited(saved, version=4))
 
 
 def test_older_version_passes_through_its_migrations(saved, monkeypatch):
@@ -366,10 +366,11 @@ def test_another_kind_of_cmi_is_refused_and_without_one_it_does_not_matter(tmp_p
     assert len(check_agreement(load_checkpoint(saved), gated)) == 1
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize(("policy", "loads"), [("centre", True), ("lesion", False)])
-def test_a_checkpoint_of_version_1_loads_unless_it_has_tokens_around_lesions(saved, policy, loads):
+def test_an_older_checkpoint_loads_unless_it_has_tokens_around_lesions(saved, version, policy, loads):
     content = torch.load(saved, weights_only=True)
-    content["version"], content["config"]["roi_policy"] = 1, policy
+    content["version"], content["config"]["roi_policy"] = version, policy
     torch.save(content, saved)
     if loads:
         assert load_checkpoint(saved).config.roi_policy == policy

@@ -117,6 +117,36 @@ def test_cells_of_a_coarse_grid_hold_their_voxels(assets: Path, tmp_path: Path, 
     assert not grid.cells_of(np.zeros(labels.shape, bool)).any()
 
 
+@pytest.mark.parametrize("lead", [(0.0, 0.0), (1.5, 0.5), (7.5, 7.5)])
+def test_a_voxel_lies_in_the_cell_whose_feature_sees_it_best(assets: Path, tmp_path: Path, lead: tuple) -> None:
+    """With the scan's own voxels as the encoder's input, by distance to what each feature sees the middle of."""
+    image, _, _ = write_marked(tmp_path, "LPS", False, (30, 40, 12))
+    volume = read_volume(image)
+    plan = plan_of(assets, "2d_plain", spacing=volume.spacing[1:], patch_size=(96, 96))
+    cached = VolumeCache(tmp_path / "cache", plan).get(image)
+    framing = Framing(plan, (16, 16), 1, "middle", lead=lead)
+    grid = FramedGrid.of(framing, cached, (1, 6, 6), plan.orientation)
+    (middle,) = np.flatnonzero(grid.lay_over(np.ones((1, 6, 6))).any((1, 2)))
+    starts, _ = framing.box(cached)
+    first = [
+        cached.voxel_map.bbox[axis][0] + starts[axis] for axis in (1, 2)
+    ]  # voxel of the scan at the input's corner
+    kept = np.array(cached.voxel_map.bbox)[1:].T  # without what nnU-Net crops away
+    for y, x in np.random.default_rng(0).integers(*kept, (40, 2)):
+        one = np.zeros(volume.array.shape, bool)
+        one[middle, y, x] = True
+        (cell,) = np.argwhere(grid.cells_of(one))
+        for at, origin, ahead, found in zip((y, x), first, lead, cell[1:], strict=True):
+            seen = origin + 16 * np.arange(6) + 7.5 - ahead  # the voxel about which each feature sees
+            assert abs(seen[found] - at) == np.abs(seen - at).min()
+    # Laid over the scan, the map of one feature is highest there.
+    heat = np.zeros((1, 6, 6))
+    heat[0, 2, 3] = 1
+    peak = np.argwhere((over := grid.lay_over(heat)) == over.max()).mean(0)
+    expected = [first[0] + 16 * 2 + 7.5 - lead[0], first[1] + 16 * 3 + 7.5 - lead[1]]
+    np.testing.assert_allclose(peak[1:], expected, atol=0.5)
+
+
 def test_padding_has_cells_but_no_voxels(assets: Path, tmp_path: Path) -> None:
     image, mask, _ = write_marked(tmp_path, "LPS", False, (30, 40, 12))
     plan = plan_of(assets, "2d_plain", spacing=(2.0, 2.0), patch_size=(128, 128))

@@ -218,3 +218,48 @@ def test_weights_of_another_network_are_refused_by_name(assets):
     larger = {**checkpoint.network_state, "encoder.extra": torch.zeros(1)}
     with pytest.raises(InputError, match=r"'encoder\.extra' is unknown"):
         NnUNetEncoder.from_checkpoint(replace(checkpoint, network_state=larger))
+
+
+# ---------------------------------------------------------------- where a feature looks
+
+
+def _middle_of_what_is_seen(encoder: NnUNetEncoder, size: int) -> float:
+    """Of the feature in the middle of the grid: the voxel, along the last axis, about which its gradient lies, in
+    voxels before the middle of its cell. The network is made linear, with weights that are all the same."""
+    for module in list(encoder.modules()):
+        for child, part in module.named_children():
+            if "Norm" in type(part).__name__ or "ReLU" in type(part).__name__:
+                setattr(module, child, torch.nn.Identity())
+    for name, parameter in encoder.named_parameters():
+        torch.nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 0.01)
+    x = torch.zeros(1, encoder.in_channels, *[size] * encoder.dim, requires_grad=True)
+    features = encoder(x).flatten(0, -4) if encoder.dim == 3 else encoder(x)
+    cell = size / features.shape[-1]
+    at = features.shape[-1] // 2
+    features[0, 0, at, at].backward()
+    weight = x.grad.abs().sum(tuple(range(x.ndim - 1))).double()
+    seen = float((weight * torch.arange(size)).sum() / weight.sum())
+    return (at + 0.5) * cell - 0.5 - seen
+
+
+@pytest.mark.parametrize(("stage", "target"), [(0, 64), (1, 32), (2, 16), (2, 8), (1, 8)])
+def test_a_feature_sees_what_lies_before_the_middle_of_its_cell(assets, stage, target):
+    """Also where features are pooled: with a stride of 4 in cells of 4 or 8 it is 1.5 voxels."""
+    encoder = NnUNetEncoder(_architecture(assets), output_stage=stage, target_spatial=target)
+    assert encoder.lead == tuple((stride - 1) / 2 for stride in encoder.total_stride)
+    assert _middle_of_what_is_seen(encoder, 64) == pytest.approx(encoder.lead[-1], abs=1e-3)
+
+
+def test_the_short_cut_of_residual_stages_leads_half_as_much(assets):
+    architecture = _architecture(assets, "2d_resenc")
+    lead = architecture.lead(2)
+    assert lead == tuple((stride - 1) / 4 for stride in architecture.total_stride(2))
+    encoder = NnUNetEncoder(architecture, output_stage=2, target_spatial=16)
+    assert 0 < _middle_of_what_is_seen(encoder, 64) < 2 * lead[-1]
+
+
+def test_axes_without_stride_have_no_lead(assets):
+    architecture = _architecture(assets, "3d_plain", "3d_fullres")
+    for stage in range(len(architecture.features)):
+        assert architecture.lead(stage) == tuple((stride - 1) / 2 for stride in architecture.total_stride(stage))
+    assert architecture.lead(0) == (0, 0, 0)

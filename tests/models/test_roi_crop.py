@@ -39,23 +39,24 @@ def test_gradient_flows_into_the_crop_alone():
 # ---------------------------------------------------------------- around a lesion
 
 
-def plainly(features: torch.Tensor, square: list[float], side: int) -> torch.Tensor:
+def plainly(features: torch.Tensor, square: list[float], side: int, scale: int) -> torch.Tensor:
     """:func:`sample_square` of one map (C, H, W), point by point."""
     extents = features.shape[-2:]
     starts, steps = [], []
     for share, extent in zip(square[:2], extents, strict=True):
-        length = min(max(square[2], side / extent), 1)
+        length = min(side * scale / extent, 1)
         middle = min(max(share, length / 2), 1 - length / 2)
         starts.append(middle - length / 2)
         steps.append(length / side)
     cells = torch.zeros(len(features), side, side)
+    points = [(k + 0.5) / max(scale, 2) for k in range(max(scale, 2))]
     for i in range(side):
         for j in range(side):
-            for a in (0.25, 0.75):
-                for b in (0.25, 0.75):
+            for a in points:
+                for b in points:
                     row = (starts[0] + (i + a) * steps[0]) * extents[0] - 0.5
                     column = (starts[1] + (j + b) * steps[1]) * extents[1] - 0.5
-                    cells[:, i, j] += bilinear(features, row, column) / 4
+                    cells[:, i, j] += bilinear(features, row, column) / len(points) ** 2
     return cells
 
 
@@ -69,25 +70,36 @@ def bilinear(features: torch.Tensor, row: float, column: float) -> torch.Tensor:
     return (1 - v) * upper + v * lower
 
 
-@pytest.mark.parametrize(
-    "square", [[0.5, 0.5, 0.6, 1], [0.1, 0.9, 0.5, 1], [0.3, 0.4, 0.01, 1], [0.7, 0.2, 1.5, 1], [0.37, 0.61, 0.43, 1]]
-)
-@pytest.mark.parametrize("side", [1, 3, 4])
-def test_sampled_square_equals_the_plain_way(square, side):
+@pytest.mark.parametrize("square", [[0.5, 0.5, 0.6, 1], [0.1, 0.9, 0.5, 1], [0.3, 0.4, 0.01, 1], [0.37, 0.61, 0.43, 1]])
+@pytest.mark.parametrize(("side", "scale"), [(1, 1), (3, 1), (4, 1), (1, 3), (2, 3), (1, 9), (3, 9)])
+def test_sampled_square_equals_the_plain_way(square, side, scale):
     features = torch.randn(2, 5, 8, 11, generator=torch.Generator().manual_seed(side))
-    got = sample_square(features, torch.tensor([square, [0.5, 0.5, 1, 1]]), side)
+    squares = torch.tensor([square, [0.5, 0.5, 1, 1]])
+    got = sample_square(features, squares, side, scale)
     assert got.shape == (2, 5, side, side)
-    torch.testing.assert_close(got[0], plainly(features[0], square, side), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(got[1], plainly(features[1], [0.5, 0.5, 1, 1], side), atol=1e-5, rtol=1e-5)
+    for case in range(2):
+        expected = plainly(features[case], squares[case].tolist(), side, scale)
+        torch.testing.assert_close(got[case], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_square_is_no_finer_than_the_features_and_without_a_lesion_central():
+def test_squares_of_one_map_are_those_of_copies_of_it():
+    features = torch.randn(1, 3, 8, 11, requires_grad=True)
+    squares = torch.rand(5, 4)
+    squares[:, 3] = 1
+    shared, copied = sample_square(features, squares, 3), sample_square(features.expand(5, -1, -1, -1), squares, 3)
+    torch.testing.assert_close(shared, copied, rtol=1e-5, atol=1e-6)
+    weight = torch.randn_like(shared)
+    gradients = [torch.autograd.grad((cells * weight).sum(), features)[0] for cells in (shared, copied)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_seen_has_one_scale_and_without_a_lesion_lies_in_the_middle():
     features = torch.randn(1, 3, 8, 8)
-    tiny = sample_square(features, torch.tensor([[0.5, 0.5, 0.0, 1.0]]), 4)
-    least = sample_square(features, torch.tensor([[0.5, 0.5, 0.5, 1.0]]), 4)
-    assert torch.equal(tiny, least)
-    nowhere = sample_square(features, torch.tensor([[0.1, 0.9, 0.7, 0.0]]), 4)
-    torch.testing.assert_close(nowhere, least, atol=1e-6, rtol=0)
+    tiny, huge, nowhere = (
+        sample_square(features, torch.tensor([square]), 4)
+        for square in ([0.5, 0.5, 0.0, 1.0], [0.5, 0.5, 0.9, 1.0], [0.1, 0.9, 0.7, 0.0])
+    )
+    assert torch.equal(tiny, huge) and torch.equal(tiny, nowhere)
 
 
 def test_gradient_reaches_the_features_of_the_square_alone():

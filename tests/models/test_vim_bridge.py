@@ -194,11 +194,11 @@ def test_positions_norms_and_dynamics_are_not_decayed():
 
 def test_lesion_tokens_follow_the_overview_and_share_the_budget():
     model = bridge(max_visual_tokens=40, local_side=3)
-    assert grid_side(40, 2, 8, 3) == 3
+    assert grid_side(40, 2, 8, 9) == 3
     tokens = model(features(planes=2), position(planes=2), roi=torch.tensor([0.2, 0.8, 0.1, 1.0]).expand(2, 2, 4))
     assert tokens.shape == (2, 2 * (9 + 9), OUT)
-    with pytest.raises(InputError, match=r"slices 2 need: .* 9 around its lesion \(roi_side 3\); raise it to 20"):
-        grid_side(19, 2, 8, 3)
+    with pytest.raises(InputError, match=r"slices 2 need: .* 9 around its lesion \(roi_scales x .*\); raise it to 20"):
+        grid_side(19, 2, 8, 9)
     with pytest.raises(ValueError, match="roi"):
         model(features(planes=2), position(planes=2))
 
@@ -220,6 +220,23 @@ def test_another_square_changes_the_lesion_tokens_and_through_the_scans_the_over
     mixing = bridge(max_visual_tokens=13, local_side=3)
     here, there = (mixing(features(1), position(1), roi=roi).detach() for roi in where[:2])
     assert not torch.equal(here[:, :4], there[:, :4])
+
+
+def test_a_wider_scale_sees_more_and_the_same_however_large_the_lesion():
+    """A feature four rows from the core is seen by the tokens of the wide region alone."""
+    model = without_mixing(max_visual_tokens=22, local_side=3, local_scales=2, grid=16)
+    torch.nn.init.zeros_(model.local.project.weight)
+    roi = torch.tensor([[[8.5 / 16, 8.5 / 16, 0.1, 1.0]]])
+    seen, where = features(1, side=16), position(1)
+    plain = model(seen, where, roi=roi)
+    assert plain.shape == (1, 4 + 18, OUT)
+    for row, changed in ((8, {*range(4, 13), 4 + 9 + 4}), (12, {4 + 9 + 7}), (15, set())):
+        other = seen.clone()
+        other[0, 0, :, row, 8] += 1 + torch.arange(CHANNELS)
+        differs = ((model(other, where, roi=roi) - plain).abs().amax(-1)[0] > 1e-5).nonzero().flatten().tolist()
+        assert {token for token in differs if token >= 4} == changed, row
+    large = roi * torch.tensor([1, 1, 6, 1])
+    assert torch.equal(model(seen, where, roi=large), plain)
 
 
 def test_places_in_a_square_are_told_apart():
