@@ -168,7 +168,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         "cut_at": [config.max_question_tokens, config.max_answer_tokens],
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed,
-        "format": 2,  # raise it when the same checkpoint would be shown something else
+        "format": 3,  # raise it when the same checkpoint would be shown something else
     }
     store = GenerationStore(args.out, described, accelerator.process_index)
     collator = CaptionCollator(lm.tokenizer, config.max_question_tokens, config.max_answer_tokens)

@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=0, help="reports sampled per case, for agreement; 0: none")
     parser.add_argument("--maps", type=int, default=12, help="cases whose maps are saved as PNG and NIfTI")
     parser.add_argument("--pointing_cases", type=int, help="at most so many cases for the pointing game; default: all")
-    parser.add_argument("--attribution", choices=("integrated", "occlusion"), default="integrated")
+    parser.add_argument("--attribution", choices=("evidence", "integrated", "occlusion"), default="evidence")
     parser.add_argument(
         "--mask_labels", nargs="+", metavar="N=FINDING", help="names of mask values, or nnU-Net's dataset.json"
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from config.schema import load_config
-from models.attribution import _log_probs, attribution_maps
+from models.attribution import METHODS, _log_probs, attribution_maps, feature_width, smoothed
 from models.decoding import Decoding
 from models.mamba_lm import MambaLM
 from models.medical_vlm import MedicalVLM, VisionBridge, answer_inputs
@@ -147,7 +147,7 @@ def whole(model: MedicalVLM, case: dict[str, Tensor], features: Tensor) -> Tenso
 def test_integrated_maps_add_up_to_what_the_image_changes(
     model: MedicalVLM, case: dict[str, Tensor], baseline: Tensor
 ) -> None:
-    maps = attribution_maps(model, case, IDS, [[0, 1], [2, 3], [3]], baseline, steps=200, chunk=64)
+    maps = attribution_maps(model, case, IDS, [[0, 1], [2, 3], [3]], baseline, "integrated", steps=200, chunk=64)
     assert maps.shape == (3, 2, 4, 4)
     with torch.no_grad():
         features = model.vision.features(case["images"])
@@ -155,9 +155,52 @@ def test_integrated_maps_add_up_to_what_the_image_changes(
     expected = torch.stack([change[:2].sum(), change[2:].sum(), change[3]])
     assert expected.abs().min() > 1e-3
     torch.testing.assert_close(maps.sum((1, 2, 3)), expected, rtol=0.02, atol=0.01)
-    in_parts = attribution_maps(model, case, IDS, [[0, 1], [2, 3], [3]], baseline, steps=6, chunk=4)
-    at_once = attribution_maps(model, case, IDS, [[0, 1], [2, 3], [3]], baseline, steps=6, chunk=6)
+    in_parts = attribution_maps(model, case, IDS, [[0, 1], [2, 3], [3]], baseline, "integrated", steps=6, chunk=4)
+    at_once = attribution_maps(model, case, IDS, [[0, 1], [2, 3], [3]], baseline, "integrated", steps=6, chunk=6)
     torch.testing.assert_close(in_parts, at_once, rtol=1e-3, atol=1e-4)
+
+
+def test_evidence_is_what_speaks_for_a_stretch_channel_by_channel(
+    model: MedicalVLM, case: dict[str, Tensor], baseline: Tensor
+) -> None:
+    """Against the definition, one step and one channel at a time; images of 64 voxels, stride 16, in 4 cells."""
+    steps = 3
+    maps = attribution_maps(model, case, IDS, [[0, 1], [3]], baseline, steps=steps)
+    with torch.no_grad():
+        features = model.vision.features(case["images"])
+    difference = features - baseline
+    answer = torch.tensor([IDS])
+    inputs = {**case, "answer_ids": answer, "answer_mask": torch.ones_like(answer)}
+    for got, positions in zip(maps, ([0, 1], [3]), strict=True):
+        mean = torch.zeros_like(features)
+        for step in range(steps):
+            at = (baseline + (step + 0.5) / steps * difference).requires_grad_()
+            (gradient,) = torch.autograd.grad(_log_probs(model, inputs, at)[0][positions].sum(), at)
+            mean += gradient / steps
+        expected = torch.zeros(2, 4, 4)
+        for channel in range(features.shape[2]):
+            part = (mean * difference)[0, :, channel]
+            expected += torch.where(part > 0, part, 0.0)
+        assert expected.max() > 1e-4
+        width = feature_width(model.vision.encoder, case["images"], (4, 4))
+        torch.testing.assert_close(got, smoothed(expected, width), rtol=1e-3, atol=1e-6)
+    assert maps.min() >= 0
+
+
+def test_a_map_is_smoothed_by_the_extent_of_one_feature(model: MedicalVLM) -> None:
+    """Pooled to half as many cells, a feature is half a cell wide."""
+    encoder, images = model.vision.encoder, torch.zeros(1, 2, 1, 64, 96)
+    stride = encoder.total_stride[-1]
+    assert feature_width(encoder, images, (64 // stride, 96 // stride)) == (1, 1)
+    assert feature_width(encoder, [images[0]], (32 // stride, 96 // stride)) == (0.5, 1)
+    heat = torch.zeros(2, 9, 9)
+    heat[0, 4, 4] = 1
+    blurred = smoothed(heat, (1.0, 0.5))
+    assert blurred[1].abs().max() == 0, "slices do not mix"
+    assert blurred[0].argmax() == 4 * 9 + 4 and float(blurred.sum()) == pytest.approx(1, abs=1e-4)
+    assert blurred[0, 5, 4] / blurred[0, 4, 4] == pytest.approx(0.6065, abs=1e-3)  # exp(-1/2)
+    assert blurred[0, 4, 5] < blurred[0, 5, 4]
+    assert torch.equal(smoothed(torch.ones(1, 5, 5), (2.0, 2.0)), torch.ones(1, 5, 5)), "also at the border"
 
 
 def test_occlusion_is_the_fall_for_each_cell(model: MedicalVLM, case: dict[str, Tensor], baseline: Tensor) -> None:
@@ -175,7 +218,7 @@ def test_occlusion_is_the_fall_for_each_cell(model: MedicalVLM, case: dict[str, 
 def test_the_baseline_itself_has_an_empty_map(model: MedicalVLM, case: dict[str, Tensor]) -> None:
     with torch.no_grad():
         own = model.vision.features(case["images"])[0]
-    for method in ("integrated", "occlusion"):
+    for method in METHODS:
         assert attribution_maps(model, case, IDS, [[0]], own, method).abs().max() < 1e-4
     assert attribution_maps(model, case, IDS, [], own).shape == (0, 2, 4, 4)
     with pytest.raises(ValueError, match="method 'saliency'"):
