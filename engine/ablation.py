@@ -62,8 +62,13 @@ def variants(base: Config) -> list[Variant]:
     """
     side = base.roi_side or max(base.encoder_target_spatial // 2, 1)
     # The budget of a baseline without squares has no room for them: one overview token a slice is added.
-    room = base.slices * (side**2 + 1)
-    lesion = {"roi_side": side, "roi_policy": "lesion", "max_visual_tokens": max(base.max_visual_tokens, room)}
+    lesion = [
+        {
+            "roi_side": side, "roi_policy": "lesion", "roi_scales": scales,
+            "max_visual_tokens": max(base.max_visual_tokens, base.slices * (scales * side**2 + 1)),
+        }
+        for scales in (1, 2)
+    ]  # fmt: skip
     found = [
         Variant(BASELINE, BASELINE),
         Variant("Stage-1 start", "scratch", start="scratch"),
@@ -75,7 +80,7 @@ def variants(base: Config) -> list[Variant]:
         *(Variant("CMI", kind, {"use_cmi": True, "cmi_kind": kind}) for kind in get_args(CMIKind)),
         Variant("RoI", "off", {"roi_side": None, "roi_policy": "centre"}),
         Variant("RoI", "centre", {"roi_side": side, "roi_policy": "centre"}),
-        Variant("RoI", "lesion", lesion),
+        *(Variant("RoI", f"lesion, scales {keys['roi_scales']}", keys) for keys in lesion),
         *(_tokens(base, n * n) for n in (7, 14, 28)),
         *(Variant("augmentation", f"shift {n}", {"augment_shift": n}) for n in (0, 2, 6)),
         Variant("augmentation", "rotate 5", {"augment_rotate": 5.0}),

@@ -19,12 +19,13 @@ table{border-collapse:collapse;margin:.6em 0}td,th{border:1px solid #bbb;padding
 vertical-align:top}th{background:#eee}img{max-width:100%}.verdict{font-size:1.25em;font-weight:bold;padding:.5em .8em;
 border-left:6px solid #888;background:#f4f4f4}.depends{border-color:#2a8f3c}.independent{border-color:#b00020}
 .partly,.unclear{border-color:#c77d00}mark{background:#ffd9a0}"""
-AUDITED = ("own", "shuffled", "blank", "prior")
+AUDITED = ("own", "shuffled", "blank", "prior", "squares")
 _IMAGES = {
     "own": "the case's own",
     "shuffled": "another patient's",
     "blank": "blank",
     "prior": "none (mean of all)",
+    "squares": "mean of all, own slice heights and lesion squares",
 }
 
 

@@ -34,7 +34,6 @@ from engine.report_facts import MaskedCase, mask_scores, place_scores, share
 from engine.report_metrics import language_scores
 
 Records = Sequence[Mapping[str, Any]]
-OTHERS = ("shuffled", "blank", "prior")
 
 
 @dataclass
@@ -235,6 +234,12 @@ def _audit(
     verdict: Verdict = judge(
         len(own), clinical["own"].p_value, differences, gaps, same_share(held.texts(), held.texts("prior"))
     )
+    alone = found["squares"]
+    outlines = (
+        "heights and squares of lesions alone, with the mean image, give "
+        f"macro-F1 {alone['macro_f1']:.3f}, side and height {alone['location_acc']:.3f}, "
+        f"size within 3 mm {alone['size_within_3mm']:.3f}"
+    )
     return found | {
         "normal_false_finding_rate": normal.value,
         "normal_false_finding_interval": [normal.low, normal.high],
@@ -245,7 +250,7 @@ def _audit(
         "duplicate_rate_of_references": natural.near_share,
         "verdict": verdict.text,
         "verdict_code": verdict.code,
-        "reasons": verdict.reasons,
+        "reasons": [*verdict.reasons, outlines],
     }
 
 

@@ -5,6 +5,7 @@ own        the case's image
 shuffled   the image of another patient
 blank      an image without structure: every voxel the mean of CT normalisation, slices at mean height
 prior      no image: the visual tokens are those of the mean features and mean slice height of all cases
+squares    the mean features with the case's own slice heights and lesion squares: what a mask gives away by itself
 sample1…   the case's image, sampled at temperature 1
 =========  ===========================================================================================
 
@@ -29,8 +30,8 @@ from engine.generation_store import GenerationStore
 from models.decoding import Decoding
 from models.report_writer import ReportWriter
 
-OWN, SHUFFLED, BLANK, PRIOR, SAMPLE = "own", "shuffled", "blank", "prior", "sample"
-AUDITED = (OWN, SHUFFLED, BLANK, PRIOR)
+OWN, SHUFFLED, BLANK, PRIOR, SQUARES, SAMPLE = "own", "shuffled", "blank", "prior", "squares", "sample"
+AUDITED = (OWN, SHUFFLED, BLANK, PRIOR, SQUARES)
 _BASELINE_CASES = 256  # that the mean image is made of
 
 
@@ -78,7 +79,7 @@ class ReportPasses:
         self.process, self.processes = process, processes
 
     def run(self, table: EvaluatedTable, condition: str, mean: MeanImage | None = None) -> None:
-        """Write what is missing. ``mean`` is needed by ``blank`` and ``prior``."""
+        """Write what is missing. ``mean`` is needed by ``blank``, ``prior`` and ``squares``."""
         kept = kept_as(table, condition)
         mine = [row for row in self._missing(table, condition) if row % self.processes == self.process]
         if not mine:
@@ -160,6 +161,8 @@ class ReportPasses:
     def _visual(self, batch: Mapping[str, Any], condition: str, mean: MeanImage | None) -> Tensor:
         if condition == PRIOR:
             return self.writer.visual_of_features(mean.features, mean.position, batch)
+        if condition == SQUARES:
+            return self.writer.visual_of_features(mean.features, batch["slice_position"], batch, batch["roi"])
         return self.writer.visual(batch)
 
     def _records(
@@ -196,7 +199,7 @@ class ReportPasses:
 
 def kept_as(table: EvaluatedTable, condition: str) -> str:
     """Name of a condition in the store: shuffling and means depend on how many rows there are."""
-    return f"{condition}/{len(table)}" if condition in (SHUFFLED, BLANK, PRIOR) else condition
+    return f"{condition}/{len(table)}" if condition in (SHUFFLED, BLANK, PRIOR, SQUARES) else condition
 
 
 def shuffled_order(patients: Sequence[str], seed: int) -> list[int]:

@@ -51,13 +51,16 @@ class ReportWriter:
         return self.model.visual_tokens(batch)
 
     @torch.no_grad()
-    def visual_of_features(self, features: Tensor, position: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """Visual tokens (B, L, D) of one image, given by its features (K, C, T, T) and positions (K,); of no lesion."""
+    def visual_of_features(
+        self, features: Tensor, position: Tensor, batch: Mapping[str, Any], roi: Tensor | None = None
+    ) -> Tensor:
+        """Visual tokens (B, L, D) of one image, given by its features (K, C, T, T), with positions (K,) or (B, K), and
+        squares (B, K, 4) or of no lesion."""
         B = len(batch["question_ids"])
         question = self.model.lm.embed(batch["question_ids"]).float()
         copies = features.expand(B, *features.shape), position.expand(B, -1)
-        nowhere = torch.zeros_like(batch["roi"])
-        return self.model.vision.tokens(*copies, question, batch["question_mask"], roi=nowhere)
+        roi = torch.zeros_like(batch["roi"]) if roi is None else roi
+        return self.model.vision.tokens(*copies, question, batch["question_mask"], roi=roi)
 
     @torch.no_grad()
     def write(self, visual: Tensor, batch: Mapping[str, Any], decoding: Decoding | None = None) -> list[Written]:

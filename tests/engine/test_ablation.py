@@ -47,7 +47,7 @@ def test_every_variant_is_a_valid_configuration_with_room_for_its_tokens(keys):
     assert found[0].axis == "baseline" and len({variant.folder for variant in found}) == len(found)
     for variant in found:
         config = base.replace(**variant.keys)
-        local = config.roi_side if config.roi_policy == "lesion" else 0
+        local = config.roi_scales * config.roi_side**2 if config.roi_policy == "lesion" else 0
         assert grid_side(config.max_visual_tokens, config.slices, config.encoder_target_spatial, local) >= 1
 
 

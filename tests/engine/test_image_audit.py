@@ -57,12 +57,16 @@ class Model:
         self.reports = [row.answer for row in table.rows]
         self.looks = looks
         self.written = 0
+        self.told: list[tuple[Tensor, Tensor | None]] = []
         self.model = SimpleNamespace(vision=SimpleNamespace(features=lambda images: images[:, None]))
 
     def visual(self, batch: Mapping[str, Any]) -> Tensor:
         return batch["images"][:, 0, 0, 0, 0]
 
-    def visual_of_features(self, features: Tensor, position: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    def visual_of_features(
+        self, features: Tensor, position: Tensor, batch: Mapping[str, Any], roi: Tensor | None = None
+    ) -> Tensor:
+        self.told.append((position, roi))
         return torch.zeros(len(batch["question_ids"]))
 
     def _texts(self, visual: Tensor, batch: Mapping[str, Any]) -> list[str]:
@@ -134,6 +138,16 @@ def test_a_model_that_ignores_the_image_is_said_to(tmp_path: Path) -> None:
     assert all(reason.startswith("no") for reason in found["reasons"][:4])
 
 
+def test_squares_are_the_mean_image_with_what_is_known_of_the_case(tmp_path: Path) -> None:
+    card, model = audit(tmp_path, 14, looks=True)
+    prior = [position for position, roi in model.told if roi is None]
+    squares = [(position, roi) for position, roi in model.told if roi is not None]
+    assert [position.shape for position in prior] == [(1,)] * 2
+    assert [(position.shape, roi.shape) for position, roi in squares] == [((7, 1), (7, 1, 4))] * 2
+    assert card["audit"]["squares"]["macro_f1"] < card["audit"]["own"]["macro_f1"]
+    assert "squares of lesions alone" in card["audit"]["reasons"][-1]
+
+
 def test_few_cases_are_not_judged(tmp_path: Path) -> None:
     card, _ = audit(tmp_path, 10, looks=True)
     assert card["audit"]["verdict_code"] == "unclear"
@@ -141,7 +155,7 @@ def test_few_cases_are_not_judged(tmp_path: Path) -> None:
 
 def test_without_an_image_each_question_is_answered_once(tmp_path: Path) -> None:
     _, model = audit(tmp_path, 60, looks=True)
-    assert model.written == 60 + 60 + 2 + 2
+    assert model.written == 60 + 60 + 2 + 2 + 60, "own and shuffled; blank and prior once a question; squares"
 
 
 def score(value: float, low: float, high: float) -> Score:
