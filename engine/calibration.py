@@ -145,12 +145,14 @@ class Logistic:
         return expit(np.asarray(signs, float) @ np.array(self.weights) + self.offset)
 
 
-def fit_logistic(signs: np.ndarray, right: Sequence[bool], ridge: float = 0.01) -> Logistic:
+def fit_logistic(signs: np.ndarray, right: Sequence[bool], ridge: float = 1.0) -> Logistic:
     """Maximum likelihood with Platt's smoothed targets and a small penalty on the weights; a sign that does not vary
     has weight 0.
 
     Args:
         signs: (N, F). right: (N,).
+        ridge: half of it times the squared weights of the standardised signs is added to the sum of all losses: few
+            statements are held to little, many are free.
     """
     x, r = np.asarray(signs, float), np.asarray(right, float)
     if x.ndim != 2 or len(x) != len(r) or not len(r):
@@ -163,8 +165,8 @@ def fit_logistic(signs: np.ndarray, right: Sequence[bool], ridge: float = 0.01) 
     def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
         a = z @ theta[:-1] + theta[-1]
         error = expit(a) - target
-        value = (np.logaddexp(0, a) - target * a).sum() + ridge * len(r) * (theta[:-1] ** 2).sum() / 2
-        return float(value), np.append(z.T @ error + ridge * len(r) * theta[:-1], error.sum())
+        value = (np.logaddexp(0, a) - target * a).sum() + ridge * (theta[:-1] ** 2).sum() / 2
+        return float(value), np.append(z.T @ error + ridge * theta[:-1], error.sum())
 
     theta = minimize(loss, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B").x
     weights = np.where(spread > 0, theta[:-1] / np.where(spread > 0, spread, 1), 0)

@@ -10,7 +10,7 @@ import numpy as np
 
 from data.report_labeller import FindingMention
 from engine.calibration import Logistic, Reliability, RiskCoverage, fit_logistic, reliability, risk_coverage
-from engine.report_confidence import Statement, is_right
+from engine.report_confidence import SIGNS, Statement, is_right
 
 MIN_STATEMENTS = 30  # to fit five numbers on
 FOLDS = 5
@@ -18,7 +18,7 @@ FOLDS = 5
 
 @dataclass(frozen=True)
 class Judged:
-    """N statements of one table. ``case`` (N,); ``raw`` (N,) and ``signs`` (N, 4) as of ``Statement``; ``right`` (N,):
+    """N statements of one table. ``case`` (N,); ``raw`` (N,) and ``signs`` (N, 5) as of ``Statement``; ``right`` (N,):
     whether its reference bears it out."""
 
     case: np.ndarray
@@ -34,7 +34,7 @@ class Judged:
             for statement in statements
         ]
         case, raw, signs, right = zip(*rows, strict=True) if rows else ((), (), (), ())
-        held = np.array(signs, float).reshape(-1, 4)
+        held = np.array(signs, float).reshape(-1, SIGNS)
         return cls(np.array(case, int), np.array(raw, float), held, np.array(right, bool))
 
 

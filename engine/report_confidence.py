@@ -37,6 +37,7 @@ _CONTENT = (
 )
 _STATED = ("present", "uncertain")
 _LEAST = math.log(1e-6)
+SIGNS = 5
 Span = tuple[int, int]
 
 
@@ -65,15 +66,16 @@ class Statement:
         sentence: number of its piece in ``split_sentences``.
         words: stretches of the text that carry it.
         raw: probability of the words, 0 to 1: the confidence before calibration.
-        signs: what the calibration learns from: log-probability of the words but for the size, that of the size
-            (0 without one), whether there is a size, and the share of sampled reports that agree (0 without samples).
+        signs: what the calibration learns from: log-probability of the finding's words, of its place and of its size
+            (0 without such words), whether there is a size, and the share of sampled reports that agree (0 without
+            samples).
     """
 
     mention: FindingMention
     sentence: int
     words: tuple[Span, ...]
     raw: float
-    signs: tuple[float, float, float, float]
+    signs: tuple[float, float, float, float, float]
 
 
 def statements(
@@ -99,12 +101,14 @@ def statements(
         words = next((c for c in clauses if any(w.start <= mention.start < w.end for w in c)), ())
         plain = [(w.start, w.end) for w in words if w.kind != "size"] or [(mention.start, mention.end)]
         sizes = [(w.start, w.end) for w in words if w.kind == "size"]
-        of_words = log_probability(plain, spans, log_probs)
-        of_sizes = log_probability(sizes, spans, log_probs) if sizes else 0.0
+        places = [(w.start, w.end) for w in words if w.kind == "place"]
+        finding = [span for span in plain if span not in places] or [(mention.start, mention.end)]
+        of_finding = log_probability(finding, spans, log_probs)
+        of_place, of_size = (log_probability(w, spans, log_probs) if w else 0.0 for w in (places, sizes))
         agree = sum(any(agrees(mention, other) for other in sample) for sample in others) / max(len(others), 1)
         sentence = next(k for k, end in enumerate(ends) if mention.start < end)
         raw = math.exp(log_probability([*plain, *sizes], spans, log_probs))
-        signs = (of_words, of_sizes, float(bool(sizes)), agree)
+        signs = (of_finding, of_place, of_size, float(bool(sizes)), agree)
         made.append(Statement(mention, sentence, tuple([*plain, *sizes]), raw, signs))
     return made
 

@@ -91,14 +91,14 @@ def test_only_the_words_of_a_statement_count() -> None:
     log_probs[TEXT.index("积液")] = math.log(0.2)
     said = statements(TEXT, ZH, characters(TEXT), log_probs.tolist())
     assert [s.raw for s in said] == pytest.approx([0.15, 0.2, 1.0])
-    assert said[0].signs == pytest.approx((math.log(0.5), math.log(0.3), 1, 0))
-    assert said[1].signs == pytest.approx((math.log(0.2), 0, 0, 0))
+    assert said[0].signs == pytest.approx((0, math.log(0.5), math.log(0.3), 1, 0)), "finding, place, size"
+    assert said[1].signs == pytest.approx((math.log(0.2), 0, 0, 0, 0))
 
 
 def test_samples_that_agree() -> None:
     samples = ["所见：右肺上野见13mm结节。", "所见：右肺上野见30mm结节。", "所见：左肺空洞。", "双肺未见异常。"]
     said = statements(TEXT, ZH, characters(TEXT), [0.0] * len(TEXT), samples)
-    assert said[0].signs[3] == 0.25 and said[1].signs[3] == 0 and said[2].signs[3] == 0.5
+    assert said[0].signs[4] == 0.25 and said[1].signs[4] == 0 and said[2].signs[4] == 0.5
 
 
 def test_clauses_without_a_finding_belong_to_their_neighbour() -> None:
@@ -146,7 +146,7 @@ def judged(n: int, seed: int) -> Judged:
     """Statements that are right as often as 0.2 + 0.6 · p(words), whatever is said of p(size)."""
     rng = np.random.default_rng(seed)
     words = np.log(rng.uniform(0.05, 1, n))
-    signs = np.stack([words, np.zeros(n), np.zeros(n), np.zeros(n)], 1)
+    signs = np.stack([words, *[np.zeros(n)] * 4], 1)
     return Judged(np.arange(n) // 2, np.exp(words), signs, rng.random(n) < 0.2 + 0.6 * np.exp(words))
 
 
@@ -156,7 +156,7 @@ def test_confidence_is_calibrated_on_other_cases() -> None:
     assert card["ece_before"] > 0.05 > card["ece"] and card["calibrated_on"] == "validation (2000 statements)"
     assert card["risk_coverage"][9]["risk"] < card["risk_coverage"][-1]["risk"] - 0.05
     assert card["risk_coverage"][-1]["coverage"] == 1 and sum(b["count"] for b in card["reliability"]) == 4000
-    assert card["calibrator"]["weights"][1:] == [0, 0, 0]
+    assert card["calibrator"]["weights"][1:] == [0, 0, 0, 0]
 
 
 def test_ece_of_perfect_calibration_falls_with_statements() -> None:
