@@ -71,7 +71,7 @@ def main() -> None:
     height, width = image.shape
     whole = (0.0, 0.0, float(height), float(width))
     overview = grid_side(args.max_visual_tokens, 1, args.grid)
-    beside = grid_side(args.max_visual_tokens, 1, args.grid, ROI_SIDE)
+    beside = grid_side(args.max_visual_tokens, 1, args.grid, ROI_SIDE**2)
 
     import torch
 
