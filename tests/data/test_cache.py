@@ -228,7 +228,8 @@ def test_processes_that_race_agree(tmp_path, case):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         sums = pool.starmap(_prepare, [(cache, *case)] * 6)
     assert len(set(sums)) == 1
-    assert [entry.name for entry in cache.root.iterdir()] == [cache.entry(*case).name]
+    # A slow machine finds the files old enough to remember their digests, in a folder of its own.
+    assert {entry.name for entry in cache.root.iterdir()} - {"files"} == {cache.entry(*case).name}
 
 
 def test_the_slower_process_keeps_the_faster_ones_entry(tmp_path, case, monkeypatch):

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -259,7 +260,8 @@ def test_loaders_leave_the_global_generator_alone(tmp_path):
         mask_resampling=Resampling(1),
     )  # fmt: skip
     args = argparse.Namespace(seed=0, batch_size=1)
-    train, val, order = build_loaders(args, config, plan, (4, 4), CaptionCollator(None, 1, 1), Accelerator(cpu=True))
+    encoder = SimpleNamespace(total_stride=(4, 4), lead=(0.0, 0.0))
+    train, val, order = build_loaders(args, config, plan, encoder, CaptionCollator(None, 1, 1), Accelerator(cpu=True))
     before = torch.get_rng_state()
     order.start_epoch(0)
     assert sorted(int(batch["row"]) for batch in train) == [0, 1]
