@@ -92,7 +92,9 @@ class Config:
         role="arch",
     )  # fmt: skip
     roi_scales: int = _key(
-        1, "roi_policy lesion: 2 adds as many tokens of a region three times as wide, 3 also of one nine times as wide",
+        1,
+        "roi_policy lesion: 2 adds as many tokens of a region three times as wide, 3 also of one nine times as wide; "
+        "the widest must fit the token grid",
         role="arch", minimum=1,
     )  # fmt: skip
     use_cmi: bool = _key(False, "the question steers the visual tokens (Cross-Mamba Interaction)", role="arch")

@@ -30,7 +30,7 @@ class Augmentation(NamedTuple):
 
         Args:
             images: (..., H, W) float32, 0 is the mean after normalisation and fills what moves in.
-            roi: (K, 4) row and column of the centre, side, as shares of the image, and 1 where a square is known.
+            roi: (K, 4) row and column of the lesion's core, its size, as shares of the image, and 1 where there is one.
 
         Returns:
             Images of the same shape, and the squares where they then lie. A square keeps its side.

@@ -24,16 +24,17 @@ from data.augmentation import Augmentation
 from data.cache import CachedVolume
 from data.lesions import Lesion, Span, covering_slices, lesion_of_each
 
-ROI_MARGIN = 0.25  # of the lesion's longer side, on each side of it
+ROI_MARGIN = 0.25  # of the lesion's longer side, on each side of it: part of the size that the bridge is told
 
 
 class View(NamedTuple):
     """What is seen of a volume.
 
     ``images``: (K, C_in, H, W) or (C_in, z, y, x). ``slice_position``: (K,), 0 lowest to 1 highest.
-    ``roi``: (K, 4), for each slice or depth plane the square of its lesion: row and column of the lesion's core, side,
-    all as shares of the image, and 1. Every lesion has one square, in the slice that shows it best; a slice that has
-    none to show, or only what another one shows better, has a row of zeros.
+    ``roi``: (K, 4), for each slice or depth plane the square of its lesion: row and column of the lesion's core, its
+    size (longer side and margin), all as shares, and 1. Of :meth:`Framing.cut` they are shares of the image, of
+    :meth:`Framing.changed` of the grid of features. Every lesion has one square, in the slice that shows it best; a
+    slice that has none to show, or only what another one shows better, has a row of zeros.
     """
 
     images: np.ndarray | Tensor
@@ -100,7 +101,9 @@ class Framing:
             images = self._patch(volume, starts, sizes)
             height = sizes[0] / self.slices  # of what one of the K planes of features stands for
             lower = [starts[0] + k * height for k in range(self.slices)]
-            ranges = [(round(z), max(round(z + height), round(z) + 1)) for z in lower]
+            ahead = self.lead[0] * sizes[0] / self.patch_size[0]  # a plane sees best what lies before its middle
+            seen = [z - ahead for z in lower]
+            ranges = [(round(z), max(round(z + height), round(z) + 1)) for z in seen]
             position = ((torch.tensor(lower) + height / 2) / volume.image.shape[1]).clamp(0, 1)
         shown = zip(lesion_of_each(volume.lesions, ranges), ranges, strict=True)
         roi = torch.tensor([_square(lesion, span, starts, sizes) for lesion, span in shown])
@@ -189,8 +192,8 @@ def centred(plane: np.ndarray, size: Sequence[int]) -> np.ndarray:
 
 
 def _square(lesion: Lesion | None, span: Span, starts: Sequence[int], sizes: Sequence[int]) -> list[float]:
-    """Row and column of a lesion's core in the slices of ``span``, and the side of the padded square around it, as
-    shares of the image."""
+    """Row and column of a lesion's core in the slices of ``span``, and its longer side with a margin, as shares of the
+    image."""
     if lesion is None:
         return [0.0] * 4
     core = lesion.core(max(range(*span), key=lesion.area))

@@ -68,6 +68,7 @@ def variants(base: Config) -> list[Variant]:
             "max_visual_tokens": max(base.max_visual_tokens, base.slices * (scales * side**2 + 1)),
         }
         for scales in (1, 2)
+        if side * 3 ** (scales - 1) <= base.encoder_target_spatial
     ]  # fmt: skip
     found = [
         Variant(BASELINE, BASELINE),
@@ -80,7 +81,7 @@ def variants(base: Config) -> list[Variant]:
         *(Variant("CMI", kind, {"use_cmi": True, "cmi_kind": kind}) for kind in get_args(CMIKind)),
         Variant("RoI", "off", {"roi_side": None, "roi_policy": "centre"}),
         Variant("RoI", "centre", {"roi_side": side, "roi_policy": "centre"}),
-        *(Variant("RoI", f"lesion, scales {keys['roi_scales']}", keys) for keys in lesion),
+        *(Variant("RoI", f"lesion x{keys['roi_scales']}", keys) for keys in lesion),
         *(_tokens(base, n * n) for n in (7, 14, 28)),
         *(Variant("augmentation", f"shift {n}", {"augment_shift": n}) for n in (0, 2, 6)),
         Variant("augmentation", "rotate 5", {"augment_rotate": 5.0}),

@@ -257,7 +257,7 @@ def load_vision_weights(vision: VisionBridge, checkpoint: Checkpoint) -> list[st
 # What the weights were trained with; another value would load and give other tokens in silence.
 _FIXED = (
     "encoder_output_stage", "encoder_target_spatial", "bridge_depth", "bridge_width", "bridge_mixer", "bridge_pool",
-    "roi_side", "roi_policy", "roi_scales",
+    "roi_side", "roi_policy",
 )  # fmt: skip
 _FREE = ("max_visual_tokens", "slices", "use_cmi", "cmi_compress_to")
 
@@ -275,6 +275,8 @@ def check_agreement(checkpoint: Checkpoint, config: Config) -> list[str]:
     fixed = (*_FIXED, "slices") if len(checkpoint.preprocess_plan.patch_size) == 3 else _FIXED
     if checkpoint.has_cmi and config.use_cmi:
         fixed = (*fixed, "cmi_kind")
+    if config.roi_policy == "lesion":
+        fixed = (*fixed, "roi_scales")
     for key in fixed:
         there, here = getattr(checkpoint.config, key), getattr(config, key)
         if there != here:
@@ -292,5 +294,5 @@ def _differences(checkpoint: Checkpoint, vision: VisionBridge) -> str:
     config = checkpoint.config
     if vision.encoder.architecture != checkpoint.encoder_architecture:
         return "nnunet_encoder_checkpoint"
-    keys = ("bridge_depth", "bridge_width", "encoder_target_spatial")
+    keys = ("bridge_depth", "bridge_width", "encoder_target_spatial", "roi_side", "roi_scales")
     return ", ".join(f"{key} {getattr(config, key)}" for key in keys)

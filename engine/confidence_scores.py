@@ -12,7 +12,7 @@ from data.report_labeller import FindingMention
 from engine.calibration import Logistic, Reliability, RiskCoverage, fit_logistic, reliability, risk_coverage
 from engine.report_confidence import SIGNS, Statement, is_right
 
-MIN_STATEMENTS = 30  # to fit five numbers on
+MIN_STATEMENTS = 30  # to fit six numbers on
 FOLDS = 5
 
 

@@ -51,7 +51,9 @@ class FramedGrid:
         """The grid (K, T, T) of what ``framing`` cuts out of a preprocessed case."""
         voxel_map = cached.voxel_map
         starts, sizes = framing.box(cached)
-        lead = (0.0, *framing.lead)[-3:]
+        # A thinned volume reaches over more voxels than the encoder's input has planes.
+        seen = [*framing.patch_size[:-2], *sizes[1:]] if len(framing.patch_size) == 3 else sizes
+        lead = [ahead / size for ahead, size in zip((0.0, *framing.lead)[-3:], seen, strict=True)]
         axes = [_axis(voxel_map, axis, starts[axis], sizes[axis], grid[axis], lead[axis]) for axis in range(3)]
         if len(framing.patch_size) == 2:
             axes[0] = _chosen_slices(voxel_map, framing.chosen_slices(cached))
@@ -66,7 +68,8 @@ class FramedGrid:
         return np.ascontiguousarray(turned(volume.transpose(np.argsort(self.axes)), self.orientation, "LPS"))
 
     def cells_of(self, solid: np.ndarray) -> np.ndarray:
-        """Which cells (K, T, T) hold a voxel of a boolean (z, y, x) on the scan's grid."""
+        """Which cells (K, T, T) hold a voxel of a boolean (z, y, x) on the scan's grid: it counts to the cell whose
+        feature looks nearest to it."""
         solid = turned(solid, "LPS", self.orientation)
         held = np.zeros([weight.shape[1] for weight in self.weights], bool)
         points = [index[axis_points] for index, axis_points in zip(
@@ -146,11 +149,11 @@ def _axis(
     voxel_map: VoxelMap, axis: int, start: int, size: int, cells: int, lead: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights (voxels of the scan, cells) and cell of each voxel, along one axis of the preprocessed volume: the cell
-    whose feature sees the voxel best."""
+    whose feature sees the voxel best. ``lead``: of the features, as a share of the input."""
     inner, seen = _preprocessed(voxel_map, axis)
     at = (inner - start + 0.5) / size * cells
     seen = seen & (at >= 0) & (at < cells)
-    at = np.clip(at + lead / size * cells, 0, np.nextafter(cells, 0))  # k to k + 1 is cell k
+    at = np.clip(at + lead * cells, 0, np.nextafter(cells, 0))  # k to k + 1 is cell k
     weights = np.zeros((len(at), cells))
     left = np.clip(at - 0.5, 0, cells - 1)
     low = np.minimum(left.astype(int), max(cells - 2, 0))

@@ -47,6 +47,7 @@ class Evaluated:
         statements: of the own reports.
         confidence: of all statements, in their order.
         looked: records of the pointing game, None for a row that was not looked at.
+        told: what the model is told of lesions beside the image, in words.
     """
 
     label: Labeller
@@ -57,6 +58,7 @@ class Evaluated:
     confidence: ConfidenceScores
     looked: list[Mapping[str, Any] | None]
     abstain_below: float = 0.5
+    told: Sequence[str] = ()
     optional: Sequence[str] | None = None
     mentions: dict[str, list[list[FindingMention]]] = field(default_factory=dict)
     truth: list[list[FindingMention]] = field(default_factory=list)
@@ -234,12 +236,12 @@ def _audit(
     verdict: Verdict = judge(
         len(own), clinical["own"].p_value, differences, gaps, same_share(held.texts(), held.texts("prior"))
     )
-    alone = found["squares"]
-    outlines = (
-        "heights and squares of lesions alone, with the mean image, give "
-        f"macro-F1 {alone['macro_f1']:.3f}, side and height {alone['location_acc']:.3f}, "
-        f"size within 3 mm {alone['size_within_3mm']:.3f}"
-    )
+    reasons = list(verdict.reasons)
+    if held.told:
+        alone = {"macro-F1": "macro_f1", "side and height": "location_acc", "size within 3 mm": "size_within_3mm"}
+        values = {what: found["squares"][key] for what, key in alone.items()}
+        known = ", ".join(f"{what} {value:.3f}" for what, value in values.items() if math.isfinite(value))
+        reasons.append(f"{' and '.join(held.told)} alone, with the mean image, give {known}")
     return found | {
         "normal_false_finding_rate": normal.value,
         "normal_false_finding_interval": [normal.low, normal.high],
@@ -250,7 +252,7 @@ def _audit(
         "duplicate_rate_of_references": natural.near_share,
         "verdict": verdict.text,
         "verdict_code": verdict.code,
-        "reasons": [*verdict.reasons, outlines],
+        "reasons": reasons,
     }
 
 
@@ -272,7 +274,7 @@ def _pointing(held: Evaluated) -> dict[str, Any]:
             else:
                 hits.append((case, one["hit"]))
                 chances.append(one["chance"])
-    score = share(hits, len(held.looked), "sentences whose map peaks in a cell that holds their lesion")
+    score = share(hits, len(held.looked), "sentences whose map peaks in a cell that sees their lesion")
     detail = _score(score) | {"chance": float(np.mean(chances)) if chances else None, "not_played": why}
     return {"pointing_game": score.value, "pointing": detail}
 

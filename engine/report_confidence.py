@@ -3,8 +3,8 @@
 A report is cut into statements: the clause of a finding (words of finding, place, size, number, negation) in its
 sentence. Its raw confidence is the probability of those words' tokens, not of the phrases around them, which may be
 put in many ways. What it is worth is learnt on cases that are not reported (:mod:`engine.confidence_scores`), from
-the probability of the size, that of the other words, and, where several reports were sampled, the share of them that
-state the same.
+the probabilities of the finding's words, of its place and of its size, and, where several reports were sampled, the
+share of them that state the same.
 """
 
 from __future__ import annotations

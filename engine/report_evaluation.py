@@ -51,6 +51,13 @@ class Job:
     label: Labeller
 
     @property
+    def told(self) -> list[str]:
+        """What the model is told of lesions beside the image."""
+        by_lesion = self.table.data.framing.policy in ("mask", "nnunet")
+        squares = self.passes.writer.model.vision.bridge.local_side > 0
+        return [*(["heights of slices"] if by_lesion else []), *(["squares of lesions"] if squares else [])]
+
+    @property
     def maps(self) -> Path:
         return self.args.out / "maps"
 
@@ -283,6 +290,7 @@ def write_card(job: Job) -> dict[str, Any]:
             for row, case in enumerate(job.table.cases)
         ],
         abstain_below=job.args.abstain_below,
+        told=job.told,
     )
     card = {"checkpoint": str(job.args.checkpoint), "csv": str(job.args.csv)} | report_card(held)
     card |= {"run": {"flags": jsonable(vars(job.args)), **environment()}}

@@ -1,4 +1,4 @@
-"""Every report that an evaluation needs: with the case's own image, and with images that say nothing about it.
+"""Every report that an evaluation needs: with the case's own image, and without it.
 
 =========  ===========================================================================================
 own        the case's image

@@ -54,12 +54,18 @@ class VisionBridge(nn.Module):
         lesion = config.roi_policy == "lesion"
         if lesion and not config.roi_side:
             raise InputError("roi_policy is lesion and roi_side is empty: set it, e.g. 7 for 49 tokens around a lesion")
+        grid, widest = config.encoder_target_spatial, (config.roi_side or 0) * 3 ** (config.roi_scales - 1)
+        if lesion and widest > grid:
+            raise InputError(
+                f"roi_side {config.roi_side} with roi_scales {config.roi_scales} looks at {widest} x {widest} features "
+                f"of {grid} x {grid}: lower roi_side or roi_scales, or raise encoder_target_spatial"
+            )
         bridge = VimBridge(
             encoder.out_channels,
             llm_width,
             width=config.bridge_width,
             depth=config.bridge_depth,
-            grid=config.encoder_target_spatial,
+            grid=grid,
             max_visual_tokens=config.max_visual_tokens,
             output_std=output_std,
             local_side=config.roi_side if lesion else 0,

@@ -39,12 +39,12 @@ def sample_square(features: Tensor, square: Tensor, side: int, scale: int = 1) -
     """Sample ``side`` x ``side`` cells of ``scale`` features each around a lesion, bilinearly, each the mean of as many
     points (RoIAlign, at least 2 x 2).
 
-    How much is seen does not depend on how large the square of the lesion is: that is told by the features alone.
+    So many features are seen, however large the lesion is.
 
     Args:
         features: (B, C, H, W), or (1, C, H, W) that all squares share.
-        square: (B, 4) row and column of its middle, side, as shares of the map, and 1 where it is known. What is seen
-            is moved to lie inside the map; where no square is known it is the middle of the map.
+        square: (B, 4) row and column of the lesion's core, its size, as shares of the map, and 1 where it is known.
+            What is seen is moved to lie inside the map; where no square is known it is the middle of the map.
 
     Returns:
         (B, C, ``side``, ``side``).

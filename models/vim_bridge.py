@@ -88,9 +88,9 @@ class SlicePosition(nn.Module):
 
 
 class SquarePosition(nn.Module):
-    """Where the square around a lesion lies and how large it is, as an embedding (B, K, 4) → (B, K, W_b).
+    """Where a lesion lies and how large it is, as an embedding (B, K, 4) → (B, K, W_b).
 
-    Row and column of the centre, side, and 1; of a row of zeros (no lesion) nothing but the bias is left.
+    Row and column of its core, its size, and 1; of a row of zeros (no lesion) nothing but the bias is left.
     """
 
     def __init__(self, width: int) -> None:
@@ -186,7 +186,7 @@ class VimBridge(nn.Module):
         if self.local_side:
             if roi is None:
                 raise ValueError("this bridge looks around lesions: roi (B, K, 4) is needed")
-            hidden = torch.cat([hidden, self._around_lesions(normed, roi) + height], dim=2)
+            hidden = torch.cat([hidden, self._around_lesions(normed, where[:, 0], roi) + height], dim=2)
         hidden = hidden.flatten(1, 2)
         residual = None
         for block in self.blocks:
@@ -198,11 +198,13 @@ class VimBridge(nn.Module):
         overview = pooled(overview.unflatten(2, scanned.shape[2:4]), side)
         return self.out_proj(torch.cat([overview.flatten(1, 3), local.flatten(1, 2)], dim=1))
 
-    def _around_lesions(self, normed: Tensor, roi: Tensor) -> Tensor:
-        """Tokens (B, K, n·r², W_b) around the squares ``roi`` (B, K, 4) in ``normed`` features (B, K, H, W, C)."""
+    def _around_lesions(self, normed: Tensor, where: Tensor, roi: Tensor) -> Tensor:
+        """Tokens (B, K, n·r², W_b) around the squares ``roi`` (B, K, 4) in ``normed`` features (B, K, H, W, C), whose
+        positions are ``where`` (1, H, W, W_b)."""
         channels_first, squares = normed.flatten(0, 1).permute(0, 3, 1, 2), roi.flatten(0, 1)
         scales = [(self.local_side, 3**level) for level in range(self.local_scales)]
         seen = torch.cat([sample_square(channels_first, squares, *scale).flatten(2) for scale in scales], dim=2)
-        where = torch.cat([sample_square(self.position, squares, *scale).flatten(2) for scale in scales], dim=2)
-        tokens = self.in_proj(seen.transpose(1, 2)) + where.transpose(1, 2)  # (B·K, n·r², W_b)
+        places = where.permute(0, 3, 1, 2)
+        there = torch.cat([sample_square(places, squares, *scale).flatten(2) for scale in scales], dim=2)
+        tokens = self.in_proj(seen.transpose(1, 2)) + there.transpose(1, 2)  # (B·K, n·r², W_b)
         return tokens.unflatten(0, normed.shape[:2]) + self.local(roi)[:, :, None] + self.local_cell

@@ -397,3 +397,14 @@ def test_squares_lie_where_the_features_that_see_the_lesion_best_are():
     assert torch.equal(plain.cut(volume).roi, ahead.cut(volume).roi), "of the image"
     by = ahead(volume).roi - plain(volume).roi
     assert torch.allclose(by[1], torch.tensor([3.5 / 16, 1.5 / 24, 0, 0])) and (by[[0, 2]] == 0).all()
+
+
+def test_a_plane_shows_what_its_features_see_best():
+    """Features that look three planes before the middle of theirs show a lesion that begins before it."""
+    volume = cached((8, 16, 16), lesion=(slice(0, 1), slice(4, 8), slice(4, 8)))
+    plain, ahead = (Framing(PLAN_3D, (4, 8, 8), 2, "mask", lead=lead)(volume) for lead in (None, (3.0, 0.0, 0.0)))
+    assert plain.roi[:, 3].tolist() == [1, 0] == ahead.roi[:, 3].tolist()
+    volume = cached((8, 16, 16), lesion=(slice(2, 4), slice(4, 8), slice(4, 8)))
+    plain, ahead = (Framing(PLAN_3D, (4, 8, 8), 2, "mask", lead=lead)(volume) for lead in (None, (3.0, 0.0, 0.0)))
+    assert plain.roi[:, 3].tolist() == [1, 0] and ahead.roi[:, 3].tolist() == [0, 1]
+    assert torch.equal(plain.slice_position, ahead.slice_position)

@@ -445,3 +445,10 @@ def test_slices_of_a_3d_encoder_are_part_of_the_network(saved):
     plan = replace(loaded.preprocess_plan, dim=3, patch_size=(8, 16, 16), spacing=(1.0, 1.0, 1.0))
     with pytest.raises(InputError, match="slices: 1, the configuration says 2"):
         check_agreement(replace(loaded, preprocess_plan=plan), configuration(slices=2))
+
+
+def test_scales_around_lesions_matter_only_where_lesions_are_looked_at(saved, source):
+    checkpoint = load_checkpoint(saved)
+    assert check_agreement(checkpoint, checkpoint.config.replace(roi_scales=2)) == []
+    with pytest.raises(InputError, match="roi_side 2 with roi_scales 3 looks at 18 x 18 features of 6 x 6: .*raise"):
+        vision_of(source, configuration(roi_side=2, roi_scales=3, roi_policy="lesion", max_visual_tokens=99))

@@ -147,6 +147,24 @@ def test_a_voxel_lies_in_the_cell_whose_feature_sees_it_best(assets: Path, tmp_p
     np.testing.assert_allclose(peak[1:], expected, atol=0.5)
 
 
+def test_of_a_thinned_volume_the_lead_is_in_planes_that_were_kept(assets: Path, tmp_path: Path) -> None:
+    """16 planes of a volume twice as deep in 4 cells: a lead of one plane is a quarter of a cell, two slices."""
+    image, _, _ = write_marked(tmp_path, "LPS", False, (30, 40, 12))
+    plan = plan_of(assets, "3d_plain", spacing=(3.5, 1.2, 1.5), patch_size=(16, 96, 96))
+    cached = VolumeCache(tmp_path / "cache", plan).get(image)
+    depth = cached.image.shape[1]
+    assert depth > 2 * 14
+    seen = {}
+    for lead in (0.0, 1.0):
+        framing = Framing(plan, (16, 16, 16), 4, "uniform", lead=(lead, 0.0, 0.0))
+        grid = FramedGrid.of(framing, cached, (4, 4, 4), plan.orientation)
+        seen[lead] = [int((grid.cells[0] == cell).sum()) for cell in range(4)]
+    moved = round(len(grid.cells[0][grid.cells[0] >= 0]) / 16)
+    assert (
+        moved >= 1 and abs(seen[0.0][0] - seen[1.0][0] - moved) <= 1 and abs(seen[1.0][3] - seen[0.0][3] - moved) <= 1
+    )
+
+
 def test_padding_has_cells_but_no_voxels(assets: Path, tmp_path: Path) -> None:
     image, mask, _ = write_marked(tmp_path, "LPS", False, (30, 40, 12))
     plan = plan_of(assets, "2d_plain", spacing=(2.0, 2.0), patch_size=(128, 128))
