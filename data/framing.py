@@ -101,7 +101,7 @@ class Framing:
             images = self._patch(volume, starts, sizes)
             height = sizes[0] / self.slices  # of what one of the K planes of features stands for
             lower = [starts[0] + k * height for k in range(self.slices)]
-            ahead = self.lead[0] * sizes[0] / self.patch_size[0]  # a plane sees best what lies before its middle
+            ahead = self.lead_shares(sizes)[0] * sizes[0]  # a plane sees best what lies before its middle
             seen = [z - ahead for z in lower]
             ranges = [(round(z), max(round(z + height), round(z) + 1)) for z in seen]
             position = ((torch.tensor(lower) + height / 2) / volume.image.shape[1]).clamp(0, 1)
@@ -116,8 +116,7 @@ class Framing:
         """
         kept = torch.from_numpy(view.images)
         images, roi = self.augmentation(kept, view.roi)
-        ahead = [lead / size for lead, size in zip(self.lead[-2:], images.shape[-2:], strict=True)]
-        roi = roi + roi[:, 3:] * torch.tensor([*ahead, 0.0, 0.0])
+        roi = roi + roi[:, 3:] * torch.tensor([*self.lead_shares(images.shape[-3:])[1:], 0.0, 0.0])
         return View(images.clone() if images is kept else images, view.slice_position, roi)
 
     def chosen_slices(self, volume: CachedVolume) -> list[int]:
@@ -150,6 +149,13 @@ class Framing:
         if self.policy == "uniform" and shape[0] > sizes[0]:
             starts[0], sizes[0] = 0, shape[0]
         return starts, sizes
+
+    def lead_shares(self, sizes: Sequence[int]) -> tuple[float, ...]:
+        """The features' lead along z, y, x as shares of what :meth:`box` gives; 0 along z of a 2-D encoder, and of a
+        thinned volume in planes that were kept."""
+        flat = len(self.patch_size) == 2
+        seen = sizes if flat else (self.patch_size[0], *sizes[1:])
+        return tuple(lead / size for lead, size in zip((0.0, *self.lead) if flat else self.lead, seen, strict=True))
 
     def _lesions(self, volume: CachedVolume) -> Sequence[Lesion]:
         return volume.lesions if self.policy in ("mask", "nnunet") else ()

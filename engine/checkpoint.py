@@ -35,30 +35,25 @@ FORMAT = "mamba-ct-report"
 VERSION = 3
 
 
-def _squares_pass_the_blocks(content: dict) -> dict:
-    """Version 2: the tokens around lesions pass the bridge's blocks, where they were added behind them before. Weights
-    for the one are of no use for the other; without such tokens nothing changed."""
-    if content.get("config", {}).get("roi_policy") == "lesion":
-        raise InputError(
-            "it was trained with roi_policy: lesion of an older version, whose tokens around lesions did not pass the "
-            "bridge's blocks; train both stages again"
-        )
-    return content
+def _other_squares(older: str) -> Callable[[dict], dict]:
+    """A version with other tokens around lesions: weights for the ``older`` ones are of no use for it; without such
+    tokens nothing changed."""
 
+    def migrate(content: dict) -> dict:
+        if content.get("config", {}).get("roi_policy") == "lesion":
+            raise InputError(
+                f"it was trained with roi_policy: lesion of an older version, {older}; train both stages again"
+            )
+        return content
 
-def _squares_have_a_fixed_scale(content: dict) -> dict:
-    """Version 3: around a lesion a region of fixed width is seen, and where its features lie, not half a cell beside.
-    Weights of the older way are of no use for it; without such tokens nothing changed."""
-    if content.get("config", {}).get("roi_policy") == "lesion":
-        raise InputError(
-            "it was trained with roi_policy: lesion of an older version, which saw regions as wide as the lesion; "
-            "train both stages again"
-        )
-    return content
+    return migrate
 
 
 # From version n to n + 1, by name; a file of an older layout passes through all that follow it.
-MIGRATIONS: dict[int, Callable[[dict], dict]] = {1: _squares_pass_the_blocks, 2: _squares_have_a_fixed_scale}
+MIGRATIONS: dict[int, Callable[[dict], dict]] = {
+    1: _other_squares("whose tokens around lesions did not pass the bridge's blocks"),
+    2: _other_squares("which saw regions as wide as the lesion"),
+}
 
 
 @dataclass

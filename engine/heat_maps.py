@@ -51,9 +51,7 @@ class FramedGrid:
         """The grid (K, T, T) of what ``framing`` cuts out of a preprocessed case."""
         voxel_map = cached.voxel_map
         starts, sizes = framing.box(cached)
-        # A thinned volume reaches over more voxels than the encoder's input has planes.
-        seen = [*framing.patch_size[:-2], *sizes[1:]] if len(framing.patch_size) == 3 else sizes
-        lead = [ahead / size for ahead, size in zip((0.0, *framing.lead)[-3:], seen, strict=True)]
+        lead = framing.lead_shares(sizes)
         axes = [_axis(voxel_map, axis, starts[axis], sizes[axis], grid[axis], lead[axis]) for axis in range(3)]
         if len(framing.patch_size) == 2:
             axes[0] = _chosen_slices(voxel_map, framing.chosen_slices(cached))

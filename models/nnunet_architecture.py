@@ -102,12 +102,8 @@ class Architecture:
         sees voxels around s·i, the first of the cell; pooling, on the short cut of a residual stage, around its middle.
         Both there are added, and taken here for as much as each other.
         """
-        lead, jump = [0.0] * self.dim, [1] * self.dim
-        for strides in self.strides[: stage + 1]:
-            share = 0.25 if self.residual else 0.5
-            lead = [before + share * (s - 1) * j for before, s, j in zip(lead, strides, jump, strict=True)]
-            jump = [j * s for j, s in zip(jump, strides, strict=True)]
-        return tuple(lead)
+        share = 0.25 if self.residual else 0.5  # Σ share·(s − 1)·(strides before) over the stages is share·(S − 1)
+        return tuple(share * (stride - 1) for stride in self.total_stride(stage))
 
     @classmethod
     def from_plans(

@@ -176,7 +176,8 @@ class VimBridge(nn.Module):
         row, column = corner
         side = grid_side(self.max_visual_tokens, K, min(H, W), self.local_tokens)
         normed = self.in_norm(features.permute(0, 1, 3, 4, 2))  # (B, K, H, W, C)
-        where = self.position[:, None, :, row : row + H, column : column + W].permute(0, 1, 3, 4, 2)
+        places = self.position[:, :, row : row + H, column : column + W]
+        where = places.permute(0, 2, 3, 1)[:, None]  # (1, 1, H, W, W_b)
         if self.pool_first:  # projecting is linear, and costs less of a mean than of all it is the mean of
             scanned = self.in_proj(pooled(normed, side)) + pooled(where, side)
         else:
@@ -186,7 +187,7 @@ class VimBridge(nn.Module):
         if self.local_side:
             if roi is None:
                 raise ValueError("this bridge looks around lesions: roi (B, K, 4) is needed")
-            hidden = torch.cat([hidden, self._around_lesions(normed, where[:, 0], roi) + height], dim=2)
+            hidden = torch.cat([hidden, self._around_lesions(normed, places, roi) + height], dim=2)
         hidden = hidden.flatten(1, 2)
         residual = None
         for block in self.blocks:
@@ -198,13 +199,12 @@ class VimBridge(nn.Module):
         overview = pooled(overview.unflatten(2, scanned.shape[2:4]), side)
         return self.out_proj(torch.cat([overview.flatten(1, 3), local.flatten(1, 2)], dim=1))
 
-    def _around_lesions(self, normed: Tensor, where: Tensor, roi: Tensor) -> Tensor:
+    def _around_lesions(self, normed: Tensor, places: Tensor, roi: Tensor) -> Tensor:
         """Tokens (B, K, n·r², W_b) around the squares ``roi`` (B, K, 4) in ``normed`` features (B, K, H, W, C), whose
-        positions are ``where`` (1, H, W, W_b)."""
+        positions are ``places`` (1, W_b, H, W)."""
         channels_first, squares = normed.flatten(0, 1).permute(0, 3, 1, 2), roi.flatten(0, 1)
         scales = [(self.local_side, 3**level) for level in range(self.local_scales)]
         seen = torch.cat([sample_square(channels_first, squares, *scale).flatten(2) for scale in scales], dim=2)
-        places = where.permute(0, 3, 1, 2)
         there = torch.cat([sample_square(places, squares, *scale).flatten(2) for scale in scales], dim=2)
         tokens = self.in_proj(seen.transpose(1, 2)) + there.transpose(1, 2)  # (B·K, n·r², W_b)
         return tokens.unflatten(0, normed.shape[:2]) + self.local(roi)[:, :, None] + self.local_cell
