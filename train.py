@@ -21,15 +21,15 @@ from config.schema import Config
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from engine.checkpoint import save_checkpoint
 from engine.cli import Interrupted, add_training_flags, config_from, run_main
-from engine.diagnostics import TokenStatistics, token_statistics
 from engine.loaders import build_loaders, check_tables
-from engine.optimization import build_optimizer, build_schedule, optimizer_step, require_finite
 from engine.run import start_run
-from engine.run_log import RunLog, plot_losses, progress_bar
-from engine.train_state import StopRequest, TrainState, fingerprint
+from engine.training.diagnostics import TokenStatistics, token_statistics
+from engine.training.optimization import build_optimizer, build_schedule, optimizer_step, require_finite
+from engine.training.run_log import RunLog, plot_losses, progress_bar
+from engine.training.train_state import StopRequest, TrainState, fingerprint
 from engine.vision_setup import load_encoder
-from models.embedding_table import load_embedding_table
-from models.mamba_lm import lm_identity, read_lm_config, read_tokenizer
+from models.language_model.embedding_table import load_embedding_table
+from models.language_model.mamba_lm import lm_identity, read_lm_config, read_tokenizer
 from models.medical_vlm import VisionBridge
 from models.objectives import Align, ProxyL2, Stage1, embed_reports, report_frequencies
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from config.errors import InputError
-from config.plans import PreprocessPlan
+from config.nnunet_plans import PreprocessPlan
 from config.schema import Config
 from data.medical_vlm_dataset import CaptionCollator, encode_answer
 from engine.checkpoint import (
@@ -32,17 +32,17 @@ from engine.checkpoint import (
     save_checkpoint,
 )
 from engine.cli import Interrupted, add_training_flags, config_from, positive_int, run_main
-from engine.diagnostics import TokenStatistics, token_statistics
 from engine.loaders import build_loaders, check_tables
-from engine.optimization import build_optimizer, build_schedule, optimizer_step, require_finite
 from engine.run import jsonable, start_run
-from engine.run_log import CsvLog, RunLog, plot_losses, progress_bar
-from engine.train_state import StopRequest, TrainState, fingerprint
+from engine.training.diagnostics import TokenStatistics, token_statistics
+from engine.training.optimization import build_optimizer, build_schedule, optimizer_step, require_finite
+from engine.training.run_log import CsvLog, RunLog, plot_losses, progress_bar
+from engine.training.train_state import StopRequest, TrainState, fingerprint
 from engine.vision_setup import load_encoder
-from models.lora import Adapters
-from models.mamba_lm import IGNORED, MambaLM
+from models.language_model.lora import Adapters
+from models.language_model.mamba_lm import IGNORED, MambaLM
 from models.medical_vlm import MedicalVLM, VisionBridge
-from models.nnunet_encoder import NnUNetEncoder
+from models.nnunet.encoder import NnUNetEncoder
 
 LOG_EVERY = 20
 RECENT_EPOCHS = 5

@@ -29,8 +29,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config.plans import PreprocessPlan
-from data.image_reader import files_of, read_mask, read_volume
+from config.nnunet_plans import PreprocessPlan
+from data.imaging.reader import files_of, read_mask, read_volume
 from data.lesions import Lesion, find_lesions
 from data.nnunet_preprocess import Preprocessed, VoxelMap, preprocess
 from data.slice_store import DamagedFile, StoredArray, write_slices
@@ -104,7 +104,7 @@ class VolumeCache:
     def get(self, image_path: Path | str, mask_path: Path | str | None = None) -> CachedVolume:
         """The preprocessed case, from the disk where it is there and whole, else prepared now.
 
-        Raises InputError for files that :func:`data.image_reader.read_volume` or ``read_mask`` refuse.
+        Raises InputError for files that :func:`data.imaging.reader.read_volume` or ``read_mask`` refuse.
         """
         image_path = Path(image_path)
         mask_path = None if mask_path is None else Path(mask_path)

@@ -1,6 +1,6 @@
 """Lesions of a mask in numbers: how many, how large, on which side, at which height.
 
-Arrays have axes [Z, Y, X] with +x to the patient's left and +z superior (LPS, as ``data.nifti`` reads them).
+Arrays have axes [Z, Y, X] with +x to the patient's left and +z superior (LPS, as ``data.imaging.nifti`` reads them).
 A lesion is a 26-connected component of one mask value. Its diameter is the longest distance between two
 voxels of one axial slice, centre to centre, plus one pixel. Its side is that of its centre of mass against
 the middle of the lungs; its zone the third of its lung's height that holds the centre of mass.
@@ -19,7 +19,7 @@ from scipy.spatial import ConvexHull, QhullError
 from scipy.spatial.distance import pdist
 
 from config.errors import InputError
-from data.finding import ZONES
+from data.phantom.finding import ZONES
 
 AIR_HU = -400.0  # below it, inside the body, is lung (or air in the bowel and the airways)
 _MIN_LUNG_ML = 200.0

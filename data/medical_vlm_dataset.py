@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from config.plans import PreprocessPlan
+from config.nnunet_plans import PreprocessPlan
 from config.schema import Config
 from data.augmentation import Augmentation
 from data.cache import CachedVolume
-from data.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
-from data.framing import Framing, SeesVoxels, View
+from data.tables.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
+from data.view_selection import Framing, SeesVoxels, View
 
 
 class Volumes(Protocol):
@@ -34,7 +34,7 @@ class Volumes(Protocol):
 
 @dataclass
 class Sample:
-    """One case. ``images``, ``slice_position`` and ``roi`` as in :class:`data.framing.View`;
+    """One case. ``images``, ``slice_position`` and ``roi`` as in :class:`data.view_selection.View`;
     ``row``: its index in the data set."""
 
     images: Tensor

@@ -20,7 +20,7 @@ from functools import lru_cache
 import numpy as np
 from scipy import ndimage
 
-from config.plans import Resampling
+from config.nnunet_plans import Resampling
 
 # Covers that are equal on paper differ by float32 rounding; those that are not differ by far more.
 _TIE = 2e-6

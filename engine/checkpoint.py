@@ -9,7 +9,7 @@ encoder_architecture     the nnU-Net encoder's architecture, so that it is rebui
 preprocess_plan          what turned the scan into the encoder's input
 llm                      the language model's and tokenizer's identity
 diagnostics              token statistics; ``collapsed`` is true where the vision part gives nothing
-adapters                 of the language model (--lora_rank), where it has any (models/lora.py)
+adapters                 of the language model (--lora_rank), where it has any (models/language_model/lora.py)
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 from config.errors import InputError
-from config.plans import PreprocessPlan
+from config.nnunet_plans import PreprocessPlan
 from config.schema import FIELDS, Config, build_config
 from models.medical_vlm import VisionBridge
-from models.nnunet_encoder import NnUNetEncoder
+from models.nnunet.encoder import NnUNetEncoder
 
 FORMAT = "mamba-ct-report"
 VERSION = 3

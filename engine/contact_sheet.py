@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.data_check import CheckedImage
-from data.problems import Problem
+from data.checks.data_check import CheckedImage
+from data.checks.problems import Problem
 
 LUNG_HU, SOFT_HU = (-1350, 150), (-160, 240)
 _ON_THE_PICTURE = 12

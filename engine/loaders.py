@@ -9,14 +9,14 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from config.plans import PreprocessPlan
+from config.nnunet_plans import PreprocessPlan
 from config.schema import Config
-from data.caption_table import read_caption_table
-from data.data_check import quick_check
+from data.checks.data_check import quick_check
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
+from data.tables.caption_table import read_caption_table
 from engine.run import EpochShuffle
 from engine.segmentation import open_cache, prepare_cases
-from models.nnunet_encoder import NnUNetEncoder
+from models.nnunet.encoder import NnUNetEncoder
 
 
 def build_loaders(

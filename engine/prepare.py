@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from config.errors import InputError
 from data.cache import VolumeCache
-from data.caption_table import CaptionRow
+from data.tables.caption_table import CaptionRow
 from engine.cli import force_utf8
 
 PREPARING_THREADS = 4  # at most, in a process that goes on to train

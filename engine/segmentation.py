@@ -24,16 +24,16 @@ import torch
 from tqdm import tqdm
 
 from config.errors import InputError
-from config.plans import PreprocessPlan
+from config.nnunet_plans import PreprocessPlan
 from config.schema import Config
 from data.cache import CachedArray, CachedVolume, VolumeCache, discard, file_digest, publish
-from data.caption_table import CaptionRow
 from data.lesions import Lesion, find_lesions
 from data.slice_store import DamagedFile, StoredArray, write_slices
+from data.tables.caption_table import CaptionRow
 from engine.prepare import Files, fill_cache, unique_files
-from models.nnunet_checkpoint import load_nnunet_checkpoint
-from models.nnunet_unet import SegmentationUNet
-from models.sliding_window import labels_of, sliding_window
+from models.nnunet.checkpoint import load_nnunet_checkpoint
+from models.nnunet.sliding_window import labels_of, sliding_window
+from models.nnunet.unet import SegmentationUNet
 
 logger = logging.getLogger(__name__)
 

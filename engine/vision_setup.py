@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from config.plans import PreprocessPlan
+from config.nnunet_plans import PreprocessPlan
 from config.schema import Config
-from models.nnunet_checkpoint import load_nnunet_checkpoint
-from models.nnunet_encoder import NnUNetEncoder
+from models.nnunet.checkpoint import load_nnunet_checkpoint
+from models.nnunet.encoder import NnUNetEncoder
 
 
 def load_encoder(config: Config) -> tuple[NnUNetEncoder, PreprocessPlan]:

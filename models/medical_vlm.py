@@ -20,8 +20,8 @@ from config.errors import InputError
 from config.schema import Config
 from models.cmi import CMI
 from models.cmi_gated import GatedCMI
-from models.mamba_lm import IGNORED, MambaLM
-from models.nnunet_encoder import NnUNetEncoder
+from models.language_model.mamba_lm import IGNORED, MambaLM
+from models.nnunet.encoder import NnUNetEncoder
 from models.roi_crop import center_crop
 from models.vim_bridge import VimBridge
 

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from config.errors import InputError
 from config.schema import Config, load_config
-from data.caption_table import CaptionRow, TableScan, read_prompts, scan_caption_table
-from data.data_check import CheckedImage, check_image, compare_rows
-from data.problems import Problem, from_error
+from data.checks.data_check import CheckedImage, check_image, compare_rows
+from data.checks.problems import Problem, from_error
+from data.tables.caption_table import CaptionRow, TableScan, read_prompts, scan_caption_table
 from engine.cli import run_main
 from engine.contact_sheet import ModelView, draw_case, write_sheet
 
@@ -86,7 +86,7 @@ def model_view(config: Config) -> Callable[[CheckedImage], ModelView] | None:
     if not (config.nnunet_encoder_checkpoint and Path(config.nnunet_encoder_checkpoint).is_file()):
         print("no nnunet_encoder_checkpoint: the sheet shows the scans, not the encoder's input", flush=True)
         return None
-    from data.framing import Framing
+    from data.view_selection import Framing
     from engine.segmentation import open_cache
     from engine.vision_setup import load_encoder
 

@@ -30,18 +30,18 @@ from transformers import PreTrainedTokenizerBase
 from config.errors import InputError
 from config.schema import Config, keys_with_role, load_config
 from data.cache import file_digest
-from data.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
-from data.framing import Framing
 from data.medical_vlm_dataset import encode_prompt
+from data.tables.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
+from data.view_selection import Framing
 from engine.checkpoint import Checkpoint, load_checkpoint
 from engine.cli import positive_int, run_main
 from engine.segmentation import open_cache
-from models.decoding import INCOMPLETE, CharacterStream, Decoding, FirstTokenClock, StopRule
-from models.embedding_table import load_embedding_table
-from models.mamba_lm import MambaLM, lm_identity, read_lm_config, read_tokenizer
+from models.language_model.decoding import INCOMPLETE, CharacterStream, Decoding, FirstTokenClock, StopRule
+from models.language_model.embedding_table import load_embedding_table
+from models.language_model.mamba_lm import MambaLM, lm_identity, read_lm_config, read_tokenizer
+from models.language_model.prefix_state import PrefixIdentity, PrefixState, answer_from_state, lm_size
+from models.language_model.quantisation import CONTRADICTION
 from models.medical_vlm import generate_reports
-from models.prefix_state import PrefixIdentity, PrefixState, answer_from_state, lm_size
-from models.quantisation import CONTRADICTION
 
 GPU_TOKEN_CAP = 32  # with the LLM on a GPU beside other programs; lifted by --max_visual_tokens
 

@@ -19,13 +19,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from config.plans import PreprocessPlan
+from config.nnunet_plans import PreprocessPlan
 from config.schema import REPOSITORY, Config
 from data.cache import VolumeCache
-from data.framing import Framing, View
-from data.phantom import make_case, write_case
+from data.phantom.case import make_case, write_case
+from data.view_selection import Framing, View
 from engine.cli import positive_int, run_main
-from models.nnunet_checkpoint import load_nnunet_checkpoint
+from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.roi_crop import center_crop, square_extent
 from models.vim_bridge import grid_side
 

@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    from engine.report_evaluation import evaluate
+    from engine.evaluation.pipeline import evaluate
 
     evaluate(args)
 

@@ -23,8 +23,8 @@ import numpy as np
 from rich.progress import Progress
 
 from config.errors import InputError
-from data.finding import FINDING_TYPES
-from data.phantom_dataset import DatasetPaths, make_dataset
+from data.phantom.dataset import DatasetPaths, make_dataset
+from data.phantom.finding import FINDING_TYPES
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

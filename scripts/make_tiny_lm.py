@@ -25,13 +25,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
-from data.finding import LESION_TYPES, SIDES, ZONES, Finding
-from data.phantom_lesions import SIZE_RANGE
-from data.phantom_report import finding_keys, wording, write_report
+from data.phantom.finding import LESION_TYPES, SIDES, ZONES, Finding
+from data.phantom.lesions import SIZE_RANGE
+from data.phantom.report import finding_keys, wording, write_report
 from engine.cli import positive_float, positive_int, run_main
-from engine.optimization import build_optimizer, build_schedule, require_finite
 from engine.run import native_bf16, set_seeds
-from models.mamba_lm import MambaLM
+from engine.training.optimization import build_optimizer, build_schedule, require_finite
+from models.language_model.mamba_lm import MambaLM
 
 END = "<|endoftext|>"
 KEY_POINTS = {"zh": "要点{keys}。", "en": "Key points {keys}. "}

@@ -22,19 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config.plans import PreprocessPlan
+from config.nnunet_plans import PreprocessPlan
 from data.cache import VolumeCache
-from data.caption_table import CaptionRow, read_caption_table
-from data.finding import FINDING_TYPES
-from data.framing import centred
-from data.nifti import read_mask, read_volume
+from data.imaging.nifti import read_mask, read_volume
+from data.phantom.finding import FINDING_TYPES
+from data.tables.caption_table import CaptionRow, read_caption_table
+from data.view_selection import centred
 from engine.cli import positive_float, positive_int, run_main
-from engine.optimization import build_optimizer, build_schedule, require_finite
 from engine.prepare import fill_cache
 from engine.run import native_bf16, set_seeds
-from models.nnunet_architecture import Architecture
-from models.nnunet_checkpoint import save_nnunet_checkpoint
-from models.nnunet_unet import SegmentationUNet
+from engine.training.optimization import build_optimizer, build_schedule, require_finite
+from models.nnunet.architecture import Architecture
+from models.nnunet.checkpoint import save_nnunet_checkpoint
+from models.nnunet.unet import SegmentationUNet
 
 PATCH = 128
 LESION_SLICES = 4  # per case, those with most lesion

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 from tqdm import tqdm
 
 from config.schema import Config, load_config
-from data.caption_table import scan_caption_table
+from data.tables.caption_table import scan_caption_table
 from engine.cli import Interrupted, positive_int, run_main, shard
 from engine.prepare import Files, Outcome, default_workers, prepare_all, unique_files
 

@@ -139,7 +139,7 @@ def show(out: Path, summary: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from engine.pictures import draw_case
+    from engine.figures import draw_case
 
     table = Table(title="held-out cases", show_lines=True)
     for heading in ("picture", "reference", "generated"):

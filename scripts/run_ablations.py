@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 from config.errors import InputError
 from config.schema import REPOSITORY, Config, load_config, write_config
-from data.phantom_dataset import load_cases
-from engine.ablation import BASELINE, Outcome, Variant, markdown, read_losses, score_cases, variants
+from data.phantom.dataset import load_cases
 from engine.cli import positive_float, positive_int, run_main
+from engine.evaluation.ablation import BASELINE, Outcome, Variant, markdown, read_losses, score_cases, variants
 
 RANDOM_ENCODER = "random_encoder.pth"
 
@@ -59,8 +59,8 @@ def write_random_encoder(config: Config, path: Path, seed: int) -> None:
     """The baseline's nnU-Net with the weights that it had before training."""
     import torch
 
-    from models.nnunet_checkpoint import load_nnunet_checkpoint, save_nnunet_checkpoint
-    from models.nnunet_unet import SegmentationUNet
+    from models.nnunet.checkpoint import load_nnunet_checkpoint, save_nnunet_checkpoint
+    from models.nnunet.unet import SegmentationUNet
 
     source = load_nnunet_checkpoint(config.resolved("nnunet_encoder_checkpoint"))
     torch.manual_seed(seed)

@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 from config.errors import InputError
 from config.schema import REPOSITORY, Config, write_config
-from engine import overnight_report as report
 from engine.cli import (
     EXIT_BAD_INPUT,
     Interrupted,
@@ -31,9 +30,10 @@ from engine.cli import (
     positive_int,
     run_main,
 )
-from engine.overnight import STATE_FILE, Point, Result, Search, open_storage, study_name
-from engine.overnight_run import LOG_FILE, run_training
-from engine.train_state import StopRequest
+from engine.training import overnight_report as report
+from engine.training.overnight import STATE_FILE, Point, Result, Search, open_storage, study_name
+from engine.training.overnight_run import LOG_FILE, run_training
+from engine.training.train_state import StopRequest
 
 LRS, BATCH_SIZES = (1e-4, 5e-5, 2e-5), (2, 4)
 NO_GRID_LR, NO_GRID_BATCH_SIZE = 1e-4, 4  # train.py's own

@@ -22,14 +22,14 @@ from tqdm import tqdm
 
 from config.errors import InputError
 from config.schema import load_config
-from data.finding import Finding
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
-from data.phantom_dataset import load_cases
-from data.phantom_report import score_reports
+from data.phantom.dataset import load_cases
+from data.phantom.finding import Finding
+from data.phantom.report import score_reports
 from engine.checkpoint import load_checkpoint
 from engine.cli import positive_int, run_main
 from engine.segmentation import open_cache
-from models.mamba_lm import MambaLM
+from models.language_model.mamba_lm import MambaLM
 from models.medical_vlm import MedicalVLM
 
 MAX_QUESTION_TOKENS = 128

@@ -40,8 +40,8 @@ PROMISED = {
     + ["vision_bridge_vlm_final.pt", "stage2_train_log.csv", "stage2_config.json", "max_visual_tokens", "mamba_model"]
     + ['("step", "epoch", "caption_loss")', "LOG_EVERY = 20", "RECENT_EPOCHS = 5"],
     "scripts/check_image_to_text.py": ["输入图像: ", "问题: ", "生成文本: ", "GPU_TOKEN_CAP = 32"],
-    "models/mamba_lm.py": ["lm_head 已绑定到 input_embeddings"],
-    "engine/overnight_report.py": ["overnight_best_summary.txt", "vision_bridge_overnight_best.pt"],
+    "models/language_model/mamba_lm.py": ["lm_head 已绑定到 input_embeddings"],
+    "engine/training/overnight_report.py": ["overnight_best_summary.txt", "vision_bridge_overnight_best.pt"],
 }
 SHOWN_TO_USERS = ["train_loss", "val_loss", "caption_loss", "平均 caption_loss", "最近 5 个 epoch 平均 caption_loss"]
 SHOWN_TO_USERS += ["输入图像", "问题", "生成文本", "lm_head 已绑定到 input_embeddings"]

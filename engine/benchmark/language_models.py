@@ -13,7 +13,7 @@ from engine.benchmark.peak_memory import Peak, measure_peak
 from engine.benchmark.random_lm import our_lm, random_mamba
 from engine.benchmark.rivals import attention_decoder, use_mambapy
 from engine.benchmark.sizes import Size
-from models.mamba_lm import IGNORED, LARGE_MODEL, MambaLM
+from models.language_model.mamba_lm import IGNORED, LARGE_MODEL, MambaLM
 from models.vim_bridge import VimBridge
 
 FEATURE_CHANNELS = 512  # of stage 4 of nnU-Net's default 2-D plan

@@ -11,7 +11,7 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from engine.benchmark.sizes import Size
-from models.mamba_lm import MambaLM
+from models.language_model.mamba_lm import MambaLM
 
 END = "<|endoftext|>"
 

@@ -22,21 +22,21 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch.utils.data import DataLoader
 
-from config.plans import PreprocessPlan
+from config.nnunet_plans import PreprocessPlan
 from config.schema import REPOSITORY
 from data.cache import VolumeCache
-from data.caption_table import CaptionRow
-from data.framing import Framing
+from data.imaging.nifti import read_mask, read_volume, write_volume
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
-from data.nifti import read_mask, read_volume, write_volume
 from data.nnunet_preprocess import preprocess
+from data.tables.caption_table import CaptionRow
+from data.view_selection import Framing
 from engine.benchmark.peak_memory import Peak, in_own_process, measure_peak
 from engine.benchmark.pictures import Panel
 from engine.benchmark.ratios import speedup
 from engine.benchmark.report import Report
 from engine.benchmark.timing import Candidate, Timing, take_turns
 from engine.prepare import fill_cache
-from models.nnunet_checkpoint import load_nnunet_checkpoint
+from models.nnunet.checkpoint import load_nnunet_checkpoint
 
 NETWORKS = REPOSITORY / "tests" / "assets" / "nnunet_tiny"
 CONFIGURATIONS = {"2d": "2d_plain", "3d_fullres": "3d_plain"}

@@ -16,9 +16,9 @@ from engine.benchmark.random_lm import our_lm, random_mamba, same_weights, weigh
 from engine.benchmark.ratios import limit_seconds, speedup
 from engine.benchmark.report import Report
 from engine.benchmark.timing import Timing, finish, take_turns
-from models.mamba_lm import MambaLM
-from models.prefix_state import PrefixState, seconds_to_first_token
-from models.quantisation import quantisation_quality, quantise_int8
+from models.language_model.mamba_lm import MambaLM
+from models.language_model.prefix_state import PrefixState, seconds_to_first_token
+from models.language_model.quantisation import quantisation_quality, quantise_int8
 
 Writer = Callable[["TokenClock", int], object]
 
@@ -120,7 +120,7 @@ def _quality(report: Report, lm: MambaLM, narrow: MambaLM) -> None:
     report.add_value("int8: deviation of the logits themselves", quality.deviation)
     report.add_value("int8: perplexity over the plain model's", quality.perplexity_ratio)
     report.add_note(f"int8's differences are those of random weights on {size.answer} random tokens; a trained model's "
-                    "perplexity says more: models/quantisation.py compares any two")  # fmt: skip
+                    "perplexity says more: models/language_model/quantisation.py compares any two")  # fmt: skip
 
 
 def _second_question(report: Report, lm: MambaLM) -> None:

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from config.errors import InputError
-from config.plans import Intensity, PreprocessPlan, Resampling
+from config.nnunet_plans import Intensity, PreprocessPlan, Resampling
 from data import cache as cache_module
 from data.cache import VolumeCache, file_digest
-from data.nifti import read_mask, read_volume, write_volume
+from data.imaging.nifti import read_mask, read_volume, write_volume
 from data.nnunet_preprocess import preprocess
 
 PLAN = PreprocessPlan(

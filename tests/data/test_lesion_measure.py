@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from config.errors import InputError
-from data.finding import FINDING_TYPES
 from data.lesion_measure import (
     LungBox,
     count_lesions,
@@ -18,7 +17,8 @@ from data.lesion_measure import (
     measure_lesions,
     write_lesions,
 )
-from data.phantom import Phantom, make_case
+from data.phantom.case import Phantom, make_case
+from data.phantom.finding import FINDING_TYPES
 
 NAMES = {value: name for value, name in enumerate(FINDING_TYPES) if value}
 LUNGS = LungBox(middle_x=20.0, left=(0, 29), right=(0, 29))

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from config.errors import InputError
-from config.plans import Intensity, PreprocessPlan, Resampling
+from config.nnunet_plans import Intensity, PreprocessPlan, Resampling
 from config.schema import build_config
 from data.cache import VolumeCache
+from data.imaging.nifti import write_volume
 from data.medical_vlm_dataset import (
     CaptionCollator,
     MedicalVLMDataset,
@@ -25,7 +26,6 @@ from data.medical_vlm_dataset import (
     encode_answer,
     encode_prompt,
 )
-from data.nifti import write_volume
 
 PLAN_2D = PreprocessPlan(
     configuration="2d",

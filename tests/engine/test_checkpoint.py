@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from config.errors import InputError
-from config.plans import PreprocessPlan
+from config.nnunet_plans import PreprocessPlan
 from config.schema import REPOSITORY, Config, build_config
 from engine import checkpoint as module
 from engine.checkpoint import (
@@ -26,8 +26,8 @@ from engine.checkpoint import (
     save_checkpoint,
 )
 from models.medical_vlm import VisionBridge
-from models.nnunet_checkpoint import load_nnunet_checkpoint
-from models.nnunet_encoder import NnUNetEncoder
+from models.nnunet.checkpoint import load_nnunet_checkpoint
+from models.nnunet.encoder import NnUNetEncoder
 
 LLM_WIDTH = 24
 DIAGNOSTICS = {"token_std": 0.1, "image_std": 0.05, "effective_rank": 9.0, "expected_std": 0.1, "collapsed": False}

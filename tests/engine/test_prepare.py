@@ -11,7 +11,7 @@ import torch
 from threadpoolctl import threadpool_info
 
 from config.errors import InputError
-from data.caption_table import CaptionRow
+from data.tables.caption_table import CaptionRow
 from engine.prepare import fill_cache
 
 

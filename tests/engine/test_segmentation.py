@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from config.errors import InputError
-from config.plans import PreprocessPlan
+from config.nnunet_plans import PreprocessPlan
 from config.schema import Config, build_config
 from data.cache import VolumeCache
-from data.caption_table import CaptionRow
-from data.framing import Framing
-from data.nifti import write_volume
+from data.imaging.nifti import write_volume
+from data.tables.caption_table import CaptionRow
+from data.view_selection import Framing
 from engine import segmentation
 from engine.segmentation import SegmentedCache, open_cache, prepare_cases, segment_all
-from models.nnunet_checkpoint import load_nnunet_checkpoint
-from models.nnunet_unet import SegmentationUNet
-from models.sliding_window import sliding_window
+from models.nnunet.checkpoint import load_nnunet_checkpoint
+from models.nnunet.sliding_window import sliding_window
+from models.nnunet.unet import SegmentationUNet
 
 
 @pytest.fixture(params=["2d_plain", "3d_plain"])

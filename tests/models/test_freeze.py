@@ -9,7 +9,7 @@ import torch
 
 from config.schema import build_config
 from models.medical_vlm import VisionBridge
-from models.nnunet_encoder import NnUNetEncoder
+from models.nnunet.encoder import NnUNetEncoder
 
 WIDTH = 24
 

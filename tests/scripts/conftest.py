@@ -16,12 +16,12 @@ import psutil
 import pytest
 import yaml
 
-from config.plans import PreprocessPlan
+from config.nnunet_plans import PreprocessPlan
 from config.schema import load_config
 from engine.checkpoint import save_checkpoint
 from models.medical_vlm import VisionBridge
-from models.nnunet_checkpoint import load_nnunet_checkpoint
-from models.nnunet_encoder import NnUNetEncoder
+from models.nnunet.checkpoint import load_nnunet_checkpoint
+from models.nnunet.encoder import NnUNetEncoder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "scripts" / "run_overnight_300.py"

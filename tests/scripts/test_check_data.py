@@ -15,9 +15,9 @@ from matplotlib import image
 
 from config.errors import InputError
 from config.schema import build_config, write_config
-from data.finding import Finding
-from data.phantom import make_case, write_case
-from data.phantom_canvas import Grid
+from data.phantom.canvas import Grid
+from data.phantom.case import make_case, write_case
+from data.phantom.finding import Finding
 from engine.loaders import check_tables
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -19,13 +19,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from config.errors import InputError
-from config.plans import PreprocessPlan
+from config.nnunet_plans import PreprocessPlan
 from config.schema import load_config
 from engine.checkpoint import save_checkpoint
-from models.mamba_lm import lm_identity
+from models.language_model.mamba_lm import lm_identity
 from models.medical_vlm import VisionBridge
-from models.nnunet_checkpoint import load_nnunet_checkpoint
-from models.nnunet_encoder import NnUNetEncoder
+from models.nnunet.checkpoint import load_nnunet_checkpoint
+from models.nnunet.encoder import NnUNetEncoder
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "check_image_to_text.py"
 TWO = ["--question", "肺部有无病变？", "--question", "q"]

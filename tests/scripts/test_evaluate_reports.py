@@ -19,16 +19,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from config.errors import InputError
-from config.plans import PreprocessPlan
+from config.nnunet_plans import PreprocessPlan
 from config.schema import load_config
-from data.finding import FINDING_TYPES
-from data.phantom_dataset import DatasetPaths, make_dataset
+from data.phantom.dataset import DatasetPaths, make_dataset
+from data.phantom.finding import FINDING_TYPES
 from engine.checkpoint import save_checkpoint
-from models.mamba_lm import lm_identity
+from engine.evaluation.report_writer import ReportWriter, Written
+from models.language_model.mamba_lm import lm_identity
 from models.medical_vlm import VisionBridge
-from models.nnunet_checkpoint import load_nnunet_checkpoint
-from models.nnunet_encoder import NnUNetEncoder
-from models.report_writer import ReportWriter, Written
+from models.nnunet.checkpoint import load_nnunet_checkpoint
+from models.nnunet.encoder import NnUNetEncoder
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "evaluate_reports.py"
 LABELS = [f"{value}={name}" for value, name in enumerate(FINDING_TYPES) if value]

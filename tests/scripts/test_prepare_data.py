@@ -16,7 +16,7 @@ import pytest
 
 from config.schema import build_config, write_config
 from data.cache import VolumeCache
-from data.nifti import write_volume
+from data.imaging.nifti import write_volume
 from engine.vision_setup import load_plan
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-import engine.overnight_report as report
+import engine.training.overnight_report as report
 from config.errors import InputError
 from config.schema import load_config
 from engine.checkpoint import load_checkpoint

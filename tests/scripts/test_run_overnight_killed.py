@@ -21,11 +21,11 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
-from data.phantom_dataset import make_dataset
+from data.phantom.dataset import make_dataset
 from engine.checkpoint import load_checkpoint
 from engine.cli import Interrupted
-from engine.overnight import Search
-from engine.overnight_run import training_processes
+from engine.training.overnight import Search
+from engine.training.overnight_run import training_processes
 
 Night = Any  # tests/scripts/conftest.py
 NAMES = ["lr0.0001_bs2", "lr0.0001_bs4", "lr5e-05_bs2", "lr5e-05_bs4"]

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from config.schema import build_config, write_config
-from data.nifti import write_volume
+from data.imaging.nifti import write_volume
 from engine.checkpoint import load_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]

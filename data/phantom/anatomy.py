@@ -1,0 +1,297 @@
+"""A synthetic chest without disease: from a patient's measures to a HU volume.
+
+Arrays are float32 with axes [Z, Y, X] as in :mod:`data.phantom.canvas`; u is the fraction of the lungs'
+height, 0 at the apex. The order of painting is that of the body: fat and muscle, what fills the thorax and
+the abdomen, bones, at last the lungs, so that a later organ needs no knowledge of an earlier one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from config.errors import InputError
+from data.phantom.canvas import Canvas, Grid, blend, soft
+from data.phantom.vessels import grow_tree, splat
+
+AIR, LUNG, FAT, MUSCLE, WATER, BLOOD, LIVER = -1000.0, -865.0, -95.0, 50.0, 8.0, 42.0, 58.0
+SIGN = {"right": -1.0, "left": 1.0}
+MIN_EXTENT = (200.0, 240.0, 300.0)  # z, y, x in mm: less does not hold a chest
+
+
+@dataclass(frozen=True)
+class Patient:
+    """The measures in which patients differ; mm and HU."""
+
+    apex_z: float
+    height: float  # of the lungs
+    width: float  # half width of the thoracic cavity
+    depth: float  # half depth of it
+    fat: float
+    muscle: float
+    heart: float  # scale
+    contrast: float  # HU that a contrast agent adds to blood; 0 for a plain scan
+    shift: tuple[float, float]
+    dome: dict[str, float]  # u of the top of each half of the diaphragm
+    rib_phase: float
+    lung_hu: float
+    noise: float
+
+
+@dataclass
+class Chest:
+    """A finished chest: HU, coverage of each lung (0..1) and depth into it (mm, negative outside)."""
+
+    canvas: Canvas
+    patient: Patient
+    hu: np.ndarray
+    lung: dict[str, np.ndarray]
+    depth: dict[str, np.ndarray]
+    cavity: dict[str, tuple[np.ndarray, ...]]  # centre x, y and half axes of each hemithorax, per slice
+    hilum: dict[str, np.ndarray]  # (z, y, x) mm
+    z_range: dict[str, tuple[float, float]]  # lowest and highest z of each lung, mm above the first slice
+
+
+def sample_grid(rng: np.random.Generator) -> Grid:
+    """The default grid: 128 × 128 at 2.6 to 2.9 mm, 34 to 39 slices of about 8 mm."""
+    pixel = round(float(rng.uniform(2.62, 2.88)), 3)
+    return Grid((int(rng.integers(34, 40)), 128, 128), (round(float(rng.uniform(7.5, 8.2)), 2), pixel, pixel))
+
+
+def sample_patient(rng: np.random.Generator, grid: Grid) -> Patient:
+    """Draw a patient that fits the field of view.
+
+    Raises:
+        InputError: the field of view is smaller than a chest.
+    """
+    extent = grid.extent
+    if any(have < need for have, need in zip(extent, MIN_EXTENT, strict=True)):
+        raise InputError(
+            f"phantom grid {grid.shape} at {grid.spacing} mm covers {extent} mm (z, y, x); "
+            f"a chest needs {MIN_EXTENT} mm: raise the shape or the spacing"
+        )
+    size, fat, muscle = rng.uniform(0.93, 1.04), rng.uniform(6, 19), rng.uniform(7, 12)
+    top = grid.spacing[0] * (grid.shape[0] - 1)
+    height = min(rng.uniform(215, 250), 0.9 * top)
+    right_dome = rng.uniform(0.69, 0.75)
+    return Patient(
+        apex_z=top - min(top - height, rng.uniform(8, 24)),
+        height=height,
+        width=min(130 * size * rng.uniform(0.97, 1.03), extent[2] / 2 - fat - muscle - 14),
+        depth=min(90 * size * rng.uniform(0.94, 1.06), extent[1] / 2 - fat - muscle - 14),
+        fat=fat,
+        muscle=muscle,
+        heart=rng.uniform(0.88, 1.06),
+        contrast=float(rng.uniform(90, 190) if rng.random() < 0.35 else 0.0),
+        shift=(rng.uniform(-5, 5), rng.uniform(-5, 5)),
+        dome={"right": right_dome, "left": right_dome + rng.uniform(0.03, 0.07)},
+        rib_phase=rng.uniform(0, 1),
+        lung_hu=LUNG + rng.uniform(-20, 25),
+        noise=rng.uniform(8, 16),
+    )
+
+
+def build_chest(grid: Grid, patient: Patient, rng: np.random.Generator) -> Chest:
+    """Paint a healthy chest; noise is added later, by :func:`finish`."""
+    c = Canvas(grid, patient.apex_z, patient.height, patient.shift)
+    hu = _body_wall(c, patient)
+    cavity = _hemithoraces(c, patient)
+    inside = {side: c.column(*cavity[side], power=2.3, u=(0.0, 9.0)) for side in SIGN}
+    wall = np.full(grid.shape, -1e3, np.float32)
+    for solid in inside.values():
+        c.merge(wall, solid)
+    blend(hu, soft(wall, c.px), FAT)
+    below = {side: _below_dome(c, patient, cavity[side], side) for side in SIGN}
+    _abdomen(c, patient, hu, wall, below)
+    middle = np.full(grid.shape, -1e3, np.float32)
+    _mediastinum(c, patient, hu, middle)
+    _bones(c, patient, hu, wall, middle)
+    lung, depth, z_range, hilum = {}, {}, {}, {}
+    for side, (box, distance) in inside.items():
+        clear = np.full(grid.shape, -1e3, np.float32)
+        clear[box] = distance
+        np.minimum(clear, -middle, out=clear)
+        cover = soft(clear, c.px) * soft(below[side], -grid.spacing[0])
+        np.minimum(clear, -0.7 * below[side], out=clear)
+        levels = np.flatnonzero((cover > 0.5).any((1, 2)))
+        z_range[side] = (float(c.z[levels[0], 0, 0]), float(c.z[levels[-1], 0, 0]))
+        lung[side], depth[side] = cover, clear
+        x = SIGN[side] * 0.30 * patient.width
+        hilum[side] = np.asarray([c.height_of(0.45 if side == "right" else 0.43), 8.0, x])
+    chest = Chest(c, patient, hu, lung, depth, cavity, hilum, z_range)
+    _parenchyma(chest, rng)
+    return chest
+
+
+def _body_wall(c: Canvas, p: Patient) -> np.ndarray:
+    """Air, skin, fat, muscle; the shoulders widen and flatten the uppermost slices; scapulae; the table."""
+    hu = np.full(c.grid.shape, AIR, np.float32)
+    shoulder = np.clip(1 - c.u / 0.25, 0, 1.3)
+    wall = p.fat + p.muscle + 11
+    a, b = p.width + wall + 8 * shoulder, p.depth + wall - 16 * shoulder
+    skin = c.column(0.0, 3 + 6 * shoulder, a, b, power=2.6)
+    for inset, value in ((0.0, 10.0), (3.0, FAT), (p.fat, MUSCLE)):
+        c.paint(hu, skin, value, inset)
+    table = c.column(0.0, p.depth + wall + 5 - 60, 190.0 + 0 * c.u, 66.0 + 0 * c.u)
+    box, distance = table
+    shell = 2.0 - np.abs(distance)
+    shell[:, c.y[0, box[1], 0] < p.depth * 0.75] = -99
+    blend(hu[box], soft(shell, c.px) * (hu[box] < -500), -650.0)
+    for sign in SIGN.values():
+        w, d = p.width, p.depth
+        for x, y, dx, dy, radius, value in (
+            (1.01, 0.66, -0.38, 0.36, 4.2, FAT),
+            (0.95, 0.72, -0.34, 0.34, 3.0, 480.0),
+        ):
+            top, tip = (sign * x * w, y * d), (sign * (x + dx) * w, (y + dy) * d)
+            path = [(*top, -0.02), (*tip, 0.0), (*tip, 0.17), (*top, 0.12), (*tip, 0.3), (*top, 0.24)]
+            c.paint(hu, c.tube(path, radius), value)
+    return hu
+
+
+def _hemithoraces(c: Canvas, p: Patient) -> dict[str, tuple[np.ndarray, ...]]:
+    """Centre and half axes of each hemithorax per slice: narrow at the apex, wide at the base.
+
+    The two outlines overlap in the midline; the gutters beside the spine come from their union.
+    """
+    t = np.clip(c.u / 0.36, 0.03, 1.0)
+    s = np.sqrt(1 - (1 - t) ** 2) * (0.95 + 0.05 * np.clip(c.u, 0, 1))
+    x = 0.465 * p.width * (0.74 + 0.26 * s)
+    a, b = 0.545 * p.width * s, p.depth * (0.18 + 0.82 * s)
+    return {side: (sign * x, 0.20 * p.depth * (1 - s), a, b) for side, sign in SIGN.items()}
+
+
+def _below_dome(c: Canvas, p: Patient, cavity: tuple[np.ndarray, ...], side: str) -> np.ndarray:
+    """Distance in mm below the diaphragm [Z, Y, X]: a dome, deepest behind and at the side."""
+    x, _, a, b = cavity
+    q = ((c.x - x) / (1.04 * a)) ** 2 + ((c.y + 0.2 * b) / (1.22 * b)) ** 2
+    surface = p.dome[side] + (1.0 - p.dome[side]) * np.minimum(q, 1.3)
+    return ((c.u - surface) * p.height).astype(np.float32)
+
+
+def _abdomen(c: Canvas, p: Patient, hu: np.ndarray, wall: np.ndarray, below: dict[str, np.ndarray]) -> None:
+    """Liver under the right dome and across the midline, spleen and stomach under the left."""
+    lift = 0.35 * p.contrast
+    body = soft(wall, c.px)
+    under = body * soft(below["right"], c.grid.spacing[0]) * (c.x < 0)
+    blend(hu, under, LIVER + lift)
+    under = body * soft(below["left"], c.grid.spacing[0]) * (c.x >= 0)
+    edge = soft(0.42 * p.width - 0.55 * (c.y + 0.2 * p.depth) - c.x, 2 * c.px)  # left lobe, in front
+    blend(hu, under * edge, LIVER + lift)
+    w, d = p.width, p.depth
+    for centre, radii, value in (
+        ((0.62 * w, 0.42 * d, 1.0), (0.30 * w, 0.40 * d, 52.0), 48 + lift),
+        ((0.50 * w, -0.20 * d, 1.0), (0.34 * w, 0.44 * d, 50.0), 25.0),
+        ((0.46 * w, -0.42 * d, 0.99), (0.20 * w, 0.20 * d, 30.0), -950.0),
+    ):
+        box, distance = c.ball(centre, radii)
+        blend(hu[box], soft(distance, c.px) * under[box], value)
+
+
+def _mediastinum(c: Canvas, p: Patient, hu: np.ndarray, middle: np.ndarray) -> None:
+    """Heart, great vessels, airways, oesophagus; ``middle`` collects what keeps the lungs apart."""
+    w, d, k = p.width, p.depth, p.heart
+    blood = BLOOD + p.contrast
+    waist = np.interp(c.u, [0.0, 0.12, 0.28, 0.45, 0.7, 1.0], [0.34, 0.26, 0.21, 0.19, 0.18, 0.20]) * w
+    c.merge(middle, c.column(0.0, -0.08 * d, waist.astype(np.float32), 0.90 * d))
+    spine_y = 0.62 * d + 6
+    c.merge(middle, c.column(0.0, spine_y + 6, 23.0, 24.0))
+    heart = (
+        c.ball((0.24 * w, -0.22 * d, 0.67), (0.42 * w * k, 0.47 * d * k, 52 * k)),
+        c.ball((-0.08 * w, -0.26 * d, 0.64), (0.34 * w * k, 0.44 * d * k, 50 * k)),
+        c.ball((0.06 * w, 0.06 * d, 0.58), (0.30 * w * k, 0.26 * d * k, 34 * k)),
+    )
+    aorta = c.tube(
+        [(-0.10 * w, -0.30 * d, 0.52), (-0.13 * w, -0.30 * d, 0.34), (-0.10 * w, -0.18 * d, 0.25)]
+        + [(0.06 * w, 0.02 * d, 0.215), (0.19 * w, 0.34 * d, 0.26), (0.20 * w, 0.46 * d, 0.38)]
+        + [(0.15 * w, 0.48 * d, 0.75), (0.07 * w, 0.50 * d, 1.25)],
+        [16, 16, 15, 14, 13, 12.5, 12, 11],
+    )
+    trunk = c.tube([(0.14 * w, -0.34 * d, 0.50), (0.17 * w, -0.22 * d, 0.40), (0.30 * w, 0.04 * d, 0.40)], [14, 13, 9])
+    right_artery = c.tube([(0.14 * w, -0.16 * d, 0.41), (-0.30 * w, 0.06 * d, 0.43)], [11, 9])
+    cava = c.tube([(-0.20 * w, -0.14 * d, 0.06), (-0.20 * w, -0.16 * d, 0.56)], [8, 9])
+    roots = [
+        c.tube([(SIGN[side] * 0.27 * w, 0.06 * d, 0.38), (SIGN[side] * 0.31 * w, 0.10 * d, 0.52)], [8, 7])
+        for side in SIGN
+    ]
+    for solid in (*heart, aorta, trunk, right_artery, cava, *roots):
+        c.merge(middle, solid, grow=2.0)
+    for x, y in ((-0.12, -0.12), (0.02, -0.10), (0.14, 0.02), (-0.24, -0.14), (0.22, -0.14)):
+        c.paint(hu, c.tube([(x * w, y * d, -0.12), (x * w * 0.8, y * d, 0.2)], 5.0), blood)
+    for solid in heart:
+        c.paint(hu, solid, BLOOD + 0.75 * p.contrast)
+    for solid in (trunk, right_artery, cava, *roots, aorta):
+        c.paint(hu, solid, blood, 0.5)
+    c.paint(hu, c.tube([(0.02 * w, 0.34 * d, -0.1), (0.03 * w, 0.36 * d, 0.9)], 7.0), 35.0)
+    airways = [
+        c.tube([(0.0, 0.08 * d, -0.2), (0.0, 0.14 * d, 0.36)], 8.6),
+        c.tube([(0.0, 0.14 * d, 0.355), (-0.27 * w, 0.12 * d, 0.43), (-0.34 * w, 0.22 * d, 0.54)], [8, 6, 4]),
+        c.tube([(0.0, 0.14 * d, 0.355), (0.28 * w, 0.16 * d, 0.44), (0.34 * w, 0.26 * d, 0.55)], [7.5, 6, 4]),
+        c.tube([(-0.22 * w, 0.12 * d, 0.40), (-0.38 * w, 0.0, 0.36)], [5, 3.2]),
+        c.tube([(0.24 * w, 0.14 * d, 0.42), (0.38 * w, 0.0, 0.38)], [5, 3.2]),
+    ]
+    for airway in airways:
+        c.paint(hu, airway, 0.0, inset=-1.8, strength=0.7)
+        c.merge(middle, airway, grow=1.5)
+    for airway in airways:
+        c.paint(hu, airway, AIR)
+
+
+def _bones(c: Canvas, p: Patient, hu: np.ndarray, wall: np.ndarray, middle: np.ndarray) -> None:
+    """Ribs as tilted rings of the chest wall, sternum, and the spine with its canal."""
+    near = np.flatnonzero((wall < -0.5) & (wall > -12.0) & (c.u > -0.05))
+    iz, iy, ix = np.unravel_index(near, c.grid.shape)
+    y, x, u = c.y[0, iy, 0], c.x[0, 0, ix], c.u[iz, 0, 0]
+    centre = np.abs(-wall.flat[near] - 5.5)
+    forward = np.clip(0.5 - y / (2 * p.depth), 0, 1)  # 0 behind, 1 in front
+    level = (u * p.height - 88.0 * forward) / 25.0 + p.rib_phase + 0.04 * np.sign(x)
+    cover = np.clip((6.5 - 25.0 * np.abs(level - np.round(level))) / 4.0 + 0.5, 0, 1)
+    cover *= np.clip((4.2 - centre) / c.px + 0.5, 0, 1) * (np.abs(x) > 20)
+    value = np.where(forward > 0.9, 120.0, 300.0 + 60.0 * centre)
+    hu.flat[near] += (cover * (value - hu.flat[near])).astype(np.float32)
+    top = 0.62 * p.depth + 6
+    disc = np.abs((c.u * p.height / 25.0) % 1.0 - 0.5) > 0.38
+    c.paint(hu, c.column(0.0, top + 22, 30.0, 7.0), 280.0, strength=0.8)
+    c.paint(hu, c.column(0.0, top + 40, 4.0, 17.0), 330.0, strength=0.8)
+    body = c.column(0.0, top, 18.0, 15.0)
+    c.paint(hu, body, 430.0, inset=-1.0)
+    blend(hu[body[0]], soft(body[1] - 2.5, c.px), np.where(disc, 100.0, 215.0))
+    c.paint(hu, c.column(0.0, top + 22, 9.5, 7.5), 25.0)
+    front = [(0.0, -0.86 * p.depth, 0.12), (0.0, -p.depth - 2, 0.6)]
+    for x in (-9.0, 0.0, 9.0):
+        bone = c.tube([(x + q[0], q[1], q[2]) for q in front], 5.5)
+        c.paint(hu, bone, 290.0)
+        c.merge(middle, bone, grow=3.0)
+
+
+def _parenchyma(chest: Chest, rng: np.random.Generator) -> None:
+    """Fill the lungs: aerated tissue a little denser behind, and the vessel trees."""
+    c, p = chest.canvas, chest.patient
+    tissue = np.float32(p.lung_hu) + np.float32(28.0) * (c.y / np.float32(p.depth)) + np.float32(15.0) * (c.u - 0.5)
+    points, radii = [], []
+    for side in SIGN:
+        blend(chest.hu, chest.lung[side], tissue)
+        inside = np.flatnonzero(chest.depth[side] > 6.0)
+        picks = rng.choice(inside, 22)
+        targets = np.stack(np.unravel_index(picks, c.grid.shape), 1) * c.grid.spacing + c.origin
+        tree = grow_tree(rng, chest.hilum[side], targets)
+        points.append(tree[0])
+        radii.append(tree[1])
+    vessels = splat(c, np.concatenate(points), np.concatenate(radii))
+    vessels *= np.maximum(chest.lung["right"], chest.lung["left"])
+    blend(chest.hu, vessels, 30.0 + 0.6 * p.contrast)
+
+
+def finish(hu: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
+    """Blur as a scanner's point spread would and add correlated noise (HU); in place on a copy."""
+    grain = rng.standard_normal(hu.shape, dtype=np.float32)
+    texture = ndimage.uniform_filter(grain, (0, 3, 3), mode="wrap")
+    grain *= np.float32(noise * 0.45)
+    texture *= np.float32(noise * 3.0)
+    image = ndimage.correlate1d(hu, [0.12, 0.76, 0.12], axis=1, mode="nearest")
+    image = ndimage.correlate1d(image, [0.12, 0.76, 0.12], axis=2, mode="nearest")
+    image += grain
+    image += texture
+    return image

@@ -1,0 +1,103 @@
+"""Synthetic chest CT with tuberculosis-like findings: seeded HU volumes and lesion masks as NIfTI.
+
+``make_case`` gives one patient, ``write_case`` its files. Arrays have axes [Z, Y, X], +x the patient's left,
++y posterior, +z superior; volumes are float32 HU, masks uint8 whose value is the index in ``FINDING_TYPES``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from data.phantom.anatomy import build_chest, finish, sample_grid, sample_patient
+from data.phantom.canvas import Grid
+from data.phantom.finding import Finding
+from data.phantom.lesions import add_finding
+
+__all__ = ["Grid", "Phantom", "make_case", "write_case"]
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """One synthetic patient.
+
+    Attributes:
+        hu: [Z, Y, X] float32, HU.
+        mask: [Z, Y, X] uint8, index of the finding type.
+        spacing: (z, y, x) mm.
+        findings: what is drawn, sizes as measured on ``mask``; from the lowest best slice to the highest.
+        lung_z: lowest and highest z of each lung, mm above the first slice.
+    """
+
+    hu: np.ndarray
+    mask: np.ndarray
+    spacing: tuple[float, float, float]
+    findings: list[Finding]
+    lung_z: dict[str, tuple[float, float]]
+
+
+def make_case(seed: int | Sequence[int], wanted: Sequence[tuple[str, str, str]], grid: Grid | None = None) -> Phantom:
+    """Build a patient with the wanted findings.
+
+    Args:
+        seed: anything ``np.random.default_rng`` takes; the same seed gives the same patient.
+        wanted: (type, side, zone) per finding; empty for a healthy chest.
+        grid: voxel grid; the default is 128 × 128 in plane at 2.6–2.9 mm and about 36 slices of 8 mm.
+
+    Raises:
+        InputError: the grid does not hold a chest.
+        RuntimeError: the first finding fits nowhere. Further findings that find no free place are left out,
+            of the image and of ``findings`` alike.
+    """
+    rng = np.random.default_rng(seed)
+    grid = grid or sample_grid(rng)
+    patient = sample_patient(rng, grid)
+    chest = build_chest(grid, patient, rng)
+    mask = np.zeros(grid.shape, np.uint8)
+    found: list[tuple[int, Finding]] = []
+    for index, (kind, side, zone) in enumerate(wanted):
+        before = mask > 0
+        finding = add_finding(chest, mask, kind, side, zone, rng)
+        if finding is None and index == 0:
+            raise RuntimeError(f"no place for a {kind} in the {side} {zone} zone (seed {seed}, grid {grid})")
+        if finding is not None:
+            found.append((int(((mask > 0) & ~before).sum((1, 2)).argmax()), finding))
+    # A report then names them in the order in which slices show them, whatever was drawn first.
+    findings = [finding for _, finding in sorted(found, key=lambda pair: pair[0])]
+    return Phantom(finish(chest.hu, patient.noise, rng), mask, grid.spacing, findings, chest.z_range)
+
+
+def write_case(phantom: Phantom, image_path: Path, mask_path: Path) -> tuple[int, int]:
+    """Write image (int16 HU) and mask (uint8); returns the CRC-32 of each file."""
+    hu = np.clip(np.rint(phantom.hu), -1024, 3071).astype(np.int16)
+    return (
+        _write_nifti(image_path, hu, phantom.spacing),
+        _write_nifti(mask_path, phantom.mask, phantom.spacing),
+    )
+
+
+def _write_nifti(path: Path, volume: np.ndarray, spacing: tuple[float, float, float]) -> int:
+    """Write [Z, Y, X] as ``.nii.gz`` in LPS orientation, atomically; returns the file's CRC-32.
+
+    The bytes depend on the content alone: the gzip header carries neither time nor name.
+    """
+    sz, sy, sx = spacing
+    image = nib.Nifti1Image(volume.transpose(2, 1, 0), np.diag([-sx, -sy, sz, 1.0]))
+    image.header.set_xyzt_units("mm")
+    image.set_qform(image.affine, code=1)
+    image.set_sform(image.affine, code=1)
+    packed = io.BytesIO()
+    with gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=packed, mtime=0) as stream:
+        stream.write(image.to_bytes())
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(packed.getvalue())
+    temporary.replace(path)
+    return zlib.crc32(packed.getvalue())

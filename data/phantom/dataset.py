@@ -1,0 +1,240 @@
+"""The built-in data set: phantoms on disk with reports, in the layout that the training scripts read.
+
+::
+
+    out_dir/images/train_0000.nii.gz    int16 HU
+            masks/train_0000.nii.gz     uint8, index of the finding type
+            cases/train_0000.json       what is drawn, and the CRC-32 of both files
+            train.csv val.csv test.csv  image_path,question,answer,mask_path (relative to the CSV)
+            prompts.json                {"caption_prompt": [...]}
+            cases.json                  all cases: id, split, findings, lung z-range, seed
+
+A case depends on (seed, split, number) alone, not on how many cases are made; the language
+changes words only.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import multiprocessing
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from config.errors import InputError
+from data.phantom.case import Phantom, make_case, write_case
+from data.phantom.finding import LESION_TYPES, SIDES, ZONES, Finding
+from data.phantom.report import finding_keys, wording, write_report
+
+# Raise it when the same seed no longer gives the same files, so that a rerun does not keep old ones.
+GENERATOR_VERSION = 6
+SPLITS = ("train", "val", "test")
+_EMPTY_QUESTION_SHARE = 0.2
+_PLACEMENT_ATTEMPTS = 8
+
+# One deck holds every type equally often; an effusion has one zone only and is dealt three times.
+_DECK = [
+    (kind, side, zone if kind != "effusion" else "lower") for kind in LESION_TYPES for side in SIDES for zone in ZONES
+]
+
+
+@dataclass(frozen=True)
+class DatasetPaths:
+    """Where :func:`make_dataset` put things."""
+
+    root: Path
+    train_csv: Path
+    val_csv: Path
+    test_csv: Path
+    prompt_json: Path
+    cases_json: Path
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One case to make; picklable."""
+
+    root: Path
+    split: str
+    index: int
+    seed: int
+    wanted: tuple[tuple[str, str, str], ...]
+
+    @property
+    def case_id(self) -> str:
+        return f"{self.split}_{self.index:04d}"
+
+    @property
+    def rng_seed(self) -> list[int]:
+        return [self.seed, SPLITS.index(self.split), self.index]
+
+
+def make_dataset(
+    out_dir: Path | str,
+    n_train: int,
+    n_val: int,
+    n_test: int,
+    seed: int,
+    language: str = "zh",
+    max_findings: int = 1,
+    normal_share: float = 0.1,
+    workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> DatasetPaths:
+    """Make the data set, or complete an interrupted one: cases whose files are whole are kept.
+
+    Args:
+        out_dir: folder of the data set; made if absent.
+        n_train, n_val, n_test: cases per split.
+        seed: of everything; equal seeds give equal files.
+        language: of the reports and questions, "zh" or "en".
+        max_findings: an abnormal case has 1 to this many findings, uniformly.
+        normal_share: share of healthy chests, spread evenly over each split.
+        workers: processes; with 1 everything runs in this one.
+        progress: called as progress(done, total) after every case.
+
+    Raises:
+        InputError: a number out of range or an unknown language.
+    """
+    wording(language)
+    for name, value in (("n_train", n_train), ("n_val", n_val), ("n_test", n_test), ("seed", seed)):
+        if value < 0:
+            raise InputError(f"{name} is {value}; it must not be negative")
+    for name, value in (("max_findings", max_findings), ("workers", workers)):
+        if value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 1")
+    if not 0 <= normal_share <= 1:
+        raise InputError(f"normal_share is {normal_share}; it must lie between 0 and 1")
+    root = Path(out_dir)
+    for folder in ("images", "masks", "cases"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    jobs = [
+        _Job(root, split, index, seed, _plan(seed, split, index, max_findings, normal_share))
+        for split, count in zip(SPLITS, (n_train, n_val, n_test), strict=True)
+        for index in range(count)
+    ]
+    cases = []
+    for case in _run(jobs, workers):
+        cases.append(case)
+        if progress is not None:
+            progress(len(cases), len(jobs))
+    return _write_tables(root, cases, language)
+
+
+def load_cases(cases_json: Path) -> dict[str, list[Finding]]:
+    """True findings by case id (``train_0000``), from a ``cases.json``."""
+    cases = json.loads(cases_json.read_text(encoding="utf-8"))
+    return {case["id"]: [Finding(**f) for f in case["findings"]] for case in cases}
+
+
+def _plan(
+    seed: int, split: str, index: int, max_findings: int, normal_share: float
+) -> tuple[tuple[str, str, str], ...]:
+    """(type, side, zone) of each finding of a case, so that every split is balanced however long it is."""
+    if int((index + 1) * normal_share + 0.5) > int(index * normal_share + 0.5):
+        return ()
+    stream = [seed, SPLITS.index(split), 7]
+    deck = np.random.default_rng([*stream, index // len(_DECK)]).permutation(len(_DECK))
+    rng = np.random.default_rng([*stream, index, 1])
+    wanted = [_DECK[deck[index % len(_DECK)]]]
+    while len(wanted) < int(np.random.default_rng([*stream, index, 2]).integers(1, max_findings + 1)):
+        extra = _DECK[int(rng.integers(len(_DECK)))]
+        if extra[0] != "effusion" or extra not in wanted:
+            wanted.append(extra)
+    # Fluid takes its room first; what comes later is placed in the lung that is left.
+    return tuple(sorted(wanted, key=lambda item: item[0] != "effusion"))
+
+
+def _run(jobs: list[_Job], workers: int) -> Iterator[dict]:
+    if workers == 1 or len(jobs) < 2:
+        yield from map(_build, jobs)
+        return
+    # "spawn" on every system: it is what Windows has, and forking a process with threads is unsafe.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        yield from pool.map(_build, jobs, chunksize=4)
+
+
+def _build(job: _Job) -> dict:
+    """Make one case unless it is there already; returns its record."""
+    image, mask = job.root / "images" / f"{job.case_id}.nii.gz", job.root / "masks" / f"{job.case_id}.nii.gz"
+    record_path = job.root / "cases" / f"{job.case_id}.json"
+    identity = {"generator": GENERATOR_VERSION, "seed": job.rng_seed, "wanted": [list(w) for w in job.wanted]}
+    kept = _kept(record_path, identity, (image, mask))
+    if kept is not None:
+        return kept
+    phantom = _make(job)
+    crc = write_case(phantom, image, mask)
+    record = {
+        "id": job.case_id,
+        "split": job.split,
+        "findings": [f.as_dict() for f in phantom.findings],
+        "lung_z_mm": {side: list(span) for side, span in phantom.lung_z.items()},
+        "spacing_zyx_mm": list(phantom.spacing),
+        **identity,
+        "crc32": list(crc),
+    }
+    _write_text(record_path, json.dumps(record, ensure_ascii=False, indent=1))
+    return record
+
+
+def _make(job: _Job) -> Phantom:
+    """A phantom; where the lesion fits nowhere in one patient, the next patient is tried."""
+    for attempt in range(_PLACEMENT_ATTEMPTS):
+        try:
+            return make_case([*job.rng_seed, attempt], job.wanted)
+        except RuntimeError as error:
+            problem = error
+    raise problem
+
+
+def _kept(record_path: Path, identity: dict, files: tuple[Path, Path]) -> dict | None:
+    """The record of a case that was finished earlier, if it is the same case and its files are whole."""
+    if not (record_path.is_file() and all(f.is_file() for f in files)):
+        return None
+    try:
+        record = json.loads(record_path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:  # damaged on disk: the case is made again
+        return None
+    same = all(record.get(key) == value for key, value in identity.items())
+    whole = same and record["crc32"] == [zlib.crc32(f.read_bytes()) for f in files]
+    return record if whole else None
+
+
+def _write_tables(root: Path, cases: list[dict], language: str) -> DatasetPaths:
+    """The CSV files, the prompts and the list of all cases."""
+    questions = wording(language).questions
+    tables = {}
+    for split in SPLITS:
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(("image_path", "question", "answer", "mask_path"))
+        for case in (c for c in cases if c["split"] == split):
+            rng = np.random.default_rng([*case["seed"], 3])
+            findings = [Finding(**f) for f in case["findings"]]
+            empty = rng.random() < _EMPTY_QUESTION_SHARE
+            question = questions[int(rng.integers(len(questions)))]
+            answer = write_report(findings, rng, language)
+            name = f"{case['id']}.nii.gz"
+            table.writerow((f"images/{name}", "" if empty else question, answer, f"masks/{name}"))
+        tables[split] = root / f"{split}.csv"
+        _write_text(tables[split], text.getvalue())
+    prompts, index = root / "prompts.json", root / "cases.json"
+    _write_text(prompts, json.dumps({"caption_prompt": list(questions)}, ensure_ascii=False, indent=1))
+    keyed = [{**c, "keys": finding_keys([Finding(**f) for f in c["findings"]], language)} for c in cases]
+    _write_text(index, json.dumps(keyed, ensure_ascii=False, indent=1))
+    return DatasetPaths(root, tables["train"], tables["val"], tables["test"], prompts, index)
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Atomic, UTF-8, ``\\n`` on every system."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    temporary.replace(path)

@@ -1,0 +1,273 @@
+"""The sentences that reports are made of, Chinese and English, and the patterns that read them back.
+
+``{loc}`` is the place, ``{side}`` the side alone, ``{n}`` the size in mm. Every sentence is true of every
+phantom with that finding: it names nothing that :mod:`data.phantom.lesions` does not draw. A clause with a
+negation holds no finding of its own; the parser drops it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Wording:
+    """One language: headings, vocabulary, sentence templates, and regular expressions of the parser."""
+
+    headings: tuple[str, str, str, str]
+    section: str  # format of one section: {heading}, {text}
+    stop: str  # ends a sentence of the findings section
+    joint: str  # between the parts of an impression
+    space: str  # between sections and sentences
+    sides: dict[str, str]
+    zones: dict[str, str]
+    names: dict[str, str]  # canonical name, used in keys and impressions
+    locations: tuple[str, ...]
+    key_location: str
+    sentences: dict[str, tuple[str, ...]]
+    normal_sentences: tuple[str, ...]
+    negatives: dict[str, tuple[str, ...]]  # under the type that they deny; "" denies none
+    impression: dict[str, tuple[str, ...]]
+    advice: dict[str, tuple[str, ...]]
+    tendency: dict[str, tuple[str, ...]]
+    normal_key: str
+    key_gap: str
+    key_joint: str
+    questions: tuple[str, ...]
+    # parser: the first pattern of ``type_patterns`` that matches decides, the special before the general
+    type_patterns: tuple[tuple[str, str], ...]
+    side_pattern: str  # group 1 is a value of ``sides``
+    zone_pattern: str  # group 1 is a value of ``zones``
+    size_pattern: str  # group 1 number, group 2 unit
+    negation: str
+    normal_pattern: str
+    sentence_end: str
+    clause_end: str
+
+
+CHINESE = Wording(
+    headings=("所见", "结论", "建议", "病理倾向"),
+    section="{heading}：{text}",
+    stop="。",
+    joint="，",
+    space="",
+    sides={"right": "右", "left": "左"},
+    zones={"upper": "上", "middle": "中", "lower": "下"},
+    names={
+        "nodule": "结节",
+        "cavity": "空洞",
+        "consolidation": "实变",
+        "tree_in_bud": "树芽征",
+        "fibrosis": "纤维条索",
+        "effusion": "胸腔积液",
+        "calcification": "钙化灶",
+    },
+    locations=("{side}肺{zone}野", "{side}{zone}肺野", "{side}侧{zone}肺野"),
+    key_location="{side}肺{zone}野",
+    sentences={
+        "nodule": (
+            "{loc}见结节影，直径约{n}mm，边界清楚",
+            "{loc}可见一{n}mm软组织结节，边缘较光滑",
+            "直径约{n}mm结节位于{loc}，密度均匀",
+        ),
+        "cavity": (
+            "{loc}见厚壁空洞，最大径约{n}mm",
+            "{loc}可见{n}mm空洞，壁厚，未见液平",
+            "最大径约{n}mm的厚壁空洞位于{loc}",
+        ),
+        "consolidation": (
+            "{loc}见片状实变，范围约{n}mm，内见支气管充气征",
+            "{loc}可见{n}mm实变影，边缘模糊",
+            "范围约{n}mm的斑片状实变位于{loc}，密度不均",
+        ),
+        "tree_in_bud": (
+            "{loc}见簇状树芽征，范围约{n}mm",
+            "{loc}可见{n}mm范围树芽征，呈多发小点状",
+            "范围约{n}mm的粟粒样微小结节位于{loc}",
+        ),
+        "fibrosis": (
+            "{loc}见纤维条索影，长约{n}mm",
+            "{loc}可见{n}mm纤维条索，走行较直",
+            "长约{n}mm的条索状影位于{loc}",
+        ),
+        "effusion": (
+            "{side}侧胸腔积液，最大深度约{n}mm",
+            "{side}侧胸腔见弧形积液影，深约{n}mm",
+            "{side}侧可见深约{n}mm胸腔积液",
+        ),
+        "calcification": (
+            "{loc}见钙化灶，直径约{n}mm",
+            "{loc}可见{n}mm致密钙化灶，边界锐利",
+            "直径约{n}mm的钙化灶位于{loc}",
+        ),
+    },
+    normal_sentences=("双肺未见异常密度影", "双肺野清晰，双肺未见实质性病变", "双肺未见明显异常"),
+    negatives={
+        "": ("纵隔淋巴结未见肿大", "气管支气管通畅", "纵隔居中"),
+        "effusion": ("未见胸腔积液", "双侧胸腔未见积液"),
+    },
+    impression={
+        "one": ("{all}", "考虑{all}", "{all}可能性大"),
+        "normal": ("胸部CT未见异常", "双肺未见明显病变", "双肺正常"),
+    },
+    advice={
+        "nodule": ("三个月后复查CT", "定期随访结节变化"),
+        "cavity": ("痰抗酸染色及培养", "结核专科就诊，查痰菌"),
+        "consolidation": ("抗感染治疗后复查", "结合痰检，治疗后复查"),
+        "tree_in_bud": ("查痰抗酸杆菌", "结合结核相关检查"),
+        "fibrosis": ("每年复查一次", "对比旧片，随访"),
+        "effusion": ("超声定位下胸穿检查", "胸水化验"),
+        "calcification": ("无需特殊处理", "年度体检随访"),
+        "normal": ("定期体检", "无需特殊处理"),
+    },
+    tendency={
+        "nodule": ("肉芽肿性结节可能", "倾向良性结节"),
+        "cavity": ("倾向活动性肺结核", "结核性空洞可能"),
+        "consolidation": ("倾向感染性病变", "干酪性肺炎待排"),
+        "tree_in_bud": ("倾向支气管播散性结核", "活动性结核可能"),
+        "fibrosis": ("倾向陈旧性结核", "陈旧性纤维灶"),
+        "effusion": ("倾向结核性胸膜炎", "渗出性积液可能"),
+        "calcification": ("倾向陈旧性肉芽肿", "陈旧性钙化"),
+        "normal": ("无特殊倾向", "未见病理改变"),
+    },
+    normal_key="未见异常",
+    key_gap="·",
+    key_joint="；",
+    questions=(
+        "请描述这份胸部CT的影像表现。",
+        "请根据CT图像书写诊断报告。",
+        "这份CT有哪些异常？请给出报告。",
+        "请写出所见、结论、建议和病理倾向。",
+        "请为该患者生成胸部CT报告。",
+        "请分析图像并给出影像学诊断。",
+        "肺部有无病变？请完整报告。",
+        "请阅片并出具报告。",
+    ),
+    type_patterns=(
+        ("calcification", "钙化"),
+        ("cavity", "空洞"),
+        ("tree_in_bud", "树芽|粟粒"),
+        ("consolidation", "实变"),
+        ("fibrosis", "条索"),
+        ("effusion", "积液"),
+        ("nodule", "结节"),
+    ),
+    side_pattern=r"([左右])(?=肺|侧|[上中下]肺)",
+    zone_pattern=r"([上中下])(?:肺)?野",
+    size_pattern=r"(\d+(?:\.\d+)?)\s*(mm|cm|毫米|厘米)",
+    negation="未见|没有|无",
+    normal_pattern="(?:双肺|两肺)[^，。；]{0,6}未见[^，。；]{0,4}(?:异常|病变)",
+    sentence_end=r"[。；;\n]|\.(?!\d)",
+    clause_end=r"[，,、]",
+)
+
+ENGLISH = Wording(
+    headings=("Findings", "Impression", "Recommendation", "Pathology tendency"),
+    section="{heading}: {text}",
+    stop=".",
+    joint=", ",
+    space=" ",
+    sides={"right": "right", "left": "left"},
+    zones={"upper": "upper", "middle": "middle", "lower": "lower"},
+    names={
+        "nodule": "nodule",
+        "cavity": "cavity",
+        "consolidation": "consolidation",
+        "tree_in_bud": "tree-in-bud opacities",
+        "fibrosis": "fibrous strands",
+        "effusion": "pleural effusion",
+        "calcification": "calcified granuloma",
+    },
+    locations=("{side} {zone} lung zone", "{zone} zone of the {side} lung"),
+    key_location="{side} {zone}",
+    sentences={
+        "nodule": (
+            "A {n} mm nodule in the {loc}, well defined",
+            "In the {loc} there is a soft-tissue nodule of {n} mm",
+        ),
+        "cavity": (
+            "A thick-walled cavity of {n} mm in the {loc}",
+            "In the {loc} there is a {n} mm cavity, without a fluid level",
+        ),
+        "consolidation": (
+            "Patchy consolidation of {n} mm in the {loc}, with air bronchograms",
+            "In the {loc} there is an ill-defined consolidation over {n} mm",
+        ),
+        "tree_in_bud": (
+            "Tree-in-bud opacities over {n} mm in the {loc}",
+            "In the {loc} there are clustered miliary dots over {n} mm",
+        ),
+        "fibrosis": (
+            "Fibrous strands of {n} mm in the {loc}",
+            "In the {loc} there are fibrous strands, {n} mm long",
+        ),
+        "effusion": (
+            "A {side} pleural effusion, {n} mm deep",
+            "Dependent {side} pleural effusion with a depth of {n} mm",
+        ),
+        "calcification": (
+            "A calcified granuloma of {n} mm in the {loc}",
+            "In the {loc} there is a dense {n} mm calcified granuloma",
+        ),
+    },
+    normal_sentences=("Both lungs are clear", "Both lungs are normal, without focal opacity"),
+    negatives={
+        "": ("No enlarged mediastinal lymph nodes", "The central airways are patent"),
+        "effusion": ("No pleural effusion", "Both pleural spaces are free of fluid"),
+    },
+    impression={
+        "one": ("{all}", "Consistent with {all}"),
+        "normal": ("Normal chest CT", "No abnormality of the lungs"),
+    },
+    advice={
+        "nodule": ("CT follow-up in three months", "Follow the nodule over time"),
+        "cavity": ("Sputum smear and culture", "Refer to a tuberculosis clinic"),
+        "consolidation": ("Repeat CT after treatment", "Sputum tests and follow-up after treatment"),
+        "tree_in_bud": ("Sputum test for acid-fast bacilli", "Further tests for tuberculosis"),
+        "fibrosis": ("Yearly follow-up", "Compare with earlier images"),
+        "effusion": ("Ultrasound-guided thoracentesis", "Analysis of the pleural fluid"),
+        "calcification": ("No treatment needed", "Routine check-up"),
+        "normal": ("Routine check-up", "No further imaging needed"),
+    },
+    tendency={
+        "nodule": ("granulomatous nodule is likely", "benign nodule is favoured"),
+        "cavity": ("active pulmonary tuberculosis", "tuberculous cavity is likely"),
+        "consolidation": ("infection is favoured", "caseous pneumonia to be excluded"),
+        "tree_in_bud": ("endobronchial spread of tuberculosis", "active tuberculosis is likely"),
+        "fibrosis": ("old tuberculosis", "old fibrous scar"),
+        "effusion": ("tuberculous pleurisy", "exudate is likely"),
+        "calcification": ("old granuloma", "healed calcified focus"),
+        "normal": ("none", "no pathological change"),
+    },
+    normal_key="no abnormality",
+    key_gap=" · ",
+    key_joint="; ",
+    questions=(
+        "Describe the findings of this chest CT.",
+        "Write the report of this chest CT.",
+        "What is abnormal in this CT? Give a full report.",
+        "Give findings, impression, recommendation and pathology tendency.",
+        "Please read this chest CT and report.",
+        "Is there a lesion in the lungs? Write a complete report.",
+        "Generate the radiology report for this patient.",
+        "Report this examination.",
+    ),
+    type_patterns=(
+        ("calcification", "calcif"),
+        ("cavity", "cavit"),
+        ("tree_in_bud", "tree-in-bud|miliary"),
+        ("consolidation", "consolidation"),
+        ("fibrosis", "strands|fibro"),
+        ("effusion", "effusion"),
+        ("nodule", "nodule"),
+    ),
+    side_pattern=r"\b(right|left)\b",
+    zone_pattern=r"\b(upper|middle|lower)\b",
+    size_pattern=r"(\d+(?:\.\d+)?)\s*(mm|cm)\b",
+    negation=r"\b(?:no|not|without|free of)\b",
+    normal_pattern=r"\bboth lungs are (?:clear|normal)\b",
+    sentence_end=r"[;\n]|\.(?!\d)",
+    clause_end=r",",
+)
+
+WORDINGS = {"zh": CHINESE, "en": ENGLISH}

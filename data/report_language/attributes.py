@@ -1,0 +1,169 @@
+"""Where a finding of a sentence lies, how large it is, how many there are, how it has changed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+
+from data.report_language.sentence import Group, Sentence
+
+COUNT_REACH = 26  # characters between a number word and the finding after it
+
+
+@dataclass(frozen=True)
+class Place:
+    """Side: left, right, bilateral; lobe and zone: upper, middle, lower. None where it is not said."""
+
+    side: str | None = None
+    lobe: str | None = None
+    zone: str | None = None
+
+
+@dataclass
+class Attributes:
+    """What a sentence says of one finding. ``count`` 0 stands for "several"."""
+
+    places: list[Place] = field(default_factory=lambda: [Place()])
+    carried: bool = False  # the place stands in an earlier clause, or nowhere
+    sizes: list[tuple[float | None, float]] = field(default_factory=list)
+    count: int | None = None
+    change: str | None = None
+
+
+def attributes(sentence: Sentence, polarity: dict[int, str], earlier: list[Place]) -> dict[int, Attributes]:
+    """Attributes of every target.
+
+    Args:
+        sentence: with its targets.
+        polarity: of each target; what is absent has no size, and no place from another clause.
+        earlier: places of the sentence before, for one that points back to its lesion.
+    """
+    found = {i: _placed(sentence, i, polarity[i], earlier) for i in sentence.targets}
+    for i, token in enumerate(sentence.tokens):
+        if token.kind == "size":
+            owner = _owner_of_size(sentence, i, polarity)
+            if owner is not None:
+                found[owner].sizes.append(token.value)
+        elif token.kind == "count":
+            owner = _owner_of_count(sentence, i)
+            if owner is not None and polarity[owner] != "absent" and found[owner].count is None:
+                found[owner].count = token.value
+        elif token.kind == "change":
+            for owner in _owners_of_change(sentence, i, polarity):
+                found[owner].change = found[owner].change or token.value
+    return found
+
+
+# ------------------------------------------------------------------ places
+
+
+def place_groups(sentence: Sentence) -> list[Group]:
+    return sentence.groups(("place",), sentence.language.place_gap, ("organ",))
+
+
+def read_places(sentence: Sentence, group: Group) -> list[Place]:
+    """The places of a list such as 左肺上叶及右肺下叶, or right upper and left lower lobes."""
+    places: list[Place] = []
+    side = None
+    last = group[0]
+    for i in range(group[0], group[1] + 1):
+        token = sentence.tokens[i]
+        if token.kind != "place":
+            continue
+        gap = sentence.between(last, i, ("organ",)) if i > group[0] else ""
+        own, lobes, zones = token.value
+        levels = [Place(None, lobe=lobe) for lobe in lobes] + [Place(None, zone=zone) for zone in zones]
+        if not levels:
+            open_ended = [k for k, p in enumerate(places) if p.side is None]
+            if open_ended and re.fullmatch(sentence.language.of, gap):
+                places = [replace(p, side=p.side or own) for p in places]
+            else:
+                places.append(Place(own))
+            side = own
+        else:
+            side = own or side
+            places = _with_levels(places, [replace(p, side=side) for p in levels], gap)
+        last = i
+    return list(dict.fromkeys(_right_middle(p) for p in places))
+
+
+def _with_levels(places: list[Place], levels: list[Place], gap: str) -> list[Place]:
+    """Add lobes or zones: to the bare sides that they follow, or as places of their own."""
+    bare = len(places)
+    while bare and places[bare - 1].lobe is None and places[bare - 1].zone is None:
+        bare -= 1
+    heads = places[bare:]
+    if len(heads) > 1 and heads[-1].side == levels[0].side and re.fullmatch(r"\s*", gap):
+        # "right and left lower lobes": one level for both; 双侧胸腔及右肺下叶 has an organ of its own.
+        return places[:bare] + [replace(level, side=head.side) for head in heads[-2:] for level in levels]
+    if heads and heads[-1].side == levels[0].side:
+        return places[:-1] + levels
+    if places and len(levels) == 1 and places[-1].side == levels[0].side and re.fullmatch(r"[\s的]*", gap):
+        old, new = places[-1], levels[0]
+        if (old.lobe is None) != (new.lobe is None):  # 右肺下叶基底部: lobe and zone of one place
+            return [*places[:-1], Place(old.side, old.lobe or new.lobe, old.zone or new.zone)]
+    return places + levels
+
+
+def _right_middle(place: Place) -> Place:
+    return replace(place, side="right") if place.lobe == "middle" and place.side is None else place
+
+
+def _placed(sentence: Sentence, i: int, polarity: str, earlier: list[Place]) -> Attributes:
+    group, carried = sentence.choose(i, place_groups(sentence))
+    if group is None:
+        back = earlier and polarity != "absent" and any(t.kind == "within" for t in sentence.tokens[:i])
+        return Attributes(list(earlier) if back else [Place()], carried=True)
+    # A pleural effusion named after a lobe in another clause is not in that lobe.
+    elsewhere = any(
+        sentence.tokens[k].kind == "organ" and sentence.tokens[k].value not in ("lung", "bronchus", "wall", "septum")
+        for k in sentence.clause_of(i)
+    )
+    if carried and (polarity == "absent" or elsewhere):
+        return Attributes(carried=True)
+    return Attributes(read_places(sentence, group), carried)
+
+
+# ------------------------------------------------------------------ sizes, numbers, changes
+
+
+def _next_target(sentence: Sentence, i: int) -> int | None:
+    return next((k for k in sentence.clause_of(i) if k > i and k in sentence.names), None)
+
+
+def _tightly_before(sentence: Sentence, i: int, target: int) -> bool:
+    """Whether token i is an adjective of the target after it: 12mm结节, a new right upper lobe nodule."""
+    gap = sentence.between(i, target, ("place", "organ", "count", "change", "size"))
+    return re.fullmatch(sentence.language.size_gap, gap) is not None
+
+
+def _owner_of_size(sentence: Sentence, i: int, polarity: dict[int, str]) -> int | None:
+    following = _next_target(sentence, i)
+    if following is not None and _tightly_before(sentence, i, following):
+        return following
+    before = [k for k in sentence.targets if k < i and polarity[k] != "absent"]
+    if before:
+        return before[-1]
+    return next((k for k in sentence.targets if k > i and polarity[k] != "absent"), None)
+
+
+def _owner_of_count(sentence: Sentence, i: int) -> int | None:
+    following = _next_target(sentence, i)
+    if following is not None and len(sentence.between(i, following)) <= COUNT_REACH:
+        return following
+    return next((k for k in reversed(sentence.targets) if k < i), None)
+
+
+def _owners_of_change(sentence: Sentence, i: int, polarity: dict[int, str]) -> list[int]:
+    """The findings that a comparison is about: the one that it qualifies, else all before it in the clause."""
+    known = [k for k in sentence.targets if polarity[k] != "absent"]
+    following = _next_target(sentence, i)
+    if following is not None and _tightly_before(sentence, i, following):
+        return [following] if following in known else []
+    clause = sentence.clause_of(i)
+    since = max((k for k in clause if k < i and sentence.tokens[k].kind == "change"), default=-1)
+    here = [k for k in known if k in clause and since < k < i]
+    if here:
+        return here
+    earlier = [k for k in known if k < i]
+    return earlier[-1:] or ([following] if following in known else [])

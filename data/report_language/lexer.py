@@ -1,0 +1,102 @@
+"""From report text to tokens: sentences, and in them the words of the tables in ``report_terms_*``.
+
+A rule is a kind, a value and a regular expression. At each place the longest match wins, so ``未见明显变化``
+(no change) hides the negation in it, and ``磨玻璃结节`` both of its parts. Text is compared in a normal form
+of equal length (full-width forms and case folded), so positions are those of the original.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Full-width ASCII and look-alikes, one character to one.
+_NORMAL = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+_NORMAL |= {ord(a): b for a, b in (("　", " "), ("，", ","), ("✕", "×"), ("╳", "×"), ("∶", ":"), ("｡", "。"))}
+_NORMAL |= {
+    ord(a): b for a, b in (("–", "-"), ("—", "-"), ("−", "-"), ("～", "~"), ("〜", "~"), ("‐", "-"), ("‑", "-"))
+}
+_NORMAL |= {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
+_NORMAL |= {code: code - 0xFEE0 + 32 for code in range(ord("Ａ"), ord("Ｚ") + 1)}
+_ABBREVIATIONS = ("approx", "ca", "vs", "cf", "dr", "e.g", "i.e", "max", "diam", "no", "st")
+_KEEP = "".join(rf"(?<!\b{re.escape(word)})" for word in _ABBREVIATIONS if word != "no")
+_END = re.compile(rf"[。;!\n]|\?+|{_KEEP}\.(?!\d|[eg]\.)")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a stretch of text means.
+
+    Attributes:
+        kind: see :mod:`data.report_language.terms`.
+        value: of the token, or a function of the match that gives it; None from it means no match.
+        pattern: regular expression over normal text.
+    """
+
+    kind: str
+    value: Any
+    pattern: str
+
+
+@dataclass(frozen=True)
+class Token:
+    """One word of the tables at ``[start, end)`` of the normal text of the whole report."""
+
+    kind: str
+    value: Any
+    start: int
+    end: int
+
+
+def normal_form(text: str) -> str:
+    """The text in the form that rules are written for; as long as the text."""
+    return text.translate(_NORMAL)
+
+
+def sentences(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Spans of the sentences of a normal text in ``[start, end)``; a question mark stays with its sentence."""
+    begin = start
+    for mark in _END.finditer(text, start, end):
+        stop = mark.end() if mark.group().startswith("?") else mark.start()
+        if text[begin:stop].strip():
+            yield begin, stop
+        begin = mark.end()
+    if text[begin:end].strip():
+        yield begin, end
+
+
+class Lexer:
+    """Reads tokens by a list of rules; of matches equally long the earlier rule's counts."""
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self._rules = [(rule.kind, rule.value, re.compile(rule.pattern)) for rule in rules]
+        # One search finds where the next token may begin; only there the rules are tried one by one.
+        self._any = re.compile("|".join(f"(?:{re.sub(r'[(][?]P<[a-z]+>', '(?:', rule.pattern)})" for rule in rules))
+
+    def read(self, text: str, start: int, end: int) -> list[Token]:
+        """Tokens of one sentence, in order and without overlap."""
+        # Cut here, so that "$" in a rule is the sentence's end; what stands before stays visible to a look-behind.
+        text = text[:end]
+        tokens = []
+        at = start
+        while (found := self._any.search(text, at)) is not None:
+            best = self._longest(text, found.start())
+            if best is None:
+                at = found.start() + 1
+                continue
+            tokens.append(best)
+            at = best.end
+        return tokens
+
+    def _longest(self, text: str, at: int) -> Token | None:
+        best = None
+        for kind, value, pattern in self._rules:
+            match = pattern.match(text, at)
+            if match is None or match.end() == at or (best is not None and match.end() <= best.end):
+                continue
+            held = value(match) if isinstance(value, Callable) else value
+            if held is not None or not isinstance(value, Callable):
+                best = Token(kind, held, at, match.end())
+        return best

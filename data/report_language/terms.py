@@ -1,0 +1,129 @@
+"""What the report labeller knows of both languages: its vocabulary, kinds of words, sizes.
+
+The words themselves are in ``terms_zh`` and ``terms_en``. Kinds of tokens:
+
+=================  ====================================================================================
+term               findings, a tuple of names; dropped where the organ is outside the chest's findings
+head               a change whose name depends on the organ: key of ``HEADS`` (积液 of pleura, pericardium)
+organ              a class of organ, key of the tables in ``HEADS``
+place              (side or None, lobes, zones)
+negate             denies the findings after it, up to a stop or the end of the enumeration
+denied             denies the findings before it (``…未见。``, ``… is not seen``); value "resolved" or None
+maybe_before       makes uncertain what follows in its clause
+maybe_after        makes uncertain the nearest finding before it and those coordinated with it
+maybe              maybe_before where something follows that it can mean, else maybe_after
+disease            a cause or nature: may be what an uncertainty is about, is itself no finding
+stop               ends the scope of negation and uncertainty (但, 可见, but, there is)
+link               joins a finding to a place after it (位于)
+size, count        (low mm or None, high mm);  number, 0 for "several"
+change             smaller, larger, stable, new
+within             points back to the lesion of the sentence before (其内, it)
+comma              ends a clause
+skip               means nothing here, but would be mistaken for something (无名动脉, slice thickness 5 mm)
+=================  ====================================================================================
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from data.report_language.lexer import Rule
+
+FINDINGS = (
+    "nodule",
+    "mass",
+    "cavity",
+    "consolidation",
+    "ground_glass",
+    "opacity",
+    "tree_in_bud",
+    "miliary",
+    "fibrosis",
+    "calcification",
+    "vascular_calcification",
+    "bronchiectasis",
+    "atelectasis",
+    "emphysema",
+    "bulla",
+    "septal_thickening",
+    "effusion",
+    "pleural_thickening",
+    "pneumothorax",
+    "pericardial_effusion",
+    "lymphadenopathy",
+)
+
+# What a change is called by the organ that shows it; "*" for any other organ or none, None for no finding.
+HEADS: dict[str, dict[str, str | None]] = {
+    "effusion": {"pleura": "effusion", "pericardium": "pericardial_effusion", "outside": None, "*": "effusion"},
+    "fluid": {"pleura": "effusion", "pericardium": "pericardial_effusion", "*": None},
+    "thickening": {"pleura": "pleural_thickening", "septum": "septal_thickening", "*": None},
+    "enlargement": {"node": "lymphadenopathy", "*": None},
+    # As above, but without a lymph node it is a comparison: 结节增大.
+    "growth": {"node": "lymphadenopathy", "*": None},
+    "dilatation": {"bronchus": "bronchiectasis", "*": None},
+    "calcification": {"vessel": "vascular_calcification", "outside": None, "*": "calcification"},
+}
+
+NUMBER = r"\d+(?:\.\d+)?"
+UNIT = r"(?:mm|cm|毫米|厘米|公分|millimet(?:er|re)s?|centimet(?:er|re)s?)(?![a-z0-9²³])"
+_TIMES = r"(?:×|x|\*|by)"
+_TO = r"(?:-|~|至|到|to)"
+SIZE = rf"{NUMBER}(?:\s*-?{UNIT})?(?:\s*(?:{_TIMES}|{_TO})\s*{NUMBER}(?:\s*-?{UNIT})?){{0,2}}"
+ONE_SIZE = rf"{NUMBER}\s*-?{UNIT}"
+
+
+@dataclass(frozen=True)
+class Language:
+    """The tables of one language.
+
+    Attributes:
+        rules: words, for :class:`data.report_language.lexer.Lexer`.
+        fillers: what may stand beside findings in a bare member of an enumeration (whole leftover text).
+        connector: leftover text between coordinated findings.
+        continues: a clause that begins so goes on with the enumeration before it.
+        breaks: leftover text that shows that a clause says something new.
+        not_tight: leftover text between a place and a finding that are not one noun phrase.
+        place_gap: between places that belong to one list.
+        apart: between a finding and a place after it that belongs to something else.
+        link: leftover text between a finding and the place after it, where the two belong together.
+        size_gap: leftover text between a size and the finding after it.
+        of: leftover text between a lobe and the side after it ("upper lobe of the left lung").
+        respectively: sizes and places are paired in order.
+    """
+
+    rules: tuple[Rule, ...]
+    fillers: str
+    connector: str
+    continues: str
+    breaks: str
+    not_tight: str
+    place_gap: str
+    apart: str
+    link: str
+    size_gap: str
+    of: str
+    respectively: str
+
+
+def size_of(match: re.Match[str]) -> tuple[float | None, float] | None:
+    """(lower end of a range or None, largest extent) in mm, or None for numbers without a unit.
+
+    A number without a unit takes the next one's (``3.2×2.1cm``).
+    """
+    text = match.group()
+    parts = re.findall(rf"({NUMBER})\s*-?({UNIT})?", text)
+    unit = None
+    values = []
+    for number, own in reversed(parts):
+        unit = own or unit
+        if unit is None:
+            return None
+        values.append(float(number) * (10.0 if unit[0] in "c厘公" else 1.0))
+    values.reverse()
+    ranged = len(values) == 2 and re.search(_TIMES, text.replace("cm", "").replace("mm", "")) is None
+    return (values[0], values[1]) if ranged and values[0] <= values[1] else (None, max(values))
+
+
+SIZE_RULE = Rule("size", size_of, SIZE)

@@ -1,0 +1,232 @@
+"""Every report that an evaluation needs: with the case's own image, and without it.
+
+=========  ===========================================================================================
+own        the case's image
+shuffled   the image of another patient
+blank      an image without structure: every voxel the mean of CT normalisation, slices at mean height
+prior      no image: the visual tokens are those of the mean features and mean slice height of all cases
+squares    the mean features with the case's own slice heights and lesion squares: what a mask gives away by itself
+sample1…   the case's image, sampled at temperature 1
+=========  ===========================================================================================
+
+The prior keeps as many visual tokens as ever. Leaving them out would measure how the language model takes a prompt
+that it was never trained on; the mean is what it sees of every patient, and nothing of this one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config.errors import InputError
+from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset, Sample
+from engine.evaluation.generation_store import GenerationStore
+from engine.evaluation.report_writer import ReportWriter
+from models.language_model.decoding import Decoding
+
+OWN, SHUFFLED, BLANK, PRIOR, SQUARES, SAMPLE = "own", "shuffled", "blank", "prior", "squares", "sample"
+AUDITED = (OWN, SHUFFLED, BLANK, PRIOR, SQUARES)
+_BASELINE_CASES = 256  # that the mean image is made of
+
+
+@dataclass
+class EvaluatedTable:
+    """A table with its samples. ``name``: of its content, stands in the records; ``cases``: digests of image and mask
+    by row."""
+
+    name: str
+    data: MedicalVLMDataset
+    cases: list[str]
+
+    @classmethod
+    def of(cls, name: str, data: MedicalVLMDataset) -> EvaluatedTable:
+        return cls(name, data, [data.cache.entry(row.image_path, row.mask_path).name for row in data.rows])
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+@dataclass(frozen=True)
+class MeanImage:
+    """What the images of a table have in common. ``features``: (K, C, T, T); ``position``: (K,)."""
+
+    features: Tensor
+    position: Tensor
+
+
+class ReportPasses:
+    """Fills a store with the reports of a table, condition by condition; every process does its share of rows."""
+
+    def __init__(
+        self,
+        writer: ReportWriter,
+        collator: CaptionCollator,
+        store: GenerationStore,
+        *,
+        batch_size: int,
+        seed: int,
+        process: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.writer, self.collator, self.store = writer, collator, store
+        self.batch_size, self.seed = batch_size, seed
+        self.process, self.processes = process, processes
+
+    def run(self, table: EvaluatedTable, condition: str, mean: MeanImage | None = None) -> None:
+        """Write what is missing. ``mean`` is needed by ``blank``, ``prior`` and ``squares``."""
+        kept = kept_as(table, condition)
+        mine = [row for row in self._missing(table, condition) if row % self.processes == self.process]
+        if not mine:
+            return
+        order = list(range(len(table)))
+        if condition == SHUFFLED:
+            order = shuffled_order([row.patient or str(row.image_path) for row in table.data.rows], self.seed)
+        known: dict[tuple, dict[str, Any]] = {}
+        bar = tqdm(total=len(mine), desc=condition, unit="case", dynamic_ncols=True, disable=None)
+        for rows in chunks(mine, self.batch_size):
+            samples = [self._sample(table, row, order[row], condition, mean) for row in rows]
+            batch = self.batch(samples)
+            visual = self._visual(batch, condition, mean)
+            records = self._records(visual, batch, samples, condition, known)
+            identified = zip(rows, records, strict=True)
+            named = [{"table": table.name, "condition": kept, "row": r, "case": table.cases[r]} | record
+                     for r, record in identified]  # fmt: skip
+            self.store.add(named)
+            bar.update(len(rows))
+        bar.close()
+
+    def complete(self, table: EvaluatedTable, condition: str) -> bool:
+        return not self._missing(table, condition)
+
+    def _missing(self, table: EvaluatedTable, condition: str) -> list[int]:
+        kept = kept_as(table, condition)
+        return [r for r in range(len(table)) if self.store.get(table.name, kept, r, table.cases[r]) is None]
+
+    def run_rows(
+        self, table: EvaluatedTable, condition: str, rows: Sequence[int], make: Callable[[int], dict[str, Any]]
+    ) -> None:
+        """Make and keep what is missing of these rows' own records, one at a time; each process its share."""
+        mine = [r for r in rows if r % self.processes == self.process]
+        mine = [r for r in mine if self.store.get(table.name, condition, r, table.cases[r]) is None]
+        bar = tqdm(total=len(mine), desc=condition, unit="case", dynamic_ncols=True, disable=None)
+        for row in mine:
+            record = {"table": table.name, "condition": condition, "row": row, "case": table.cases[row]}
+            self.store.add([record | make(row)])
+            bar.update()
+        bar.close()
+
+    def records(self, table: EvaluatedTable, condition: str) -> list[dict[str, Any]]:
+        """Of every row, in order. Call ``store.reload()`` first where other processes have written."""
+        kept = kept_as(table, condition)
+        found = [self.store.get(table.name, kept, row, case) for row, case in enumerate(table.cases)]
+        if None in found:
+            raise RuntimeError(f"{found.count(None)} reports of {table.name}/{condition} are missing")
+        return found
+
+    def batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Collated, on the model's device."""
+        device = self.writer.device
+        return {
+            key: [image.to(device) for image in value] if isinstance(value, list) else value.to(device)
+            for key, value in self.collator(samples).items()
+        }
+
+    def mean_image(self, table: EvaluatedTable) -> MeanImage:
+        """Mean features and slice positions of up to 256 cases, spread evenly over the table."""
+        step = max(1, -(-len(table) // _BASELINE_CASES))
+        total, positions, count = None, 0, 0
+        for rows in chunks(range(0, len(table), step), self.batch_size):
+            batch = self.batch([table.data[row] for row in rows])
+            with torch.no_grad():
+                features = self.writer.model.vision.features(batch["images"]).float().sum(0)
+            total = features if total is None else total + features
+            positions = positions + batch["slice_position"].sum(0)
+            count += len(rows)
+        return MeanImage(total / count, positions / count)
+
+    def _sample(self, table: EvaluatedTable, row: int, image_of: int, condition: str, mean: MeanImage | None) -> Sample:
+        sample = table.data[image_of]
+        sample = replace(sample, question=table.data.questions[row], answer=table.data.rows[row].answer, row=row)
+        if condition == BLANK:
+            nothing = {"images": torch.zeros_like(sample.images), "roi": torch.zeros_like(sample.roi)}
+            return replace(sample, **nothing, slice_position=mean.position.cpu().clone())
+        return sample
+
+    def _visual(self, batch: Mapping[str, Any], condition: str, mean: MeanImage | None) -> Tensor:
+        if condition == PRIOR:
+            return self.writer.visual_of_features(mean.features, mean.position, batch)
+        if condition == SQUARES:
+            return self.writer.visual_of_features(mean.features, batch["slice_position"], batch, batch["roi"])
+        return self.writer.visual(batch)
+
+    def _records(
+        self, visual: Tensor, batch: Mapping[str, Any], samples: Sequence[Sample], condition: str, known: dict
+    ) -> list[dict[str, Any]]:
+        if condition.startswith(SAMPLE):
+            torch.manual_seed(self.seed * 1_000_003 + samples[0].row * 101 + int(condition.removeprefix(SAMPLE)))
+            written = self.writer.write(visual, batch, Decoding(temperature=1.0))
+            return [{"text": one.text} for one in written]
+        losses = [{"nats": nats, "tokens": tokens} for nats, tokens in self.writer.losses(visual, batch)]
+        if condition in (BLANK, PRIOR):
+            texts = self._shared_texts(visual, batch, samples, known)
+        else:
+            written = self.writer.write(visual, batch)
+            texts = [
+                {"text": one.text, "ids": one.ids, "log_probs": one.log_probs, "ended": one.ended} for one in written
+            ]
+            texts = texts if condition == OWN else [{"text": one["text"]} for one in texts]
+        return [text | loss for text, loss in zip(texts, losses, strict=True)]
+
+    def _shared_texts(
+        self, visual: Tensor, batch: Mapping[str, Any], samples: Sequence[Sample], known: dict
+    ) -> list[dict[str, Any]]:
+        """Without an image of its own a report depends on the question alone: each is answered once."""
+        keys = [(sample.question, tuple(sample.images.shape)) for sample in samples]
+        new = {key: b for b, key in enumerate(keys) if key not in known}
+        if new:
+            rows = torch.tensor(list(new.values()), device=visual.device)
+            part = {name: batch[name][rows] for name in ("question_ids", "question_mask")}
+            for key, one in zip(new, self.writer.write(visual[rows], part), strict=True):
+                known[key] = {"text": one.text}
+        return [known[key] for key in keys]
+
+
+def kept_as(table: EvaluatedTable, condition: str) -> str:
+    """Name of a condition in the store: shuffling and means depend on how many rows there are."""
+    return f"{condition}/{len(table)}" if condition in (SHUFFLED, BLANK, PRIOR, SQUARES) else condition
+
+
+def shuffled_order(patients: Sequence[str], seed: int) -> list[int]:
+    """For each case another one whose image it gets: a permutation, and never an image of the same patient.
+
+    Raises:
+        InputError: impossible, because one patient has more than half of the cases.
+    """
+    most = max(map(patients.count, set(patients)), default=0)
+    if 2 * most > len(patients):
+        raise InputError(
+            f"{most} of {len(patients)} cases are of one patient or image: images cannot be shuffled between patients; "
+            "evaluate a table of more patients (at least 2 cases)"
+        )
+    # Patients in blocks; everything moved on by the largest block leaves no one in its own.
+    drawn = list(range(len(patients)))
+    random.Random(seed).shuffle(drawn)
+    first: dict[str, int] = {}
+    for position, case in enumerate(drawn):
+        first.setdefault(patients[case], position)
+    around = sorted(drawn, key=lambda i: first[patients[i]])
+    order = [0] * len(patients)
+    for position, case in enumerate(around):
+        order[case] = around[(position + most) % len(around)]
+    return order
+
+
+def chunks(rows: Sequence[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(rows), size):
+        yield list(rows[start : start + size])

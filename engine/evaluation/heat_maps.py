@@ -1,0 +1,182 @@
+"""Maps of the encoder's feature grid, laid over the scan: its own voxels, its own file's space.
+
+    map [K, T, T] → framing (slices, padding, patch) → preprocessing (crop, resampling) → scan [z, y, x] → file
+
+The three steps are separable: along each axis a voxel has a weight for each cell. A map has the resolution of the
+feature grid; between the centres of its cells it is interpolated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+
+from data.cache import CachedVolume
+from data.imaging.reader import read_header
+from data.imaging.volume import Volume
+from data.nnunet_preprocess import VoxelMap
+from data.view_selection import Framing
+
+LUNG_HU = (-1350, 150)
+
+
+@dataclass(frozen=True)
+class FramedGrid:
+    """Where the cells of a feature map lie in the scan.
+
+    Attributes:
+        weights: per axis of the preprocessed volume (voxels of the scan, cells): how much of each cell a voxel has;
+            rows of zeros are voxels that the model did not see.
+        cells: per axis, the cell that each voxel lies in, -1 for one that the model did not see.
+        axes: of the scan, in the order of the preprocessed volume.
+        orientation: that the preprocessing reads scans in.
+
+    Volumes that go in and come out are (z, y, x) in LPS, whatever that orientation is.
+    """
+
+    weights: tuple[np.ndarray, np.ndarray, np.ndarray]
+    cells: tuple[np.ndarray, np.ndarray, np.ndarray]
+    axes: tuple[int, int, int]
+    orientation: str = "LPS"
+
+    @classmethod
+    def of(
+        cls, framing: Framing, cached: CachedVolume, grid: tuple[int, int, int], orientation: str = "LPS"
+    ) -> FramedGrid:
+        """The grid (K, T, T) of what ``framing`` cuts out of a preprocessed case."""
+        voxel_map = cached.voxel_map
+        starts, sizes = framing.box(cached)
+        lead = framing.lead_shares(sizes)
+        axes = [_axis(voxel_map, axis, starts[axis], sizes[axis], grid[axis], lead[axis]) for axis in range(3)]
+        if len(framing.patch_size) == 2:
+            axes[0] = _chosen_slices(voxel_map, framing.chosen_slices(cached))
+        weights, cells = zip(*axes, strict=True)
+        return cls(weights, cells, tuple(voxel_map.transpose_forward), orientation)
+
+    def lay_over(self, heat: np.ndarray) -> np.ndarray:
+        """A map (K, T, T) as float32 (z, y, x) on the scan's grid; 0 where the model did not see."""
+        volume = heat.astype(np.float32)
+        for axis, weight in enumerate(self.weights):
+            volume = np.moveaxis(np.tensordot(weight.astype(np.float32), volume, (1, axis)), 0, axis)
+        return np.ascontiguousarray(turned(volume.transpose(np.argsort(self.axes)), self.orientation, "LPS"))
+
+    def cells_of(self, solid: np.ndarray) -> np.ndarray:
+        """Which cells (K, T, T) hold a voxel of a boolean (z, y, x) on the scan's grid: it counts to the cell whose
+        feature looks nearest to it."""
+        solid = turned(solid, "LPS", self.orientation)
+        held = np.zeros([weight.shape[1] for weight in self.weights], bool)
+        points = [index[axis_points] for index, axis_points in zip(
+            self.cells, np.nonzero(solid.transpose(self.axes)), strict=True
+        )]  # fmt: skip
+        seen = np.logical_and.reduce([axis >= 0 for axis in points])
+        held[tuple(axis[seen] for axis in points)] = True
+        # A slice that was shown twice holds the same both times.
+        along_z = self.weights[0]
+        alike = (along_z[:, :, None] == along_z[:, None]).all(axis=0)  # (K, K)
+        return np.einsum("kj,jyx->kyx", alike, held)
+
+
+def turned(array: np.ndarray, there: str, here: str) -> np.ndarray:
+    """(z, y, x) in one orientation of the same axes (``RAS``, ``LPS``) as (z, y, x) in another."""
+    turn = ornt_transform(axcodes2ornt(there), axcodes2ornt(here))
+    return apply_orientation(array.transpose(2, 1, 0), turn).transpose(2, 1, 0)
+
+
+def write_heat(path: Path, heat: np.ndarray, volume: Volume) -> None:
+    """Write float32 (z, y, x) on the canonical grid of ``volume`` as NIfTI on the grid of the file it came from.
+
+    Shape, axes and affine are those that the image file has, so that viewers lay one over the other.
+    """
+    header = read_header(volume.path)
+    turn = ornt_transform(axcodes2ornt(volume.orientation), io_orientation(header.affine))
+    stored = apply_orientation(heat.transpose(2, 1, 0), turn)
+    if stored.shape != header.shape:
+        raise ValueError(f"a map of {stored.shape} voxels for an image of {header.shape}")
+    image = nib.Nifti1Image(stored.astype(np.float32), header.affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(header.affine, code=1)
+    image.set_qform(header.affine, code=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(image, path)
+
+
+def draw_heat(
+    path: Path, volume: Volume, heats: Sequence[np.ndarray], titles: Sequence[str], lesion: np.ndarray | None
+) -> None:
+    """Write a picture: for each map the slice of its peak, in lung window, patient's right on the left.
+
+    Args:
+        heats: (z, y, x) each, on the canonical grid.
+        titles: one for each.
+        lesion: labels (z, y, x), outlined.
+    """
+    from matplotlib.figure import Figure
+
+    from engine.contact_sheet import _cjk_font
+
+    size = (3.1 * (len(heats) + 1), 3.4)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    axes = figure.subplots(1, len(heats) + 1, squeeze=False)[0]
+    font = _cjk_font()
+    aspect = volume.spacing[1] / volume.spacing[2]
+    slices = [int(np.abs(heat).max((1, 2)).argmax()) for heat in heats]
+    first = slices[0] if slices else volume.array.shape[0] // 2
+    panels = [(first, None, ""), *zip(slices, heats, titles, strict=True)]
+    for axis, (index, heat, title) in zip(axes, panels, strict=True):
+        axis.imshow(volume.array[index], cmap="gray", vmin=LUNG_HU[0], vmax=LUNG_HU[1], aspect=aspect)
+        if heat is not None:
+            strength = np.clip(heat[index], 0, None) / (heat.max() if heat.max() > 0 else 1)
+            axis.imshow(strength, cmap="inferno", vmin=0, vmax=1, alpha=0.75 * strength, aspect=aspect)
+        if lesion is not None and lesion[index].any():
+            axis.contour(lesion[index] > 0, [0.5], colors="cyan", linewidths=0.8)
+        readable = "\n".join(line for line in title.split("\n") if font or line.isascii())
+        axis.set_title(f"slice {index + 1}/{len(volume.array)}\n{readable}", fontsize=7, family=font)
+        for place, mark, align in ((0.02, "R", "left"), (0.98, "L", "right")):
+            axis.text(place, 0.5, mark, color="yellow", fontsize=8, ha=align, va="center", transform=axis.transAxes)
+        axis.axis("off")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _axis(
+    voxel_map: VoxelMap, axis: int, start: int, size: int, cells: int, lead: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (voxels of the scan, cells) and cell of each voxel, along one axis of the preprocessed volume: the cell
+    whose feature sees the voxel best. ``lead``: of the features, as a share of the input."""
+    inner, seen = _preprocessed(voxel_map, axis)
+    at = (inner - start + 0.5) / size * cells
+    seen = seen & (at >= 0) & (at < cells)
+    at = np.clip(at + lead * cells, 0, np.nextafter(cells, 0))  # k to k + 1 is cell k
+    weights = np.zeros((len(at), cells))
+    left = np.clip(at - 0.5, 0, cells - 1)
+    low = np.minimum(left.astype(int), max(cells - 2, 0))
+    rows = np.flatnonzero(seen)
+    weights[rows, low[rows]] = 1 - (left - low)[rows]
+    weights[rows, np.minimum(low + 1, cells - 1)[rows]] += (left - low)[rows]
+    return weights, np.where(seen, np.clip(at.astype(int), 0, cells - 1), -1)
+
+
+def _chosen_slices(voxel_map: VoxelMap, chosen: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Along z of a 2-D framing: each slice that the model saw, and no other; one seen twice has its first cell."""
+    inner, seen = _preprocessed(voxel_map, 0)
+    nearest = np.clip(np.floor(inner + 0.5).astype(int), 0, voxel_map.shape[0] - 1)
+    cell_of = {index: cell for cell, index in reversed(list(enumerate(chosen)))}
+    cells = np.array([cell_of.get(int(n), -1) if s else -1 for n, s in zip(nearest, seen, strict=True)])
+    weights = np.zeros((len(cells), len(chosen)))
+    for index, cell in cell_of.items():
+        same = [k for k, other in enumerate(chosen) if other == index]
+        weights[np.ix_(cells == cell, same)] = 1 / len(same)
+    return weights, cells
+
+
+def _preprocessed(voxel_map: VoxelMap, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates of the scan's voxels along a preprocessed axis, and which lie inside its crop."""
+    first, last = voxel_map.bbox[axis]
+    index = np.arange(voxel_map.shape_before_crop[axis])
+    scale = voxel_map.shape[axis] / (last - first)
+    return (index - first + 0.5) * scale - 0.5, (index >= first) & (index < last)

@@ -1,0 +1,169 @@
+"""Sides, heights and sizes that reports state: against their references, and against lesions measured on masks.
+
+Only what a report describes counts: its findings section, or where it has no headings the text before them, or
+failing both its impression. Statements are those of :mod:`data.report_language.labeller` that are present.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from config.errors import InputError
+from data.imaging.reader import read_mask, read_volume
+from data.lesion_measure import Lesion, find_lungs, measure_lesions
+from data.report_language.labeller import FindingMention
+from data.report_language.sections import PREAMBLE
+from engine.evaluation.bootstrap import REPEATS, Score, case_weights, interval
+
+SIZE_TOLERANCE_MM = 3.0
+_MIN_LESION_MM3 = 20.0  # smaller components are specks of a mask
+_DEPTHS = ("effusion", "pleural_thickening")  # their stated size is a depth, not a diameter
+Hits = list[tuple[int, bool]]  # case, right or wrong
+
+
+def described(mentions: Sequence[FindingMention]) -> list[FindingMention]:
+    """The findings that a report describes as present, one for each place."""
+    present = [m for m in mentions if m.polarity == "present"]
+    for section in ("findings", PREAMBLE, "impression"):
+        if own := [m for m in present if m.section == section]:
+            return own
+    return []
+
+
+def same_place(truth: FindingMention, stated: FindingMention) -> bool:
+    """Same side, and same height where the reference says one."""
+    return truth.side == stated.side and (truth.level is None or truth.level == stated.level)
+
+
+def place_scores(
+    references: Sequence[Sequence[FindingMention]], generated: Sequence[Sequence[FindingMention]]
+) -> dict[str, Score]:
+    """Reports against references. True and stated findings of a case are paired one to one, greedily: the pair that
+    agrees in most of finding, side and height first, then the smaller difference in size. A true finding without a
+    partner is wrong.
+
+    Returns:
+        ``location_acc``: true findings with a side whose partner has the same side and height.
+        ``location_acc_found``: the same among pairs of the same finding.
+        ``size_within_3mm``: true findings with a size whose partner is within 3 mm.
+        ``size_within_3mm_found``: the same among pairs of the same finding.
+    """
+    place, place_found, size, size_found = [], [], [], []
+    for case, (truth, stated) in enumerate(zip(references, generated, strict=True)):
+        for a, b in pair(described(truth), described(stated), _mention_distance):
+            found = b is not None and a.finding == b.finding
+            if a.side is not None:
+                place.append((case, b is not None and same_place(a, b)))
+                place_found += [place[-1]] if found else []
+            if a.size_mm is not None:
+                size.append((case, b is not None and _within(a.size_mm, b.size_mm)))
+                size_found += [size[-1]] if found else []
+    n = len(references)
+    return {
+        "location_acc": share(place, n, "true findings whose statement has their side and height"),
+        "location_acc_found": share(place_found, n, "the same, of findings named rightly"),
+        "size_within_3mm": share(size, n, "true findings whose statement is within 3 mm of their size"),
+        "size_within_3mm_found": share(size_found, n, "the same, of findings named rightly"),
+    }
+
+
+@dataclass(frozen=True)
+class MaskedCase:
+    """Lesions of one case. ``problem``: why they could not be measured, or empty."""
+
+    lesions: list[Lesion]
+    problem: str = ""
+
+
+def measure_case(image: Path, mask: Path, names: Mapping[int, str] | None) -> MaskedCase:
+    """Lesions of a mask by side, height and diameter; a scan whose lungs cannot be found is a problem, not an end."""
+    volume = read_volume(image)
+    labels = read_mask(mask, volume)
+    if not labels.any():
+        return MaskedCase([])
+    try:
+        lungs = find_lungs(volume.array, volume.spacing)
+    except InputError as error:
+        return MaskedCase([], f"{image.name}: {error}")
+    return MaskedCase(measure_lesions(labels, volume.spacing, lungs, names, _MIN_LESION_MM3))
+
+
+def mask_scores(cases: Sequence[MaskedCase | None], reports: Sequence[Sequence[FindingMention]]) -> dict[str, Score]:
+    """What reports describe against their masks; cases without a mask count for nothing.
+
+    A statement is compared with the lesion that agrees best in finding (where the mask's labels have names), side
+    and height, then size. Several statements may mean the same lesion.
+
+    Returns:
+        ``side_acc``, ``zone_acc``: statements with a side (a zone) that their lesion has.
+        ``size_within_3mm``: statements with a size within 3 mm of their lesion's longest axial diameter. Effusions
+        and pleural thickening, whose size is a depth, are left out.
+    """
+    side, zone, size = [], [], []
+    for case, (held, mentions) in enumerate(zip(cases, reports, strict=True)):
+        if held is None or held.problem:
+            continue
+        for stated in described(mentions):
+            lesion = min(held.lesions, key=lambda x: _lesion_distance(stated, x), default=None)
+            if stated.side is not None:
+                side.append((case, lesion is not None and stated.side in (lesion.side, "bilateral")))
+            if stated.zone is not None:
+                zone.append((case, lesion is not None and stated.zone == lesion.zone))
+            if stated.size_mm is not None and stated.finding not in _DEPTHS:
+                size.append((case, lesion is not None and _within(lesion.diameter_mm, stated.size_mm)))
+    n = len(reports)
+    return {
+        "side_acc": share(side, n, "statements with the side of a lesion of the mask"),
+        "zone_acc": share(zone, n, "statements with the zone of that lesion"),
+        "size_within_3mm": share(size, n, "statements within 3 mm of that lesion's longest axial diameter"),
+    }
+
+
+def pair(
+    truth: Sequence[FindingMention],
+    stated: Sequence[FindingMention],
+    distance: Callable[[FindingMention, FindingMention], tuple[float, ...]],
+) -> list[tuple[FindingMention, FindingMention | None]]:
+    """Each true finding with its partner, or None; the nearest pair first."""
+    order = sorted((distance(a, b), i, j) for i, a in enumerate(truth) for j, b in enumerate(stated))
+    partner: dict[int, int] = {}
+    for _, i, j in order:
+        if i not in partner and j not in partner.values():
+            partner[i] = j
+    return [(a, stated[partner[i]] if i in partner else None) for i, a in enumerate(truth)]
+
+
+def share(hits: Hits, cases: int, what: str, repeats: int = REPEATS, seed: int = 0) -> Score:
+    """Share of right ones with its interval over cases; NaN where there are none. ``n`` counts the hits' cases."""
+    if not hits:
+        return Score(float("nan"), float("nan"), float("nan"), 0, what)
+    right, total = np.zeros(cases), np.zeros(cases)
+    for case, hit in hits:
+        right[case] += hit
+        total[case] += 1
+    weights = case_weights(cases, repeats, seed)
+    below = weights @ total
+    drawn = np.divide(weights @ right, below, out=np.full(repeats, np.nan), where=below > 0)
+    return Score(float(right.sum() / total.sum()), *interval(drawn), len(hits), what)
+
+
+def _mention_distance(a: FindingMention, b: FindingMention) -> tuple[float, ...]:
+    differing = (a.finding != b.finding) + (a.side != b.side) + (a.level != b.level)
+    return differing, abs((a.size_mm or 0) - (b.size_mm or 0))
+
+
+def _lesion_distance(stated: FindingMention, lesion: Lesion) -> tuple[float, ...]:
+    named = not lesion.name.startswith("label ")
+    differing = 2 * (named and lesion.name != stated.finding)
+    differing += (stated.side is not None and stated.side not in (lesion.side, "bilateral")) + (
+        stated.zone is not None and stated.zone != lesion.zone
+    )
+    return differing, abs((stated.size_mm or lesion.diameter_mm) - lesion.diameter_mm), -lesion.volume_mm3
+
+
+def _within(a: float, b: float | None) -> bool:
+    return b is not None and abs(a - b) <= SIZE_TOLERANCE_MM + 1e-9

@@ -1,0 +1,343 @@
+"""The frozen language model: any Mamba of the hub or of a local folder, fed with embeddings.
+
+    inputs_embeds [B, L, D] → hidden [B, L, D] → logits [B, L, V]
+
+``V`` counts embedding rows (50,280 for Mamba-2.8B), the tokenizer knows fewer (50,277): rows that
+no token stands for are masked, or garbage is sampled from them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import Cache, DynamicCache
+
+from config.errors import InputError
+from models.language_model.cuda_graph_decode import static_steps
+from models.language_model.decoding import StopAtText, StopRule, plain_text
+from models.language_model.hf_patch import use_our_scan
+from models.language_model.lora import merge
+from models.language_model.mamba_backbone import PREFILL_CHUNK, read_in_chunks, recompute_blocks
+from models.language_model.quantisation import CONTRADICTION, bitsandbytes_options, quantise_int8
+
+IGNORED = -100  # label of a position that the loss skips
+TIED_MESSAGE = "lm_head 已绑定到 input_embeddings"  # users look for this line
+LARGE_MODEL = 1_000_000_000  # parameters from which "auto" means bfloat16 on a CPU too, and blocks are recomputed
+LOSS_CHUNK = 256  # answer tokens whose logits exist at one time: 50 MB in float32 with 50,280 rows
+
+
+class _Mamba(MambaForCausalLM):
+    # Rounded decay rates accumulate over the sequence; both stay float32 whatever the weights' dtype.
+    _keep_in_fp32_modules_strict = {"A_log", "mixer.D"}
+
+
+class KnownTokensOnly(LogitsProcessor):
+    """Sets the logits of embedding rows without a token to −∞, so that they are never generated."""
+
+    def __init__(self, known: int) -> None:
+        self.known = known
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, self.known :] = -torch.inf
+        return scores
+
+
+@dataclass(frozen=True)
+class LMIdentity:
+    """What a checkpoint remembers of its language model, to notice a different one later."""
+
+    name: str
+    width: int
+    layers: int
+    vocabulary: int
+    tokens: int
+
+    def to_dict(self) -> dict[str, str | int]:
+        return dict(vars(self))
+
+
+def read_lm_config(name: str) -> MambaConfig:
+    """The model's configuration alone (no weights).
+
+    Raises:
+        InputError: neither a folder nor reachable on the hub, or not a Mamba-1 model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(_not_found(name, error)) from error
+    if config.model_type != "mamba":
+        raise InputError(
+            f"mamba_model '{name}' is a '{config.model_type}' model; expected model_type 'mamba' (Mamba-1)"
+        )
+    return config
+
+
+def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, padded with the end-of-text token where it has no padding of its own.
+
+    Raises:
+        InputError: the files are missing, or the tokenizer has no end-of-text token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"mamba_model '{name}' has no usable tokenizer: put tokenizer.json (and tokenizer_config.json) into "
+            f"the folder ({_first_line(error)})"
+        ) from error
+    if not tokenizer.encode("a", add_special_tokens=False):
+        # Without its files, transformers builds an empty tokenizer that turns every text into nothing.
+        raise InputError(f"mamba_model '{name}' has no tokenizer files: put tokenizer.json into the folder")
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of mamba_model '{name}' has no eos_token: set it in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def lm_identity(name: str) -> LMIdentity:
+    """Raises: InputError as :func:`read_lm_config` and :func:`read_tokenizer` do."""
+    config, tokenizer = read_lm_config(name), read_tokenizer(name)
+    return LMIdentity(name, config.hidden_size, config.num_hidden_layers, config.vocab_size, len(tokenizer))
+
+
+class MambaLM(nn.Module):
+    """A frozen ``MambaForCausalLM`` with its tokenizer."""
+
+    def __init__(self, model: MambaForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.known_tokens = min(len(tokenizer), model.config.vocab_size)
+        use_our_scan(model)
+        self.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        dtype: str = "auto",
+        device: torch.device | str = "cpu",
+        load_in_8bit: bool = False,
+        int8: bool = False,
+        adapters: Mapping[str, Any] | None = None,
+    ) -> MambaLM:
+        """
+        Args:
+            name: hub name or local folder.
+            dtype: ``auto`` (bfloat16 on an accelerator or from a billion parameters, else float32) or
+                a torch dtype's name.
+            load_in_8bit: weights in int8 through bitsandbytes (GPU only).
+            int8: the large weights in int8 by our own layers, on any device; ``dtype`` is that of the rest.
+            adapters: of a checkpoint that was trained with --lora_rank; merged into the weights.
+
+        Raises:
+            InputError: not found, not a Mamba-1, weights missing, bitsandbytes missing, both ways to int8 asked for,
+                adapters that fit another model or, loaded through bitsandbytes, cannot be merged.
+        """
+        if load_in_8bit and int8:
+            raise InputError(CONTRADICTION)
+        if load_in_8bit and adapters:
+            raise InputError(
+                "--llm_8bit: this checkpoint has adapters (--lora_rank), which bitsandbytes' weights do not take up; "
+                "use --llm_int8"
+            )
+        config, tokenizer = read_lm_config(name), read_tokenizer(name)
+        device = torch.device(device)
+        options: dict = {"dtype": _dtype(dtype, config, device)}
+        if load_in_8bit:
+            options |= bitsandbytes_options(device)
+        try:
+            model, report = _Mamba.from_pretrained(name, output_loading_info=True, **options)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(_not_found(name, error)) from error
+        missing = set(report["missing_keys"]) - {"lm_head.weight"}
+        if missing or report["mismatched_keys"]:
+            what = sorted(missing)[:3] or sorted(map(str, report["mismatched_keys"]))[:3]
+            raise InputError(f"weights of mamba_model '{name}' are incomplete or of another shape: {', '.join(what)}")
+        _tie_head(model, head_missing="lm_head.weight" in report["missing_keys"])
+        if adapters:
+            merge(model, adapters)
+        if int8:
+            quantise_int8(model)  # before it moves: the device never holds the weights as they were
+        if not load_in_8bit:
+            model.to(device)
+        return cls(model, tokenizer, name)
+
+    @property
+    def width(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def identity(self) -> LMIdentity:
+        config = self.model.config
+        return LMIdentity(
+            self.name, config.hidden_size, config.num_hidden_layers, config.vocab_size, len(self.tokenizer)
+        )
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, L) token ids → (B, L, D).
+
+        Raises:
+            InputError: a token of a tokenizer that is larger than the embedding table has no row in it.
+        """
+        if len(self.tokenizer) > self.known_tokens and ids.numel() and int(ids.max()) >= self.known_tokens:
+            token = self.tokenizer.convert_ids_to_tokens(int(ids.max()))
+            raise InputError(
+                f"the text contains the token '{token}', for which mamba_model '{self.name}' has no embedding row "
+                f"({self.known_tokens} rows, {len(self.tokenizer)} tokens): use the tokenizer that belongs to the model"
+            )
+        return self.model.get_input_embeddings()(ids)
+
+    def answer_loss(self, inputs_embeds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the labelled tokens given everything before them.
+
+        Args:
+            inputs_embeds: (B, L, D), padded on the right: a causal model needs no mask then.
+            labels: (B, L) token ids, :data:`IGNORED` where nothing is to be learnt.
+
+        Returns:
+            Sum of the losses in nats, and the number of labelled tokens.
+        """
+        hidden = self.model.backbone(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+        target = labels[:, 1:]
+        wanted = target != IGNORED
+        # Only the answer's positions meet the vocabulary, and only some at a time: their logits are made again in
+        # the backward pass.
+        pairs = zip(hidden[:, :-1][wanted].split(LOSS_CHUNK), target[wanted].split(LOSS_CHUNK), strict=True)
+        losses = [checkpoint(self._token_loss, *pair, use_reentrant=False) for pair in pairs]
+        return torch.stack(losses).sum(), wanted.sum()
+
+    def _token_loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        hidden = hidden.to(self.model.get_input_embeddings().weight.dtype)  # the last norm leaves it in float32
+        logits = self.model.lm_head(hidden)[:, : self.known_tokens].float()
+        return F.cross_entropy(logits, target, reduction="sum")
+
+    def checkpointing(self, wanted: bool | None) -> bool:
+        """Keep only the blocks' inputs for the backward pass (None: from a billion parameters on); returns which."""
+        if wanted is None:
+            wanted = _parameters(self.model.config) > LARGE_MODEL
+        recompute_blocks(self.model, wanted)
+        return wanted
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+        chunk: int = PREFILL_CHUNK,
+    ) -> tuple[Tensor, Cache]:
+        """Read a prompt in chunks: working memory does not grow with L, and no logits are made.
+
+        Args:
+            inputs_embeds: (B, L, D), padded on the left. attention_mask: (B, L), 0 on the padding.
+            cache: where to go on from; it is brought to the end of the prompt.
+            chunk: tokens read at a time.
+
+        Returns:
+            The hidden state (B, D) at the last position, whose product with the head is the first token's logits,
+            and the cache.
+        """
+        cache = DynamicCache(config=self.model.config) if cache is None else cache
+        for hidden in read_in_chunks(self.model.backbone, inputs_embeds, attention_mask, cache, chunk):
+            last = hidden[:, -1]
+        return last, cache
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        max_new_tokens: int,
+        *,
+        stop: StopRule | None = None,
+        criteria: Sequence[StoppingCriteria] = (),
+        **options: object,
+    ) -> list[str]:
+        """Continue left-padded embeddings; greedy unless ``options`` (of HF ``generate``) say otherwise.
+
+        Args:
+            inputs_embeds: (B, L, D), padded on the left.
+            attention_mask: (B, L), 0 on the padding.
+            stop: where a text ends apart from the end-of-text token; it is cut there.
+            criteria: called after every token, as HF's are.
+            options: with ``cache_params``, a cache that has read what comes before, there may be no padding.
+
+        Returns:
+            B texts, exactly what the model wrote, without special tokens.
+        """
+        criteria = [*criteria, StopAtText(self.tokenizer, stop)] if stop else [*criteria]
+        with static_steps(self.model, max_new_tokens, int(options.get("num_beams", 1))):
+            ids = self.model.generate(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+                logits_processor=LogitsProcessorList([KnownTokensOnly(self.known_tokens)]),
+                stopping_criteria=StoppingCriteriaList(criteria),
+                **{"do_sample": False, **options},
+            )
+        texts = [plain_text(self.tokenizer, row) for row in ids]
+        return [stop.cut(text) for text in texts] if stop else texts
+
+
+def _dtype(wanted: str, config: MambaConfig, device: torch.device) -> torch.dtype:
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    large = _parameters(config) > LARGE_MODEL
+    return torch.bfloat16 if device.type != "cpu" or large else torch.float32
+
+
+def _parameters(config: MambaConfig) -> int:
+    """in_proj, out_proj and the embedding table are nearly all of a Mamba's parameters."""
+    inner = config.intermediate_size
+    return config.num_hidden_layers * 3 * config.hidden_size * inner + config.vocab_size * config.hidden_size
+
+
+def _tie_head(model: MambaForCausalLM, head_missing: bool) -> None:
+    """The official ``-hf`` files hold no head: it is the embedding table, or it would be random."""
+    table = model.get_input_embeddings().weight
+    if head_missing:
+        model.lm_head.weight = table
+    if model.lm_head.weight is table:
+        print(TIED_MESSAGE, flush=True)
+    else:
+        logging.getLogger(__name__).warning("lm_head has weights of its own in these files; it is not tied")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _not_found(name: str, error: Exception) -> str:
+    hint = "; the synthetic one is made by: python scripts/quickstart.py" if "quickstart" in name else ""
+    return (
+        f"mamba_model '{name}' could not be loaded: give a local folder with config.json and *.safetensors, or a hub "
+        f"name with the hub reachable (a mirror: set HF_ENDPOINT){hint}. Cause: {_first_line(error)}"
+    )

@@ -1,0 +1,248 @@
+"""Reading and writing nnU-Net v2's own checkpoint files, without nnU-Net and without unpickling code.
+
+A checkpoint is a pickle that could run anything. It is read with ``torch.load(weights_only=True)`` and an
+allow-list of the NumPy scalars that nnU-Net logs; whatever else a file asks for is refused by name.
+
+nnU-Net's state dict holds every encoder tensor four times: ``…conv``, its alias ``…all_modules.0``, and both
+again under ``decoder.encoder``. Loading assigns them one after the other, so the last one counts.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import re
+import uuid
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.serialization import safe_globals
+
+from config.errors import InputError
+from models.nnunet.architecture import Architecture
+
+logger = logging.getLogger(__name__)
+
+_SCALAR = np.float32(0).__reduce__()[0]
+_SAFE_GLOBALS = [
+    # NumPy 2 pickles its scalars under numpy._core, NumPy 1 under numpy.core.
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64", "bool")),
+]
+_FORBIDDEN_GLOBAL = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)")
+_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+_ALIAS = re.compile(r"\.all_modules\.(\d+)\.")
+_NESTED_ENCODER = "decoder."
+
+
+@dataclass(frozen=True)
+class NnUNetCheckpoint:
+    """A trained nnU-Net. ``network_state`` has one name per tensor, ``encoder_state`` is its encoder's part
+    (both with the names of :class:`models.nnunet.unet.SegmentationUNet`). ``plans`` and ``dataset_json`` are
+    plain Python types."""
+
+    path: Path
+    network_state: dict[str, Tensor]
+    plans: dict[str, Any]
+    configuration: str
+    dataset_json: dict[str, Any]
+    trainer_name: str
+    architecture: Architecture
+
+    @property
+    def encoder_state(self) -> dict[str, Tensor]:
+        return {key: value for key, value in self.network_state.items() if key.startswith("encoder.")}
+
+
+def load_nnunet_checkpoint(path: Path | str) -> NnUNetCheckpoint:
+    """Read ``checkpoint_best.pth`` or ``checkpoint_final.pth`` of nnU-Net v2, onto the CPU.
+
+    Raises InputError if the file is missing or damaged, asks for anything but tensors and plain values, is
+    not nnU-Net v2's (naming the key that is missing), holds weights that are not finite, or describes a
+    network that cannot be rebuilt.
+    """
+    path = Path(path)
+    content = _read(path)
+    for key in ("network_weights", "init_args", "trainer_name"):
+        if key not in content:
+            hint = " (nnU-Net v1 is not supported)" if "state_dict" in content else ""
+            raise InputError(f"{path}: key '{key}' is missing, this is no nnU-Net v2 checkpoint{hint}")
+    arguments = content["init_args"]
+    for key in ("plans", "configuration", "dataset_json"):
+        if key not in arguments:
+            raise InputError(f"{path}: key 'init_args.{key}' is missing, this is no nnU-Net v2 checkpoint")
+    state = canonical_state(content["network_weights"], path)
+    broken = [key for key, value in state.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise InputError(f"{path}: '{broken[0]}' and {len(broken) - 1} other tensors hold NaN or infinite weights")
+    plans, configuration = _plain(arguments["plans"]), arguments["configuration"]
+    try:
+        architecture = Architecture.from_plans(
+            plans,
+            configuration,
+            in_channels=_first_convolution(state, path).shape[1],
+            num_classes=_head(state, path).shape[0],
+        )
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return NnUNetCheckpoint(
+        path=path,
+        network_state=state,
+        plans=plans,
+        configuration=configuration,
+        dataset_json=_plain(arguments["dataset_json"]),
+        trainer_name=content["trainer_name"],
+        architecture=architecture,
+    )
+
+
+def save_nnunet_checkpoint(
+    path: Path | str,
+    network_state: Mapping[str, Tensor],
+    plans: Mapping[str, Any],
+    configuration: str,
+    dataset_json: Mapping[str, Any],
+    *,
+    trainer_name: str = "nnUNetTrainer",
+    fold: int = 0,
+    epoch: int = 0,
+    mirroring_axes: tuple[int, ...] | None = None,
+) -> None:
+    """Write a checkpoint that nnU-Net's predictor loads, atomically, and without optimizer state.
+
+    ``network_state`` must have nnU-Net's names, aliases included
+    (:meth:`models.nnunet.unet.SegmentationUNet.state_dict_nnunet`).
+    """
+    path = Path(path)
+    content = {
+        "network_weights": {key: value.detach().cpu() for key, value in network_state.items()},
+        "optimizer_state": None,
+        "grad_scaler_state": None,
+        "logging": {},
+        "_best_ema": None,
+        "current_epoch": epoch,
+        "init_args": {
+            "plans": _plain(plans),
+            "configuration": configuration,
+            "fold": fold,
+            "dataset_json": _plain(dataset_json),
+        },
+        "trainer_name": trainer_name,
+        "inference_allowed_mirroring_axes": mirroring_axes,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        torch.save(content, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def canonical_state(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """One name per tensor of a state dict of nnU-Net's: prefixes stripped, aliases folded.
+
+    Where the aliases of one tensor differ, the one that nnU-Net's own loading would leave in place is taken,
+    and a warning says so. Tensors are copied, so that the file may be unmapped.
+    """
+    chosen: dict[str, tuple[int, Tensor]] = {}
+    conflicts = []
+    for name, tensor in weights.items():
+        key = name
+        while key.startswith(_PREFIXES):
+            key = key.split(".", 1)[1]
+        # The order in which load_state_dict walks the network: names before aliases, and the encoder once
+        # more as a part of the decoder.
+        rank = 0
+        if key.startswith(f"{_NESTED_ENCODER}encoder."):
+            key, rank = key.removeprefix(_NESTED_ENCODER), 2
+        if alias := _ALIAS.search(key):
+            # The convolution always comes first; of what follows only the norm has parameters.
+            part = "conv" if alias[1] == "0" else "norm"
+            key, rank = key[: alias.start()] + f".{part}." + key[alias.end() :], rank + 1
+        if key in chosen and not torch.equal(chosen[key][1], tensor):
+            conflicts.append(key)
+        if key not in chosen or rank > chosen[key][0]:
+            chosen[key] = (rank, tensor)
+    if conflicts:
+        logger.warning(
+            "%s: %d tensors are stored with conflicting values under several names, '%s' among them; "
+            "the value that nnU-Net itself would load is used",
+            path,
+            len(set(conflicts)),
+            conflicts[0],
+        )
+    return {key: tensor.clone() for key, (_, tensor) in chosen.items()}
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: object) -> None:
+    """Load ``state``, every name and shape of which must fit; raises InputError that names the first misfit."""
+    own = module.state_dict()
+    for problem, names in (("is missing", own.keys() - state.keys()), ("is unknown", state.keys() - own.keys())):
+        if names:
+            raise InputError(
+                f"{where}: weight '{min(names)}' {problem} (and {len(names) - 1} more); weights and plans belong "
+                "to different networks"
+            )
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise InputError(
+                f"{where}: weight '{name}' has shape {tuple(state[name].shape)}, the plans describe "
+                f"{tuple(tensor.shape)}; weights and plans belong to different networks"
+            )
+    module.load_state_dict(state, strict=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; expected a file such as {path / 'fold_0' / 'checkpoint_best.pth'}")
+    if not path.is_file():
+        raise InputError(f"{path}: file not found; expected nnU-Net's checkpoint_best.pth or checkpoint_final.pth")
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path}: not a PyTorch checkpoint, or cut short while it was copied")
+    try:
+        with safe_globals(_SAFE_GLOBALS):
+            # Mapped, because two thirds of the file are optimizer state that is never looked at.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        forbidden = _FORBIDDEN_GLOBAL.search(str(error))
+        reason = f"asks for '{forbidden[1]}'" if forbidden else "holds a pickle that cannot be read safely"
+        raise InputError(
+            f"{path}: {reason}; only tensors, numbers and texts are read, because loading anything else can run "
+            "code; re-save the checkpoint without it if you trust its origin"
+        ) from error
+    except (RuntimeError, EOFError, LookupError, ValueError) as error:
+        raise InputError(f"{path}: damaged PyTorch checkpoint ({str(error).splitlines()[0]})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, expected nnU-Net's dictionary")
+    return content
+
+
+def _first_convolution(state: Mapping[str, Tensor], path: Path) -> Tensor:
+    for key in ("encoder.stem.convs.0.conv.weight", "encoder.stages.0.0.convs.0.conv.weight"):
+        if key in state:
+            return state[key]
+    raise InputError(f"{path}: no first convolution of a PlainConvUNet or ResidualEncoderUNet among the weights")
+
+
+def _head(state: Mapping[str, Tensor], path: Path) -> Tensor:
+    if "decoder.seg_layers.0.weight" not in state:
+        raise InputError(f"{path}: weight 'decoder.seg_layers.0.weight' is missing, expected an nnU-Net U-Net")
+    return state["decoder.seg_layers.0.weight"]
+
+
+def _plain(value: Any) -> Any:
+    """Plain Python types, so that the plans can be stored as JSON."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value.item() if isinstance(value, np.generic) else value

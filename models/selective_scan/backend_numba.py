@@ -1,0 +1,201 @@
+"""The selective scan on CPU: the numba kernels' autograd function and their threads.
+
+Letters: B batch, E channels, L tokens, N state.
+A task is one sample × one block of LANES channels. Tasks are spread over plain Python threads (the kernels
+release the interpreter lock); unlike numba's own threading layers these may be used by several callers at
+once and after a fork. Each range of tasks sums dB and dC into buffers of its own, so there are no races and
+results repeat exactly for a given ``torch.get_num_threads()``.
+
+Everything is computed in float32; half-precision inputs are converted on the way in. Backward keeps the
+inputs and the state at each chunk's start (1/CHUNK of B·L·E·N).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from models.selective_scan.kernels_numba import CHUNK, LANES, backward_kernel, forward_kernel
+
+Array = np.ndarray
+T = TypeVar("T")
+
+
+def scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """See ``selective_scan.selective_scan``. Returns y (B, E, L) and the last state (B, E, N)."""
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _NumbaScan.apply(*inputs, delta_softplus, reverse)
+    return _forward(inputs, delta_softplus, reverse, keep_entries=False)[:2]
+
+
+class _NumbaScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        initial_state: Tensor | None,
+        delta_softplus: bool,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+        y, last_state, entries = _forward(inputs, delta_softplus, reverse, keep_entries=True)
+        ctx.save_for_backward(*inputs[:-1], entries)
+        ctx.delta_softplus, ctx.reverse = delta_softplus, reverse
+        ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+        ctx.set_materialize_grads(False)
+        return y, last_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, entries = ctx.saved_tensors
+        *grads, grad_initial = _backward(tuple(inputs), entries, grad_y, grad_last, ctx.delta_softplus, ctx.reverse)
+        initial = None if ctx.initial_dtype is None else grad_initial.to(ctx.initial_dtype)
+        return (*grads, initial, None, None)
+
+
+def _forward(
+    inputs: tuple[Tensor | None, ...], softplus: bool, reverse: bool, keep_entries: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, last state and the chunks' entry states (B · blocks, chunks, N, LANES), empty unless wanted."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
+    batch, channels, length = u.shape
+    tasks = batch * -(-channels // LANES)
+    y = _output_like(u)
+    last = torch.empty(batch, channels, A.shape[1])
+    first = torch.zeros_like(last) if initial_state is None else initial_state
+    entries = torch.empty(tasks if keep_entries else 0, -(-length // CHUNK), A.shape[1], LANES)
+    arguments = (
+        _array(u), _array(delta), _array(A), _walk(B, reverse), _walk(C, reverse), _vector(D, channels),
+        _array(u if z is None else z), _vector(delta_bias, channels), y.numpy(), _array(first), last.numpy(),
+        entries.numpy(),
+    )  # fmt: skip
+
+    def run(low: int, high: int) -> None:
+        forward_kernel(*arguments, low, high, z is not None, softplus, reverse, keep_entries)
+
+    _over_threads(run, tasks)
+    return y.to(u.dtype), last, entries
+
+
+def _backward(
+    inputs: tuple[Tensor | None, ...],
+    entries: Tensor,
+    grad_y: Tensor | None,
+    grad_last: Tensor | None,
+    softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the eight inputs (None for absent ones), then that of the initial state."""
+    u, delta, A, B, C, D, z, delta_bias = inputs
+    batch, channels, length = u.shape
+    blocks = -(-channels // LANES)
+    grad_u, grad_delta = _output_like(u), _output_like(delta)
+    grad_z = None if z is None else _output_like(z)
+    grad_A, carry = torch.empty(2, batch, channels, A.shape[1])  # per sample, summed below
+    grad_D, grad_bias = torch.empty(2, batch, channels)
+    carry.copy_(torch.zeros(()) if grad_last is None else grad_last)
+    grad_y = torch.zeros(()).expand(u.shape) if grad_y is None else grad_y
+    arguments = (
+        _array(u), _array(delta), _array(A), _walk(B, reverse), _walk(C, reverse), _vector(D, channels),
+        _array(u if z is None else z), _vector(delta_bias, channels), _array(grad_y), carry.numpy(),
+        entries.numpy(), grad_u.numpy(), grad_delta.numpy(), grad_A.numpy(), grad_D.numpy(),
+        _array(grad_u if z is None else grad_z), grad_bias.numpy(),
+    )  # fmt: skip
+
+    def run(low: int, high: int) -> tuple[slice, Array, Array]:
+        samples = slice(low // blocks, (high - 1) // blocks + 1)
+        sums = np.zeros((2, samples.stop - samples.start, *B.shape[1:]), np.float32)
+        backward_kernel(*arguments, *sums, low, high, z is not None, softplus, reverse)
+        return samples, *sums
+
+    grad_B, grad_C = np.zeros((2, *B.shape), np.float32)
+    for samples, part_B, part_C in _over_threads(run, batch * blocks):
+        grad_B[samples] += part_B
+        grad_C[samples] += part_C
+    step = -1 if reverse else 1
+    return (
+        grad_u.to(u.dtype),
+        grad_delta.to(delta.dtype),
+        grad_A.sum(0).to(A.dtype),
+        torch.from_numpy(np.ascontiguousarray(grad_B[:, :, ::step])).to(B.dtype),
+        torch.from_numpy(np.ascontiguousarray(grad_C[:, :, ::step])).to(C.dtype),
+        None if D is None else grad_D.sum(0).to(D.dtype),
+        None if z is None else grad_z.to(z.dtype),
+        None if delta_bias is None else grad_bias.sum(0).to(delta_bias.dtype),
+        carry,
+    )
+
+
+def _output_like(tensor: Tensor) -> Tensor:
+    """Float32, with the strides of ``tensor`` where those are dense, so that no transposition is undone."""
+    return torch.empty_like(tensor, dtype=torch.float32)
+
+
+def _array(tensor: Tensor) -> Array:
+    return tensor.detach().float().numpy()
+
+
+def _vector(tensor: Tensor | None, channels: int) -> Array:
+    return np.zeros(channels, np.float32) if tensor is None else _array(tensor)
+
+
+def _walk(tensor: Tensor, reverse: bool) -> Array:
+    """B or C (B, N, L), contiguous and in the order of the walk: every block of channels reads all of it."""
+    array = _array(tensor)
+    return np.ascontiguousarray(array[:, :, ::-1] if reverse else array)
+
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def _over_threads(run: Callable[[int, int], T], tasks: int) -> list[T]:
+    """Call run(low, high) on even ranges that cover range(tasks): the first here, the others in threads."""
+    global _pool
+    ranges = min(torch.get_num_threads(), tasks)
+    if ranges == 0:
+        return []
+    bounds = [tasks * i // ranges for i in range(ranges + 1)]
+    if ranges == 1:
+        return [run(0, tasks)]
+    if _pool is None:
+        _pool = ThreadPoolExecutor(max_workers=max(os.cpu_count() or 1, 2), thread_name_prefix="selective-scan")
+    others = [_pool.submit(run, *pair) for pair in zip(bounds[1:-1], bounds[2:], strict=True)]
+    return [run(*bounds[:2]), *(future.result() for future in others)]
+
+
+def _forget_pool() -> None:
+    global _pool
+    _pool = None
+
+
+# A forked child inherits the pool object but not its threads.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)

@@ -1,0 +1,254 @@
+"""DICOM series: which are read, which are refused and why, and that left stays left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from config.errors import InputError
+from data.cache import VolumeCache
+from data.imaging.dicom import series_in
+from data.imaging.reader import files_of, read_header, read_mask, read_volume
+from tests.data.imaging.images import PLAN_2D, SPACING, dicom_slice, marked, store_as, write_series
+
+
+def save(folder: Path, name: str, **options: object) -> None:
+    """One slice of zeros at ``z`` with overridden tags."""
+    folder.mkdir(exist_ok=True)
+    data = dicom_slice(np.zeros((5, 6), np.uint16), options.pop("z", 0.0), **options)
+    data.save_as(folder / name, enforce_file_format=True)
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        read_volume(path)
+    message = str(caught.value)
+    assert "\n" not in message and str(path.parent) in message
+    return message
+
+
+# ---------------------------------------------------------------- what is read
+
+
+def test_a_series_equals_the_same_scan_in_nifti(tmp_path):
+    write_series(tmp_path / "series", marked())
+    store_as(tmp_path / "scan.nii.gz", marked(), "RAS")
+    series, scan = read_volume(tmp_path / "series"), read_volume(tmp_path / "scan.nii.gz")
+    assert series.array.dtype == np.float32 and series.array.flags.c_contiguous
+    assert np.array_equal(series.array, marked()) and series.spacing == SPACING
+    assert np.allclose(series.affine, scan.affine) and series.notes == ()
+    mask = tmp_path / "mask.nii.gz"
+    store_as(mask, (marked() > 0).astype(np.uint8), "PIR")
+    assert read_mask(mask, series)[3, 4, 5] == 1
+
+
+def test_slices_are_sorted_by_position_whatever_their_names_and_folders(tmp_path):
+    files = write_series(tmp_path / "a", marked())
+    (tmp_path / "a" / "deeper").mkdir()
+    files[2].rename(tmp_path / "a" / "deeper" / "zzz")  # no suffix: known by its mark
+    assert np.array_equal(read_volume(tmp_path / "a").array, marked())
+
+
+def test_each_slice_is_rescaled_by_its_own_numbers(tmp_path):
+    hu = np.arange(3 * 5 * 6).reshape(3, 5, 6) * 2 - 100
+    for index, (slope, intercept) in enumerate([(1, -100), (2, -100), (0.5, -200)]):
+        stored = ((hu[index] - intercept) / slope).astype(np.int16)
+        (tmp_path / "s").mkdir(exist_ok=True)
+        piece = dicom_slice(stored, index * 3.0, slope=slope, intercept=intercept)
+        piece.save_as(tmp_path / "s" / f"{index}.dcm", enforce_file_format=True)
+    assert np.array_equal(read_volume(tmp_path / "s").array, hu)
+
+
+def test_feet_first_and_coronal_series_are_turned(tmp_path):
+    """Slices from front to back, rows from top to bottom: (y, z, x) of the LPS array."""
+    array = marked()
+    (tmp_path / "c").mkdir()
+    for index in range(5):
+        pixels = (array[::-1, index].astype(np.int32) + 1024).astype(np.uint16)
+        piece = dicom_slice(
+            pixels, 0, spacing=(SPACING[0], SPACING[2]), ImagePositionPatient=[0.0, 2.0 * index, 9.0],
+            ImageOrientationPatient=[1.0, 0, 0, 0, 0, -1.0],
+        )  # fmt: skip
+        piece.save_as(tmp_path / "c" / f"{index}.dcm", enforce_file_format=True)
+    volume = read_volume(tmp_path / "c")
+    assert np.array_equal(volume.array, array) and volume.spacing == SPACING
+
+
+@pytest.mark.parametrize("compressor", ["JPEG2000", "JPEG"])
+def test_compressed_slices_are_unpacked_by_simpleitk(tmp_path, compressor):
+    """Written by SimpleITK's GDCM; 8 x 8 pixels that neither codec may round."""
+    import SimpleITK
+
+    rng = np.random.default_rng(0)
+    array = rng.integers(-1000, 400, (3, 16, 16)).astype(np.int16)
+    for index in range(3):
+        image = SimpleITK.GetImageFromArray(array[index : index + 1])
+        image.SetSpacing((1.5, 2.0, 3.0))
+        image.SetOrigin((0, 0, 3.0 * index))
+        for tag, value in (
+            ("0008|0060", "CT"), ("0020|000e", "1.2.3.9"), ("0020|0032", f"0\\0\\{3 * index}"),
+            ("0020|0037", "1\\0\\0\\0\\1\\0"), ("0028|1052", "0"), ("0028|1053", "1"), ("0020|0013", str(index)),
+        ):  # fmt: skip
+            image.SetMetaData(tag, value)
+        writer = SimpleITK.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetImageIO("GDCMImageIO")
+        writer.UseCompressionOn()
+        writer.SetCompressor(compressor)
+        (tmp_path / "s").mkdir(exist_ok=True)
+        writer.SetFileName(str(tmp_path / "s" / f"{index}.dcm"))
+        writer.Execute(image)
+    assert all(series.headers[0].file_meta.TransferSyntaxUID.is_compressed for series in series_in(tmp_path / "s"))
+    volume = read_volume(tmp_path / "s")
+    assert np.array_equal(volume.array, array) and volume.spacing == pytest.approx((3.0, 2.0, 1.5))
+
+
+# ---------------------------------------------------------------- several series
+
+
+def test_several_series_are_listed_and_one_file_chooses(tmp_path):
+    write_series(tmp_path / "s", marked(), "lung", series="1.2.3.1", number=2)
+    soft = write_series(tmp_path / "s", marked() // 2, "soft", series="1.2.3.2", number=3)
+    message = refusal(tmp_path / "s")
+    assert "holds 2 CT series" in message and "lung001.dcm" in message and "soft001.dcm" in message
+    assert read_volume(soft[1]).array[3, 4, 5] == 350
+    assert [str(series) for series in series_in(tmp_path / "s")][1].startswith("3 'Chest' (4 images")
+
+
+def test_scouts_and_objects_without_pixels_are_left_out_and_said(tmp_path, caplog):
+    write_series(tmp_path / "s", marked())
+    save(tmp_path / "s", "scout.dcm", series="1.9", number=1, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    save(tmp_path / "s", "dose.dcm", series="1.8", number=9, Modality="SR", Rows=None, Columns=None, PixelData=None)
+    (tmp_path / "s" / "readme.txt").write_text("export of 3 November", encoding="utf-8")
+    volume = read_volume(tmp_path / "s")
+    assert np.array_equal(volume.array, marked())
+    assert any("scout" in note for note in volume.notes) and any("no pixels" in note for note in volume.notes)
+    assert "left out series 1" in caplog.text
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def _drop(folder: Path) -> None:
+    sorted(folder.iterdir())[1].unlink()
+
+
+def _double(folder: Path) -> None:
+    save(folder, "again.dcm", z=3.0)
+
+
+def _uneven(folder: Path) -> None:
+    save(folder, "odd.dcm", z=13.0)
+
+
+def _tilt(folder: Path) -> None:
+    for index, file in enumerate(sorted(folder.iterdir())):
+        save(folder, file.name, z=3.0 * index, ImagePositionPatient=[0.0, 0.6 * index, 3.0 * index])
+
+
+def _cut(folder: Path) -> None:
+    file = sorted(folder.iterdir())[0]
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def _garbage(folder: Path) -> None:
+    (folder / "bad.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\xff" * 50)
+
+
+def _another_size(folder: Path) -> None:
+    data = dicom_slice(np.zeros((7, 6), np.uint16), 12.0)
+    data.save_as(folder / "big.dcm", enforce_file_format=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_drop, "1 slice(s) are missing, for example between 3.00 and 9.00 mm"),
+        (_double, "two slices lie at 3.00 mm"),
+        (_uneven, "3.00 to 4.00 mm apart"),
+        (_tilt, "tilted by 11.3 degrees"),
+        (_cut, "pixels cannot be read"),
+        (_garbage, "not a readable DICOM file"),
+        (_another_size, "size, spacing or direction differ"),
+    ],
+)
+def test_damaged_series(tmp_path, damage, words):
+    write_series(tmp_path / "s", marked())
+    damage(tmp_path / "s")
+    assert words in refusal(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("tags", "words"),
+    [
+        ({"Modality": "MR"}, "modality MR, expected CT"),
+        ({"SamplesPerPixel": 3}, "colours"),
+        ({"NumberOfFrames": 12}, "several frames"),
+        ({"RescaleIntercept": None}, "has no RescaleIntercept"),
+        ({"RescaleSlope": 0}, "rescale slope is 0"),
+        ({"PixelSpacing": None}, "has no PixelSpacing"),
+        ({"PixelSpacing": [0.0, 0.0]}, "voxel sizes"),
+        ({"ImageOrientationPatient": [1.0, 0, 0, 1.0, 0, 0]}, "no pair of axes"),
+        ({"ImagePositionPatient": None}, "secondary capture"),
+        ({"Rows": 30000, "Columns": 30000}, "more than a file of"),
+    ],
+)
+def test_tags_that_make_no_volume(tmp_path, tags, words):
+    for index in range(3):
+        save(tmp_path / "s", f"{index}.dcm", z=3.0 * index, **tags)
+    assert words in refusal(tmp_path / "s")
+
+
+def test_a_single_image_an_empty_folder_and_a_folder_of_pictures(tmp_path):
+    save(tmp_path / "one", "1.dcm")
+    assert "single image" in refusal(tmp_path / "one")
+    (tmp_path / "none").mkdir()
+    assert "no DICOM file" in refusal(tmp_path / "none")
+    (tmp_path / "none" / "a.png").write_bytes(b"\x89PNG")
+    assert "no DICOM file" in refusal(tmp_path / "none")
+    assert "pictures and text" in refusal(tmp_path / "none" / "a.png")
+
+
+# ---------------------------------------------------------------- header, cache
+
+
+def test_the_header_needs_no_pixels(tmp_path):
+    for file in write_series(tmp_path / "s", marked()):
+        data = bytearray(file.read_bytes())
+        data[-60:] = b"\xff" * 60
+        file.write_bytes(data)
+    header = read_header(tmp_path / "s")
+    assert header.shape == (6, 5, 4) and header.axcodes == "LPS" and header.spacing == SPACING
+    assert header.extent_mm == (12.0, 10.0, 9.0)
+
+
+def test_the_cache_notices_a_changed_slice_and_another_series(tmp_path):
+    files = write_series(tmp_path / "s", marked())
+    write_series(tmp_path / "t", marked() // 2)
+    cache = VolumeCache(tmp_path / "cache", PLAN_2D)
+    before = cache.entry(tmp_path / "s")
+    assert before != cache.entry(tmp_path / "t") and before == cache.entry(tmp_path / "s")
+    assert set(files_of(tmp_path / "s")) == set(files)
+    by_one_file = cache.entry(files[1])
+    nested = tmp_path / "u" / "series"
+    write_series(nested, marked())
+    by_the_folder_above = cache.entry(tmp_path / "u")
+    write_series(nested, marked() // 2)
+    assert cache.entry(tmp_path / "u") != by_the_folder_above
+    files[0].write_bytes(files[0].read_bytes()[:-2] + b"\x10\x27")
+    assert cache.entry(tmp_path / "s") != before and cache.entry(files[1]) != by_one_file
+    nib.save(nib.Nifti1Pair(marked().transpose(2, 1, 0), np.diag([-1.5, -2, 3, 1])), tmp_path / "pair.hdr")
+    pair = cache.entry(tmp_path / "pair.hdr")
+    (tmp_path / "pair.img").write_bytes(b"\1" * 240)
+    assert cache.entry(tmp_path / "pair.hdr") != pair
+
+
+def test_the_cache_prepares_a_series_as_it_prepares_nifti(tmp_path):
+    array = np.random.default_rng(0).integers(-1000, 400, (4, 5, 6))
+    write_series(tmp_path / "s", array)
+    store_as(tmp_path / "scan.nii.gz", array.astype(np.int16), "SRP")
+    cache = VolumeCache(tmp_path / "cache", PLAN_2D)
+    assert np.array_equal(cache.get(tmp_path / "s").image, cache.get(tmp_path / "scan.nii.gz").image)

@@ -1,0 +1,161 @@
+"""The report labeller: hand-checked sentences in both languages, phantom reports, and single rules.
+
+The rules were written beside ``report_sentences_a.tsv``; ``report_sentences_b.tsv`` was written after them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from config.errors import InputError
+from data.phantom.finding import LESION_TYPES, SIDES, ZONES, Finding
+from data.phantom.report import write_report
+from data.report_language.labeller import FindingMention, detect_language, label_report, report_labels
+from data.report_language.terms import FINDINGS
+
+SIGNS = {"+": "present", "-": "absent", "?": "uncertain"}
+CHANGES = ("smaller", "larger", "stable", "new", "resolved")
+Key = tuple[object, ...]
+
+
+def read_sentences(path: Path) -> list[tuple[str, str, list[FindingMention]]]:
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        language, text, labels = line.split("\t")
+        stated = [] if labels == "none" else [parse_label(label) for label in labels.split(";")]
+        rows.append((language, text, stated))
+    return rows
+
+
+def parse_label(label: str) -> FindingMention:
+    """``nodule + left lobe=upper 5-8mm n=2 smaller``."""
+    finding, sign, *rest = label.split()
+    assert finding in FINDINGS, label
+    values: dict[str, object] = {}
+    for word in rest:
+        if word in ("left", "right", "bilateral"):
+            values["side"] = word
+        elif word in CHANGES:
+            values["change"] = word
+        elif word.startswith("n="):
+            values["count"] = int(word[2:])
+        elif size := re.fullmatch(r"(?:([\d.]+)-)?([\d.]+)mm", word):
+            values["size_mm"] = float(size[2])
+            values["size_low_mm"] = float(size[1]) if size[1] else None
+        else:
+            name, value = word.split("=")
+            assert (name, value) in {(n, v) for n in ("lobe", "zone") for v in ZONES}, label
+            values[name] = value
+    return FindingMention(finding, SIGNS[sign], **values)
+
+
+def short_key(m: FindingMention) -> Key:
+    return m.finding, m.polarity
+
+
+def full_key(m: FindingMention) -> Key:
+    """All that is stated; of an absent finding only that it is absent."""
+    if m.polarity == "absent":
+        return short_key(m)
+    return (*short_key(m), m.side, m.lobe, m.zone, m.size_low_mm, m.size_mm, m.count, m.change)
+
+
+def agreement(key, truth: list[list[FindingMention]], found: list[list[FindingMention]]) -> float:
+    """F1 over mentions, matched within their sentence."""
+    hits = total = 0
+    for a, b in zip(truth, found, strict=True):
+        one, two = Counter(map(key, a)), Counter(map(key, b))
+        hits += sum((one & two).values())
+        total += sum(one.values()) + sum(two.values())
+    return 2 * hits / total
+
+
+@pytest.mark.parametrize("name", ["report_sentences_a.tsv", "report_sentences_b.tsv"])
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_hand_checked_sentences(assets: Path, name: str, language: str) -> None:
+    rows = [row for row in read_sentences(assets / name) if row[0] == language]
+    truth = [row[2] for row in rows]
+    found = [label_report(text) for _, text, _ in rows]
+    wrong = [
+        f"{text}\n   stated {sorted(map(str, map(full_key, a)))}\n   found  {sorted(map(str, map(full_key, b)))}"
+        for (_, text, a), b in zip(rows, found, strict=True)
+        if Counter(map(full_key, a)) != Counter(map(full_key, b))
+    ]
+    what, everything = agreement(short_key, truth, found), agreement(full_key, truth, found)
+    message = f"{len(rows)} sentences, F1 {what:.4f}, with all attributes {everything:.4f}\n" + "\n".join(wrong)
+    print(message)
+    assert what >= 0.97 and everything >= 0.95, message
+
+
+def test_there_are_enough_sentences_and_every_finding_is_among_them(assets: Path) -> None:
+    rows = [row for name in ("a", "b") for row in read_sentences(assets / f"report_sentences_{name}.tsv")]
+    assert len({text for _, text, _ in rows}) == len(rows) >= 200
+    for language in ("zh", "en"):
+        present = {m.finding for own, _, stated in rows if own == language for m in stated}
+        assert present == set(FINDINGS)
+    assert all(detect_language(text) == language for language, text, _ in rows)
+
+
+def as_phantom(mention: FindingMention) -> Finding:
+    """A mention in the vocabulary of the phantom, whose tree-in-bud reports also say "miliary dots"."""
+    kind = {"miliary": "tree_in_bud"}.get(mention.finding, mention.finding)
+    zone = "lower" if kind == "effusion" else mention.zone
+    assert mention.size_mm is not None and mention.side is not None and zone is not None, mention
+    return Finding(kind, mention.side, zone, round(mention.size_mm))
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_labels_of_phantom_reports_are_the_true_findings(language: str) -> None:
+    rng = np.random.default_rng(7)
+    for _ in range(700):
+        kinds = rng.choice(LESION_TYPES, size=rng.integers(0, 5))
+        truth = [
+            Finding(
+                str(kind),
+                str(rng.choice(SIDES)),
+                "lower" if kind == "effusion" else str(rng.choice(ZONES)),
+                int(rng.integers(5, 60)),
+            )
+            for kind in kinds
+        ]
+        text = write_report(truth, rng, language)
+        mentions = [m for m in label_report(text) if m.section == "findings"]
+        assert [as_phantom(m) for m in mentions if m.polarity == "present"] == truth, text
+        denied = {m.finding for m in mentions if m.polarity == "absent"}
+        assert denied <= {"effusion", "lymphadenopathy", "opacity"} and not denied & set(kinds), text
+        assert not [m for m in mentions if m.polarity == "uncertain"], text
+
+
+def test_spans_point_at_the_words_of_the_original() -> None:
+    text = "所见：　右肺上叶见结节影，直径约８ＭＭ；未见胸腔积液。\n结论：ＧＧＯ可能。"
+    mentions = label_report(text)
+    assert [text[m.start : m.end] for m in mentions] == ["结节影", "积液", "ＧＧＯ"]
+    assert [m.section for m in mentions] == ["findings", "findings", "impression"]
+    assert mentions[0].size_mm == 8 and mentions[2].polarity == "uncertain"
+
+
+def test_one_label_per_finding() -> None:
+    mentions = label_report("所见：右肺上叶结节，左肺未见结节，未见空洞。结论：实变可能。建议：随访肿块。")
+    assert report_labels(mentions) == {
+        "nodule": "present", "mass": "present", "cavity": "absent", "consolidation": "uncertain",
+    }  # fmt: skip
+    assert list(report_labels(mentions, ("impression",))) == ["consolidation"]
+    assert report_labels(label_report("")) == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\ufffd\ufffd", "mm cm 12", "未见", "?" * 50, "，，，。。", "右肺" * 500, "a" * 5000]
+)
+def test_any_text_can_be_read(text: str) -> None:
+    assert label_report(text) == []
+    label_report(text, "zh"), label_report(text, "en")
+
+
+def test_unknown_language() -> None:
+    with pytest.raises(InputError, match="language 'fr'"):
+        label_report("nodule", "fr")

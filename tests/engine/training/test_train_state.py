@@ -1,0 +1,309 @@
+"""Going on after an interruption gives, to the last bit, what an uninterrupted run gives."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DataLoaderConfiguration
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from config.errors import InputError
+from config.nnunet_plans import Intensity, PreprocessPlan, Resampling
+from config.schema import build_config
+from data.imaging.nifti import write_volume
+from data.medical_vlm_dataset import CaptionCollator
+from engine.loaders import build_loaders
+from engine.run import EpochShuffle, set_seeds
+from engine.training.optimization import build_optimizer, build_schedule, optimizer_step
+from engine.training.train_state import StopRequest, TrainState, fingerprint
+
+CASES, BATCH, EPOCHS = 12, 2, 3
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps its state per process; each run here is to be like a process of its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+class Noisy(nn.Module):
+    """Draws from torch's generator (dropout) and from Python's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Dropout(0.5), nn.Linear(16, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.net(x) * (1 + random.random())).square().mean()
+
+
+class Run:
+    """One process' objects, made as the training scripts make them; ``train`` is their loop without the words."""
+
+    def __init__(self, path: Path, accumulation: int = 1, settings: dict | None = None) -> None:
+        set_seeds(0)
+        self.accelerator = Accelerator(
+            cpu=True,
+            gradient_accumulation_steps=accumulation,
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
+        )
+        self.model = Noisy()
+        data = TensorDataset(torch.randn(CASES, 4, generator=torch.Generator().manual_seed(1)))
+        self.order = EpochShuffle(CASES, seed=0)
+        loader = DataLoader(data, BATCH, sampler=self.order, generator=torch.Generator().manual_seed(0))
+        self.optimizer = build_optimizer(self.model, 0.02, 0.1)
+        self.schedule = build_schedule(self.optimizer, EPOCHS * len(loader) // accumulation, 0.2)
+        self.prepared, self.optimizer, self.loader = self.accelerator.prepare(self.model, self.optimizer, loader)
+        self.state = TrainState(
+            path, settings or {"lr": 0.02}, self.accelerator, self.model, self.optimizer, self.schedule
+        )
+        self.seen: list[float] = []
+
+    def train(self, stop_at: int | None = None) -> None:
+        progress = self.state.progress
+        while progress.epoch < EPOCHS:
+            self.order.start_epoch(progress.epoch, progress.batch * BATCH)
+            for (x,) in self.loader:
+                self.seen.append(float(x.sum()))
+                with self.accelerator.accumulate(self.prepared):
+                    loss = self.prepared(x)
+                    progress.losses.append(loss.item())
+                    self.accelerator.backward(loss)
+                    stepped = optimizer_step(
+                        self.accelerator, self.optimizer, self.schedule, self.model.parameters(), 1.0
+                    )
+                progress.batch += 1
+                progress.step += stepped
+                if stepped and progress.step == stop_at:
+                    self.state.save()
+                    return
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+            progress.history.append({"epoch": progress.epoch, "loss": sum(progress.losses) / len(progress.losses)})
+            progress.losses.clear()
+
+
+@pytest.mark.parametrize(("accumulation", "stop_at"), [(1, 1), (1, 4), (1, 6), (1, 7), (1, 18), (2, 2), (2, 3)])
+def test_interrupted_and_continued_equals_straight_through(tmp_path, accumulation, stop_at):
+    """In the middle of an epoch, at its end (6 and 18, or 3 with accumulation), and in the next."""
+    straight = Run(tmp_path / "straight_state.pt", accumulation)
+    straight.train()
+    drawn = torch.get_rng_state(), random.getstate()
+
+    interrupted = Run(tmp_path / "state.pt", accumulation)
+    interrupted.train(stop_at)
+    torch.manual_seed(99), random.seed(99)
+    continued = Run(tmp_path / "state.pt", accumulation)
+    with torch.no_grad():
+        for parameter in continued.model.parameters():
+            parameter.add_(1)  # what is restored must not depend on the start
+    assert continued.state.resume("auto")
+    assert continued.state.progress.step == stop_at
+    continued.train()
+
+    assert interrupted.seen + continued.seen == straight.seen, "the same cases in the same order, none twice"
+    assert vars(continued.state.progress) == vars(straight.state.progress)
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(continued.model.state_dict()[name], value), name
+    assert continued.schedule.state_dict() == straight.schedule.state_dict()
+    moments = [run.optimizer.state_dict()["state"] for run in (straight, continued)]
+    for key, values in moments[0].items():
+        assert all(torch.equal(value, moments[1][key][name]) for name, value in values.items())
+    assert torch.equal(torch.get_rng_state(), drawn[0]) and random.getstate() == drawn[1]
+
+
+def test_a_saved_state_does_not_move_with_the_run(tmp_path):
+    run = Run(tmp_path / "state.pt")
+    run.train(stop_at=3)
+    weights = {name: value.clone() for name, value in run.model.state_dict().items()}
+    run.train()
+    later = Run(tmp_path / "state.pt")
+    assert later.state.resume("auto") and later.state.progress.step == 3
+    assert all(torch.equal(value, weights[name]) for name, value in later.model.state_dict().items())
+
+
+# ---------------------------------------------------------------- which state is taken
+
+
+def test_auto_without_a_state_starts_anew_and_never_ignores_one(tmp_path):
+    run = Run(tmp_path / "state.pt")
+    assert not run.state.resume("auto")
+    run.train(stop_at=2)
+    other = Run(tmp_path / "state.pt")
+    assert not other.state.resume("never")
+    assert other.state.progress.step == 0 and (tmp_path / "state.pt").is_file()
+
+
+def test_auto_sets_a_state_with_other_settings_aside_and_says_so(tmp_path, capsys):
+    Run(tmp_path / "stage1_state.pt", settings={"lr": 0.02, "slices": 1}).train(stop_at=2)
+    content = (tmp_path / "stage1_state.pt").read_bytes()
+    other = Run(tmp_path / "stage1_state.pt", settings={"lr": 0.01, "slices": 1})
+    start = {name: value.clone() for name, value in other.model.state_dict().items()}
+    assert not other.state.resume("auto")
+    assert other.state.progress.step == 0
+    assert all(torch.equal(value, start[name]) for name, value in other.model.state_dict().items())
+    assert not (tmp_path / "stage1_state.pt").exists()
+    assert (tmp_path / "stage1_state.previous.pt").read_bytes() == content
+    said = capsys.readouterr().out
+    assert "lr 0.02 there, 0.01 now" in said and "stage1_state.previous.pt" in said and "slices" not in said
+
+
+def test_a_named_state_with_other_settings_is_refused_and_stays(tmp_path):
+    Run(tmp_path / "a.pt", settings={"lr": 0.02}).train(stop_at=2)
+    other = Run(tmp_path / "state.pt", settings={"lr": 0.01})
+    with pytest.raises(InputError, match="a.pt belongs to a run with other settings: lr 0.02 there, 0.01 now"):
+        other.state.resume(str(tmp_path / "a.pt"))
+    assert (tmp_path / "a.pt").is_file()
+
+
+def test_a_named_state_is_taken_from_anywhere(tmp_path):
+    Run(tmp_path / "a.pt").train(stop_at=2)
+    other = Run(tmp_path / "elsewhere" / "state.pt")
+    assert other.state.resume(str(tmp_path / "a.pt")) and other.state.progress.step == 2
+
+
+@pytest.mark.parametrize("wanted", ["auto", "path"])
+def test_unreadable_and_foreign_states_are_refused(tmp_path, wanted):
+    path = tmp_path / "state.pt"
+    wanted = str(path) if wanted == "path" else wanted
+    path.write_bytes(b"torn")
+    with pytest.raises(InputError, match="not a readable training state"):
+        Run(path).state.resume(wanted)
+    torch.save({"format": "mamba-ct-report"}, path)
+    with pytest.raises(InputError, match="is not a training state"):
+        Run(path).state.resume(wanted)
+
+
+def test_a_named_state_that_is_missing_is_refused(tmp_path):
+    with pytest.raises(InputError, match="training state not found"):
+        Run(tmp_path / "state.pt").state.resume(str(tmp_path / "absent.pt"))
+
+
+def test_finish_removes_the_state(tmp_path):
+    run = Run(tmp_path / "state.pt")
+    run.train(stop_at=2)
+    run.state.finish()
+    assert list(tmp_path.iterdir()) == []
+    run.state.finish()
+
+
+def test_fingerprint_holds_what_decides_the_result_and_no_places():
+    flags = {"epochs": 3, "batch_size": 4, "lr": 1e-4, "seed": 42, "grad_accumulation": 1, "warmup_ratio": 0.05}
+    args = argparse.Namespace(**flags, weight_decay=0.05, max_grad_norm=1.0, save_every=200, resume="auto")
+    config = build_config({}, "test")
+    print_of = fingerprint(args, config, objective="align")
+    assert print_of["objective"] == "align" and {**print_of, **flags} == print_of
+    elsewhere = config.replace(
+        output_dir="/a", cache_dir="/b", num_workers=3, memory_cache_mb=7, path_map={"d:/": "/mnt/d"}
+    )
+    assert fingerprint(args, elsewhere, objective="align") == print_of
+    for change in ({"slices": 3}, {"max_visual_tokens": 96}, {"train_encoder": False}, {"caption_csv_train": "/c.csv"}):
+        assert fingerprint(args, config.replace(**change), objective="align") != print_of
+    args.save_every = 50
+    assert fingerprint(args, config, objective="align") == print_of
+    args.lr = 2e-4
+    assert fingerprint(args, config, objective="align") != print_of
+
+
+# ---------------------------------------------------------------- order
+
+
+def test_epoch_shuffle_is_a_permutation_by_seed_and_epoch():
+    order = EpochShuffle(20, seed=3)
+    epochs = []
+    for epoch in range(3):
+        order.start_epoch(epoch)
+        epochs.append(list(order))
+        torch.rand(1)
+        assert list(order) == epochs[-1], "whatever else is drawn"
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    other = EpochShuffle(20, seed=4)
+    assert list(other) != epochs[0]
+
+
+@pytest.mark.parametrize("skip", [0, 1, 7, 20])
+def test_epoch_shuffle_goes_on_where_it_was(skip):
+    order = EpochShuffle(20, seed=3)
+    order.start_epoch(2)
+    whole = list(order)
+    order.start_epoch(2, skip)
+    assert list(order) == whole[skip:] and len(order) == 20 - skip
+
+
+def test_loaders_leave_the_global_generator_alone(tmp_path):
+    """Or a resumed epoch, which begins its loader once more, would draw other dropout."""
+    for name in ("a", "b"):
+        write_volume(tmp_path / f"{name}.nii.gz", np.arange(192, dtype=np.int16).reshape(3, 8, 8), (5.0, 1.0, 1.0))
+    (tmp_path / "t.csv").write_text("image_path,question,answer\na.nii.gz,Q,A\nb.nii.gz,Q,B\n", encoding="utf-8")
+    table, cache = str(tmp_path / "t.csv"), str(tmp_path / "cache")
+    config = build_config({"caption_csv_train": table, "caption_csv_val": table, "cache_dir": cache}, "test")
+    intensity = Intensity(mean=-300.0, std=400.0, percentile_00_5=-1000.0, percentile_99_5=600.0)
+    plan = PreprocessPlan(
+        configuration="2d", dim=2, spacing=(1.0, 1.0), patch_size=(8, 8), transpose_forward=(0, 1, 2),
+        normalization_schemes=("CTNormalization",), use_mask_for_norm=(False,), intensity=(intensity,),
+        image_reader_writer="SimpleITKIO", orientation="LPS", data_resampling=Resampling(3),
+        mask_resampling=Resampling(1),
+    )  # fmt: skip
+    args = argparse.Namespace(seed=0, batch_size=1)
+    encoder = SimpleNamespace(total_stride=(4, 4), lead=(0.0, 0.0))
+    train, val, order = build_loaders(args, config, plan, encoder, CaptionCollator(None, 1, 1), Accelerator(cpu=True))
+    before = torch.get_rng_state()
+    order.start_epoch(0)
+    assert sorted(int(batch["row"]) for batch in train) == [0, 1]
+    order.start_epoch(0, skip=1)
+    assert len(list(train)) == 1 and len(list(val)) == 2
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------- stopping
+
+
+def interrupt(number: int = signal.SIGINT) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)  # the handler runs between two instructions of the main thread
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="os.kill ends the process on Windows")
+class TestStopRequest:
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_first_signal_is_a_flag(self, number):
+        with StopRequest() as stop:
+            assert not stop.wanted
+            interrupt(number)
+            assert stop.wanted
+
+    def test_second_signal_stops_at_once(self):
+        with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+            interrupt()
+            assert stop.wanted
+            interrupt()
+            pytest.fail("went on after the second Ctrl-C")
+
+    def test_previous_handlers_come_back(self):
+        before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        with StopRequest():
+            assert signal.getsignal(signal.SIGINT) != before[0]
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+
+    def test_previous_handlers_come_back_after_an_error_too(self):
+        before = signal.getsignal(signal.SIGINT)
+        with pytest.raises(ZeroDivisionError), StopRequest():
+            raise ZeroDivisionError
+        assert signal.getsignal(signal.SIGINT) == before

@@ -1,0 +1,275 @@
+"""Decoding on CPU: our products and the compiled step against PyTorch's and the block's own."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import MambaConfig, MambaForCausalLM
+from transformers.cache_utils import Cache
+from transformers.models.mamba.modeling_mamba import MambaBlock
+
+pytest.importorskip("numba", reason="numba has no build for this platform")
+
+from models.language_model import mamba_backbone
+from models.language_model.cpu_decode import frozen_linear, mamba_step
+from models.language_model.cpu_decode.frozen_linear import FrozenLinear
+from models.language_model.cpu_decode.gemv_numba import MOST_ROWS, few_rows, product
+from models.language_model.hf_patch import use_our_scan
+
+TYPES = [torch.float32, torch.bfloat16, torch.int8]
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------ products
+
+
+@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.usefixtures("three_threads")
+def test_product_equals_linear(dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(rows)
+    for outputs, inputs in ((1, 1), (5, 2), (33, 50), (70, 160), (131, 300)):
+        weight = torch.randn(outputs, inputs).to(dtype)
+        if dtype is torch.int8:
+            weight = torch.randint(-127, 128, (outputs, inputs), dtype=dtype)
+        x, bias, scale = torch.randn(rows, 1, inputs).bfloat16(), torch.randn(outputs), torch.rand(outputs)
+        expected = F.linear(x.float(), weight.float()) * scale + bias
+        actual = product(x.float(), weight, bias, scale)
+        assert actual.shape == (rows, 1, outputs) and actual.dtype is torch.float32
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6 * float(expected.abs().max()))
+        plain = product(x, weight, None)
+        assert plain.dtype is torch.bfloat16
+        torch.testing.assert_close(plain.float(), F.linear(x.float(), weight.float()), rtol=1e-2, atol=1e-2)
+
+
+def test_no_weight_and_no_row_is_left_out() -> None:
+    weight = torch.eye(200)
+    torch.testing.assert_close(product(weight[70:71], weight, None), weight[70:71])
+    x = torch.arange(600.0).reshape(3, 200)
+    torch.testing.assert_close(product(x, weight, None), x)
+
+
+def test_infinities_and_nans_pass_through() -> None:
+    weight = torch.ones(4, 64, dtype=torch.bfloat16)
+    weight[1, 3], weight[2, 5] = torch.inf, torch.nan
+    out = product(torch.ones(1, 64, dtype=torch.bfloat16), weight, None)[0]
+    assert out[0] == 64 and out[1] == torch.inf and out[2].isnan()
+
+
+def test_large_problems_and_gradients_stay_with_torch() -> None:
+    layer = FrozenLinear(64, 5).requires_grad_(False)
+    assert few_rows(torch.randn(8, 64), layer.weight)
+    assert not few_rows(torch.randn(MOST_ROWS[torch.float32] + 1, 64), layer.weight)
+    assert not few_rows(torch.randn(0, 64), layer.weight)
+    assert not few_rows(torch.randn(1, 64).double(), layer.weight)
+    assert not few_rows(torch.randn(1, 64).bfloat16(), layer.weight)  # PyTorch refuses it, and so should we
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    assert not few_rows(x, layer.weight)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand_as(x))
+
+
+def test_linear_layers_become_ours_and_stay_linear_layers() -> None:
+    class Other(nn.Linear):
+        """As a quantised layer is one."""
+
+    model = nn.Sequential(nn.Linear(4, 4), Other(4, 4), nn.Conv1d(4, 4, 1))
+    weight = model[0].weight
+    assert frozen_linear.freeze_linear_layers(model) == 1
+    assert isinstance(model[0], nn.Linear) and type(model[0]) is FrozenLinear and model[0].weight is weight
+    assert type(model[1]) is Other
+
+
+# ------------------------------------------------------------------ the step
+
+
+def small_mamba(dtype: torch.dtype = torch.float32, **options: object) -> MambaForCausalLM:
+    torch.manual_seed(0)
+    settings = {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "vocab_size": 50, **options}
+    model = MambaForCausalLM(MambaConfig(**settings)).eval().requires_grad_(False)
+    for block in model.backbone.layers:  # a fresh model has zeros and ones in many places
+        block.norm.weight.uniform_(0.5, 2)
+        for parameter in (block.mixer.conv1d.bias, block.mixer.D, block.mixer.dt_proj.bias):
+            parameter.normal_()
+        for layer in (block.mixer.in_proj, block.mixer.out_proj):
+            if layer.bias is not None:
+                layer.bias.normal_()
+        block.mixer.A_log.add_(torch.rand_like(block.mixer.A_log))
+    model = model.to(dtype)
+    use_our_scan(model)
+    return model
+
+
+@torch.no_grad()
+def after_prompt(model: MambaForCausalLM, rows: int) -> Cache:
+    ids = torch.randint(0, 50, (rows, 5), generator=torch.Generator().manual_seed(1))
+    return model(input_ids=ids, use_cache=True).cache_params
+
+
+def states(cache: Cache) -> list[Tensor]:
+    return [tensor for layer in cache.layers for tensor in (layer.conv_states[0], layer.recurrent_states[0])]
+
+
+@torch.no_grad()
+def decode(model: MambaForCausalLM, cache: Cache, tokens: int = 4) -> Tensor:
+    rows = cache.layers[0].conv_states[0].shape[0]
+    ids = torch.randint(0, 50, (tokens, rows, 1), generator=torch.Generator().manual_seed(2))
+    return torch.stack([model(input_ids=step, cache_params=cache, use_cache=True).logits for step in ids])
+
+
+def plainly(model: MambaForCausalLM, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """The same tokens as a machine without numba computes them (but for the scan)."""
+    with monkeypatch.context() as patch:
+        patch.setattr(mamba_backbone, "step", None)
+        patch.setattr(frozen_linear, "product", None)
+        return decode(model, cache)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For every block that was asked: whether the compiled step served it."""
+    served: list[bool] = []
+    real = mamba_backbone.step
+
+    def spy(*args: object) -> Tensor | None:
+        out = real(*args)
+        served.append(out is not None)
+        return out
+
+    monkeypatch.setattr(mamba_backbone, "step", spy)
+    return served
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"state_size": 16, "hidden_size": 48, "use_bias": True},
+        {"state_size": 20, "conv_kernel": 3, "time_step_rank": 37},
+        {"hidden_size": 30, "state_size": 32, "residual_in_fp32": False},
+    ],
+)
+@pytest.mark.usefixtures("three_threads")
+def test_step_equals_the_block(rows: int, options: dict, steps: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_mamba(**options)
+    cache = after_prompt(model, rows)
+    same = copy.deepcopy(cache)
+    steps.clear()
+    actual = decode(model, cache)
+    assert steps == [True] * 8
+    torch.testing.assert_close(actual, plainly(model, same, monkeypatch), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states(cache), states(same), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_step_in_bfloat16(rows: int, steps: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_mamba(torch.bfloat16, hidden_size=64, state_size=16)
+    cache = after_prompt(model, rows)
+    assert cache.layers[0].conv_states[0].dtype is torch.bfloat16
+    same, exact = copy.deepcopy(cache), small_mamba(hidden_size=64, state_size=16)
+    steps.clear()
+    actual = decode(model, cache)
+    assert all(steps) and actual.dtype is torch.float32
+    expected = plainly(model, same, monkeypatch)
+    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+    # No further from the float32 model than the plain path is.
+    truth = plainly(exact, after_prompt(exact, rows), monkeypatch)
+    assert (actual - truth).abs().mean() < 1.5 * (expected - truth).abs().mean()
+
+
+def test_results_do_not_depend_on_the_threads() -> None:
+    model = small_mamba(hidden_size=96)
+    cache = after_prompt(model, 1)
+    before, logits = torch.get_num_threads(), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        logits.append(decode(model, copy.deepcopy(cache)))
+    torch.set_num_threads(before)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_several_callers_at_once() -> None:
+    model = small_mamba()
+    cache = after_prompt(model, 2)
+    expected = decode(model, copy.deepcopy(cache), tokens=20)
+    results: list[Tensor] = []
+    callers = [
+        threading.Thread(target=lambda: results.append(decode(model, copy.deepcopy(cache), tokens=20)))
+        for _ in range(4)
+    ]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(timeout=60)
+    assert len(results) == 4 and all(torch.equal(result, expected) for result in results)
+
+
+def test_what_is_not_plain_takes_the_block_itself(steps: list[bool]) -> None:
+    model = small_mamba()
+    for rows in (1, mamba_step.MOST_ROWS + 1):
+        cache = after_prompt(model, rows)
+        steps.clear()
+        decode(model, cache, tokens=1)
+        assert steps == [rows == 1] * 2
+    cache = after_prompt(model, 1)
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    steps.clear()
+    model(input_ids=ids, cache_params=cache, use_cache=True)  # gradients are enabled
+    assert steps == [False] * 2
+    seen: list[int] = []
+    hook = model.backbone.layers[1].mixer.x_proj.register_forward_hook(lambda *_: seen.append(1))
+    steps.clear()
+    decode(model, cache, tokens=1)
+    assert steps == [True, False] and seen == [1]
+    hook.remove()
+    model.backbone.layers[0].mixer.in_proj = nn.Sequential(model.backbone.layers[0].mixer.in_proj)
+    steps.clear()
+    decode(model, cache, tokens=1)
+    assert steps == [False, True]
+
+
+def _decay(block: MambaBlock) -> None:
+    block.mixer.A_log.add_(0.5)
+
+
+def _replace(block: MambaBlock) -> None:
+    block.mixer.out_proj.weight = nn.Parameter(-2 * block.mixer.out_proj.weight, requires_grad=False)
+
+
+def _move(block: MambaBlock) -> None:
+    block.mixer.dt_proj.weight.data = 2 * block.mixer.dt_proj.weight.data
+
+
+def _in_place(block: MambaBlock) -> None:
+    block.mixer.in_proj.weight.mul_(2)
+
+
+def _layer(block: MambaBlock) -> None:
+    block.mixer.x_proj = copy.deepcopy(block.mixer.x_proj)
+    block.mixer.x_proj.weight.mul_(-1)
+
+
+@pytest.mark.parametrize("change", [_decay, _replace, _move, _in_place, _layer])
+def test_changed_weights_are_noticed(change, steps: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_mamba()
+    cache = after_prompt(model, 1)
+    before = decode(model, copy.deepcopy(cache))
+    change(model.backbone.layers[0])
+    actual = decode(model, copy.deepcopy(cache))
+    assert all(steps[-8:]) and not torch.allclose(actual, before, rtol=1e-3)
+    torch.testing.assert_close(actual, plainly(model, cache, monkeypatch), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,228 @@
+"""Decoding on buffers that never move equals plain decoding; a capture that fails or errs is not used.
+
+The capture itself needs a GPU; everything around it is run here by steps that only pretend.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+
+from models.language_model import cuda_graph_decode
+from models.language_model.cuda_graph_decode import CudaGraphStep, DecodeStep, static_steps
+from models.language_model.decoding import Decoding, StopRule
+from models.language_model.mamba_lm import MambaLM
+from models.language_model.prefix_state import PrefixState, answer_from_state
+
+STEPS = 24
+
+
+def make_lm(device: str = "cpu", dtype: torch.dtype = torch.float32) -> MambaLM:
+    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, "<|endoftext|>": 256}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=264, hidden_size=64, num_hidden_layers=3, state_size=16, tie_word_embeddings=False)
+    model = MambaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(40)
+        for layer in model.backbone.layers:  # as drawn, a random model hardly remembers what it read
+            for part in (layer.mixer.in_proj, layer.mixer.x_proj, layer.mixer.conv1d):
+                part.weight.mul_(3)
+    model.to(device, dtype)
+    return MambaLM(model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end), "random")
+
+
+@pytest.fixture(scope="module")
+def lm() -> MambaLM:
+    return make_lm()
+
+
+def prompts(rows: int, seed: int = 1) -> Tensor:
+    return torch.randn(rows, 9, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def write(lm: MambaLM, rows: int = 1, seed: int = 1, **options: object) -> list[str]:
+    embeds = prompts(rows, seed).to(lm.model.device, lm.model.dtype)
+    return lm.generate(embeds, torch.ones(embeds.shape[:2], device=embeds.device), STEPS, **options)
+
+
+class Counted(DecodeStep):
+    made = calls = 0
+
+    def __init__(self, *given: object) -> None:
+        super().__init__(*given)
+        Counted.made += 1
+
+    def run(self) -> Tensor:
+        Counted.calls += 1
+        return super().run()
+
+
+@pytest.fixture
+def counted(lm: MambaLM) -> type[Counted]:
+    vars(lm.model).pop("_decode_step", None)
+    Counted.made = Counted.calls = 0
+    return Counted
+
+
+def test_static_steps_write_what_plain_decoding_writes(lm: MambaLM, counted: type[Counted]) -> None:
+    for rows, seed in ((1, 1), (3, 2), (3, 3), (1, 4)):
+        expected = write(lm, rows, seed)
+        with static_steps(lm.model, STEPS, make=counted):
+            assert write(lm, rows, seed) == expected
+    assert counted.calls == 4 * (STEPS - 1)  # the prompt gives the first token
+
+
+def test_a_step_is_kept_for_the_next_generation(lm: MambaLM, counted: type[Counted]) -> None:
+    for seed in range(3):
+        expected = write(lm, seed=seed)
+        with static_steps(lm.model, STEPS, make=counted):
+            assert write(lm, seed=seed) == expected
+    assert counted.made == 1
+
+
+def test_sampling_with_penalties_and_stops(lm: MambaLM, counted: type[Counted]) -> None:
+    options = {**Decoding(temperature=2.0, repetition_penalty=1.2).options(), "stop": StopRule(["q", "\n"])}
+    torch.manual_seed(5)
+    expected = write(lm, 3, **options)
+    torch.manual_seed(5)
+    with static_steps(lm.model, STEPS, make=counted):
+        assert write(lm, 3, **options) == expected
+    assert counted.calls > 0
+
+
+def test_answers_from_an_image_state(lm: MambaLM, counted: type[Counted]) -> None:
+    state = PrefixState.read(lm, prompts(1))
+    ids = torch.tensor([lm.tokenizer.encode("肺部?"), lm.tokenizer.encode("???????")])
+    batch = {"question_ids": ids, "question_mask": torch.ones_like(ids)}
+    expected = answer_from_state(lm, state, batch, STEPS)
+    with static_steps(lm.model, STEPS, make=counted):
+        assert answer_from_state(lm, state, batch, STEPS) == expected
+    assert counted.calls == STEPS - 1
+
+
+def test_logits_and_states_step_by_step(lm: MambaLM) -> None:
+    with torch.no_grad():
+        plain = lm.model(inputs_embeds=prompts(2), use_cache=True)
+        step = DecodeStep(lm.model, lm.model.forward, plain.cache_params)
+        addresses = [state.data_ptr() for state in step.states]
+        for token in range(5):
+            ids = torch.tensor([[token], [token + 7]])
+            plain = lm.model(input_ids=ids, cache_params=plain.cache_params, use_cache=True)
+            torch.testing.assert_close(step(ids), plain.logits)
+    assert [state.data_ptr() for state in step.states] == addresses
+    for own, other in zip(step.states, cuda_graph_decode._states(plain.cache_params), strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def test_the_forward_is_the_models_own_again(lm: MambaLM, counted: type[Counted]) -> None:
+    with pytest.raises(KeyError), static_steps(lm.model, STEPS, make=counted):
+        assert "forward" in vars(lm.model)
+        raise KeyError
+    assert "forward" not in vars(lm.model)
+
+
+class Pretending(CudaGraphStep):
+    """A 'captured' step on a CPU: the capture keeps nothing, the replay computes."""
+
+    def _capture(self) -> None:
+        self.compute()
+
+    def run(self) -> Tensor:
+        return self.compute()
+
+
+class Failing(Pretending):
+    def _capture(self) -> None:
+        super()._capture()
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+class WrongLogits(Pretending):
+    def run(self) -> Tensor:
+        return super().run() * 1.1
+
+
+class WrongState(Pretending):
+    def run(self) -> Tensor:
+        logits = super().run()
+        self.states[3].mul_(1.1)
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(Pretending, None), (Failing, "not permitted"), (WrongLogits, "other logits"), (WrongState, "states of layer 1")],
+)
+def test_a_capture_that_fails_or_errs_is_not_used(
+    lm: MambaLM, counted: type[Counted], caplog: pytest.LogCaptureFixture, make: type[DecodeStep], reason: str | None
+) -> None:
+    expected = write(lm, 2)
+    with (
+        caplog.at_level(logging.INFO, "models.language_model.cuda_graph_decode"),
+        static_steps(lm.model, STEPS, make=make),
+    ):
+        assert write(lm, 2) == expected
+    assert bool(caplog.messages) == (reason is not None)
+    if reason:
+        assert reason in caplog.messages[0] and len(caplog.messages) == 1 and "\n" not in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"beams": 3}, "beam search"),
+        ({"new_tokens": 3}, "3 tokens"),
+        ({"switch": "0"}, "MAMBA_CUDA_GRAPH=0"),
+        ({"quantised": True}, "quantised"),
+    ],
+)
+def test_where_it_is_not_used_the_log_says_why(
+    lm: MambaLM, counted: type[Counted], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    given: dict, reason: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MAMBA_CUDA_GRAPH", given.get("switch", "1"))
+    monkeypatch.setattr(lm.model, "is_quantized", given.get("quantised", False), raising=False)
+    with (
+        caplog.at_level(logging.INFO, "models.language_model.cuda_graph_decode"),
+        static_steps(lm.model, given.get("new_tokens", STEPS), given.get("beams", 1), make=counted),
+    ):
+        assert "forward" not in vars(lm.model)
+    assert reason in caplog.text
+
+
+def test_a_cpu_decodes_plainly(lm: MambaLM) -> None:
+    with static_steps(lm.model, STEPS):
+        assert "forward" not in vars(lm.model)
+
+
+@pytest.fixture
+def on_gpu() -> Callable[[torch.dtype], MambaLM]:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device: the capture itself cannot be tested here")
+    return lambda dtype: make_lm("cuda", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_captured_step_writes_what_plain_decoding_writes(
+    on_gpu: Callable[[torch.dtype], MambaLM], dtype: torch.dtype, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    lm = on_gpu(dtype)
+    for rows, seed in ((1, 1), (3, 2), (1, 3), (1, 4)):
+        monkeypatch.setenv("MAMBA_CUDA_GRAPH", "0")
+        expected = write(lm, rows, seed)
+        monkeypatch.setenv("MAMBA_CUDA_GRAPH", "1")
+        with caplog.at_level(logging.WARNING, "models.language_model.cuda_graph_decode"):
+            assert write(lm, rows, seed) == expected
+    assert isinstance(vars(lm.model)["_decode_step"][1], CudaGraphStep)
+    assert not caplog.messages

@@ -1,0 +1,248 @@
+"""What runs inside Hugging Face's Mamba: convolution, chunked prefill, recomputation, adapters."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.mamba.modeling_mamba import MambaBlock
+
+from models.language_model import mamba_backbone, mamba_lm
+from models.language_model.hf_patch import causal_conv_silu, use_our_scan
+from models.language_model.mamba_backbone import recompute_blocks
+from models.language_model.mamba_lm import IGNORED, MambaLM
+from tests.models.language_model.test_mamba_lm import byte_tokenizer
+
+
+def random_mamba(**options: object) -> MambaForCausalLM:
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=264, hidden_size=32, num_hidden_layers=3, state_size=8, **options)
+    model = MambaForCausalLM(config).eval().requires_grad_(False)
+    for block in model.backbone.layers:  # as trained ones, not the zeros of a fresh model
+        block.mixer.conv1d.bias.normal_()
+    return model
+
+
+def ours(**options: object) -> MambaForCausalLM:
+    model = random_mamba(**options)
+    use_our_scan(model)
+    return model
+
+
+@pytest.fixture
+def lm() -> MambaLM:
+    tokenizer: PreTrainedTokenizerFast = byte_tokenizer()
+    return MambaLM(random_mamba(), tokenizer, "random")
+
+
+def embeddings(B: int, L: int, seed: int = 1) -> Tensor:
+    return torch.randn(B, L, 32, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------ convolution
+
+
+@pytest.mark.parametrize("L", [1, 2, 9])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_shifted_sum_equals_conv1d(L: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(L)
+    x, weight, bias = torch.randn(2, L, 6).to(dtype), torch.randn(6, 4), torch.randn(6)
+    x.requires_grad_()
+    grad = torch.randn(2, L, 6)
+    actual = causal_conv_silu(x, weight, bias)
+    assert actual.dtype is dtype
+    (actual_grad,) = torch.autograd.grad(actual, x, grad.to(dtype))
+    padded = F.pad(x.float().transpose(1, 2), (3, 0))
+    expected = F.silu(F.conv1d(padded, weight[:, None], bias, groups=6)).transpose(1, 2)
+    (expected_grad,) = torch.autograd.grad(expected, x, grad)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(actual.float(), expected, **tolerance)
+    torch.testing.assert_close(actual_grad.float(), expected_grad.float(), **tolerance)
+
+
+def test_convolution_continues_from_what_came_before() -> None:
+    x, weight = torch.randn(2, 11, 6), torch.randn(6, 4)
+    whole = causal_conv_silu(x, weight, None)
+    torch.testing.assert_close(causal_conv_silu(x[:, 5:], weight, None, before=x[:, 2:5]), whole[:, 5:])
+
+
+def test_training_the_convolution_is_possible() -> None:
+    x, weight, bias = torch.randn(1, 7, 6), torch.randn(6, 4, requires_grad=True), torch.randn(6, requires_grad=True)
+    gradients = torch.autograd.grad(causal_conv_silu(x, weight, bias).square().sum(), (weight, bias))
+    padded = F.pad(x.transpose(1, 2), (3, 0))
+    expected = F.silu(F.conv1d(padded, weight[:, None], bias, groups=6)).square().sum()
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, (weight, bias)))
+
+
+# ------------------------------------------------------------------ prefill in chunks
+
+
+@pytest.mark.parametrize("left_padding", [0, 6])
+def test_long_prompts_are_read_in_chunks(left_padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, embeds = ours(), embeddings(2, 23)
+    mask = torch.ones(2, 23, dtype=torch.long)
+    mask[0, :left_padding] = 0
+    with torch.no_grad():
+        whole = model(inputs_embeds=embeds, attention_mask=mask, use_cache=True)
+        monkeypatch.setattr(mamba_backbone, "PREFILL_CHUNK", 5)
+        lengths: list[int] = []
+        hook = model.backbone.layers[1].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+        chunked = model(inputs_embeds=embeds, attention_mask=mask, use_cache=True)
+        hook.remove()
+    assert lengths == [5, 5, 5, 5, 3]
+    torch.testing.assert_close(chunked.logits[:, left_padding:], whole.logits[:, left_padding:], rtol=1e-4, atol=1e-5)
+    for one, other in zip(chunked.cache_params.layers, whole.cache_params.layers, strict=True):
+        torch.testing.assert_close(one.recurrent_states[0], other.recurrent_states[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.conv_states[0], other.conv_states[0], rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_only_without_gradients_and_caches_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mamba_backbone, "PREFILL_CHUNK", 5)
+    model, embeds = ours(), embeddings(1, 12)
+    with torch.no_grad():
+        assert model.backbone(inputs_embeds=embeds, use_cache=False).cache_params is None
+        hidden, cache = model.backbone(inputs_embeds=embeds, use_cache=True, return_dict=False)
+        states = model.backbone(inputs_embeds=embeds, output_hidden_states=True).hidden_states
+    assert hidden.shape == (1, 12, 32) and cache.has_previous_state() and len(states) == 4
+    embeds.requires_grad_()
+    model.backbone(inputs_embeds=embeds, use_cache=False).last_hidden_state.sum().backward()
+    assert embeds.grad[0, 0].abs().sum() > 0  # through all chunks
+
+
+def test_prefill_gives_the_last_hidden_state_and_the_cache(lm: MambaLM) -> None:
+    embeds, mask = embeddings(2, 17), torch.ones(2, 17)
+    mask[1, :4] = 0
+    with torch.no_grad():
+        whole = lm.model(inputs_embeds=embeds, attention_mask=mask, use_cache=True)
+        first, cache = lm.prefill(embeds[:, :10], mask[:, :10], chunk=4)
+        last, cache = lm.prefill(embeds[:, 10:], cache=cache, chunk=4)
+        after = lm.model(inputs_embeds=embeddings(2, 1, seed=2), cache_params=cache, use_cache=True).logits
+        expected = lm.model(inputs_embeds=embeddings(2, 1, seed=2), cache_params=whole.cache_params, use_cache=True)
+    assert first.shape == last.shape == (2, 32)
+    torch.testing.assert_close(lm.model.lm_head(last), whole.logits[:, -1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after, expected.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_generation_from_a_long_prompt_is_the_same(lm: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    embeds, mask = embeddings(2, 19), torch.ones(2, 19)
+    mask[0, :7] = 0
+    texts = [lm.generate(embeds, mask, 9, num_beams=beams) for beams in (1, 3)]
+    monkeypatch.setattr(mamba_backbone, "PREFILL_CHUNK", 4)
+    assert [lm.generate(embeds, mask, 9, num_beams=beams) for beams in (1, 3)] == texts
+
+
+# ------------------------------------------------------------------ training
+
+
+def loss_and_gradient(lm: MambaLM) -> tuple[Tensor, Tensor]:
+    embeds = embeddings(2, 15).requires_grad_()
+    labels = torch.randint(0, 256, (2, 15), generator=torch.Generator().manual_seed(3))
+    labels[:, :4] = IGNORED
+    total, _ = lm.answer_loss(embeds, labels)
+    total.backward()
+    return total.detach(), embeds.grad
+
+
+def test_recomputed_blocks_give_the_same_gradient(lm: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = loss_and_gradient(lm)
+    runs: list[int] = []
+    plain = MambaBlock.forward
+    monkeypatch.setattr(MambaBlock, "forward", lambda *args: (runs.append(1), plain(*args))[1])
+    assert lm.checkpointing(True) is True
+    torch.testing.assert_close(loss_and_gradient(lm), expected, rtol=1e-5, atol=1e-7)
+    assert len(runs) == 2 * 3
+    assert lm.checkpointing(None) is False  # a small model
+    loss_and_gradient(lm)
+    assert len(runs) == 3 * 3
+
+
+def test_recomputed_blocks_keep_their_input_alone() -> None:
+    def kept(recompute: bool) -> int:
+        model = ours()
+        recompute_blocks(model, recompute)
+        known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        embeds = embeddings(1, 40).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = model.backbone(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        assert out.requires_grad
+        return sum(sizes.values())
+
+    # The final norm keeps a few (L, D) of its own; a block would keep more than ten.
+    assert kept(True) < (3 + 4) * 40 * 32 * 4 < kept(False) / 4
+
+
+def test_loss_in_chunks_equals_the_loss_at_once(lm: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mamba_lm, "LOSS_CHUNK", 1000)
+    expected = loss_and_gradient(lm)
+    monkeypatch.setattr(mamba_lm, "LOSS_CHUNK", 3)
+    torch.testing.assert_close(loss_and_gradient(lm), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_no_answer_gives_no_loss(lm: MambaLM) -> None:
+    total, count = lm.answer_loss(embeddings(1, 5), torch.full((1, 5), IGNORED))
+    assert total.item() == 0 and count.item() == 0
+
+
+# ------------------------------------------------------------------ adapters
+
+
+class LowRank(nn.Module):
+    """What an adapter library puts in the place of a linear layer, its ``weight`` shown as before."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.A = nn.Parameter(torch.randn(2, base.in_features) / 4)
+        self.B = nn.Parameter(torch.randn(base.out_features, 2) / 4)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + x @ self.A.T @ self.B.T
+
+
+@pytest.mark.parametrize("name", ["in_proj", "x_proj", "dt_proj", "out_proj"])
+def test_adapters_take_part_and_get_gradients(name: str) -> None:
+    adapted = ours()
+    for block in adapted.backbone.layers:
+        setattr(block.mixer, name, LowRank(getattr(block.mixer, name)))
+    merged = random_mamba()
+    for block, other in zip(merged.backbone.layers, adapted.backbone.layers, strict=True):
+        adapter = getattr(other.mixer, name)
+        getattr(block.mixer, name).weight += (adapter.B @ adapter.A).detach()
+    ids = torch.randint(0, 256, (2, 13))
+    torch.testing.assert_close(adapted(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        out = adapted(input_ids=ids[:, :-1], use_cache=True)
+        step = adapted(input_ids=ids[:, -1:], cache_params=out.cache_params, use_cache=True).logits
+        torch.testing.assert_close(step[:, 0], merged(input_ids=ids).logits[:, -1], rtol=1e-3, atol=1e-4)
+    adapted(input_ids=ids, use_cache=False).logits.square().mean().backward()
+    adapter = getattr(adapted.backbone.layers[0].mixer, name)
+    assert adapter.A.grad.abs().sum() > 0 and adapter.B.grad.abs().sum() > 0
+
+
+def test_the_model_can_be_copied() -> None:
+    model = ours()
+    ids = torch.randint(0, 256, (1, 6))
+    other = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.zero_()
+    assert other(input_ids=ids).logits.abs().sum() > 0

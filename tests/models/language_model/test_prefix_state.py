@@ -1,0 +1,223 @@
+"""One image, many questions: what is answered from the saved state is what the full path answers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+
+from config.errors import InputError
+from models.language_model.decoding import Decoding
+from models.language_model.mamba_lm import MambaLM
+from models.language_model.prefix_state import (
+    PrefixIdentity,
+    PrefixState,
+    answer_from_state,
+    seconds_to_first_token,
+    weights_fingerprint,
+)
+from models.medical_vlm import generate_reports
+
+QUESTIONS = ("右肺有无结节？\n", "q\n", "请描述这份胸部CT的影像表现。\n", "\n", "左肺有无结节？\n")
+
+
+def make_lm(seed: int = 0, width: int = 32, dtype: torch.dtype = torch.float32) -> MambaLM:
+    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, "<|endoftext|>": 256}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    torch.manual_seed(seed)
+    config = MambaConfig(
+        vocab_size=264, hidden_size=width, num_hidden_layers=3, state_size=8, tie_word_embeddings=False
+    )
+    model = MambaForCausalLM(config).eval().to(dtype)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(40)
+        for layer in model.backbone.layers:  # as drawn, a random model hardly remembers what it read
+            for part in (layer.mixer.in_proj, layer.mixer.x_proj, layer.mixer.conv1d):
+                part.weight.mul_(3)
+    return MambaLM(model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end), "random")
+
+
+@pytest.fixture(scope="module")
+def lm() -> MambaLM:
+    return make_lm()
+
+
+@pytest.fixture(scope="module")
+def visual() -> Tensor:
+    return torch.randn(1, 49, 32, generator=torch.Generator().manual_seed(7))
+
+
+def batch_of(lm: MambaLM, *questions: str) -> dict[str, Tensor]:
+    ids = [torch.tensor(lm.tokenizer.encode(question)) for question in questions]
+    masks = [torch.ones_like(row) for row in ids]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {"question_ids": pad(ids, batch_first=True), "question_mask": pad(masks, batch_first=True)}
+
+
+def greedy(lm: MambaLM, embeds: Tensor, **options: object) -> tuple[list[int], Tensor]:
+    """Token ids, and the logits of the first one."""
+    out = lm.model.generate(
+        inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long), max_new_tokens=25,
+        pad_token_id=256, do_sample=False, output_logits=True, return_dict_in_generate=True, **options,
+    )  # fmt: skip
+    return out.sequences[0].tolist(), out.logits[0]
+
+
+def test_ids_and_first_logits_are_those_of_the_full_path(lm: MambaLM, visual: Tensor, tmp_path: Path) -> None:
+    PrefixState.read(lm, visual).save(tmp_path / "a.safetensors", PrefixIdentity())
+    state, _ = PrefixState.load(tmp_path / "a.safetensors")
+    answers = set()
+    for question in QUESTIONS:
+        ids = lm.embed(torch.tensor([lm.tokenizer.encode(question)]))
+        expected, logits = greedy(lm, torch.cat([visual, ids], dim=1))
+        answer, first = greedy(lm, ids, cache_params=state.cache(lm))
+        assert answer == expected
+        torch.testing.assert_close(first, logits, rtol=1e-4, atol=1e-3)
+        answers.add(tuple(answer))
+    assert len(answers) == len(QUESTIONS)
+    without, _ = greedy(lm, ids)
+    assert tuple(without) not in answers  # the image does matter
+
+
+def test_a_state_is_not_changed_by_its_use(lm: MambaLM, visual: Tensor) -> None:
+    state = PrefixState.read(lm, visual)
+    before = state.conv.clone(), state.recurrent.clone()
+    first = answer_from_state(lm, state, batch_of(lm, QUESTIONS[0]), 20)
+    answer_from_state(lm, state, batch_of(lm, *QUESTIONS), 20)
+    assert torch.equal(state.conv, before[0]) and torch.equal(state.recurrent, before[1])
+    assert answer_from_state(lm, state, batch_of(lm, QUESTIONS[0]), 20) == first
+
+
+@pytest.mark.parametrize(
+    "options", [{}, Decoding(num_beams=3).options(), Decoding(repetition_penalty=1.3).options()], ids=str
+)
+def test_texts_are_those_of_the_full_path(lm: MambaLM, visual: Tensor, options: dict) -> None:
+    """Alone and in one batch of questions of different length, greedy and by beams."""
+    state = PrefixState.read(lm, visual)
+    expected = [generate_reports(lm, visual, batch_of(lm, q), 20, **options)[0] for q in QUESTIONS]
+    assert [answer_from_state(lm, state, batch_of(lm, q), 20, **options)[0] for q in QUESTIONS] == expected
+    assert answer_from_state(lm, state, batch_of(lm, *QUESTIONS), 20, **options) == expected
+    assert len(set(expected)) == len(QUESTIONS)
+
+
+def test_a_batch_of_images_has_a_question_each(lm: MambaLM, visual: Tensor) -> None:
+    images = torch.cat([visual, torch.randn(1, 49, 32, generator=torch.Generator().manual_seed(8))])
+    both = PrefixState.read(lm, images)
+    batch = batch_of(lm, *QUESTIONS[:2])
+    assert answer_from_state(lm, both, batch, 20) == generate_reports(lm, images, batch, 20)
+    assert torch.allclose(both.rows([0]).recurrent, PrefixState.read(lm, visual).recurrent, atol=1e-6)
+    with pytest.raises(ValueError, match="3 questions about the states of 2 images"):
+        answer_from_state(lm, both, batch_of(lm, *QUESTIONS[:3]), 5)
+
+
+def test_padding_after_a_state_is_not_what_is_done(lm: MambaLM, visual: Tensor) -> None:
+    """Why questions are levelled: zeros between state and question change the state."""
+    state = PrefixState.read(lm, visual)
+    embeds = lm.embed(batch_of(lm, QUESTIONS[0])["question_ids"])
+    padded, mask = torch.nn.functional.pad(embeds, (0, 0, 4, 0)), torch.ones(1, embeds.shape[1] + 4)
+    mask[:, :4] = 0
+    wrong = lm.model(inputs_embeds=padded, attention_mask=mask, cache_params=state.cache(lm), use_cache=True)
+    right = lm.model(inputs_embeds=embeds, cache_params=state.cache(lm), use_cache=True)
+    assert not torch.allclose(wrong.logits[:, -1], right.logits[:, -1], atol=1e-2)
+
+
+def test_the_size_does_not_depend_on_the_number_of_visual_tokens(lm: MambaLM, tmp_path: Path) -> None:
+    sizes = []
+    for count in (4, 784):
+        state = PrefixState.read(lm, torch.randn(1, count, 32))
+        state.save(tmp_path / f"{count}.safetensors", PrefixIdentity())
+        sizes.append((state.nbytes, (tmp_path / f"{count}.safetensors").stat().st_size))
+    assert sizes[0][0] == sizes[1][0] == 3 * 64 * (4 + 8) * 4
+    assert abs(sizes[0][1] - sizes[1][1]) <= 8  # the number itself is written down
+
+
+def test_precision_is_kept_on_disk(tmp_path: Path) -> None:
+    lm = make_lm(dtype=torch.bfloat16)
+    state = PrefixState.read(lm, torch.randn(1, 9, 32))
+    state.save(tmp_path / "a.safetensors", PrefixIdentity())
+    loaded, _ = PrefixState.load(tmp_path / "a.safetensors")
+    assert (loaded.conv.dtype, loaded.recurrent.dtype) == (state.conv.dtype, state.recurrent.dtype)
+    assert torch.equal(loaded.conv, state.conv) and torch.equal(loaded.recurrent, state.recurrent)
+    assert loaded.visual_tokens == 9
+    assert not list(tmp_path.glob("*.part"))
+
+
+# ------------------------------------------------------------------ identity
+
+
+@pytest.fixture
+def identity(lm: MambaLM) -> PrefixIdentity:
+    return PrefixIdentity.of_model(lm, vision="v" * 40, preprocessing="p" * 40, image="i" * 40, mask="none")
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("lm_size", "another language model"),
+        ("lm_weights", "other weights or another precision"),
+        ("vision", "another vision checkpoint"),
+        ("preprocessing", "another preprocessing"),
+        ("image", "another image"),
+        ("mask", "another lesion mask"),
+    ],
+)
+def test_what_differs_is_named_in_one_line(identity: PrefixIdentity, field: str, words: str) -> None:
+    identity.check(identity, "a.safetensors")
+    identity.check(PrefixIdentity(vision=identity.vision), "a.safetensors")  # the rest is not asked for
+    with pytest.raises(InputError, match=rf"a\.safetensors was made with {words}") as error:
+        identity.check(replace(identity, **{field: "other"}), "a.safetensors")
+    assert "\n" not in str(error.value)
+
+
+def test_names_may_change(identity: PrefixIdentity) -> None:
+    identity.check(replace(identity, lm_name="moved", image_name="renamed.nii.gz"), "a.safetensors")
+
+
+def test_identity_survives_the_file(lm: MambaLM, visual: Tensor, identity: PrefixIdentity, tmp_path: Path) -> None:
+    named = replace(identity, image_name="d:/胸部/0001.nii.gz")
+    PrefixState.read(lm, visual).save(tmp_path / "new folder" / "a.safetensors", named)
+    assert PrefixState.load(tmp_path / "new folder" / "a.safetensors")[1] == named
+
+
+def test_fingerprint_knows_other_weights_and_precisions(lm: MambaLM) -> None:
+    assert weights_fingerprint(make_lm().model) == weights_fingerprint(lm.model)
+    others = [make_lm(seed=1), make_lm(dtype=torch.bfloat16)]
+    assert all(weights_fingerprint(other.model) != weights_fingerprint(lm.model) for other in others)
+
+
+def test_a_state_of_another_size_does_not_enter_a_model(visual: Tensor, lm: MambaLM) -> None:
+    with pytest.raises(InputError, match="shapes"):
+        PrefixState.read(lm, visual).cache(make_lm(width=16))
+
+
+def test_files_that_are_no_state(lm: MambaLM, visual: Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(InputError, match="not found"):
+        PrefixState.load(path)
+    PrefixState.read(lm, visual).save(path, PrefixIdentity())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="truncated or damaged"):
+        PrefixState.load(path)
+    path.write_bytes(whole.replace(b'"version":"1"', b'"version":"9"'))
+    with pytest.raises(InputError, match="format version 9"):
+        PrefixState.load(path)
+    path.write_bytes(whole.replace(b"mamba-ct-image-state", b"some-other-tensors.."))
+    with pytest.raises(InputError, match="no image state"):
+        PrefixState.load(path)
+
+
+def test_time_to_first_token_is_measured_for_either_way(lm: MambaLM, visual: Tensor) -> None:
+    question = torch.tensor(lm.tokenizer.encode(QUESTIONS[0]))
+    assert seconds_to_first_token(lm, question, visual=visual) > 0
+    assert seconds_to_first_token(lm, question, state=PrefixState.read(lm, visual)) > 0
+    with pytest.raises(ValueError, match="or the state"):
+        seconds_to_first_token(lm, question)

@@ -1,0 +1,343 @@
+"""Int8 weights of our own: layers against the dequantised reference, decoding, quality, what must not be mixed."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from tokenizers import models as token_models
+from torch import Tensor, nn
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers.cache_utils import Cache
+
+from config.errors import InputError
+from models.language_model import int8_linear, mamba_backbone
+from models.language_model.cpu_decode import frozen_linear
+from models.language_model.int8_linear import Int8Head, Int8Linear, quantise_rows
+from models.language_model.mamba_lm import MambaLM
+from models.language_model.prefix_state import PrefixIdentity, PrefixState
+from models.language_model.quantisation import CONTRADICTION, QUANTISED, quantisation_quality, quantise_int8
+
+END = "<|endoftext|>"
+
+
+@pytest.fixture(params=[True, False], ids=["kernels", "plain"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Everything here holds with our compiled products and, as on a machine without numba, without them."""
+    if request.param and frozen_linear.product is None:
+        pytest.skip("numba does not import here")
+    if not request.param:
+        without_kernels(monkeypatch)
+    return request.param
+
+
+def without_kernels(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(frozen_linear, "product", None)
+    patch.setattr(mamba_backbone, "step", None)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks, and a last one that is not full, also in a small layer."""
+    monkeypatch.setattr(int8_linear, "BLOCK", {"cpu": 150, "other": 150})
+
+
+def layer(outputs: int = 37, inputs: int = 50, *, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
+
+
+def reference(narrow: Int8Linear, x: Tensor) -> Tensor:
+    bias = None if narrow.bias is None else narrow.bias.float()
+    return F.linear(x.float(), narrow.weight.float() * narrow.scale[:, None], bias)
+
+
+def byte_model(path: Path | None = None, dtype: torch.dtype = torch.float32) -> MambaLM:
+    torch.manual_seed(0)
+    end = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(token_models.WordLevel({END: 0, **{f"w{i}": i for i in range(1, 60)}}, END)),
+        eos_token=END, pad_token=END, unk_token=END,
+    )  # fmt: skip
+    config = MambaConfig(vocab_size=64, hidden_size=48, num_hidden_layers=3, state_size=8, tie_word_embeddings=True)
+    model = MambaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(10)  # logits that say something
+    if path is not None:
+        model.save_pretrained(path)
+        end.save_pretrained(path)
+    return MambaLM(model.to(dtype), end, "random")
+
+
+def int8_twin(lm: MambaLM) -> MambaLM:
+    twin = copy.deepcopy(lm)
+    quantise_int8(twin.model)
+    return twin
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    byte_model(tmp_path / "lm")
+    return str(tmp_path / "lm")
+
+
+# ------------------------------------------------------------------ the layer
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_no_weight_moves_by_more_than_half_a_step() -> None:
+    weight = layer().weight * torch.logspace(-20, 20, 37)[:, None]
+    weight[3], weight[4] = 0, 0
+    weight[4, 7] = -5
+    whole, scale = quantise_rows(weight)
+    assert whole.dtype is torch.int8 and whole.abs().max() == 127 and not (whole == -128).any()
+    assert scale.dtype is torch.float32 and scale[3] == 0 and whole[3].abs().max() == 0
+    assert whole[4, 7] == -127 and scale[4] == pytest.approx(5 / 127)
+    torch.testing.assert_close(scale, weight.abs().amax(1) / 127)
+    assert ((whole * scale[:, None] - weight).abs() <= scale[:, None] * 0.50001).all()
+
+
+def test_a_row_of_the_smallest_numbers_and_weights_that_are_no_numbers() -> None:
+    weight = torch.full((2, 4), 1e-44)
+    whole, scale = quantise_rows(weight)
+    assert (whole * scale[:, None]).isfinite().all()
+    for bad in (torch.inf, torch.nan):
+        with pytest.raises(ValueError, match="not finite"):
+            quantise_rows(torch.tensor([[1.0, bad]]))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(50,), (1, 50), (3, 1, 50), (2, 30, 50), (0, 50)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_outputs_equal_the_dequantised_reference(kernels: bool, dtype: torch.dtype, shape: tuple, bias: bool) -> None:
+    plain = layer(bias=bias)
+    plain.weight[5] = 0
+    narrow = Int8Linear.of(plain)
+    x = torch.randn(shape).to(dtype)
+    actual, expected = narrow(x), reference(narrow, x)
+    assert actual.dtype is dtype and actual.shape == (*shape[:-1], 37)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(actual.float(), expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(narrow.dequantised(), narrow.weight.float() * narrow.scale[:, None])
+    if bias and len(x):
+        torch.testing.assert_close(actual[..., 5].float(), plain.bias[5].expand(shape[:-1]), rtol=1e-2, atol=1e-3)
+
+
+def test_as_a_layer_it_is_near_the_one_it_was_made_from() -> None:
+    plain = layer(64, 256)
+    x = torch.randn(20, 256)
+    expected = plain(x)
+    assert 0 < (Int8Linear.of(plain)(x) - expected).abs().mean() < 0.01 * expected.abs().mean()
+
+
+@pytest.mark.usefixtures("kernels", "small_blocks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 50), (2, 30, 50)])
+def test_gradients_to_the_inputs_and_to_nothing_else(dtype: torch.dtype, shape: tuple) -> None:
+    narrow = Int8Linear.of(layer())
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    exact = x.detach().float().requires_grad_()
+    grad = torch.randn(*shape[:-1], 37)
+    narrow(x).backward(grad.to(dtype))
+    reference(narrow, exact).backward(grad.to(dtype).float())
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    assert x.grad.dtype is dtype
+    torch.testing.assert_close(x.grad.float(), exact.grad, rtol=tolerance, atol=tolerance)
+    assert all(p.grad is None and not p.requires_grad for p in narrow.parameters())
+
+
+def test_nothing_widened_is_kept_for_the_backward_pass() -> None:
+    narrow, kept = Int8Linear.of(layer()), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        narrow(torch.randn(20, 50, requires_grad=True))
+    assert kept and all(t.dtype is torch.int8 for t in kept if t.numel() >= narrow.weight.numel())
+
+
+def test_a_block_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_linear, "BLOCK", {"cpu": 200, "other": 200})
+    sizes: list[int] = []
+    real = int8_linear._widen
+    monkeypatch.setattr(int8_linear, "_widen", lambda w, *rest: sizes.append(w.numel()) or real(w, *rest))
+    x = torch.randn(20, 50, requires_grad=True)
+    Int8Linear.of(layer())(x).sum().backward()
+    assert sum(sizes) == 2 * 37 * 50 and max(sizes) <= 200
+
+
+def test_autocast_computes_and_widens_in_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes: set[torch.dtype] = set()
+    real = int8_linear._widen
+    monkeypatch.setattr(int8_linear, "_widen", lambda w, s, dtype: dtypes.add(dtype) or real(w, s, dtype))
+    narrow = Int8Linear.of(layer())
+    x = torch.randn(20, 50, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = narrow(x)
+    assert out.dtype is torch.bfloat16
+    out.float().sum().backward()
+    assert x.grad.dtype is torch.float32 and dtypes == {torch.bfloat16}
+    torch.testing.assert_close(x.grad, narrow.dequantised().sum(0).expand(20, 50), rtol=2e-2, atol=2e-2)
+
+
+def test_copies_casts_and_files_keep_it(tmp_path: Path) -> None:
+    narrow = Int8Linear.of(layer())
+    scale, x = narrow.scale.clone(), torch.randn(20, 50)
+    expected = narrow(x)
+    twin = copy.deepcopy(narrow)
+    assert twin.weight.data_ptr() != narrow.weight.data_ptr() and torch.equal(twin(x), expected)
+    for cast in (twin.bfloat16(), twin.half().float(), twin.to(torch.float64).cpu()):
+        assert cast.weight.dtype is torch.int8 and cast.scale.dtype is torch.float32
+        assert torch.equal(cast.scale, scale)
+    moved = copy.deepcopy(narrow).to("meta")
+    assert moved.weight.is_meta and moved.scale.is_meta
+    torch.save(narrow.state_dict(), tmp_path / "layer.pt")
+    other = Int8Linear.of(nn.Linear(50, 37))
+    other.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
+    assert torch.equal(other(x), expected)
+    assert isinstance(narrow, nn.Linear) and (narrow.in_features, narrow.out_features) == (50, 37)
+
+
+# ------------------------------------------------------------------ the model
+
+
+def test_the_large_matrices_become_int8_and_the_table_stays() -> None:
+    lm = byte_model()
+    table = lm.model.get_input_embeddings().weight
+    assert quantise_int8(lm.model) == 3 * 2 + 1
+    for block in lm.model.backbone.layers:
+        assert isinstance(block.mixer.in_proj, Int8Linear) and isinstance(block.mixer.out_proj, Int8Linear)
+        assert block.mixer.x_proj.weight.dtype is block.mixer.dt_proj.weight.dtype is torch.float32
+    head = lm.model.lm_head
+    assert isinstance(head, Int8Head) and head.weight is lm.model.get_input_embeddings().weight is table
+    assert head.narrow.weight.dtype is torch.int8
+    assert not any(p.requires_grad for p in lm.parameters())
+    large = [p for p in lm.model.backbone.layers.parameters() if p.numel() >= 96 * 48]
+    assert large and all(p.dtype is torch.int8 for p in large)
+
+
+@torch.no_grad()
+def decode(lm: MambaLM, rows: int, tokens: int = 4) -> tuple[Tensor, list[Tensor]]:
+    """Logits of some tokens after a prompt, and the states at the end."""
+    ids = torch.randint(1, 60, (rows, 5 + tokens), generator=torch.Generator().manual_seed(1))
+    cache: Cache = lm.model(input_ids=ids[:, :5], use_cache=True).cache_params
+    logits = [
+        lm.model(input_ids=ids[:, i : i + 1], cache_params=cache, use_cache=True).logits for i in range(5, 5 + tokens)
+    ]
+    return torch.cat(logits, 1), [t for one in cache.layers for t in (one.conv_states[0], one.recurrent_states[0])]
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "layers"),
+    [
+        (1, torch.float32, QUANTISED),
+        (5, torch.float32, QUANTISED),
+        (1, torch.bfloat16, QUANTISED),
+        (3, torch.bfloat16, QUANTISED),
+        (2, torch.float32, ("in_proj", "x_proj", "dt_proj", "out_proj")),
+    ],
+)
+def test_decoding_through_the_compiled_step_equals_plain(
+    rows: int, dtype: torch.dtype, layers: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if mamba_backbone.step is None:
+        pytest.skip("numba does not import here")
+    monkeypatch.setattr("models.language_model.quantisation.QUANTISED", layers)
+    lm = int8_twin(byte_model(dtype=dtype))
+    served: list[bool] = []
+    real = mamba_backbone.step
+    monkeypatch.setattr(mamba_backbone, "step", lambda *a: served.append((out := real(*a)) is not None) or out)
+    actual, states = decode(lm, rows)
+    assert served[-12:] == [rows <= 4] * 12
+    without_kernels(monkeypatch)
+    expected, plain_states = decode(lm, rows)
+    tolerance = 1e-4 if dtype is torch.float32 else 5e-2
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    for one, other in zip(states, plain_states, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+
+
+def test_a_step_notices_a_changed_scale() -> None:
+    lm = int8_twin(byte_model())
+    before, _ = decode(lm, 1)
+    lm.model.backbone.layers[0].mixer.in_proj.scale.mul_(2)
+    assert not torch.allclose(decode(lm, 1)[0], before, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_says_nearly_the_same(dtype: torch.dtype) -> None:
+    lm = byte_model(dtype=dtype)
+    ids = torch.randint(1, 60, (2, 40), generator=torch.Generator().manual_seed(0))
+    quality = quantisation_quality(lm, int8_twin(lm), ids)
+    assert 0 < quality.mean_difference < 0.05 * quality.deviation
+    assert quality.mean_difference < quality.max_difference < 0.5 * quality.deviation
+    assert quality.perplexity_ratio == pytest.approx(1, abs=0.02) and quality.perplexity_ratio != 1
+    assert quantisation_quality(lm, lm, ids)[:3] == (0, 0, 1)
+
+
+def test_quality_is_what_the_models_own_forwards_give() -> None:
+    lm, ids = byte_model(), torch.randint(1, 60, (2, 300))  # more positions than have logits at a time
+    twin = int8_twin(lm)
+    with torch.no_grad():
+        logits, changed = (m.model(input_ids=ids).logits[:, :-1].flatten(0, 1) for m in (lm, twin))
+    target = ids[:, 1:].flatten()
+    ratio = torch.exp(F.cross_entropy(changed, target) - F.cross_entropy(logits, target))
+    difference = (logits - changed).abs()
+    expected = (difference.max(), difference.mean(), ratio, logits.var(1, correction=0).mean().sqrt())
+    assert quantisation_quality(lm, twin, ids) == pytest.approx([float(value) for value in expected], rel=1e-4)
+
+
+def test_training_reaches_what_comes_before_the_model() -> None:
+    lm = byte_model()
+    twin, grads = int8_twin(lm), []
+    ids = torch.randint(1, 60, (2, 12))
+    for one in (lm, twin):
+        one.checkpointing(True)
+        embeds = lm.embed(ids).detach().requires_grad_()
+        total, count = one.answer_loss(embeds, ids)
+        (total / count).backward()
+        grads.append(embeds.grad)
+    assert all(p.grad is None for p in twin.parameters())
+    assert F.cosine_similarity(grads[0].flatten(), grads[1].flatten(), dim=0) > 0.99
+
+
+# ------------------------------------------------------------------ loading, states, flags
+
+
+@pytest.mark.usefixtures("kernels")
+def test_loaded_in_int8_and_written_with(folder: str) -> None:
+    for dtype in ("float32", "bfloat16"):
+        lm = MambaLM.load(folder, dtype=dtype, int8=True)
+        assert isinstance(lm.model.lm_head, Int8Head)
+        assert lm.model.lm_head.weight is lm.model.get_input_embeddings().weight
+        assert lm.model.lm_head.weight.dtype is getattr(torch, dtype)
+        embeds = lm.embed(torch.tensor([[1, 2, 3]]))
+        [text] = lm.generate(embeds, torch.ones(1, 3, dtype=torch.long), 5, min_new_tokens=5)
+        assert len(text.split()) == 5
+
+
+@pytest.mark.parametrize("made_in_int8", [True, False])
+def test_a_state_is_not_taken_up_by_the_other_kind(folder: str, made_in_int8: bool, tmp_path: Path) -> None:
+    maker, other = (MambaLM.load(folder, int8=kind) for kind in (made_in_int8, not made_in_int8))
+    state = PrefixState.read(maker, maker.embed(torch.tensor([[1, 2, 3]])))
+    state.save(tmp_path / "state.safetensors", PrefixIdentity.of_model(maker))
+    loaded, identity = PrefixState.load(tmp_path / "state.safetensors")
+    identity.check(PrefixIdentity.of_model(MambaLM.load(folder, int8=made_in_int8)), "state")
+    assert torch.equal(loaded.recurrent, state.recurrent)
+    with pytest.raises(InputError, match="another precision"):
+        identity.check(PrefixIdentity.of_model(other), "state")
+
+
+def test_both_ways_to_int8_contradict_each_other(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError) as caught:
+        MambaLM.load(folder, int8=True, load_in_8bit=True)
+    assert str(caught.value) == CONTRADICTION and "\n" not in CONTRADICTION
+    from scripts import check_image_to_text as script
+
+    flags = ["--checkpoint", "x.pt", "--llm_8bit", "--llm_int8"]
+    monkeypatch.setattr(sys, "argv", ["check_image_to_text.py", *flags])
+    with pytest.raises(InputError, match="--llm_8bit and --llm_int8"):
+        script.check_flags(script.parse_args())

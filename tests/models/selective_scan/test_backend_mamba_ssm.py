@@ -1,0 +1,269 @@
+"""The adapter to mamba-ssm, with a stand-in for the package: it needs a GPU and a CUDA tool chain to install.
+
+The stand-in has the package's limits as its source shows them, and takes its numbers from the reference.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import selective_scan
+from models.selective_scan import BackendUnavailable, backend_mamba_ssm, backend_torch
+from models.selective_scan.backend_reference import scan as reference_scan
+from models.selective_scan.selftest import expect_close
+
+NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+OPTIONAL = ("D", "z", "delta_bias")
+
+Function = Callable[..., tuple[Tensor, Tensor]]
+
+
+def kernel(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As ``mamba_ssm.selective_scan_fn``: the last state is returned, but backward does not see it."""
+    assert return_last_state
+    assert u.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for moving in (delta, B, C, *([] if z is None else [z])):
+        assert moving.dtype is u.dtype and moving.stride(-1) == 1
+    for fixed in (A, *(t for t in (D, delta_bias) if t is not None)):
+        assert fixed.dtype is torch.float32
+    assert A.shape[1] <= 256 and u.numel() > 0
+    y, last = reference_scan(u, delta, A, B, C, D, z, delta_bias, None, delta_softplus, False)
+    return y, last.detach()
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Function], None]]:
+    """Put a function in the place of the package's."""
+    caches = (backend_mamba_ssm._kernel, backend_mamba_ssm._other, selective_scan._resolve)
+    for cache in caches:
+        cache.cache_clear()
+
+    def put(function: Function) -> None:
+        package = ModuleType("mamba_ssm")
+        package.selective_scan_fn = function
+        monkeypatch.setitem(sys.modules, "mamba_ssm", package)
+
+    yield put
+    for cache in caches:
+        cache.cache_clear()
+
+
+def make_inputs(dtype: torch.dtype = torch.float32, length: int = 21) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random)
+
+    return {
+        "u": normal(2, length, 6).to(dtype).transpose(1, 2),
+        "delta": normal(2, 6, length).to(dtype),
+        "A": -torch.exp(normal(6, 4)),
+        "B": normal(2, length, 4).to(dtype).transpose(1, 2),
+        "C": normal(2, 4, length).to(dtype),
+        "D": normal(6),
+        "z": normal(2, 6, length).to(dtype),
+        "delta_bias": normal(6) - 1,
+        "initial_state": normal(2, 6, 4),
+    }
+
+
+def results(scan: Function, inputs: dict[str, Tensor], reverse: bool, use_last: bool = True) -> dict[str, Tensor]:
+    leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
+    y, last = scan(*(leaves.get(name) for name in NAMES), True, reverse)
+    random = torch.Generator().manual_seed(1)
+    grad_y, grad_last = (torch.randn(t.shape, generator=random).bfloat16().to(t.dtype) for t in (y, last))
+    outputs, grads = ([y, last], [grad_y, grad_last]) if use_last else ([y], [grad_y])
+    found = torch.autograd.grad(outputs, list(leaves.values()), grads)
+    assert all(g.dtype is t.dtype for g, t in zip(found, leaves.values(), strict=True))
+    return {"y": y, "last": last, **{f"grad {k}": g for k, g in zip(leaves, found, strict=True)}}
+
+
+def assert_equal_to_reference(
+    inputs: dict[str, Tensor], reverse: bool, tolerance: float, use_last: bool = True
+) -> None:
+    actual = results(backend_mamba_ssm.scan, inputs, reverse, use_last)
+    exact = {name: value.double() for name, value in inputs.items()}
+    for name, expected in results(reference_scan, exact, reverse, use_last).items():
+        expect_close(name, actual[name], expected, tolerance, "cpu")
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    "absent", [("initial_state",), ("initial_state", "D"), ("initial_state", *OPTIONAL), (), ("z",)]
+)
+@pytest.mark.parametrize("use_last", [False, True])
+def test_equals_the_reference(
+    install: Callable[[Function], None], absent: tuple[str, ...], reverse: bool, use_last: bool
+) -> None:
+    """With the gradient of the last state, and with the initial state, though the kernel knows neither."""
+    install(kernel)
+    inputs = {name: value for name, value in make_inputs().items() if name not in absent}
+    assert_equal_to_reference(inputs, reverse, 2e-5, use_last)
+
+
+@pytest.mark.parametrize("half", ["u", "delta", "B", "z", "all"])
+def test_mixed_dtypes_are_promoted(install: Callable[[Function], None], half: str) -> None:
+    """y is in the dtype of u; one float32 tensor among the others is not rounded."""
+    install(kernel)
+    names = ("u", "delta", "B", "C", "z") if half == "all" else (half,)
+    inputs = {k: v.bfloat16() if k in names else v for k, v in make_inputs().items() if k != "initial_state"}
+    assert backend_mamba_ssm.scan(*(inputs.get(k) for k in NAMES), True, False)[0].dtype is inputs["u"].dtype
+    assert_equal_to_reference(inputs, False, 2e-2)
+
+
+@pytest.mark.parametrize("unserved", ["an initial state", "no tokens", "300 states"])
+def test_what_the_kernel_cannot_do_goes_to_another_backend(
+    install: Callable[[Function], None], unserved: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the kernel was asked")
+
+    install(never)
+    inputs = make_inputs(length=0 if unserved == "no tokens" else 21)
+    if unserved != "an initial state":
+        del inputs["initial_state"]
+    if unserved == "300 states":
+        inputs.update(A=-torch.rand(6, 300), B=torch.randn(2, 300, 21), C=torch.randn(2, 300, 21))
+    tensors = [inputs.get(name) for name in NAMES]
+    with caplog.at_level(logging.INFO, logger=backend_mamba_ssm.__name__):
+        for _ in range(2):
+            y, last = backend_mamba_ssm.scan(*tensors, True, False)
+    expected_y, expected_last = backend_torch.scan(*tensors, True, False)
+    assert torch.equal(y, expected_y) and torch.equal(last, expected_last)
+    (message,) = (record.message for record in caplog.records)
+    assert message.startswith("selective scan on cpu: calls that mamba_ssm cannot serve go to torch (not triton: ")
+
+
+def test_a_single_step_is_the_other_backend(
+    install: Callable[[Function], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(kernel)
+    inputs = make_inputs()
+    state = inputs["initial_state"]
+    moving = {k: inputs[k][..., 0] for k in ("u", "delta", "B", "C", "z")}
+    arguments = (moving["u"], moving["delta"], inputs["A"], moving["B"], moving["C"], inputs["D"], moving["z"],
+                 inputs["delta_bias"], True)  # fmt: skip
+    expected_state, actual_state = state.clone(), state.clone()
+    expected = selective_scan.plain_state_update(expected_state, *arguments)
+    assert torch.equal(backend_mamba_ssm.state_update(actual_state, *arguments), expected)
+    assert torch.equal(actual_state, expected_state)
+    other = SimpleNamespace(state_update=lambda *_: "fused")
+    monkeypatch.setattr(backend_mamba_ssm, "_other", lambda _: other)
+    assert backend_mamba_ssm.state_update(actual_state, *arguments) == "fused"
+
+
+def test_memory_that_starts_at_an_odd_address_is_copied(install: Callable[[Function], None]) -> None:
+    def strict(u: Tensor, *others: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+        assert u.data_ptr() % 16 == 0 and u.is_contiguous()
+        return kernel(u, *others, **options)
+
+    install(strict)
+    inputs = make_inputs(length=16)
+    inputs["u"] = torch.randn(2 * 6 * 16 + 1)[1:].view(2, 6, 16)
+    backend_mamba_ssm.scan(*(inputs.get(name) for name in NAMES[:-1]), None, True, False)
+
+
+def test_the_last_state_is_its_own_memory(install: Callable[[Function], None]) -> None:
+    """The kernel's is a slice of its work space, which must be neither kept alive nor overwritten."""
+    space = {}
+
+    def sliced(*tensors: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+        y, last = kernel(*tensors, **options)
+        space["last"] = torch.stack((last, last), -1)[..., 1]
+        return y, space["last"]
+
+    install(sliced)
+    inputs = make_inputs()
+    _, last = backend_mamba_ssm.scan(*(inputs.get(name) for name in NAMES[:-1]), None, True, False)
+    assert last.is_contiguous() and last.data_ptr() != space["last"].data_ptr()
+
+
+def wrong_y(*tensors: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    y, last = kernel(*tensors, **options)
+    return y * 1.001, last
+
+
+def wrong_last(*tensors: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    y, last = kernel(*tensors, **options)
+    return y, last + 0.1
+
+
+def wrong_gradient(u: Tensor, *tensors: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    return kernel(u.detach() + 0.9 * (u - u.detach()), *tensors, **options)
+
+
+def not_a_number(*tensors: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    y, last = kernel(*tensors, **options)
+    return y + torch.nan, last
+
+
+def no_kernel_image(*_: Tensor, **__: object) -> tuple[Tensor, Tensor]:
+    raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors ...")
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (wrong_y, "its self-test on cpu gives wrong numbers: y is off by 1.0e-03"),
+        (wrong_last, "its self-test on cpu gives wrong numbers: the last state is off by "),
+        (wrong_gradient, "its self-test on cpu gives wrong numbers: the gradient of u is off by 1.0e-01"),
+        (not_a_number, "its self-test on cpu gives wrong numbers: y is off by nan"),
+        (no_kernel_image, "its self-test on cpu raises RuntimeError: CUDA error: no kernel image is available for"),
+    ],
+)
+def test_a_package_that_does_not_work_is_refused_in_one_line(
+    install: Callable[[Function], None], function: Function, reason: str
+) -> None:
+    install(function)
+    with pytest.raises(BackendUnavailable, match="^" + re.escape(reason)) as refused:
+        backend_mamba_ssm.check("cpu")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_package_that_works_is_accepted(install: Callable[[Function], None]) -> None:
+    install(kernel)
+    backend_mamba_ssm.check("cpu")
+
+
+def test_a_package_that_raises_when_imported(
+    install: Callable[[Function], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wheel for another torch ends in OSError or RuntimeError as often as in ImportError."""
+
+    def fail(name: str) -> ModuleType:
+        raise OSError(f"{name}.so: undefined symbol: _ZN3c10\nsecond line")
+
+    monkeypatch.setattr(backend_mamba_ssm.importlib, "import_module", fail)
+    with pytest.raises(
+        BackendUnavailable, match="^importing it fails: OSError: mamba_ssm.so: undefined symbol: _ZN3c10$"
+    ):
+        backend_mamba_ssm.check("cuda")
+
+
+def test_the_dispatcher_takes_it_first_on_a_gpu(
+    install: Callable[[Function], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(kernel)
+    check = backend_mamba_ssm.check
+    monkeypatch.setattr(backend_mamba_ssm, "check", lambda device_type: check("cpu"))  # there is no GPU here
+    monkeypatch.delenv(selective_scan.FORCE_VARIABLE, raising=False)
+    assert selective_scan._resolve("cuda", False, "") is backend_mamba_ssm.scan

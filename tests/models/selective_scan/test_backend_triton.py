@@ -1,0 +1,173 @@
+"""The Triton backend without a GPU: its numbers in Triton's interpreter, its types by compiling for GPUs.
+
+The interpreter must be chosen before Triton is imported, so those tests run in another process. They are the
+tests of test_selective_scan.py, with Triton as the backend.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from config.errors import InputError
+from models import selective_scan
+from models.selective_scan.selftest import check_scan
+
+pytest.importorskip("triton", reason="triton is not installed; requirements.txt has it for Linux on x86-64 only")
+
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from models.selective_scan import backend_triton, kernels_triton  # noqa: E402
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+# The interpreter is not thread-safe; the others do not ask the backend.
+LEFT_OUT = "thread or fork or gradcheck or without or gpu or preference or announced or unknown or refused"
+
+pytestmark = pytest.mark.skipif(backend_triton.INTERPRETED, reason="TRITON_INTERPRET is set for this process")
+
+
+@pytest.mark.slow
+def test_numbers_in_the_interpreter() -> None:
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH")))),
+    }
+    command = [sys.executable, "-m", "pytest", "-p", "fast_triton_interpreter", "-p", "no:cacheprovider"]
+    command += [str(HERE / "test_selective_scan.py"), "-k", f"not ({LEFT_OUT})"]
+    run = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT, env=environment)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    passed = int(re.search(r"(\d+) passed", run.stdout)[1])
+    assert passed >= 20, run.stdout[-2000:]
+
+
+class Recorder:
+    """Stands for a kernel: keeps what it is launched with."""
+
+    def __init__(self) -> None:
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self.args, self.kwargs = args, kwargs
+
+        return launch
+
+
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+
+
+def compiled(kernel: triton.JITFunction, launch: Recorder, capability: int) -> dict[str, Any]:
+    """The stages from Triton's own code to machine code, for the arguments of a launch."""
+    kwargs = dict(launch.kwargs)
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+    arguments = {**dict(zip(kernel.arg_names, launch.args, strict=False)), **kwargs}
+    assert list(arguments) == kernel.arg_names
+    signature, divisible = {}, {}
+    for i, (name, value) in enumerate(arguments.items()):
+        if name in kwargs:
+            signature[name] = "constexpr"
+        elif isinstance(value, torch.Tensor):
+            signature[name], divisible[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+            if name == "padded":
+                divisible[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, kwargs, divisible)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, states: int, full: bool) -> dict[str, Recorder]:
+    """What forward, backward and a single step launch; nothing is computed."""
+    recorders = {name: Recorder() for name in ("forward_kernel", "backward_kernel", "update_kernel")}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(backend_triton, name, recorder)
+    tile = torch.zeros(1, 64, 48, dtype=dtype)
+    per_channel, per_state = torch.zeros(64), torch.zeros(1, states, 48, dtype=dtype)
+    A, z = torch.zeros(64, states), tile if full else None
+    D, bias = (per_channel, per_channel) if full else (None, None)
+    first = torch.zeros(1, 64, states, requires_grad=True)
+    y, _ = backend_triton.scan(tile, tile, A, per_state, per_state, D, z, bias, first, full, not full)
+    y.sum().backward()
+    step = tile[..., 0]
+    backend_triton.state_update(
+        torch.zeros(1, 64, states), step, step, A, per_state[..., 0], per_state[..., 0],
+        D, step if full else None, bias, full,
+    )  # fmt: skip
+    return recorders
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "states", "full"),
+    [
+        (90, torch.bfloat16, 16, True),
+        (120, torch.bfloat16, 16, True),
+        (120, torch.float32, 3, False),
+        (90, torch.float16, 128, True),
+    ],
+)
+def test_compiles_for_gpus(
+    capability: int,
+    dtype: torch.dtype,
+    states: int,
+    full: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Down to machine code, which needs no GPU. The interpreter knows no types, so it misses such mistakes."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    shuffles = {}
+    for name, launch in launches(monkeypatch, dtype, states, full).items():
+        asm = compiled(getattr(kernels_triton, name), launch, capability)
+        assert len(asm["cubin"]) > 1000
+        shuffles[name] = asm["ptx"].count("shfl.")
+    if states == 16:  # what the layout was chosen for: a lane owns a channel
+        assert shuffles["forward_kernel"] == 0
+        assert shuffles["backward_kernel"] == 2 * backend_triton.CHUNK * 5  # dB and dC, five each for 32 lanes
+
+
+def test_on_the_cpu_it_wants_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(selective_scan.FORCE_VARIABLE, "triton")
+    x = torch.ones(1, 2, 3)
+    with pytest.raises(InputError, match="MAMBA_SCAN_BACKEND=triton cannot be used: .*TRITON_INTERPRET=1"):
+        selective_scan.selective_scan(x, x, -torch.ones(2, 2), x[:, :2], x[:, :2])
+
+
+def test_wrong_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a GPU compiled the kernels into something else."""
+    monkeypatch.setattr(backend_triton, "_forward", lambda inputs, *_, **__: (inputs[0], inputs[8], inputs[8]))
+    with pytest.raises(selective_scan.BackendUnavailable, match="wrong numbers: y is off by") as refused:
+        monkeypatch.setattr(backend_triton, "_backward", lambda inputs, *_: (*inputs, torch.zeros(2, 35, 3)))
+        monkeypatch.setattr(backend_triton, "INTERPRETED", True)
+        backend_triton.check("cpu")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_compiler_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC\nor install one")
+
+    monkeypatch.setattr(backend_triton, "_forward", fail)
+    monkeypatch.setattr(backend_triton, "INTERPRETED", True)
+    expected = "its self-test on cpu raises RuntimeError: Failed to find C compiler."
+    with pytest.raises(selective_scan.BackendUnavailable, match=f"^{re.escape(expected)}$"):
+        backend_triton.check("cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_numbers_on_a_gpu() -> None:
+    backend_triton.check("cuda")
+    check_scan(backend_triton.scan, "cuda", channels=200, length=300, states=16)
+    check_scan(backend_triton.scan, "cuda", channels=70, length=100, states=100)
