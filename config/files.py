@@ -1,0 +1,45 @@
+"""Atomic writing: a file has its old content or its new one, whatever interrupts the writer."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """A path beside ``target`` to write to; renamed to ``target`` when the block ends, removed when it raises.
+
+    The temporary name keeps the target's suffixes, by which libraries choose a format. The file is flushed to the
+    disk before it is renamed, so that a power failure cannot leave an empty file under the final name.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".part-{os.getpid()}-{target.name}")
+    try:
+        yield part
+        with part.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write UTF-8 text atomically, with line ends as they are in ``text``."""
+    with atomic_path(target) as part:
+        part.write_text(text, encoding="utf-8", newline="")
+
+
+def replace(source: Path, target: Path, attempts: int = 10) -> None:
+    """Rename over ``target``; on Windows a virus scanner or viewer can hold the target for a moment."""
+    for attempt in range(attempts):
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            if attempt == attempts - 1:
+                raise
+            time.sleep(0.2)
