@@ -53,7 +53,7 @@ class Job:
     @property
     def told(self) -> list[str]:
         """What the model is told of lesions beside the image."""
-        by_lesion = self.table.data.framing.policy in ("mask", "nnunet")
+        by_lesion = self.table.data.view_selection.policy in ("mask", "nnunet")
         squares = self.passes.writer.model.vision.bridge.local_side > 0
         return [*(["heights of slices"] if by_lesion else []), *(["squares of lesions"] if squares else [])]
 
