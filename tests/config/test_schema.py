@@ -69,7 +69,7 @@ def test_commented_keys_load_once_uncommented(tmp_path):
 
 def test_shipped_values_of_the_network_are_the_defaults():
     config, defaults = load_config(), Config()
-    for key in keys_with_role("arch") + keys_with_role("run"):
+    for key in keys_with_role("arch") + keys_with_role("tokens") + keys_with_role("run"):
         assert getattr(config, key) == getattr(defaults, key), key
 
 
@@ -237,7 +237,7 @@ def test_resolved_names_an_empty_key(tmp_path):
 
 def test_every_field_has_a_role_and_one_line_of_documentation():
     for name, entry in FIELDS.items():
-        assert entry.metadata["role"] in ("path", "place", "arch", "run"), name
+        assert entry.metadata["role"] in ("path", "place", "arch", "tokens", "run"), name
         assert entry.metadata["doc"] and "\n" not in entry.metadata["doc"], name
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().slices = 2
@@ -350,3 +350,9 @@ def test_written_configuration_has_every_key_and_its_comment(tmp_path):
     assert list(yaml.safe_load(text)) == list(FIELDS)
     for name, entry in FIELDS.items():
         assert f"# {entry.metadata['doc']}\n{name}:" in text
+
+
+@pytest.mark.parametrize(("key", "value"), [("bridge_pool", "after"), ("cmi_kind", "gated")])
+def test_a_choice_that_no_longer_exists_says_what_to_do(key, value):
+    with pytest.raises(InputError, match=f"'{key}' is no longer a choice .*: delete the line"):
+        build_config({key: value}, "test")
