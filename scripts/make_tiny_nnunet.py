@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from config.nnunet_plans import PreprocessPlan
 from data.cache import VolumeCache
-from data.imaging.nifti import read_mask, read_volume
+from data.imaging.reader import read_mask, read_volume
 from data.phantom.finding import FINDING_TYPES
 from data.tables.caption_table import CaptionRow, read_caption_table
 from data.view_selection import centred

@@ -12,7 +12,8 @@ from scipy import ndimage
 
 from config.errors import InputError
 from config.nnunet_plans import Intensity, PreprocessPlan, Resampling, resolve_configuration
-from data.imaging.nifti import Volume, read_mask, read_volume
+from data.imaging.reader import read_mask, read_volume
+from data.imaging.volume import Volume
 from data.nnunet_preprocess import VoxelMap, normalize, preprocess
 from data.resampling import new_shape, resample_image, resample_labels, separate_axis, spline_matrix
 
