@@ -105,6 +105,8 @@ class Framing:
             seen = [z - ahead for z in lower]
             ranges = [(round(z), max(round(z + height), round(z) + 1)) for z in seen]
             position = ((torch.tensor(lower) + height / 2) / volume.image.shape[1]).clamp(0, 1)
+        if volume.first_slice_is_highest:
+            position = 1 - position
         shown = zip(lesion_of_each(volume.lesions, ranges), ranges, strict=True)
         roi = torch.tensor([_square(lesion, span, starts, sizes) for lesion, span in shown])
         return View(images, position, roi)

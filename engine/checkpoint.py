@@ -252,7 +252,7 @@ def load_vision_weights(vision: VisionBridge, checkpoint: Checkpoint) -> list[st
 # What the weights were trained with; another value would load and give other tokens in silence.
 _FIXED = (
     "encoder_output_stage", "encoder_target_spatial", "bridge_depth", "bridge_width", "bridge_mixer", "bridge_pool",
-    "roi_side", "roi_policy",
+    "roi_side", "roi_policy", "image_axis_order",
 )  # fmt: skip
 _FREE = ("max_visual_tokens", "slices", "use_cmi", "cmi_compress_to")
 
