@@ -123,6 +123,8 @@ def make_plans(intensity: dict[str, float], spacing: float, features: list[int])
         "resampling_fn_seg": "resample_data_or_seg_to_shape",
         "resampling_fn_data_kwargs": {"is_seg": False, **resampling},
         "resampling_fn_seg_kwargs": {"is_seg": True, **resampling, "order": 1},
+        "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+        "resampling_fn_probabilities_kwargs": {"is_seg": False, **resampling, "order": 1},
         "architecture": architecture,
     }
     return {
