@@ -52,6 +52,12 @@ class Config:
                                 role="run", minimum=0)  # fmt: skip
     # encoder
     nnunet_encoder_checkpoint: str | None = _key(None, "your nnU-Net checkpoint_best.pth", role="path")
+    image_axis_order: Literal["canonical", "file"] = _key(
+        "canonical",
+        "canonical: volumes are turned to LPS; file: they keep the axis order of their file, as nnU-Net's SimpleITKIO "
+        "and NibabelIO read them (for a network that was trained on files of another order)",
+        role="arch",
+    )
     encoder_output_stage: int | None = _key(
         None,
         "encoder stage used (empty: the deepest that still fills the token grid)",

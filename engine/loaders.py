@@ -33,13 +33,13 @@ def load_encoder(config: Config) -> tuple[NnUNetEncoder, PreprocessPlan]:
         target_spatial=config.encoder_target_spatial,
         planes=config.slices,
     )
-    return encoder, PreprocessPlan.from_nnunet(source.plans, source.configuration)
+    return encoder, PreprocessPlan.from_nnunet(source.plans, source.configuration, config.image_axis_order)
 
 
 def load_plan(config: Config) -> PreprocessPlan:
     """The plan alone, for what prepares data. Raises InputError as :func:`load_encoder` does."""
     source = load_nnunet_checkpoint(config.resolved("nnunet_encoder_checkpoint"))
-    return PreprocessPlan.from_nnunet(source.plans, source.configuration)
+    return PreprocessPlan.from_nnunet(source.plans, source.configuration, config.image_axis_order)
 
 
 def build_loaders(

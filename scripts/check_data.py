@@ -27,9 +27,10 @@ from data.checks.data_check import CheckedImage, check_image, compare_rows
 from data.checks.problems import Problem, from_error
 from data.tables.caption_table import CaptionRow, TableScan, read_prompts, scan_caption_table
 from engine.cli import run_main
-from engine.contact_sheet import ModelView, draw_case, write_sheet
+from engine.figures import ModelView, draw_case, write_sheet
 
 EXIT_UNUSABLE = 1
+OPPOSITE = dict(zip("LRPASI", "RLAPIS", strict=True))
 
 
 def parse_args() -> argparse.Namespace:
@@ -101,11 +102,13 @@ def model_view(config: Config) -> Callable[[CheckedImage], ModelView] | None:
         grey = (-2.0, 2.0)
 
     def view(checked: CheckedImage) -> ModelView:
-        images, position, _ = framing.select(cache.get(checked.row.image_path, checked.row.mask_path))
+        cached = cache.get(checked.row.image_path, checked.row.mask_path)
+        images, position, _ = framing.cut(cached)
         depth = len(checked.volume.array)
         planes = images[:, 0] if encoder.dim == 2 else images[0, [images.shape[1] // 2]]
         slices = [min(max(round(float(p) * depth - 0.5), 0), depth - 1) for p in position]
-        return ModelView(planes, grey, slices, ("R", "L") if plan.orientation[0] == "L" else ("L", "R"))
+        along_rows = cached.axcodes[2 - plan.transpose_forward[2]]
+        return ModelView(planes, grey, slices, (OPPOSITE[along_rows], along_rows))
 
     return view
 
@@ -127,7 +130,8 @@ def look(scans: dict[str, TableScan], args: argparse.Namespace, config: Config) 
         if checked.volume is not None and not args.quick:
             picture = args.out / "cases" / f"{name}_{row.number:04d}.png"
             try:
-                draw_case(checked, view(checked) if view and usable else None, picture)
+                text = f"row {row.number}\n{row.image_path.name}\n\n{row.answer}"
+                draw_case(picture, checked.volume, checked.mask, view(checked) if view and usable else None, text)
             except InputError as error:  # preprocessing refuses it: an error of this row like any other
                 problems.append(replace(from_error(row.number, row.image_path, error), table=name))
                 picture = None

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from config.nnunet_plans import PreprocessPlan
 from data.cache import VolumeCache
-from data.imaging.nifti import read_mask, read_volume
+from data.imaging.reader import read_mask, read_volume
 from data.phantom.finding import FINDING_TYPES
 from data.tables.caption_table import CaptionRow, read_caption_table
 from data.view_selection import centred
@@ -123,6 +123,8 @@ def make_plans(intensity: dict[str, float], spacing: float, features: list[int])
         "resampling_fn_seg": "resample_data_or_seg_to_shape",
         "resampling_fn_data_kwargs": {"is_seg": False, **resampling},
         "resampling_fn_seg_kwargs": {"is_seg": True, **resampling, "order": 1},
+        "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+        "resampling_fn_probabilities_kwargs": {"is_seg": False, **resampling, "order": 1},
         "architecture": architecture,
     }
     return {

@@ -139,6 +139,7 @@ def show(out: Path, summary: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from data.imaging.reader import read_mask, read_volume
     from engine.figures import draw_case
 
     table = Table(title="held-out cases", show_lines=True)
@@ -148,7 +149,8 @@ def show(out: Path, summary: dict) -> None:
     cases = summary["cases"][:: max(1, len(summary["cases"]) // SHOWN)][:SHOWN]
     for number, case in enumerate(cases):
         picture = out / f"held_out_{number}.png"
-        draw_case(Path(case["image"]), Path(case["mask"]), picture)
+        volume = read_volume(case["image"])
+        draw_case(picture, volume, read_mask(case["mask"], volume))
         table.add_row(str(picture), case["reference"], case["generated"])
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     keys = ("location_acc", "type_acc", "size_within_4mm", "exact_acc", "garbled_rate")

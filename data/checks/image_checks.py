@@ -22,6 +22,7 @@ BONE_HU = 300
 _GRID_MM = 4.0  # the lungs are looked for on a coarse grid
 _PLANE_MM, _STEP_MM = (0.3, 3.0), (0.2, 10.0)
 _LENGTH_MM, _WIDTH_MM = (180.0, 800.0), (200.0, 700.0)
+_MOST_LABELS = 32  # distinct values of a label map on the coarse grid; an 8-bit picture has more
 _LEAST_LUNG_LITRES = 0.7
 _CUT_SHARE = 0.4  # of the largest lung area: where the outermost slice has so much, the lung goes on beyond it
 _SPINE_SHARE = 0.05  # of the body's depth; real scans have -0.16 to -0.09 here, mirrored ones the opposite
@@ -73,16 +74,19 @@ def _unit(coarse: np.ndarray) -> list[Problem]:
     lowest, highest = (float(v) for v in np.percentile(inside, (0.5, 99.5))) if inside.size else (low, low)
     span = f"values run from {low:.6g} to {high:.6g}"
     if lowest > -400:
+        labels = np.unique(coarse)
+        if low >= 0 and labels.size <= _MOST_LABELS and np.array_equal(labels, np.rint(labels)):
+            words = f"{span}: {labels.size} whole numbers, a label map and no CT"
+            return [_wrong(words, "name the CT as the image, and the label map as the mask")]
         if low >= 0 and high <= 1:
             return [_wrong(f"{span}: scaled to 0 to 1, not HU", "export the CT without scaling")]
         if low >= 0 and high <= 255:
             return [_wrong(f"{span}: an 8-bit picture, not HU", "export the CT itself, not its window")]
         if low >= 0:
-            return [
-                _wrong(
-                    f"{span}: without air at -1000; the intercept (-1024) is missing", "convert the DICOM series again"
-                )
-            ]
+            if float(np.mean((coarse > 824) & (coarse < 1324))) > 0.02:  # soft tissue, 1024 too high
+                words = f"{span}: without air at -1000; the intercept (-1024) is missing, or this is no CT"
+                return [_wrong(words, "convert the DICOM series again")]
+            return [_wrong(f"{span}: no air and no soft tissue in HU; no CT (MR or PET?)", "name the CT as the image")]
         if high < 20:
             return [_wrong(f"{span}: normalised, not HU", "export the CT without normalisation")]
         return [_wrong(f"{span}: hardly any air, expected lungs near -850 HU; no chest CT, or not in HU")]

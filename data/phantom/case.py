@@ -6,17 +6,14 @@
 
 from __future__ import annotations
 
-import gzip
-import io
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
+from data.imaging.nifti import write_volume
 from data.phantom.anatomy import build_chest, finish, sample_grid, sample_patient
 from data.phantom.canvas import Grid
 from data.phantom.finding import Finding
@@ -78,26 +75,6 @@ def make_case(seed: int | Sequence[int], wanted: Sequence[tuple[str, str, str]],
 def write_case(phantom: Phantom, image_path: Path, mask_path: Path) -> tuple[int, int]:
     """Write image (int16 HU) and mask (uint8); returns the CRC-32 of each file."""
     hu = np.clip(np.rint(phantom.hu), -1024, 3071).astype(np.int16)
-    return (
-        _write_nifti(image_path, hu, phantom.spacing),
-        _write_nifti(mask_path, phantom.mask, phantom.spacing),
-    )
-
-
-def _write_nifti(path: Path, volume: np.ndarray, spacing: tuple[float, float, float]) -> int:
-    """Write [Z, Y, X] as ``.nii.gz`` in LPS orientation, atomically; returns the file's CRC-32.
-
-    The bytes depend on the content alone: the gzip header carries neither time nor name.
-    """
-    sz, sy, sx = spacing
-    image = nib.Nifti1Image(volume.transpose(2, 1, 0), np.diag([-sx, -sy, sz, 1.0]))
-    image.header.set_xyzt_units("mm")
-    image.set_qform(image.affine, code=1)
-    image.set_sform(image.affine, code=1)
-    packed = io.BytesIO()
-    with gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=packed, mtime=0) as stream:
-        stream.write(image.to_bytes())
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(packed.getvalue())
-    temporary.replace(path)
-    return zlib.crc32(packed.getvalue())
+    write_volume(image_path, hu, phantom.spacing)
+    write_volume(mask_path, phantom.mask, phantom.spacing)
+    return zlib.crc32(image_path.read_bytes()), zlib.crc32(mask_path.read_bytes())

@@ -12,7 +12,7 @@ from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 
-from data.imaging.dicom_files import DICOM_SUFFIXES
+from data.imaging.dicom import DICOM_SUFFIXES
 from data.imaging.reader import SUFFIXES
 
 _SKIPPED = (".img", ".img.gz")  # the .hdr stands for the pair
