@@ -53,7 +53,7 @@ def test_a_chest_in_hu_raises_no_doubt(chest):
         (lambda hu: np.clip(hu + 1024, 0, None), "error: values run from 0 to"),
         (lambda hu: np.clip(hu + 1024, 0, None), "intercept (-1024) is missing"),
         (lambda hu: np.clip((hu + 1350) / 1500, 0, 1), "scaled to 0 to 1"),
-        (lambda hu: np.rint(np.clip((hu + 1350) / 1500, 0, 1) * 255), "8-bit picture"),
+        (lambda hu: np.rint(np.clip((hu + 1350) / 1500, 0, 1) * 255), "8-bit image"),
         (lambda hu: (hu + 300) / 400, "normalised, not HU"),
         (lambda hu: hu / 5 - 50, "hardly any air"),
         (lambda hu: hu - 1024, "hardly any soft tissue"),
