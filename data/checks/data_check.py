@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +23,16 @@ from data.tables.caption_table import CaptionRow
 _SHORT_REPORT = 8  # characters
 
 
-@dataclass(frozen=True)
+@dataclass
 class CheckedImage:
     """One row's image after its check; what could not be read is None. ``digest`` is of the voxels."""
 
     row: CaptionRow
-    header: ImageHeader | None
-    volume: Volume | None
-    mask: np.ndarray | None
-    digest: str
-    problems: list[Problem]
+    header: ImageHeader | None = None
+    volume: Volume | None = None
+    mask: np.ndarray | None = None
+    digest: str = ""
+    problems: list[Problem] = field(default_factory=list)
 
 
 def quick_check(*tables: Sequence[CaptionRow]) -> None:
@@ -47,41 +47,41 @@ def quick_check(*tables: Sequence[CaptionRow]) -> None:
 
 def check_image(row: CaptionRow, quick: bool = False) -> CheckedImage:
     """All problems of one row's image, mask and text. Raises nothing that its files cause."""
+    checked = CheckedImage(row)
     problems = _text_problems(row)
-    header: ImageHeader | None = None
-    volume: Volume | None = None
-    mask: np.ndarray | None = None
-    digest = ""
     try:
-        header = read_header(row.image_path)
-        problems += check_header(header)
+        checked.header = read_header(row.image_path)
+        problems += check_header(checked.header)
         if not quick:
-            volume = read_volume(row.image_path)
+            checked.volume = volume = read_volume(row.image_path)
             problems += check_volume(volume)
-            digest = hashlib.blake2b(volume.array, digest_size=16, salt=b"%d" % volume.array.shape[0]).hexdigest()
+            digest = hashlib.blake2b(volume.array, digest_size=16, salt=b"%d" % volume.array.shape[0])
+            checked.digest = digest.hexdigest()
     except InputError as error:
         problems.append(from_error(row.number, row.image_path, error))
-    if row.mask_path is not None:
-        try:
-            labels = read_header(row.mask_path)
-            if quick and header is not None:  # the full check compares the voxels' exact positions
-                problems += _other_grid(row.mask_path, header, labels)
-            if volume is not None:
-                mask = read_mask(row.mask_path, volume)
-                if not mask.any():
-                    problems.append(Problem(0, "the mask is empty", "it selects no slice", level="note"))
-        except InputError as error:
-            problems.append(from_error(row.number, row.mask_path, error))
-    named = [replace(p, row=row.number, image=p.image or str(row.image_path)) for p in problems]
-    return CheckedImage(row, header, volume, mask, digest, list(dict.fromkeys(named)))
+    try:
+        if row.mask_path is not None:
+            problems += _mask_problems(checked, row.mask_path, quick)
+    except InputError as error:
+        problems.append(from_error(row.number, row.mask_path, error))
+    named = (replace(p, row=row.number, image=p.image or str(row.image_path)) for p in problems)
+    checked.problems = list(dict.fromkeys(named))
+    return checked
 
 
-def _other_grid(mask: Path, header: ImageHeader, labels: ImageHeader) -> list[Problem]:
+def _mask_problems(checked: CheckedImage, path: Path, quick: bool) -> list[Problem]:
+    """Read the mask into ``checked``; a quick check compares the headers' grids only."""
+    labels, header = read_header(path), checked.header
+    if checked.volume is not None:
+        checked.mask = read_mask(path, checked.volume)
+        return [] if checked.mask.any() else [Problem(0, "the mask is empty", "it selects no slice", level="note")]
+    if not quick or header is None:
+        return []
     if np.allclose(labels.extent_mm, header.extent_mm, rtol=1e-2) and sorted(labels.shape) == sorted(header.shape):
         return []
     of_mask, of_image = (" x ".join(f"{size:.0f}" for size in one.extent_mm) for one in (labels, header))
     words = f"mask has {labels.shape} voxels over {of_mask} mm, its image {header.shape} over {of_image} mm"
-    return [Problem(0, words, "the mask must be drawn on the image's own grid", str(mask))]
+    return [Problem(0, words, "the mask must be drawn on the image's own grid", str(path))]
 
 
 def _text_problems(row: CaptionRow) -> list[Problem]:

@@ -14,7 +14,6 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,6 @@ def _read_csv(path: Path, text: str) -> list[list[str]]:
     """Cells of every row. The separator is a comma, or a tab or semicolon where the header has no comma."""
     import pandas as pd
 
-    text = text.lstrip("\ufeff")
     header = text.lstrip("\r\n").partition("\n")[0]
     delimiter = "," if "," in header else max("\t;", key=header.count)
     columns = range(header.count(delimiter) + 1 + _SPARE_COLUMNS)
@@ -148,8 +146,8 @@ def _table(path: Path, rows: list[list[str]], notes: list[str]) -> Table:
     header = [name.strip() for name in rows[0]] if rows else []
     if not any(header):
         raise InputError(f"{path} is empty; expected a header: image_path,question,answer[,mask_path]")
-    for name in header:
-        if name and header.count(name) > 1:
+    for name in filter(None, header):
+        if header.count(name) > 1:
             raise InputError(f"{path} has two columns '{' '.join(name.split())[:100]}'; keep one")
     problems, records = [], []
     for number, cells in enumerate(rows[1:], start=2):
@@ -166,62 +164,58 @@ def _read_records(path: Path, text: str, notes: list[str]) -> Table:
     table = Table([], [], notes)
     for number, record in _parse_json(path, text):
         try:
-            rows = list(_record_rows(record))
+            table.rows.extend((number, row) for row in _record_rows(record))
         except ValueError as error:
             image = str(record.get("image", "")) if isinstance(record, dict) else ""
             table.problems.append(Problem(number, str(error), _RECORD, image))
-            continue
-        table.rows.extend((number, row) for row in rows)
     table.columns.extend(dict.fromkeys(name for _, row in table.rows for name in row))
     return table
 
 
 def _parse_json(path: Path, text: str) -> list[tuple[int, Any]]:
     """Number and content of every entry. Raises InputError if the file is no JSON, or no list of records."""
-    if path.suffix.lower() == ".jsonl":
-        lines = enumerate(text.split("\n"), start=1)
-        return [(number, _parse(path, line, f"line {number}: ")) for number, line in lines if line.strip()]
-    content = _parse(path, text)
+    jsonl = path.suffix.lower() == ".jsonl"
+    entries, number = [], 0
+    try:
+        for number, line in enumerate(text.split("\n") if jsonl else [text], start=1):
+            if line.strip() or not jsonl:
+                entries.append((number, json.loads(line)))
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
+        where = f"line {number}: " if jsonl else ""
+        raise InputError(f"{path} is not JSON: {where}{error}; {_RECORD}") from error
+    if jsonl:
+        return entries
+    content = entries[0][1]
     if not isinstance(content, list):
         keys = f" with the keys {', '.join(list(content)[:5])}" if isinstance(content, dict) else ""
         raise InputError(f"{path} holds a {type(content).__name__}{keys}, expected a list of records; {_RECORD}")
     return list(enumerate(content, start=1))
 
 
-def _parse(path: Path, text: str, where: str = "") -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
-        raise InputError(f"{path} is not JSON: {where}{error}; {_RECORD}") from error
-
-
-def _record_rows(record: object) -> Iterator[dict[str, str]]:
+def _record_rows(record: object) -> list[dict[str, str]]:
     """One row per question and answer. Raises ValueError, with the reason, for what is no record."""
     if not isinstance(record, dict):
         raise ValueError(f"is a {type(record).__name__}, not a record")
     plain = {key: _text(key, value) for key, value in record.items() if key not in ("conversations", "messages")}
     turns = record.get("conversations", record.get("messages"))
     if turns is None:
-        yield plain
-        return
+        return [plain]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("'conversations' is no list of turns")
-    question: str | None = None
-    answered = False
+    texts: list[str] = []
     for turn in turns:
         speaker = str(turn.get("from", turn.get("role", ""))).lower()
-        value = turn.get("value", turn.get("content"))
-        if not isinstance(value, str):
+        text = turn.get("value", turn.get("content"))
+        if not isinstance(text, str):
             raise ValueError(f"a turn of '{speaker}' has no text")
-        if speaker in _QUESTION and question is None:
-            question = value.replace("<image>", "").strip()
-        elif speaker in _ANSWER and question is not None:
-            yield {**plain, "question": question, "answer": value}
-            question, answered = None, True
+        if speaker in (_ANSWER if len(texts) % 2 else _QUESTION):
+            texts.append(text)
         elif speaker != "system":
             raise ValueError(f"a turn of '{speaker}' is out of turn")
-    if question is not None or not answered:
+    if not texts or len(texts) % 2:
         raise ValueError("a question has no answer")
+    pairs = zip(texts[::2], texts[1::2], strict=True)
+    return [{**plain, "question": ask.replace("<image>", "").strip(), "answer": answer} for ask, answer in pairs]
 
 
 def _text(key: str, value: Any) -> str:
