@@ -129,16 +129,15 @@ def compare_rows(train: Sequence[CaptionRow], val: Sequence[CaptionRow], digests
 
 
 def _duplicates(rows: Sequence[CaptionRow], content: Callable[[CaptionRow], str], table: str) -> Iterator[Problem]:
-    seen: dict[str, CaptionRow] = {}
-    for later in rows:
-        earlier = seen.get(content(later))
-        seen[content(later)] = later
-        if earlier is None or earlier.question != later.question:  # two questions about one image are no duplicate
-            continue
-        words = f"has the image of row {earlier.number} and another report"
-        if earlier.answer == later.answer:
-            words = f"says the same as row {earlier.number}: same image, question and report"
-        yield Problem(later.number, words, "keep one of them", str(later.image_path), level="warning", table=table)
+    seen: dict[tuple[str, str], CaptionRow] = {}  # by image and question: two questions about one image may stand
+    for row in rows:
+        key = content(row), row.question
+        if key in seen:
+            words = f"has the image of row {seen[key].number} and another report"
+            if seen[key].answer == row.answer:
+                words = f"says the same as row {seen[key].number}: same image, question and report"
+            yield Problem(row.number, words, "keep one of them", str(row.image_path), level="warning", table=table)
+        seen[key] = row
 
 
 def _shared(

@@ -1,4 +1,4 @@
-"""Plausibility of a readable image as a chest CT in HU: each doubt in plain words, with what to do.
+"""Plausibility of a readable image as a chest CT in HU: each warning with what to do.
 
 The reader refuses what is impossible. These checks find the mistakes that a file survives: a wrong unit, a missing
 intercept, half a chest, conflicting directions. The limits are for adults, with a margin.

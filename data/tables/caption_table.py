@@ -1,8 +1,8 @@
 """Tables of images and reports, one case a row, and the prompt JSON.
 
-The plain form is ``image_path,question,answer[,mask_path]`` (RadFM's). ``columns`` lists other names of these columns,
-``image_index`` finds the file of an examination number. Sections in separate columns are joined into one report.
-Nothing is dropped in silence: one bad row refuses the table and names the row.
+The standard form is ``image_path,question,answer[,mask_path]`` (RadFM's). ``columns`` lists other names of these
+columns; ``image_index`` finds the file of an examination number. Sections in separate columns are joined into one
+report. No row is dropped in silence: one bad row refuses the table, and the error names it.
 """
 
 from __future__ import annotations
@@ -85,10 +85,7 @@ def scan_caption_table(
     Raises:
         InputError: the table itself cannot be read, has no image or no report column, or no rows.
     """
-    if not path.is_file():
-        raise InputError(
-            f"table not found: {path}; set caption_csv_train / caption_csv_val in the configuration{_hint(path)}"
-        )
+    _require(path, "table", "caption_csv_train / caption_csv_val")
     table = read_table(path)
     if table.problems and not table.rows:
         return TableScan([], table.problems, table.notes)
@@ -202,8 +199,11 @@ def join_sections(sections: dict[str, str]) -> str:
     return space.join(parts)
 
 
-def _hint(path: Path) -> str:
-    return "; the synthetic data set is made by: python scripts/quickstart.py" if "quickstart" in path.parts else ""
+def _require(path: Path, what: str, keys: str) -> None:
+    if not path.is_file():
+        shipped = "quickstart" in path.parts  # as in the configuration of a fresh clone
+        hint = "; the synthetic data set is made by: python scripts/quickstart.py" if shipped else ""
+        raise InputError(f"{what} not found: {path}; set {keys} in the configuration{hint}")
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -212,8 +212,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         InputError: missing, not JSON, or no list of texts under that key.
     """
-    if not path.is_file():
-        raise InputError(f"prompt file not found: {path}; set caption_prompt_json in the configuration{_hint(path)}")
+    _require(path, "prompt file", "caption_prompt_json")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # not JSON, or not UTF-8

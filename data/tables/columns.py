@@ -48,21 +48,22 @@ ALIASES: dict[str, tuple[str, ...]] = {
 
 def find_columns(columns: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The column of each role, and a note for every alias and every column that is not used."""
-    plain = {_plain(name): name for name in reversed(columns)}
+    by_key = {_key(name): name for name in reversed(columns)}
     chosen: dict[str, str] = {}
     notes = []
     for role, aliases in ALIASES.items():
-        found = list(dict.fromkeys(plain[_plain(alias)] for alias in aliases if _plain(alias) in plain))
+        keys = dict.fromkeys(map(_key, aliases))
+        found = [by_key[key] for key in keys if key in by_key]
         if not found:
             continue
         chosen[role] = found[0]
         if found[0] != role:
             notes.append(f"column '{found[0]}' is taken as {role}")
         if len(found) > 1:
-            notes.append(f"columns {', '.join(repr(name) for name in found[1:])} are not used: '{found[0]}' is {role}")
+            notes.append(f"columns {', '.join(map(repr, found[1:]))} are not used: '{found[0]}' is {role}")
     return chosen, notes
 
 
-def _plain(name: str) -> str:
+def _key(name: str) -> str:
     text = unicodedata.normalize("NFKC", name).casefold()
     return re.sub(r"[\s_\-]+|\(.*?\)|\[.*?\]|【.*?】", "", text)
