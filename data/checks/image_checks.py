@@ -4,8 +4,8 @@ The reader refuses what is impossible. These checks find the mistakes that a fil
 intercept, half a chest, conflicting directions. The limits are for adults, with a margin.
 
 Left and right come from the header alone. No rule on voxels detects a mirrored header without errors (situs inversus,
-a shifted mediastinum), so none is here: the contact sheet shows the image with its sides named. The spine shows front
-and back.
+a shifted mediastinum), so none is here: the contact sheet shows the image with its sides named. Front and back are
+checked by the spine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _GRID_MM = 4.0  # the checks of voxels run on a coarse grid
 _PLANE_MM, _STEP_MM = (0.3, 3.0), (0.2, 10.0)
 _LENGTH_MM, _WIDTH_MM = (180.0, 800.0), (200.0, 700.0)
 _MIN_LUNG_LITRES = 0.7
-_CUT_FRACTION = 0.4  # of the largest lung area; an outermost slice with more cuts the lung
+_CUT_FRACTION = 0.4  # of the largest lung area; with more on its outermost slice, the scan cuts the lung
 _SPINE_FRACTION = 0.05  # of the body's depth; real scans have -0.16 to -0.09 here, mirrored ones the opposite
 
 

@@ -14,6 +14,7 @@ import json
 import re
 import warnings
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,13 @@ from data.checks.problems import Problem
 
 _CJK = re.compile("[\u4e00-\u9fff]")
 _MAX_UNPACKED = 1 << 29  # 512 MB of XML; a workbook of ten thousand reports has some megabytes
-_DAMAGED_WORKBOOK = (
-    zipfile.BadZipFile, zipfile.zlib.error, ParseError, KeyError, ValueError, TypeError, OSError, EOFError,
-    AttributeError, IndexError, OverflowError, RuntimeError,
-)  # fmt: skip
+_DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, OSError)
+_DAMAGED_XML = (ParseError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+_AS_TEXT = {
+    "header": None,
+    "dtype": str,
+    "na_filter": False,
+}  # of pandas: no header, number or missing value is guessed
 _SPARE_COLUMNS = 64  # read beyond the header: a comma outside quotation marks leaves text there
 _QUOTING = (
     "a text with a comma, a line break or a quotation mark stands between quotation marks, and one inside it is doubled"
@@ -102,10 +106,9 @@ def _read_csv(path: Path, text: str) -> list[list[str]]:
     try:
         # The Python engine refuses a quotation mark that is never closed. Its warning, unlike its error, has the row.
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-            frame = pd.read_csv(
-                io.StringIO(text, newline=""), sep=delimiter, header=None, names=columns, index_col=False, dtype=str,
-                keep_default_na=False, na_filter=False, skip_blank_lines=False, engine="python", on_bad_lines="warn",
-            )  # fmt: skip
+            stream = io.StringIO(text, newline="")
+            layout = {"sep": delimiter, "names": columns, "index_col": False, "skip_blank_lines": False}
+            frame = pd.read_csv(stream, engine="python", on_bad_lines="warn", **layout, **_AS_TEXT)
     except pd.errors.ParserWarning as warning:
         row, _, reason = str(warning).strip().removeprefix("Skipping line ").partition(": ")
         raise InputError(f"{path} is not a readable CSV at row {row}: {reason}; {_QUOTING}") from warning
@@ -119,19 +122,15 @@ def _read_workbook(path: Path) -> list[list[str]]:
     try:
         with zipfile.ZipFile(path) as packed:
             unpacked = sum(member.file_size for member in packed.infolist())
-        if unpacked > _MAX_UNPACKED:
-            raise InputError(
-                f"{path}: unpacks to {unpacked >> 20} MB, more than a table of reports; save it as CSV UTF-8"
-            )
-        read = pd.read_excel(
-            path, sheet_name=None, header=None, dtype=str, keep_default_na=False, na_filter=False, engine="openpyxl"
-        )
-    except _DAMAGED_WORKBOOK as error:
-        if isinstance(error, InputError):
-            raise
+        workbook = {}
+        if unpacked <= _MAX_UNPACKED:
+            workbook = pd.read_excel(path, sheet_name=None, engine="openpyxl", **_AS_TEXT)
+    except (*_DAMAGED_ZIP, *_DAMAGED_XML) as error:
         detail = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path} is not a readable workbook ({detail}); save it again, or as 'CSV UTF-8'") from error
-    sheets = {name: frame for name, frame in read.items() if not frame.empty}
+    if unpacked > _MAX_UNPACKED:
+        raise InputError(f"{path}: unpacks to {unpacked >> 20} MB, more than a table of reports; save it as CSV UTF-8")
+    sheets = {name: frame for name, frame in workbook.items() if not frame.empty}
     if len(sheets) > 1:
         raise InputError(
             f"{path}: {len(sheets)} sheets have cells ({', '.join(sheets)}); keep one, or save it as CSV UTF-8"

@@ -262,8 +262,27 @@ def test_tables(tmp_path, name, content, words):
     expect(lambda: read_caption_table(tmp_path / name), tmp_path, words)
 
 
-def test_other_files(tmp_path):
-    expect(lambda: read_caption_table(tmp_path / "absent.csv"), tmp_path, "table not found")
-    expect(lambda: read_prompts(tmp_path / "absent.json"), tmp_path, "set caption_prompt_json")
-    (tmp_path / "prompts.json").write_text("[]", encoding="utf-8")
-    expect(lambda: read_prompts(tmp_path / "prompts.json"), tmp_path, "at least one question")
+PROMPTS = (
+    "",
+    "{}",
+    "[]",
+    '["Report?"]',
+    '{"caption_prompt": []}',
+    '{"caption_prompt": "Report?"}',
+    '{"caption_prompt": ["Report?", 3]}',
+    '{"caption_prompt": ["Report?", " "]}',
+    '{"caption_prompt": ["Report?"',
+    '{"caption_prompt": ["问题"]}',  # in GBK
+)
+
+
+@pytest.mark.parametrize("content", PROMPTS)
+def test_prompts(tmp_path, content):
+    (tmp_path / "prompts.json").write_bytes(content.encode("gbk"))
+    expect(lambda: read_prompts(tmp_path / "prompts.json"), tmp_path, "caption_prompt" if content else "not JSON")
+
+
+def test_missing_files_name_the_key_and_the_script_that_makes_the_shipped_ones(tmp_path):
+    expect(lambda: read_caption_table(tmp_path / "no.csv"), tmp_path, "table not found")
+    expect(lambda: read_prompts(tmp_path / "no.json"), tmp_path, "set caption_prompt_json")
+    expect(lambda: read_caption_table(tmp_path / "quickstart" / "train.csv"), tmp_path, "quickstart.py")
