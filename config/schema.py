@@ -109,6 +109,11 @@ class Config:
             raise InputError(f"configuration key '{key}' is empty: set it in the configuration file")
         return Path(value)
 
+    @property
+    def table_root(self) -> Path | None:
+        """``image_root``: where relative paths of a table start. None stands for the table's own folder."""
+        return Path(self.image_root) if self.image_root else None
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

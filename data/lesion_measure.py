@@ -19,7 +19,6 @@ from scipy.spatial import ConvexHull, QhullError
 from scipy.spatial.distance import pdist
 
 from config.errors import InputError
-from data.phantom.finding import ZONES
 
 AIR_HU = -400.0  # below it, inside the body, is lung (or air in the bowel and the airways)
 _MIN_LUNG_ML = 200.0
@@ -167,7 +166,7 @@ def _zone(z: float, bounds: tuple[float, float]) -> str:
     """Third of the lung's height, slice borders included; above or below the lung the nearest third."""
     low, high = bounds
     part = (z - (low - 0.5)) / (high - low + 1)
-    return ZONES[2 - int(np.clip(part * 3, 0, 2))]
+    return ("lower", "middle", "upper")[int(np.clip(part * 3, 0, 2))]
 
 
 def _farthest(points: np.ndarray) -> float:

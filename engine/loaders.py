@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -88,6 +87,7 @@ def check_tables(config: Config) -> None:
     Raises:
         InputError: as :func:`read_caption_table` and :func:`quick_check` do.
     """
-    root = Path(config.image_root) if config.image_root else None
     keys = ("caption_csv_train", "caption_csv_val")
-    quick_check(*(read_caption_table(config.resolved(k), image_root=root, path_map=config.path_map) for k in keys))
+    quick_check(
+        *(read_caption_table(config.resolved(k), image_root=config.table_root, path_map=config.path_map) for k in keys)
+    )

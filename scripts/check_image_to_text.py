@@ -154,8 +154,7 @@ def choose_case(args: argparse.Namespace, config: Config) -> Case:
 
 
 def _rows(config: Config, key: str) -> list[CaptionRow]:
-    root = Path(config.image_root) if config.image_root else None
-    return read_caption_table(config.resolved(key), image_root=root, path_map=config.path_map)
+    return read_caption_table(config.resolved(key), image_root=config.table_root, path_map=config.path_map)
 
 
 def _row_of(image: Path, config: Config) -> CaptionRow | None:

@@ -65,9 +65,7 @@ def work_of(tables: Iterable[Path], config: Config) -> Work:
     """
     rows, work = [], Work()
     for table in tables:
-        scan = scan_caption_table(
-            table, image_root=Path(config.image_root) if config.image_root else None, path_map=config.path_map
-        )
+        scan = scan_caption_table(table, image_root=config.table_root, path_map=config.path_map)
         for problem in scan.problems:
             if problem.fatal:
                 work.unusable_rows += 1

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from data.report_language.sections import HEADINGS
+
 
 @dataclass(frozen=True)
 class Wording:
@@ -46,7 +48,7 @@ class Wording:
 
 
 CHINESE = Wording(
-    headings=("所见", "结论", "建议", "病理倾向"),
+    headings=HEADINGS["zh"],
     section="{heading}：{text}",
     stop="。",
     joint="，",
@@ -162,7 +164,7 @@ CHINESE = Wording(
 )
 
 ENGLISH = Wording(
-    headings=("Findings", "Impression", "Recommendation", "Pathology tendency"),
+    headings=HEADINGS["en"],
     section="{heading}: {text}",
     stop=".",
     joint=", ",
