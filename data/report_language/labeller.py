@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from config.errors import InputError
 from data.report_language.attributes import Attributes, Place, attributes, place_groups, read_places
 from data.report_language.lexer import Lexer, normal_form, sentences
-from data.report_language.sections import PREAMBLE, split_sections
+from data.report_language.sections import PREAMBLE, section_text, split_sections
 from data.report_language.sentence import Sentence
 from data.report_language.terms import FINDINGS, Language
 from data.report_language.terms_en import ENGLISH
@@ -105,6 +105,12 @@ def report_labels(mentions: Sequence[FindingMention], sections: Sequence[str] | 
         old = labels.get(mention.finding, "absent")
         labels[mention.finding] = min(old, mention.polarity, key=POLARITIES.index)
     return {name: labels[name] for name in FINDINGS if name in labels}
+
+
+def states_normal(text: str, language: str) -> bool:
+    """Whether the findings section, or a text without one, says that both lungs are normal."""
+    body = section_text(text, "findings")
+    return re.search(LANGUAGES[language].normal, normal_form(text if body is None else body)) is not None
 
 
 @functools.cache

@@ -91,6 +91,7 @@ class Language:
         size_gap: leftover text between a size and the finding after it.
         of: leftover text between a lobe and the side after it ("upper lobe of the left lung").
         respectively: sizes and places are paired in order.
+        normal: both lungs are normal.
     """
 
     rules: tuple[Rule, ...]
@@ -105,6 +106,7 @@ class Language:
     size_gap: str
     of: str
     respectively: str
+    normal: str
 
 
 def size_of(match: re.Match[str]) -> tuple[float | None, float] | None:

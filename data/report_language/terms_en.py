@@ -347,4 +347,5 @@ ENGLISH = Language(
     r"[a-z-]+\s*){0,4}",
     of=r"\s*(?:zone |lobes? |aspect |portion )?(?:of|in) (?:the )?",
     respectively=r"\brespectively\b",
+    normal=r"\b(?:both lungs|the lungs|lungs) are (?:clear|normal|unremarkable)\b",
 )
