@@ -65,7 +65,6 @@ class Canvas:
         self.x = (x - x[-1] / 2 - shift[0]).astype(np.float32)[None, None, :]
         self.u = ((apex_z - self.z) / lung_height).astype(np.float32)
         self.origin = np.asarray([0.0, self.y.flat[0], self.x.flat[0]])
-        self.everything: Box = (slice(None), slice(None), slice(None))
 
     def box(self, low: Sequence[float], high: Sequence[float]) -> Box:
         """The voxels between two corners given as (z, y, x) in mm."""

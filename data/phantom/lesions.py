@@ -1,12 +1,13 @@
-"""Lesions of a phantom: where they may lie, how each type looks, and how large it came out.
+"""Lesions of a phantom: where they may lie, what each type looks like, and how large it is as drawn.
 
-Arrays have axes [Z, Y, X]. A lesion is drawn in a box around its centre; the mask holds the value of its
-type. What the report will say is measured on that mask, so clipping at the pleura cannot make it untrue.
+Arrays have axes [Z, Y, X]. A lesion is drawn in a box around its centre; the mask holds the value of its type. The
+size in the report is measured on that mask, so it stays true where the pleura cuts a lesion.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from scipy import ndimage
@@ -103,18 +104,17 @@ def add_finding(
             drawn = _effusion(chest, side, size, rng)
         else:
             drawn = _local(chest, mask, kind, side, zone, size, rng)
-        too_small = False
+        got = low
         if drawn is not None:
             box, cover, value, solid = drawn
             got = measure(solid, kind, chest.canvas.grid.spacing) if solid.any() else 0
-            too_small = got < low
             if low <= got <= high and _fits(chest, mask, drawn, side, zone):
                 finding = Finding(kind, side, zone, got)
                 blend(chest.hu[box], cover, value)
                 mask[box][solid] = finding.mask_value
                 return finding
-        # Cut by the pleura it came out too small; otherwise less room will do.
-        size *= 1.15 if too_small else rng.uniform(0.85, 1.0)
+        # A lesion cut by the pleura is drawn larger; any other is drawn smaller.
+        size *= 1.15 if got < low else rng.uniform(0.85, 1.0)
     return None
 
 
@@ -148,10 +148,7 @@ def _local(
     for _ in range(20):
         iz, iy, ix = np.unravel_index(rng.choice(spots), depth.shape)
         iz += levels[0]
-        gap = np.hypot(
-            c.y[0, iy, 0] - chest.hilum[side][1],
-            c.x[0, 0, ix] - chest.hilum[side][2],
-        )
+        gap = np.hypot(c.y[0, iy, 0] - chest.hilum[side][1], c.x[0, 0, ix] - chest.hilum[side][2])
         near_hilum = gap < 18 + 0.35 * size and abs(z[iz] - chest.hilum[side][0]) < 30
         if not near_hilum and not _occupied(chest, mask, (iz, iy, ix), size):
             return _DRAW[kind](_site(chest, side, (iz, iy, ix), size), size, rng)
@@ -174,15 +171,8 @@ def _site(chest: Chest, side: str, at: tuple[int, int, int], size: float) -> _Si
     c = chest.canvas
     box = _neighbourhood(chest, at, 0.75 * size + 4)
     z, y, x = c.coordinates(box)
-    return _Site(
-        box,
-        z - c.z[at[0], 0, 0],
-        y - c.y[0, at[1], 0],
-        x - c.x[0, 0, at[2]],
-        chest.lung[side][box],
-        c.px,
-        c.grid.spacing[0],
-    )
+    dz, dy, dx = z - c.z[at[0], 0, 0], y - c.y[0, at[1], 0], x - c.x[0, 0, at[2]]
+    return _Site(box, dz, dy, dx, chest.lung[side][box], c.px, c.grid.spacing[0])
 
 
 def _blob(s: _Site, radius: float, rough: float, rng: np.random.Generator, flat: float = 0.8) -> np.ndarray:
@@ -197,16 +187,9 @@ def _blob(s: _Site, radius: float, rough: float, rng: np.random.Generator, flat:
     return radius * (1 + wave) - r
 
 
-def _nodule(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
-    distance = _blob(s, size / 2, 0.05, rng)
-    cover = soft(distance, s.px)
-    return s.box, cover, rng.uniform(25, 70), cover >= 0.5
-
-
-def _calcification(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
-    distance = _blob(s, size / 2, 0.05, rng)
-    cover = soft(distance, s.px)
-    return s.box, cover, rng.uniform(650, 1100), cover >= 0.5
+def _solid(s: _Site, size: float, rng: np.random.Generator, hu: tuple[float, float]) -> Drawn:
+    cover = soft(_blob(s, size / 2, 0.05, rng), s.px)
+    return s.box, cover, rng.uniform(*hu), cover >= 0.5
 
 
 def _cavity(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
@@ -290,10 +273,10 @@ def _effusion(chest: Chest, side: str, size: float, rng: np.random.Generator) ->
 
 
 _DRAW = {
-    "nodule": _nodule,
+    "nodule": partial(_solid, hu=(25, 70)),
+    "calcification": partial(_solid, hu=(650, 1100)),
     "cavity": _cavity,
     "consolidation": _consolidation,
     "tree_in_bud": _tree_in_bud,
     "fibrosis": _fibrosis,
-    "calcification": _calcification,
 }

@@ -14,7 +14,7 @@ import numpy as np
 
 from config.errors import InputError
 from data.imaging.reader import read_mask, read_volume
-from data.lesion_measure import Lesion, find_lungs, measure_lesions
+from data.lesions import MeasuredLesion, find_lungs, measure_lesions
 from data.report_language.labeller import FindingMention, states_normal
 from data.report_language.sections import PREAMBLE
 from engine.evaluation.bootstrap import REPEATS, Score, case_weights, interval
@@ -130,7 +130,7 @@ def whole_report_scores(
 class MaskedCase:
     """Lesions of one case. ``problem``: why they could not be measured, or empty."""
 
-    lesions: list[Lesion]
+    lesions: list[MeasuredLesion]
     problem: str = ""
 
 
@@ -211,7 +211,7 @@ def _mention_distance(a: FindingMention, b: FindingMention) -> tuple[float, ...]
     return differing, abs((a.size_mm or 0) - (b.size_mm or 0))
 
 
-def _lesion_distance(stated: FindingMention, lesion: Lesion) -> tuple[float, ...]:
+def _lesion_distance(stated: FindingMention, lesion: MeasuredLesion) -> tuple[float, ...]:
     named = not lesion.name.startswith("label ")
     differing = 2 * (named and lesion.name != stated.finding)
     differing += (stated.side is not None and stated.side not in (lesion.side, "bilateral")) + (
