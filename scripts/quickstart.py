@@ -104,9 +104,8 @@ def run_step(step: Step, out: Path, repeat: bool = False) -> tuple[float, bool]:
     done.unlink(missing_ok=True)
     start = time.perf_counter()
     if code := environment.call_patiently([sys.executable, *step.command], cwd=environment.REPOSITORY):
-        print(
-            f"error: step '{step.name}' failed with status {code}; the same command goes on from here", file=sys.stderr
-        )
+        problem = f"step '{step.name}' failed with status {code}; the same command goes on from here"
+        print(f"error: {problem}", file=sys.stderr)
         sys.exit(code)
     seconds = time.perf_counter() - start
     write_text(done, json.dumps({"command": step.command, "seconds": seconds}))
