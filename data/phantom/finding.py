@@ -12,16 +12,7 @@ from dataclasses import dataclass
 from data.lesions import ZONES
 
 # The position in this tuple is the value of the lesion mask; 0 is background, and also "normal".
-FINDING_TYPES = (
-    "normal",
-    "nodule",
-    "cavity",
-    "consolidation",
-    "tree_in_bud",
-    "fibrosis",
-    "effusion",
-    "calcification",
-)
+FINDING_TYPES = ("normal", "nodule", "cavity", "consolidation", "tree_in_bud", "fibrosis", "effusion", "calcification")
 LESION_TYPES = FINDING_TYPES[1:]
 SIDES = ("right", "left")
 

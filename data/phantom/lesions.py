@@ -119,7 +119,7 @@ def add_finding(
 
 
 def _fits(chest: Chest, mask: np.ndarray, drawn: Drawn, side: str, zone: str) -> bool:
-    """Whether a lesion as drawn touches no other, and both its centre and best slice are well in the zone."""
+    """Whether a lesion as drawn touches no other, and its centre and best slice keep the margin of its zone."""
     box, _, _, solid = drawn
     if (mask[box] > 0)[solid].any():
         return False
@@ -150,14 +150,10 @@ def _local(
         iz += levels[0]
         gap = np.hypot(c.y[0, iy, 0] - chest.hilum[side][1], c.x[0, 0, ix] - chest.hilum[side][2])
         near_hilum = gap < 18 + 0.35 * size and abs(z[iz] - chest.hilum[side][0]) < 30
-        if not near_hilum and not _occupied(chest, mask, (iz, iy, ix), size):
+        # At least 8 mm from any other lesion.
+        if not near_hilum and not mask[_neighbourhood(chest, (iz, iy, ix), size / 2 + 8)].any():
             return _DRAW[kind](_site(chest, side, (iz, iy, ix), size), size, rng)
     return None
-
-
-def _occupied(chest: Chest, mask: np.ndarray, at: tuple[int, int, int], size: float) -> bool:
-    """Whether another lesion lies within reach, or 8 mm beyond."""
-    return bool(mask[_neighbourhood(chest, at, size / 2 + 8)].any())
 
 
 def _neighbourhood(chest: Chest, at: tuple[int, int, int], reach: float) -> Box:
@@ -220,7 +216,7 @@ def _consolidation(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
 def _tree_in_bud(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
     region = _blob(s, size / 2, 0.06, rng, flat=0.5)
     inside = (region >= 0) & (s.lung >= 0.5)
-    # One dot per cell of a shaken lattice keeps dots apart and takes them up to the edge of the region.
+    # One dot per cell of a jittered lattice keeps dots apart and fills the region up to its edge.
     pitch, shake = 7.5, 6.5
     row, column = (((v - v.min()) // pitch).astype(int).ravel() for v in (s.dy, s.dx))
     cells = (region.shape[0], row.max() + 3, column.max() + 3)
@@ -239,7 +235,7 @@ def _tree_in_bud(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
 def _fibrosis(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
     turn, bow = rng.uniform(0, np.pi), rng.normal(0, 0.10)
     best = np.full(np.broadcast_shapes(s.dz.shape, s.dy.shape, s.dx.shape), -99.0, np.float32)
-    # Strands run side by side, unlike vessels; the first, the longest, sets the size.
+    # Strands are parallel, unlike vessels; the first and longest has the wanted size.
     width = max(size, 38.0)
     for i, offset in enumerate((0.0, -0.17, 0.17, -0.30)[: int(rng.integers(3, 5))]):
         length = size * (1.0 if i == 0 else rng.uniform(0.55, 0.85))
@@ -254,7 +250,7 @@ def _fibrosis(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
 
 
 def _effusion(chest: Chest, side: str, size: float, rng: np.random.Generator) -> Drawn | None:
-    """A crescent behind the lung: the hemithorax less itself moved forward by the fluid's depth."""
+    """A crescent behind the lung: the hemithorax minus a copy of itself, moved forward by the fluid's depth."""
     c = chest.canvas
     low, high = chest.z_range[side]
     top = low + (high - low) * rng.uniform(0.22, 0.30)
@@ -265,7 +261,7 @@ def _effusion(chest: Chest, side: str, size: float, rng: np.random.Generator) ->
     z, y, x = c.coordinates(box)
     depth = size * np.clip((top - z) / (0.10 * (high - low)), 0.15, 1)
     cx, cy, a, b = (v[box[0]] for v in chest.cavity[side])
-    # Moved inwards a little as well, so that the fluid climbs the lateral wall.
+    # Also moved medially, so that the fluid rises along the lateral wall.
     aerated = 1 - np.abs((x - cx + SIGN[side] * 0.12 * depth) / a) ** 2.3 - np.abs((y - cy + depth) / b) ** 2.3
     dependent = soft(y - cy + 0.35 * b, 20.0)
     cover = soft(-aerated * np.sqrt(a * b) / 2.3, c.px) * chest.lung[side][box] * dependent
