@@ -1,6 +1,6 @@
-"""Synthetic chest CT with tuberculosis-like findings: seeded HU volumes and lesion masks as NIfTI.
+"""Synthetic chest CT with tuberculosis-like findings: HU volumes and lesion masks from a seed.
 
-``make_case`` gives one patient, ``write_case`` its files. Arrays have axes [Z, Y, X], +x the patient's left,
+``make_case`` makes one patient, ``write_case`` its NIfTI files. Arrays have axes [Z, Y, X], +x the patient's left,
 +y posterior, +z superior; volumes are float32 HU, masks uint8 whose value is the index in ``FINDING_TYPES``.
 """
 
@@ -19,8 +19,6 @@ from data.phantom.canvas import Grid
 from data.phantom.finding import Finding
 from data.phantom.lesions import add_finding
 
-__all__ = ["Grid", "Phantom", "make_case", "write_case"]
-
 
 @dataclass(frozen=True)
 class Phantom:
@@ -30,7 +28,7 @@ class Phantom:
         hu: [Z, Y, X] float32, HU.
         mask: [Z, Y, X] uint8, index of the finding type.
         spacing: (z, y, x) mm.
-        findings: what is drawn, sizes as measured on ``mask``; from the lowest best slice to the highest.
+        findings: sizes as measured on ``mask``; ordered by the slice with most of the lesion, from the lowest.
         lung_z: lowest and highest z of each lung, mm above the first slice.
     """
 
@@ -51,8 +49,8 @@ def make_case(seed: int | Sequence[int], wanted: Sequence[tuple[str, str, str]],
 
     Raises:
         InputError: the grid does not hold a chest.
-        RuntimeError: the first finding fits nowhere. Further findings that find no free place are left out,
-            of the image and of ``findings`` alike.
+        RuntimeError: the first finding fits nowhere. Further findings that fit nowhere are left out of the image
+            and of ``findings``.
     """
     rng = np.random.default_rng(seed)
     grid = grid or sample_grid(rng)
@@ -67,7 +65,7 @@ def make_case(seed: int | Sequence[int], wanted: Sequence[tuple[str, str, str]],
             raise RuntimeError(f"no place for a {kind} in the {side} {zone} zone (seed {seed}, grid {grid})")
         if finding is not None:
             found.append((int(((mask > 0) & ~before).sum((1, 2)).argmax()), finding))
-    # A report then names them in the order in which slices show them, whatever was drawn first.
+    # Reports name findings in the order of their slices, not in the order of drawing.
     findings = [finding for _, finding in sorted(found, key=lambda pair: pair[0])]
     return Phantom(finish(chest.hu, patient.noise, rng), mask, grid.spacing, findings, chest.z_range)
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from config.errors import InputError
 from config.schema import Config, keys_with_role, load_config
 from data.cache import file_digest
-from data.lesion_measure import Lesion
+from data.lesions import MeasuredLesion
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from data.report_language.terms import FINDINGS
 from engine.checkpoint import Checkpoint, load_checkpoint
@@ -265,7 +265,7 @@ def look_at_row(
 
 def masked_case(job: Job, row: int) -> MaskedCase | None:
     record = job.passes.store.get(job.table.name, job.kept_as("lesions"), row, job.table.cases[row])
-    return record and MaskedCase([Lesion(**lesion) for lesion in record["lesions"]], record["problem"])
+    return record and MaskedCase([MeasuredLesion(**lesion) for lesion in record["lesions"]], record["problem"])
 
 
 def write_card(job: Job) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from engine.evaluation.image_dependence import (
     nats_per_token,
     same_share,
 )
-from engine.evaluation.localisation import MaskedCase, mask_scores, place_scores, share
+from engine.evaluation.localisation import MaskedCase, mask_scores, place_scores, share, whole_report_scores
 from engine.evaluation.optional_metrics import optional_scores
 from engine.evaluation.report_checks import find_duplicates, find_garble, find_repetition
 from engine.evaluation.text_metrics import language_scores
@@ -94,6 +94,7 @@ def report_card(held: Evaluated) -> dict[str, Any]:
         "location_acc": own["location_acc"].value,
         "size_within_3mm": own["size_within_3mm"].value,
         "places": {name: _score(score) for name, score in own.items()},
+        "whole_reports": {name: _whole_reports(held, name) for name in held.records if name in ("own", "shuffled")},
         "mask": _mask(held),
         "sections": _sections(held),
         "text": _text_faults(held.texts()) | {"cut_at_limit": _cut(held)},
@@ -156,6 +157,12 @@ def _findings(held: Evaluated, scores: ClinicalScores) -> dict[str, Any]:
         ],
         "by_section": by_section,
     }
+
+
+def _whole_reports(held: Evaluated, condition: str) -> dict[str, Any]:
+    texts = held.texts(condition)
+    scores = whole_report_scores(held.truth, held.mentions[condition], texts, held.language)
+    return {name: _score(score) for name, score in scores.items()}
 
 
 def _mask(held: Evaluated) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.imaging.reader import read_mask, read_volume
 from data.imaging.volume import Volume
-from data.lesion_measure import Lesion
+from data.lesions import MeasuredLesion
 from data.report_language.labeller import FindingMention
 from engine.evaluation.attribution import attribution_maps
 from engine.evaluation.calibration import split_sentences
@@ -134,14 +134,14 @@ def _point(
     return bool(cells.flat[int(heat.argmax())]), float(cells.mean()), ""
 
 
-def _means(mention: FindingMention, lesion: Lesion, names: Mapping[int, str] | None) -> bool:
+def _means(mention: FindingMention, lesion: MeasuredLesion, names: Mapping[int, str] | None) -> bool:
     if names and lesion.label in names and names[lesion.label] != mention.finding:
         return False
     side = mention.side is None or mention.side in (lesion.side, "bilateral")
     return side and (mention.zone is None or mention.zone == lesion.zone)
 
 
-def _solid(labels: np.ndarray, lesions: Sequence[Lesion]) -> np.ndarray:
+def _solid(labels: np.ndarray, lesions: Sequence[MeasuredLesion]) -> np.ndarray:
     """Voxels of the components that hold these lesions."""
     solid = np.zeros(labels.shape, bool)
     for label in {lesion.label for lesion in lesions}:
