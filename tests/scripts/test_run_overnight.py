@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 
@@ -20,7 +21,15 @@ from engine.checkpoint import load_checkpoint
 Night = Any  # tests/scripts/conftest.py
 NAMES = ["lr0.0001_bs2", "lr0.0001_bs4", "lr5e-05_bs2", "lr5e-05_bs4"]
 FOUR = ["--lrs", "1e-4", "5e-5", "--batch_sizes", "2", "4"]
+ONE = ["--lrs", "1e-4", "--batch_sizes", "2"]
 BEST = "vision_bridge_overnight_best.pt"
+
+
+@pytest.fixture(autouse=True)
+def fast_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No database on disk; the tests of several processes, in test_run_overnight_killed.py, use it."""
+    storage = optuna.storages.InMemoryStorage()
+    monkeypatch.setattr(overnight, "RDBStorage", lambda *args, **options: storage)
 
 
 # ---------------------------------------------------------------- the whole grid
@@ -82,7 +91,7 @@ def test_default_is_300_epochs_with_and_without_the_grid(
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
     defaults = train.parse_args()
-    assert (night.script.NO_GRID_LR, night.script.NO_GRID_BATCH_SIZE) == (defaults.lr, defaults.batch_size)
+    assert (defaults.lr, defaults.batch_size) == (night.script.NO_GRID_LR, night.script.NO_GRID_BATCH_SIZE)
     monkeypatch.setattr(overnight.Night, "search", lambda self: None)
     monkeypatch.setattr(sys, "argv", ["run_overnight_300.py", "--config", str(night.config), *flags])
     assert night.script.main() == 1
@@ -91,13 +100,13 @@ def test_default_is_300_epochs_with_and_without_the_grid(
 
 def test_objective_and_model_flags_are_passed_on(night: Night) -> None:
     flags = ["--objective", "proxy_l2", "--mamba_model", "my/model", "--allow_toy_model"]
-    assert night.run("--lrs", "1e-4", "--batch_sizes", "2", *flags) == 0
+    assert night.run(*ONE, *flags) == 0
     command = (night.folder(NAMES[0]) / "train.log").read_text(encoding="utf-8").split("\n")[0]
     assert "--objective proxy_l2" in command and "--mamba_model my/model --allow_toy_model" in command
     assert load_config(night.folder(NAMES[0]) / "overnight_config.yaml").mamba_model == "my/model"
     stage2 = night.summary.split("go on with Stage 2:\n")[1].split("\n")[0]
     assert "--mamba_model my/model --allow_toy_model" in stage2 and "NO proof of quality" in night.summary
-    assert night.run("--lrs", "1e-4", "--batch_sizes", "2") == 0
+    assert night.run(*ONE) == 0
     assert night.calls(NAMES[0]) == [0, 0], "runs of other settings do not mix"
     assert len(list(night.out.glob("overnight/*/lr*"))) == 2
 
@@ -115,11 +124,11 @@ def test_help_and_wrong_flags_load_no_heavy_package(night: Night) -> None:
 
 
 def test_a_shorter_night_writes_beside_a_longer_one(night: Night, capsys: pytest.CaptureFixture[str]) -> None:
-    assert night.run(epochs=5) == 0
+    assert night.run(*ONE, epochs=5) == 0
     (night.out / "overnight_best_summary.txt").unlink()  # the checkpoint itself knows its epochs
     capsys.readouterr()
     night.plan(NAMES[0], val_loss=0.01)
-    assert night.run() == 0
+    assert night.run(*ONE) == 0
     assert load_checkpoint(night.out / BEST).val_loss == 0.1
     assert load_checkpoint(night.out / "vision_bridge_overnight_best_3epochs.pt").val_loss == 0.01
     notes = [line for line in capsys.readouterr().out.split("\n") if line.startswith("note: ")]
@@ -131,8 +140,7 @@ def test_a_shorter_night_writes_beside_a_longer_one(night: Night, capsys: pytest
     assert not (night.out / "overnight_best_summary.txt").exists()
 
     night.plan(NAMES[0], val_loss=0.3)
-    night.plan(NAMES[1], val_loss=0.4)
-    assert night.run(epochs=7) == 0, "a longer one replaces it, with a larger loss too"
+    assert night.run(*ONE, epochs=7) == 0, "a longer one replaces it, with a larger loss too"
     assert load_checkpoint(night.out / BEST).val_loss == 0.3
     assert torch.load(night.out / BEST, weights_only=True)["overnight"]["epochs"] == 7
 
@@ -140,7 +148,7 @@ def test_a_shorter_night_writes_beside_a_longer_one(night: Night, capsys: pytest
 @pytest.mark.parametrize(("epoch", "kept"), [(3, False), (4, True)])
 def test_a_checkpoint_of_an_older_version_counts_by_its_best_epoch(night: Night, epoch: int, kept: bool) -> None:
     night.make_checkpoint(night.out / BEST, 0.001, epoch=epoch)
-    assert night.run() == 0
+    assert night.run(*ONE) == 0
     assert (load_checkpoint(night.out / BEST).val_loss == 0.001) == kept
 
 
@@ -223,7 +231,7 @@ def test_an_open_spreadsheet_does_not_end_the_night(
         real(path, text)
 
     monkeypatch.setattr(overnight, "write_text", refuse)
-    assert night.run() == 0
+    assert night.run(*ONE) == 0
     assert "overnight_leaderboard.csv is open in another program" in capsys.readouterr().out
 
 
