@@ -45,12 +45,22 @@ def run_main(main: Callable[[], int | None]) -> None:
     sys.exit(code or 0)
 
 
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every script that loads the language model."""
+    parser.add_argument("--mamba_model", metavar="NAME", help="hub name or folder; overrides the configuration")
+    parser.add_argument(
+        "--allow_toy_model", action="store_true", help="use the quick start's models with data that is not synthetic"
+    )
+
+
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every script that trains."""
     parser.add_argument("--config", type=Path, help="configuration file (default: config/paths.yaml)")
     parser.add_argument(
         "--output_dir", type=Path, help="where this run writes (default: output_dir of the configuration)"
     )
     parser.add_argument("--seed", type=int, default=42)
+    add_model_flags(parser)
 
 
 def add_training_flags(parser: argparse.ArgumentParser, *, epochs: int, batch_size: int, lr: float) -> None:
@@ -76,7 +86,7 @@ def add_training_flags(parser: argparse.ArgumentParser, *, epochs: int, batch_si
 def config_from(args: argparse.Namespace, **overrides: object) -> Config:
     """The configuration with the flags that override it."""
     output_dir = str(args.output_dir.resolve()) if args.output_dir else None
-    return load_config(args.config, output_dir=output_dir, **overrides)
+    return load_config(args.config, output_dir=output_dir, mamba_model=args.mamba_model, **overrides)
 
 
 def positive_int(text: str) -> int:
