@@ -22,8 +22,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(("file", "divide"), [("vim_mixer_v2", False), ("vim_mixer_v2_divide_out", True)])
-def test_official_output_and_gradients(backend: str, file: str, divide: bool, shared: Path) -> None:
-    with np.load(shared / "golden" / f"{file}.npz") as archive:
+def test_official_output_and_gradients(backend: str, file: str, divide: bool, assets: Path) -> None:
+    with np.load(assets / "golden" / f"{file}.npz") as archive:
         golden = {key: torch.from_numpy(archive[key]) for key in archive.files}
     mixer = VimMixer(d_model=32, d_state=16, if_divide_out=divide)
     mixer.load_state_dict({k.removeprefix("param."): v for k, v in golden.items() if k.startswith("param.")})
