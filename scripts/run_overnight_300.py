@@ -86,6 +86,7 @@ def prepare(args: argparse.Namespace, config: Config, point: Point, folder: Path
         sys.executable, "-u", str(args.train_script), "--config", str(copy), "--objective", args.objective,
         "--epochs", str(args.epochs), "--seed", str(args.seed), "--lr", repr(point.lr),
         "--batch_size", str(point.batch_size), "--output_dir", str(folder), "--resume", "auto",
+        *(["--allow_toy_model"] if args.allow_toy_model else []),
     ]  # fmt: skip
 
 

@@ -21,8 +21,9 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 from config.errors import InputError
 from config.nnunet_plans import PreprocessPlan
 from config.schema import load_config
-from engine.checkpoint import save_checkpoint
+from engine.checkpoint import Checkpoint, save_checkpoint
 from models.language_model.mamba_lm import lm_identity
+from models.language_model.prefix_state import PrefixState
 from models.medical_vlm import VisionBridge
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.encoder import NnUNetEncoder
@@ -128,8 +129,8 @@ def test_several_questions_read_the_image_once_and_say_the_same(
 ) -> None:
     alone = [texts(check(*desk.one, *TWO[i : i + 2]))[0] for i in (0, 2)]
     reads = []
-    read = desk.script.PrefixState.read
-    monkeypatch.setattr(desk.script.PrefixState, "read", lambda *given: reads.append(1) or read(*given))
+    read = PrefixState.read
+    monkeypatch.setattr(PrefixState, "read", lambda *given: reads.append(1) or read(*given))
     printed = check(*desk.one, *TWO)
     assert texts(printed) == alone and alone[0] != alone[1]
     assert len(reads) == 1
@@ -146,7 +147,7 @@ def test_a_saved_state_answers_without_image_or_vision(
     def no_vision(*_: object) -> None:
         raise AssertionError("the vision part was built")
 
-    monkeypatch.setattr(desk.script.Checkpoint, "build_vision", no_vision)
+    monkeypatch.setattr(Checkpoint, "build_vision", no_vision)
     printed = check("--prefix", str(state), *TWO)
     assert texts(printed) == expected
     assert re.search(r"^输入图像: .*one\.nii\.gz$", printed, re.MULTILINE)
