@@ -14,12 +14,14 @@ from typing import Any
 from accelerate import Accelerator
 
 from config.errors import InputError
-from config.schema import Config, keys_with_role, load_config
+from config.schema import Config
+from config.toy_models import check_toy_models
 from data.cache import file_digest
 from data.lesions import MeasuredLesion
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from data.report_language.terms import FINDINGS
 from engine.checkpoint import Checkpoint, load_checkpoint
+from engine.cli import local_config
 from engine.evaluation.calibration import draw_reliability, draw_risk_coverage
 from engine.evaluation.card_pages import ShownCase, card_blocks, write_html, write_markdown
 from engine.evaluation.conditions import AUDITED, OWN, SAMPLE, EvaluatedTable, MeanImage, ReportPasses
@@ -192,12 +194,14 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
 
 
 def resolve(args: argparse.Namespace, checkpoint: Checkpoint) -> Config:
-    """The training configuration, with places and paths of --config where it is given."""
-    if not args.config:
-        return checkpoint.config
-    local = load_config(args.config)
-    places = keys_with_role("path") + keys_with_role("place")
-    return checkpoint.config.replace(**{key: getattr(local, key) for key in places})
+    """The training configuration, with places and paths of --config where it is given, and --mamba_model.
+
+    Raises InputError when a toy model would read scans that are not synthetic.
+    """
+    config = local_config(args, checkpoint.config)
+    remedy = "use a checkpoint that was trained with your own models"
+    check_toy_models(config, [args.csv], args.allow_toy_model, remedy)
+    return config
 
 
 def generate(job: Job, accelerator: Accelerator) -> None:

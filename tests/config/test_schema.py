@@ -19,6 +19,7 @@ from config.schema import (
     keys_with_role,
     load_config,
     resolve_path,
+    setting_line,
     write_config,
 )
 
@@ -341,6 +342,20 @@ def test_written_configuration_reads_back_equal(tmp_path):
     path = tmp_path / "new folder" / "written.yaml"
     write_config(config, path)
     assert load_config(path) == config
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_the_line_that_a_message_advises_loads_and_gives_the_value(tmp_path, key):
+    values = {getattr(Config(), key), None, 7, "lesion", "d:/a b/x.pth"} if key != "path_map" else [{"d:/": "/mnt/d/"}]
+    loaded = 0
+    for value in values:
+        try:
+            expected = getattr(build_config({key: value}, "test"), key)
+        except InputError:
+            continue  # not a value of this key
+        assert getattr(load_config(config_file(tmp_path, setting_line(key, value))), key) == expected
+        loaded += 1
+    assert loaded
 
 
 def test_written_configuration_has_every_key_and_its_comment(tmp_path):
