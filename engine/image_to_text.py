@@ -94,7 +94,7 @@ def token_budget(config: Config, wanted: int | None, cap: int | None) -> tuple[i
         return wanted, "--max_visual_tokens" if wanted != trained else ""
     if cap is None or cap >= trained:
         return trained, ""
-    roi = config.roi_scales * config.roi_side**2 if config.roi_policy == "lesion" else 0
+    roi = config.roi_side**2 if config.roi_policy == "lesion" else 0
     tokens = min(trained, max(cap, config.slices * (1 + roi)))
     raised = f", raised to what {config.slices} slice(s) and their RoI need" if tokens > cap else ""
     return tokens, f"the GPU cap of {cap}{raised} (--max_visual_tokens overrides it)"
@@ -200,11 +200,11 @@ def read_image(args: argparse.Namespace, checkpoint: Checkpoint, config: Config)
 
 @torch.no_grad()
 def _visual_tokens(checkpoint: Checkpoint, config: Config, case: Case) -> list[Tensor]:
-    """On the CPU. CMI needs the questions' embeddings: the table alone is loaded for them."""
+    """CMI needs the questions' embeddings: the table alone is loaded for them."""
     plan, device, tokenizer = checkpoint.preprocess_plan, best_device(), read_tokenizer(config.mamba_model)
-    vision = checkpoint.build_vision().eval()
-    vision.bridge.max_visual_tokens = config.max_visual_tokens
-    view = ViewSelection.from_config(config, plan, vision.encoder)(segmentation.open_cache(config, plan).get(case.image, case.mask))
+    vision = checkpoint.build_vision(config.max_visual_tokens).eval()
+    selection = ViewSelection.from_config(config, plan, vision.encoder)
+    view = selection(segmentation.open_cache(config, plan).get(case.image, case.mask))
     vision.to(device)
     images, position, roi = (part[None].to(device) for part in view)
     if vision.cmi is None:
