@@ -9,27 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from config.nnunet_plans import PreprocessPlan
 from config.schema import Config
 from data.augmentation import Augmentation
-from data.cache import CachedVolume
+from data.cache import CaseCache
 from data.tables.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
 from data.view_selection import EncoderGeometry, View, ViewSelection
-
-
-class Volumes(Protocol):
-    """Where preprocessed cases come from: :class:`data.cache.VolumeCache`, or one that segments them as well."""
-
-    plan: PreprocessPlan
-
-    def get(self, image_path: Path, mask_path: Path | None) -> CachedVolume: ...
 
 
 @dataclass
@@ -51,7 +42,7 @@ class MedicalVLMDataset(Dataset):
     def __init__(
         self,
         rows: Sequence[CaptionRow],
-        cache: Volumes,
+        cache: CaseCache,
         view_selection: ViewSelection,
         prompts: Sequence[str],
         seed: int,
@@ -67,7 +58,7 @@ class MedicalVLMDataset(Dataset):
 
     @classmethod
     def from_config(
-        cls, config: Config, table: Path, cache: Volumes, encoder: EncoderGeometry, seed: int, *, train: bool = False
+        cls, config: Config, table: Path, cache: CaseCache, encoder: EncoderGeometry, seed: int, *, train: bool = False
     ) -> MedicalVLMDataset:
         """``train``: with the augmentation that the configuration asks for.
 
@@ -89,7 +80,7 @@ class MedicalVLMDataset(Dataset):
 
     def _read(self, index: int) -> View:
         row = self.rows[index]
-        view = self.view_selection.select(self.cache.get(row.image_path, row.mask_path))
+        view = self.cache.read(row.image_path, row.mask_path, self.view_selection.select)
         if view.images.nbytes <= self._room:
             self._room -= view.images.nbytes
             self._kept[index] = view
