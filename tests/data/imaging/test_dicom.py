@@ -7,6 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from pydicom.uid import MRImageStorage
 
 from config.errors import InputError
 from data.cache import VolumeCache
@@ -129,6 +130,19 @@ def test_scouts_and_objects_without_pixels_are_left_out_and_said(tmp_path, caplo
     assert "left out series 1" in caplog.text
 
 
+@pytest.mark.parametrize("tags", [("SeriesInstanceUID",), ("Modality",), ("SeriesInstanceUID", "Modality")])
+def test_an_anonymised_series_is_read_where_its_geometry_is_sound(tmp_path, caplog, tags):
+    files = write_series(tmp_path / "s", marked(), **dict.fromkeys(tags))
+    for path in (tmp_path / "s", files[0]):
+        volume = read_volume(path)
+        [note] = volume.notes
+        assert np.array_equal(volume.array, marked()) and f"has no {' and no '.join(tags)}" in note
+    assert note in caplog.text
+    write_series(tmp_path / "s", marked(), "second", **dict.fromkeys(tags))
+    if "SeriesInstanceUID" in tags:
+        assert "two slices lie at" in refusal(tmp_path / "s")
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -185,6 +199,7 @@ def test_damaged_series(tmp_path, damage, words):
     ("tags", "words"),
     [
         ({"Modality": "MR"}, "modality MR, expected CT"),
+        ({"Modality": None, "kind": MRImageStorage}, "modality not given, stored as MR Image Storage, expected CT"),
         ({"SamplesPerPixel": 3}, "colours"),
         ({"NumberOfFrames": 12}, "several frames"),
         ({"RescaleIntercept": None}, "has no RescaleIntercept"),

@@ -37,7 +37,12 @@ def test_left_back_top_is_found_whatever_the_stored_order(tmp_path, axcodes):
     assert np.array_equal(volume.array, marked()) and volume.spacing == pytest.approx(SPACING)
     assert volume.stored_axcodes == header.axcodes == axcodes
     assert header.spacing == volume.spacing and header.extent_mm == pytest.approx((12, 10, 9))
-    assert np.allclose(volume.affine @ [5, 4, 3, 1], [-7.5, -8, 9, 1])
+    ras = read_volume(path, "RAS")
+    assert np.array_equal(ras.array, marked()[:, ::-1, ::-1])
+    # Both affines put the bright voxel at the same place in the world.
+    assert np.allclose(volume.affine @ [5, 4, 3, 1], [-7.5, -8, 9, 1]) and np.allclose(
+        ras.affine @ [0, 0, 3, 1], [-7.5, -8, 9, 1]
+    )
 
 
 @pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
