@@ -61,14 +61,17 @@ class Slice:
 class Series:
     """The files of one series. ``problem``: why it is no CT volume, or empty."""
 
-    number: str
-    description: str
     files: tuple[Path, ...]
     headers: tuple[Dataset, ...]
     problem: str
 
+    @property
+    def number(self) -> str:
+        return _text(self.headers[0], "SeriesNumber")
+
     def __str__(self) -> str:
-        name = f"'{self.description}' " if self.description else ""
+        description = _text(self.headers[0], "SeriesDescription")
+        name = f"'{description}' " if description else ""
         return f"{self.number or '?'} {name}({len(self.files)} images, first {self.files[0].name})"
 
 
@@ -107,8 +110,7 @@ def series_in(folder: Path) -> list[Series]:
     found = []
     for _, members in sorted(grouped.items()):
         files, headers = zip(*members, strict=True)
-        number, description = (_text(headers[0], tag) for tag in ("SeriesNumber", "SeriesDescription"))
-        found.append(Series(number, description, files, headers, _why_no_volume(headers)))
+        found.append(Series(files, headers, _why_no_volume(headers)))
     return sorted(found, key=lambda series: (len(series.number), series.number))
 
 
