@@ -1,9 +1,9 @@
 """DICOM CT series: the slices of one series in a folder, sorted by position, as one image in HU.
 
 pydicom reads headers and plain pixels; slices that are compressed (JPEG, JPEG 2000, JPEG-LS) are unpacked by
-SimpleITK. Both are imported on first use, so that names can be told apart without them. Slices lie along the normal
-of their plane, in equal steps, or the series is refused: nothing is interpolated. The notes of an image name what
-was left out (scouts, secondary captures, objects without pixels) and which tags an anonymised export lacks.
+SimpleITK. Both are imported on first use; suffixes and the DICOM mark are known without them. Slices must lie along
+the normal of their plane in equal steps; nothing is interpolated. The notes of an image name what was left out
+(scouts, secondary captures, objects without pixels) and which tags an anonymised export lacks.
 
 Source: DICOM PS3.3, C.7.6.2 (image plane: position, orientation, spacing) and C.11.1 (rescale slope, intercept).
 """

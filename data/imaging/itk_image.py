@@ -1,8 +1,8 @@
 """MetaImage (``.mha``, ``.mhd`` with its ``.raw`` or ``.zraw``) and NRRD (``.nrrd``), read by SimpleITK.
 
-Both begin with a header of text. Of it, SimpleITK does not tell where the voxels lie, how they are packed and whether
-a direction is given. These keys are read here, so that a header which promises more than the file holds is refused
-before anything is allocated, and one that names other files is refused by name.
+Both begin with a header of text. SimpleITK parses it, but does not give the voxel file, the compression and whether a
+direction is stated. These keys are read here: a header that promises more than the file holds is refused before
+anything is allocated, and one that names other files is refused by name.
 """
 
 from __future__ import annotations

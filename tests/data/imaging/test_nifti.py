@@ -80,6 +80,8 @@ def test_write_then_read_is_the_identity(tmp_path, kind):
     write_volume(tmp_path / "again.nii.gz", array, SPACING, turned)
     assert np.allclose(read_header(tmp_path / "again.nii.gz").affine, turned)
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["scan.nii.gz"]  # no temporary left
+    with pytest.raises(ValueError, match="contradicts the affine"):
+        write_volume(tmp_path / "x.nii.gz", array, (1.0, 1.0, 1.0), turned)
     with pytest.raises(ValueError, match="int16, uint8 or float32"):
         write_volume(tmp_path / "x.nii.gz", array.astype(np.float64), SPACING)
 
