@@ -111,13 +111,12 @@ def test_objective_and_model_flags_are_passed_on(night: Night) -> None:
     assert len(list(night.out.glob("overnight/*/lr*"))) == 2
 
 
-def test_help_and_wrong_flags_load_no_heavy_package(night: Night) -> None:
-    code = "import runpy, sys\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    code += "finally: print('heavy:', *{'torch', 'optuna', 'pandas', 'numpy'} & set(sys.modules))"
-    for flag, status in (("--help", 0), ("--bogus", 2)):
-        program = f"import sys; sys.argv = [{night.script.__file__!r}, {flag!r}]\n{code}"
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=False)
-        assert done.returncode == status and done.stdout.strip().endswith("heavy:")
+@pytest.mark.parametrize(("flag", "status"), [("--help", 0), ("--bogus", 2)])
+def test_help_and_wrong_flags_load_no_heavy_package(night: Night, flag: str, status: int) -> None:
+    program = f"import sys, runpy; sys.argv = ['', {flag!r}]\ntry: runpy.run_path({night.script.__file__!r}, None, "
+    program += "'__main__')\nfinally: print(*{'torch', 'optuna', 'pandas', 'numpy'} & set(sys.modules), 'loaded')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == status and done.stdout.split("\n")[-2] == "loaded"
 
 
 # ---------------------------------------------------------------- a longer night's best checkpoint
@@ -198,46 +197,30 @@ def test_failed_runs_do_not_stop_the_night_and_are_tried_again(night: Night) -> 
 
 
 def test_all_failed_is_an_error(night: Night, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in NAMES[:2]:
-        night.plan(name, status=2, message="error: nothing works")
-    assert night.run() == 1
+    night.plan(NAMES[0], status=2, message="error: nothing works")
+    assert night.run(*ONE) == 1
     assert "error: no run ended with a usable checkpoint" in capsys.readouterr().err
     assert not (night.out / BEST).exists()
-    assert "best: none yet" in night.summary and night.summary.count("nothing works") == 2
+    assert "best: none yet" in night.summary and "nothing works" in night.summary
 
 
-@pytest.mark.parametrize("damage", ["missing", "unreadable"])
-def test_a_lost_checkpoint_is_passed_over(night: Night, damage: str) -> None:
-    if damage == "missing":
-        night.run()
-        (night.folder(NAMES[0]) / "vision_bridge_best_val.pt").unlink()
-    else:
-        (night.plans / f"{NAMES[0]}.pt").write_bytes(b"truncated")
-    assert night.run() == 0
+def test_lost_checkpoints_are_passed_over(night: Night) -> None:
+    night.plan(NAMES[2], val_loss=0.3)
+    (night.plans / f"{NAMES[2]}.pt").write_bytes(b"truncated")
+    assert night.run(*FOUR) == 0
+    (night.folder(NAMES[0]) / "vision_bridge_best_val.pt").unlink()
+    assert night.run(*FOUR) == 0
     assert load_checkpoint(night.out / BEST).val_loss == 0.2
-    assert {"missing": "passed over: vision_bridge_best_val.pt is missing", "unreadable": "not a readable checkpoint"}[
-        damage
-    ] in night.summary
+    assert "passed over: vision_bridge_best_val.pt is missing" in night.summary
+    assert "not a readable checkpoint" in night.summary
 
 
 def test_an_open_spreadsheet_does_not_end_the_night(
     night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = overnight.write_text
-
     def refuse(path: Path, text: str) -> None:
-        if path.suffix == ".csv":
-            raise PermissionError(path)
-        real(path, text)
+        raise PermissionError(path)
 
     monkeypatch.setattr(overnight, "write_text", refuse)
     assert night.run(*ONE) == 0
     assert "overnight_leaderboard.csv is open in another program" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("missing", ["train.csv", "val.csv", "net.pth"])
-def test_missing_files_are_reported_before_the_night(night: Night, missing: str) -> None:
-    (night.root / missing).unlink()
-    with pytest.raises(InputError, match=missing):
-        night.run()
-    assert not any(night.calls(name) for name in NAMES)

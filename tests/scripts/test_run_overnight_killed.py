@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import MambaConfig, PreTrainedTokenizerFast
 
 from data.phantom.dataset import make_dataset
 from engine.checkpoint import load_checkpoint
@@ -112,9 +112,9 @@ def test_a_second_ctrl_c_stops_at_once(night: Night) -> None:
 
     def stop() -> None:
         night.wait_for_step(NAMES[0], 5)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.4)
-        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.4)
 
     with meanwhile(stop), pytest.raises(Interrupted):
         night.run(*ONE)
@@ -136,40 +136,31 @@ def test_two_scripts_share_a_grid(night: Night, capsys: pytest.CaptureFixture[st
     assert [row["state"] for row in night.board] == ["finished"] * 2
 
 
-def tiny_language_model(folder: Path) -> None:
-    """Random weights and one token per byte: Stage 1 asks for its width and its tokenizer only."""
-    torch.manual_seed(0)
-    MambaForCausalLM(MambaConfig(vocab_size=264, hidden_size=32, num_hidden_layers=1, state_size=8)).save_pretrained(
-        folder
-    )
-    alphabet = {character: number for number, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab={**alphabet, "<|endoftext|>": 256}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
-
-
 @pytest.mark.slow
 def test_with_the_real_training(tmp_path: Path, assets: Path, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
     """One run of train.py itself on synthetic scans, killed in the middle and continued."""
-    data = make_dataset(tmp_path / "data", 4, 2, 0, seed=1, workers=1)
-    tiny_language_model(tmp_path / "lm")
+    data, model = make_dataset(tmp_path / "data", 4, 2, 0, seed=1, workers=1), tmp_path / "lm"
+    end = "<|endoftext|>"
+    MambaConfig(vocab_size=1, hidden_size=32, num_hidden_layers=1, state_size=8).save_pretrained(model)
+    tokenizer = Tokenizer(WordLevel({end: 0}, unk_token=end))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end).save_pretrained(model)
     settings = {
-        "caption_csv_train": str(data.train_csv), "caption_csv_val": str(data.val_csv),
+        "caption_csv_train": str(data.train_csv), "caption_csv_val": str(data.val_csv), "mamba_model": str(model),
         "caption_prompt_json": str(data.prompt_json), "cache_dir": str(tmp_path / "cache"),
         "nnunet_encoder_checkpoint": str(assets / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth"),
-        "mamba_model": str(tmp_path / "lm"), "encoder_target_spatial": 4, "bridge_width": 16, "bridge_depth": 1,
-        "max_visual_tokens": 16,
+        "encoder_target_spatial": 4, "bridge_width": 16, "bridge_depth": 1, "max_visual_tokens": 16,
+        "output_dir": str(night.out),
     }  # fmt: skip
-    night.config.write_text(yaml.safe_dump(settings | {"output_dir": str(night.out)}), encoding="utf-8")
-    flags = ["--config", str(night.config), "--epochs", "6", "--lrs", "1e-3", "--batch_sizes", "1"]
+    night.config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    flags = ["--config", str(night.config), "--epochs", "6", "--no_grid", "--objective", "proxy_l2"]
     monkeypatch.setattr(night, "set_flags", lambda *_, **__: monkeypatch.setattr(sys, "argv", [__file__, *flags]))
     process = night.start()
     # A state is saved at the end of an epoch.
     night.wait_until(lambda: any(night.out.glob("overnight/*/*/stage1_state.pt")), seconds=120)
     night.kill_tree(process)
     assert night.run() == 0
-    log = (night.folder("lr0.001_bs1") / "train.log").read_text(encoding="utf-8")
+    log = (night.folder(NAMES[1]) / "train.log").read_text(encoding="utf-8")
     assert log.count("---- ") == 2 and "resuming at epoch" in log
     best = load_checkpoint(night.out / "vision_bridge_overnight_best.pt")
-    assert not best.collapsed and best.config.mamba_model == str(tmp_path / "lm")
-    assert best.val_loss == load_checkpoint(night.folder("lr0.001_bs1") / "vision_bridge_best_val.pt").val_loss
+    assert not best.collapsed and best.config.mamba_model == str(model)
+    assert best.val_loss == load_checkpoint(night.folder(NAMES[1]) / "vision_bridge_best_val.pt").val_loss

@@ -12,6 +12,7 @@ import optuna
 import pytest
 
 import engine.training.overnight as overnight
+from config.errors import InputError
 from config.schema import Config, load_config
 from engine.training.overnight import Night, study_name
 
@@ -90,10 +91,7 @@ def test_no_point_is_lost_when_a_process_dies(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(owner, name, die)
         patch.setattr(optuna.storages.RDBStorage, "record_heartbeat", lambda *_: None)
-        night = open_night()
-        night.search()
-        night.search()
-        die()  # a queued trial has its point already: nothing of this kind happens to it
+        open_night().search()
     night = open_night()
     night.search()
     assert sorted(set(trained)) == ["lr0.0001_bs2", "lr5e-05_bs2"] and len(trained) == 2
@@ -129,17 +127,11 @@ def test_a_wider_grid_keeps_what_is_complete(open_night: Callable[..., Night], t
 
 
 def test_other_settings_are_another_study(config: Config, tmp_path: Path) -> None:
-    name = study_name(config, "proxy_l2", 3, 42)
-    others = [
-        study_name(config, "align", 3, 42),
-        study_name(config, "proxy_l2", 4, 42),
-        study_name(config, "proxy_l2", 3, 43),
-        study_name(config.replace(bridge_depth=3), "proxy_l2", 3, 42),
-        study_name(config.replace(mamba_model="another/model"), "proxy_l2", 3, 42),
-    ]
+    names = {study_name(config, *others) for others in (("proxy_l2", 3, 42), ("align", 3, 42), ("align", 4, 42))}
+    names |= {study_name(config.replace(bridge_depth=3), "align", 3, 42), study_name(config, "align", 3, 43)}
+    names |= {study_name(config.replace(mamba_model="another/model"), "align", 3, 42)}
     (tmp_path / "train.csv").write_text("one more row", encoding="utf-8")
-    others.append(study_name(config, "proxy_l2", 3, 42))
-    assert len({name, *others}) == 7
+    assert len(names | {study_name(config, "align", 3, 42)}) == 7
 
 
 def test_the_place_of_the_data_is_no_setting(config: Config, tmp_path: Path) -> None:
@@ -147,3 +139,10 @@ def test_the_place_of_the_data_is_no_setting(config: Config, tmp_path: Path) -> 
     moved.write_bytes((tmp_path / "train.csv").read_bytes())
     there = config.replace(caption_csv_train=str(moved), output_dir=str(tmp_path / "b"), cache_dir="c", num_workers=3)
     assert study_name(config, "align", 3, 42) == study_name(there, "align", 3, 42)
+
+
+@pytest.mark.parametrize("missing", ["train.csv", "val.csv", "net.pth"])
+def test_missing_files_are_reported_before_the_night(config: Config, tmp_path: Path, missing: str) -> None:
+    (tmp_path / missing).unlink()
+    with pytest.raises(InputError, match=missing):
+        study_name(config, "align", 3, 42)
