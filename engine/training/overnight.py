@@ -223,10 +223,10 @@ class Night:
         frame["seconds"] = pd.to_timedelta(frame.pop("duration")).dt.total_seconds().round()
         frame = frame.astype({"lr": float, "batch_size": int, "epoch": "Int64", "seconds": "Int64", "number": int})
         frame["folder"] = [str(self.run_folder(*point)) for point in zip(frame["lr"], frame["batch_size"], strict=True)]
+        frame["reason"] = frame["reason"].fillna("")
         interrupted = frame["state"].eq("FAIL") & frame["reason"].eq(UNFINISHED)
-        frame["state"] = pd.Categorical(
-            frame["state"].map(STATES).mask(interrupted, "interrupted"), ORDER, ordered=True
-        )
+        states = frame["state"].map(STATES).mask(interrupted, "interrupted")
+        frame["state"] = pd.Categorical(states, ORDER, ordered=True)
         frame = frame.sort_values(["state", "val_loss", "epoch", "number"], ascending=[True, True, False, False])
         frame = frame.drop_duplicates(["lr", "batch_size"], ignore_index=True)
         return frame.set_index(frame.index.rename("rank") + 1)
@@ -235,12 +235,10 @@ class Night:
         """Write the report and print how the trial ended, how many runs have, and the time left."""
         self.write_report()
         board = self.leaderboard()
-        ended, took = (
-            board["state"].isin(ORDER[:2] + ["failed"]).sum(),
-            board["seconds"][board["state"].isin(ORDER[:2])],
-        )
+        complete = board["state"].isin(["finished", "collapsed"])
+        ended, seconds = complete.sum() + (board["state"] == "failed").sum(), board["seconds"][complete].mean()
+        left = "unknown time" if pd.isna(seconds) else timedelta(seconds=round((self.count - ended) * seconds))
         elapsed = timedelta(seconds=round(time.monotonic() - self.begun))
-        left = timedelta(seconds=round((self.count - ended) * took.mean())) if len(took) else "unknown time"
         result = {name: trial.user_attrs.get(name) for name in ("val_loss", "epoch", "reason")}
         outcome = ", ".join([STATES[trial.state.name], *(f"{k} {v}" for k, v in result.items() if v not in (None, ""))])
         name = self.run_folder(**trial.params).name
@@ -252,16 +250,13 @@ class Night:
         if not paths[0].is_file():
             return paths, ""
         content = read_torch_file(paths[0], "checkpoint")
-        made_by = content.get("overnight") or {
-            "epochs": content.get("epoch", 0)
-        }  # older versions stored the best epoch only
+        # Older versions did not store the epochs; the best epoch is their lower bound.
+        made_by = content.get("overnight") or {"epochs": content.get("epoch", 0)}
         if made_by["epochs"] <= epochs:
             return paths, ""
         beside = [path.with_stem(f"{path.stem}_{epochs}epochs") for path in paths]
-        return (
-            beside,
-            f"note: {paths[0]} is of a longer night ({describe(made_by)}) and is kept; see {beside[0].name}\n",
-        )
+        note = f"note: {paths[0]} is of a longer night ({describe(made_by)}) and is kept; see {beside[0].name}\n"
+        return beside, note
 
     def write_report(self) -> tuple[str, Path]:
         """Write best checkpoint, summary and leaderboard. Returns the best run ("": none) and the summary's path."""
@@ -286,9 +281,7 @@ class Night:
             lines += [f"best {name}: {value}" for name, value in best.items()]
             lines += [f"checkpoint: {checkpoint}", "\ngo on with Stage 2:", f"    {self.stage2_command(checkpoint)}"]
         lines += ["\nall runs, best first:", frame.drop(columns=["folder", "reason", "number"]).to_string(na_rep="-")]
-        lines += [
-            f"{Path(row.folder).name}: {row.reason}" for row in frame.fillna({"reason": ""}).itertuples() if row.reason
-        ]
+        lines += [f"{Path(row.folder).name}: {row.reason}" for row in frame.itertuples() if row.reason]
         # Excel misreads Chinese paths in a table without byte-order mark.
         for path, text in ((summary, "\n".join(lines) + "\n"), (board, "\ufeff" + frame.to_csv(lineterminator="\n"))):
             try:
