@@ -136,7 +136,7 @@ def keys_with_role(role: str) -> list[str]:
 
 def yaml_line(key: str, value: Any) -> str:
     """``key: value`` as a line of the configuration file, also where the value is empty."""
-    return yaml.safe_dump({key: value}, allow_unicode=True).strip()
+    return yaml.safe_dump({key: value}, allow_unicode=True, width=math.inf).strip()
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -237,13 +237,8 @@ def write_config(config: Config, path: Path) -> None:
     """Write every key with its one-line comment, atomically; ``--config`` takes the result."""
     lines = ["# The resolved configuration of this run; usable with --config."]
     for name, f in FIELDS.items():
-        lines += [f"# {f.metadata['doc']}", setting_line(name, getattr(config, name))]
+        lines += [f"# {f.metadata['doc']}", yaml_line(name, getattr(config, name))]
     write_text(path, "\n".join(lines) + "\n")
-
-
-def setting_line(key: str, value: Any) -> str:
-    """``key: value`` as a configuration file takes it; for an empty value ``key: null``."""
-    return yaml.safe_dump({key: value}, allow_unicode=True, default_flow_style=False, width=math.inf).strip()
 
 
 def _checked(key: str, value: Any, origin: str) -> Any:

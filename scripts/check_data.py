@@ -19,18 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-from tqdm import tqdm
-
-from config.errors import InputError
-from config.schema import Config, load_config
-from data.checks.data_check import CheckedImage, check_image, check_validation, compare_rows
-from data.checks.problems import Problem, from_error
-from data.tables.caption_table import TableScan, read_prompts, scan_caption_table
 from engine.cli import run_main
-from engine.figures import ModelView, draw_case, write_sheet
-
-EXIT_UNUSABLE = 1
-OPPOSITE = dict(zip("LRPASI", "RLAPIS", strict=True))
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,6 +31,22 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("outputs/data_check"), help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="headers only, no voxel is read, no contact sheet")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
+
+from tqdm import tqdm
+
+from config.errors import InputError
+from config.schema import Config, load_config
+from data.checks.data_check import CheckedImage, check_image, check_validation, compare_rows
+from data.checks.problems import Problem, from_error
+from data.tables.caption_table import TableScan, read_prompts, scan_caption_table
+from engine.figures import ModelView, draw_case, write_sheet
+
+EXIT_UNUSABLE = 1
+OPPOSITE = dict(zip("LRPASI", "RLAPIS", strict=True))
 
 
 def tables_of(args: argparse.Namespace, config: Config) -> dict[str, Path]:

@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--config", type=Path, help="take tables, model folder and cache from here instead of the checkpoint"
     )
-    parser.add_argument("--image", type=Path, help="any chest CT (NIfTI, DICOM, …); default: a validation case")
+    parser.add_argument("--image", type=Path, help="any chest CT (NIfTI, DICOM, ...); default: a validation case")
     parser.add_argument("--mask", type=Path, help="lesion mask of --image, to choose the slices by")
     parser.add_argument("--index", type=int, default=0, help="which validation case, counted from 0")
     parser.add_argument(

@@ -19,29 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-import numpy as np
-import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
-
-from config.toy_models import STAMP
-from data.phantom.finding import LESION_TYPES, SIDES, ZONES, Finding
-from data.phantom.lesions import SIZE_RANGE
-from data.phantom.report import finding_keys, wording, write_report
 from engine.cli import positive_float, positive_int, run_main
-from engine.run import native_bf16, set_seeds
-from engine.training.optimization import build_optimizer, build_schedule, require_finite
-from models.language_model.mamba_lm import MambaLM
-
-END = "<|endoftext|>"
-KEY_POINTS = {"zh": "要点{keys}。", "en": "Key points {keys}. "}
-SIZES_MM = (4, 70)
-ANY_SIZE_FRACTION = 0.2  # of the findings have a size from all of SIZES_MM, the others one of their type
-# Standard deviation of the size in the key points around that in the report. A visual token is uncertain of sizes too:
-# a model trained on exact sizes answered with one of six numbers.
-KEY_ERROR_MM = 2.5
-NUMBER_SCALE = 6.0  # numbers this far apart have nearly unrelated embeddings at the start
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,6 +35,33 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=positive_int, default=1200)
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+
+from config.toy_models import STAMP
+from data.phantom.finding import LESION_TYPES, SIDES, ZONES, Finding
+from data.phantom.lesions import SIZE_RANGE
+from data.phantom.report import finding_keys, wording, write_report
+from engine.run import native_bf16, set_seeds
+from engine.training.optimization import build_optimizer, build_schedule, require_finite
+from models.language_model.mamba_lm import MambaLM
+
+END = "<|endoftext|>"
+KEY_POINTS = {"zh": "要点{keys}。", "en": "Key points {keys}. "}
+SIZES_MM = (4, 70)
+ANY_SIZE_FRACTION = 0.2  # of the findings have a size from all of SIZES_MM, the others one of their type
+# Standard deviation of the size in the key points around that in the report. A visual token is uncertain of sizes too:
+# a model trained on exact sizes answered with one of six numbers.
+KEY_ERROR_MM = 2.5
+NUMBER_SCALE = 6.0  # numbers this far apart have nearly unrelated embeddings at the start
 
 
 class ReportTexts:

@@ -16,33 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
-
-from config.nnunet_plans import PreprocessPlan
-from config.toy_models import STAMP
-from data.cache import VolumeCache
-from data.imaging.reader import read_mask, read_volume
-from data.phantom.finding import FINDING_TYPES
-from data.tables.caption_table import CaptionRow, read_caption_table
-from data.view_selection import centred
 from engine.cli import positive_float, positive_int, run_main
-from engine.prepare import fill_cache
-from engine.run import native_bf16, set_seeds
-from engine.training.optimization import build_optimizer, build_schedule, require_finite
-from models.nnunet.architecture import Architecture
-from models.nnunet.checkpoint import save_nnunet_checkpoint
-from models.nnunet.unet import SegmentationUNet
-
-PATCH = 128
-LESION_SLICES = 4  # per case, those with most lesion
-FINGERPRINT_CASES = 60
-FINGERPRINT_VOXELS = 1000  # drawn from the lesions of each case
-CROP = 48  # voxels; most steps see a window around a lesion, a seventh of the work of a slice
-LESION_SHARE = 0.8
 
 
 def parse_args() -> argparse.Namespace:
@@ -66,6 +40,37 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--random_slices", type=positive_int, default=1, help="per case, beside those with most lesion")
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from config.nnunet_plans import PreprocessPlan
+from config.toy_models import STAMP
+from data.cache import VolumeCache
+from data.imaging.reader import read_mask, read_volume
+from data.phantom.finding import FINDING_TYPES
+from data.tables.caption_table import CaptionRow, read_caption_table
+from data.view_selection import centred
+from engine.prepare import fill_cache
+from engine.run import native_bf16, set_seeds
+from engine.training.optimization import build_optimizer, build_schedule, require_finite
+from models.nnunet.architecture import Architecture
+from models.nnunet.checkpoint import save_nnunet_checkpoint
+from models.nnunet.unet import SegmentationUNet
+
+PATCH = 128
+LESION_SLICES = 4  # per case, those with most lesion
+FINGERPRINT_CASES = 60
+FINGERPRINT_VOXELS = 1000  # drawn from the lesions of each case
+CROP = 48  # voxels; most steps see a window around a lesion, a seventh of the work of a slice
+LESION_SHARE = 0.8
 
 
 def measure(rows: list[CaptionRow], rng: np.random.Generator) -> tuple[dict[str, float], float]:

@@ -21,19 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-import torch
-
-from config.errors import InputError
-from config.files import write_text
-from config.schema import REPOSITORY, Config, load_config, write_config
 from engine.cli import positive_float, positive_int, run_main
-from models.nnunet.checkpoint import load_nnunet_checkpoint, save_nnunet_checkpoint
-from models.nnunet.unet import SegmentationUNet
-from models.vim_bridge import grid_side
-
-BASELINE = "baseline"
-STAGE1 = "align"  # the baseline's start of Stage 2
-COLUMNS = ("exact_acc", "location_acc", "type_acc", "size_within_4mm")  # scores of a report card
 
 
 def parse_args() -> argparse.Namespace:
@@ -50,6 +38,23 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--only", nargs="+", help="axes or variants (default: all)")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
+
+import torch
+
+from config.errors import InputError
+from config.files import write_text
+from config.schema import REPOSITORY, Config, load_config, write_config
+from models.nnunet.checkpoint import load_nnunet_checkpoint, save_nnunet_checkpoint
+from models.nnunet.unet import SegmentationUNet
+from models.vim_bridge import grid_side
+
+BASELINE = "baseline"
+STAGE1 = "align"  # the baseline's start of Stage 2
+COLUMNS = ("exact_acc", "location_acc", "type_acc", "size_within_4mm")  # scores of a report card
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from config.schema import (
     keys_with_role,
     load_config,
     resolve_path,
-    setting_line,
     write_config,
+    yaml_line,
 )
 
 
@@ -353,7 +353,7 @@ def test_the_line_that_a_message_advises_loads_and_gives_the_value(tmp_path, key
             expected = getattr(build_config({key: value}, "test"), key)
         except InputError:
             continue  # not a value of this key
-        assert getattr(load_config(config_file(tmp_path, setting_line(key, value))), key) == expected
+        assert getattr(load_config(config_file(tmp_path, yaml_line(key, value))), key) == expected
         loaded += 1
     assert loaded
 
