@@ -1,6 +1,6 @@
-"""The report card for people: Markdown, and one HTML file that holds its pictures.
+"""The report card for people: Markdown, one HTML file that holds its figures, and the plots of confidence.
 
-Both are made of the same blocks, so they say the same.
+A block is one part of the card in both formats, so they have the same content.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.evaluation.calibration import TO_CHECK
+import numpy as np
+
+from config.files import write_text
+from engine.evaluation.calibration import ConfidenceScores, Reliability, RiskCoverage
+from engine.evaluation.conditions import AUDITED
+from engine.evaluation.confidence import TO_CHECK
 
 _STYLE = """body{font:15px/1.55 sans-serif;margin:2em auto;max-width:1150px;padding:0 1em}
 table{border-collapse:collapse;margin:.6em 0}td,th{border:1px solid #bbb;padding:.25em .6em;text-align:left;
 vertical-align:top}th{background:#eee}img{max-width:100%}.verdict{font-size:1.25em;font-weight:bold;padding:.5em .8em;
 border-left:6px solid #888;background:#f4f4f4}.depends{border-color:#2a8f3c}.independent{border-color:#b00020}
 .partly,.unclear{border-color:#c77d00}mark{background:#ffd9a0}"""
-AUDITED = ("own", "shuffled", "blank", "prior", "squares")
 _IMAGES = {
     "own": "the case's own",
     "shuffled": "another patient's",
@@ -29,107 +33,152 @@ _IMAGES = {
 }
 
 
+Rows = Sequence[Sequence[str]]  # of a table, the first its head
+
+
 @dataclass(frozen=True)
 class Block:
-    """``kind``: h2, text, verdict, list, table (rows, the first its head), picture (path and caption)."""
+    """One part of the card in both formats."""
 
-    kind: str
-    content: Any
-    extra: str = ""
+    markdown: str
+    html: str
 
 
 @dataclass(frozen=True)
 class ShownCase:
-    """A report as the card shows it; ``picture``: where the model looked, or None."""
+    """A report as the card shows it; ``figure``: its saliency maps, or None."""
 
     name: str
     reference: str
     marked: str
-    picture: Path | None
+    figure: Path | None
 
 
 def card_blocks(card: Mapping[str, Any], plots: Sequence[tuple[Path, str]], cases: Sequence[ShownCase]) -> list[Block]:
     """The whole card."""
-    audit = card["audit"]
+    audit, problems = card["audit"], card["mask"]["problems"]
+    places = [["measure", "value", "of", "what"], *(_score_row(name, score) for name, score in card["places"].items())]
     blocks = [
-        Block("text", f"{card['cases']} cases of {card['csv']}, checkpoint {card['checkpoint']}. In brackets: the 95 % "
+        _text(f"{card['cases']} cases of {card['csv']}, checkpoint {card['checkpoint']}. In brackets: the 95 % "
               "interval over cases. Definitions: docs/evaluation.md."),
-        Block("h2", "Does it look at the image?"),
-        Block("verdict", audit["verdict"], audit["verdict_code"]),
-        Block("list", audit["reasons"]),
-        Block("table", _audit_rows(audit)),
-        Block("text", _audit_text(audit)),
-        Block("h2", "Findings"),
-        Block("text", _findings_text(card)),
-        Block("table", _finding_rows(card["findings"]["by_finding"])),
-        Block("h2", "Side, height and size"),
-        Block("table", [["measure", "value", "of", "what"], *(_score_row(k, v) for k, v in card["places"].items()),
-                        *_mask_rows(card["mask"])]),
-        *([Block("list", card["mask"]["problems"])] if card["mask"]["problems"] else []),
-        Block("h2", "Confidence"),
-        Block("text", _confidence_text(card["confidence"])),
-        *(Block("picture", path, caption) for path, caption in plots),
-        Block("h2", "Where it looked"),
-        Block("text", _pointing_text(card["pointing"])),
-        Block("h2", "Language"),
-        Block("table", _language_rows(card["language"])),
-        *([Block("list", card["language"]["not_computed"])] if card["language"]["not_computed"] else []),
-        Block("h2", "Sections and text"),
-        Block("table", _section_rows(card["sections"])),
-        Block("text", _text_text(card["text"])),
-        Block("h2", "Reports"),
+        _heading("Does it look at the image?"),
+        Block(f"**{audit['verdict']}**", f"<p class='verdict {audit['verdict_code']}'>{audit['verdict']}</p>"),
+        _list(audit["reasons"]),
+        _table(_audit_rows(audit)),
+        _text(_audit_text(audit)),
+        _heading("Findings"),
+        _text(_findings_text(card)),
+        _table(_finding_rows(card["findings"]["by_finding"])),
+        _heading("Side, height and size"),
+        _table([*places, *_mask_rows(card["mask"])]),
+        *([_list(problems)] if problems else []),
+        _heading("Confidence"),
+        _text(_confidence_text(card["confidence"])),
+        *(_figure(path, caption) for path, caption in plots),
+        _heading("Where it looked"),
+        _text(_pointing_text(card["pointing"])),
+        _heading("Language"),
+        _table(_language_rows(card["language"])),
+        _heading("Sections and text"),
+        _table(_section_rows(card["sections"])),
+        _text(_faults_text(card["text"])),
+        _heading("Reports"),
     ]  # fmt: skip
     for case in cases:
-        blocks.append(Block("table", [["case", case.name], ["reference", case.reference], ["generated", case.marked]]))
-        if case.picture is not None:
-            blocks.append(Block("picture", case.picture, f"{case.name}: where it looked; the lesion outlined"))
+        blocks.append(_table([["case", case.name], ["reference", case.reference], ["generated", case.marked]]))
+        if case.figure is not None:
+            blocks.append(_figure(case.figure, f"{case.name}: where it looked; the lesion outlined", "maps/"))
     return blocks
 
 
-def write_markdown(path: Path, blocks: Sequence[Block]) -> None:
-    """Pictures are linked by their path from the file's folder."""
-    parts = ["# Report card"]
-    for block in blocks:
-        if block.kind == "h2":
-            parts.append(f"## {block.content}")
-        elif block.kind == "list":
-            parts.append("\n".join(f"- {line}" for line in block.content))
-        elif block.kind == "verdict":
-            parts.append(f"**{block.content}**")
-        elif block.kind == "picture":
-            parts.append(f"![{block.extra}]({block.content.relative_to(path.parent).as_posix()})")
-        elif block.kind == "table":
-            rows = [[_cell(cell) for cell in row] for row in block.content]
-            rule = ["---"] * len(rows[0])
-            parts.append("\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])))
-        else:
-            parts.append(str(block.content))
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+def write_pages(folder: Path, blocks: Sequence[Block]) -> None:
+    """Write ``report_card.md``, which links its figures, and ``report_card.html``, which holds them."""
+    write_text(folder / "report_card.md", "\n\n".join(["# Report card", *(block.markdown for block in blocks)]) + "\n")
+    head = f"<!doctype html><html><head><meta charset='utf-8'><title>Report card</title><style>{_STYLE}</style></head>"
+    body = ["<body><h1>Report card</h1>", *(block.html for block in blocks), "</body></html>"]
+    write_text(folder / "report_card.html", "\n".join([head, *body]))
 
 
-def write_html(path: Path, blocks: Sequence[Block]) -> None:
-    """One file: pictures are embedded."""
-    parts = [
-        f"<!doctype html><html><head><meta charset='utf-8'><title>Report card</title><style>{_STYLE}</style></head>"
-    ]
-    parts.append("<body><h1>Report card</h1>")
-    for block in blocks:
-        if block.kind == "h2":
-            parts.append(f"<h2>{html.escape(block.content)}</h2>")
-        elif block.kind == "list":
-            parts.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in block.content) + "</ul>")
-        elif block.kind == "verdict":
-            parts.append(f"<p class='verdict {block.extra}'>{html.escape(block.content)}</p>")
-        elif block.kind == "picture":
-            held = base64.b64encode(block.content.read_bytes()).decode("ascii")
-            caption = html.escape(block.extra)
-            parts.append(f"<figure><img alt='{caption}' src='data:image/png;base64,{held}'><figcaption>{caption}"
-                         "</figcaption></figure>")  # fmt: skip
-        elif block.kind == "table":
-            parts.append(_html_table(block.content))
-        else:
-            parts.append(f"<p>{html.escape(str(block.content))}</p>")
-    path.write_text("\n".join([*parts, "</body></html>"]), encoding="utf-8")
+def draw_plots(folder: Path, scores: ConfidenceScores) -> list[tuple[Path, str]]:
+    """Write the reliability diagram and the risk-coverage curve; none where there are no statements."""
+    if scores.after is None or scores.curve is None:
+        return []
+    plots = [(folder / "reliability.png", "Reliability"), (folder / "risk_coverage.png", "Risk and coverage")]
+    draw_reliability(scores.after, plots[0][0])
+    draw_risk_coverage(scores.curve, plots[1][0])
+    return plots
+
+
+def draw_reliability(bins: Reliability, path: Path) -> None:
+    """Accuracy of each bin against its confidence, and how many statements it holds."""
+    from matplotlib.figure import Figure  # without pyplot: no display and no global state
+
+    figure = Figure(figsize=(4, 4.6), layout="constrained")
+    top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    width = np.diff(bins.edges)
+    top.bar(bins.edges[:-1], np.nan_to_num(bins.accuracy), width, align="edge", color="#4c78a8", edgecolor="white")
+    top.plot([0, 1], [0, 1], "--", color="#555555", linewidth=1)
+    top.plot(bins.confidence, bins.accuracy, "o", color="#f58518", markersize=4)
+    top.set(ylabel="fraction right", ylim=(0, 1), title=f"statements  ECE {bins.ece:.3f}")
+    below.bar(bins.edges[:-1], bins.count, width, align="edge", color="#9d9d9d", edgecolor="white")
+    below.set(xlabel="confidence", ylabel="count", xlim=(0, 1))
+    figure.savefig(path, dpi=150)
+
+
+def draw_risk_coverage(curve: RiskCoverage, path: Path) -> None:
+    """Error among the statements that are kept, by how many are kept."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 3), layout="constrained")
+    axis = figure.subplots()
+    axis.step(curve.coverage, curve.risk, where="post", color="#4c78a8")
+    axis.set(xlabel="fraction of statements kept, the surest first", ylabel="fraction of them wrong", xlim=(0, 1))
+    axis.set(ylim=(0, max(0.05, 1.15 * float(curve.risk.max()))), title=f"statements  area {curve.area:.3f}")
+    figure.savefig(path, dpi=150)
+
+
+# ---------------------------------------------------------------------------- blocks
+
+
+def _heading(text: str) -> Block:
+    return Block(f"## {text}", f"<h2>{html.escape(text)}</h2>")
+
+
+def _text(text: str) -> Block:
+    return Block(text, f"<p>{html.escape(text)}</p>")
+
+
+def _list(lines: Sequence[str]) -> Block:
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return Block("\n".join(f"- {line}" for line in lines), f"<ul>{items}</ul>")
+
+
+def _figure(path: Path, caption: str, folder: str = "") -> Block:
+    """``folder``: of the figure, from the card's."""
+    content = base64.b64encode(path.read_bytes()).decode("ascii")
+    escaped = html.escape(caption)
+    image = f"<img alt='{escaped}' src='data:image/png;base64,{content}'>"
+    return Block(f"![{caption}]({folder}{path.name})", f"<figure>{image}<figcaption>{escaped}</figcaption></figure>")
+
+
+def _table(rows: Rows) -> Block:
+    cells = [[cell.replace("|", "\\|").replace("\n", "<br>") for cell in row] for row in rows]
+    cells.insert(1, ["---"] * len(rows[0]))
+    lines = []
+    for number, row in enumerate(rows):
+        tag = "td" if number else "th"
+        marked = (_marked(html.escape(cell).replace("\n", "<br>")) for cell in row)
+        lines.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in marked) + "</tr>")
+    return Block("\n".join(f"| {' | '.join(row)} |" for row in cells), f"<table>{''.join(lines)}</table>")
+
+
+def _marked(cell: str) -> str:
+    for mark in TO_CHECK.values():
+        cell = cell.replace(mark, f"<mark>{mark}</mark>")
+    return cell
+
+
+# ---------------------------------------------------------------------------- content
 
 
 def show(value: Any, digits: int = 3) -> str:
@@ -233,29 +282,10 @@ def _section_rows(held: Mapping[str, Any]) -> list[list[str]]:
     return [*rows, ["all four", _scored(held["all_four"]), "", "", "", ""]]
 
 
-def _text_text(held: Mapping[str, Any]) -> str:
+def _faults_text(held: Mapping[str, Any]) -> str:
     return (
         f"Loops: {_scored(held['looping'])} of the reports; garbled: {_scored(held['garbled'])}; empty: "
         f"{show(held['empty'])}; cut at the limit of tokens: {show(held['cut_at_limit'])}. Distinct 4-grams: "
         f"{show(held['distinct_4grams'])}; mean length {show(held['mean_characters'], 0)} characters. Measured only: "
         "the reports stand as the model wrote them."
     )
-
-
-def _cell(text: str) -> str:
-    return str(text).replace("|", "\\|").replace("\n", "<br>")
-
-
-def _html_table(rows: Sequence[Sequence[str]]) -> str:
-    lines = []
-    for number, row in enumerate(rows):
-        tag = "th" if number == 0 else "td"
-        cells = (html.escape(str(cell)).replace("\n", "<br>") for cell in row)
-        lines.append("<tr>" + "".join(f"<{tag}>{_marked(cell)}</{tag}>" for cell in cells) + "</tr>")
-    return f"<table>{''.join(lines)}</table>"
-
-
-def _marked(cell: str) -> str:
-    for mark in TO_CHECK.values():
-        cell = cell.replace(mark, f"<mark>{mark}</mark>")
-    return cell
