@@ -160,14 +160,12 @@ class ConfidenceScores:
         if self.after is None or self.curve is None:
             return found
         bins = zip(self.after.edges[:-1], self.after.confidence, self.after.accuracy, self.after.count, strict=True)
-        points = zip(self.curve.coverage, self.curve.risk, self.curve.threshold, strict=True)
+        points = zip(*thinned(self.curve.coverage, self.curve.risk, self.curve.threshold), strict=True)
         return found | {
             "area_under_risk_coverage": self.curve.area,
             "ece_of_perfect": ece_of_perfect(self.calibrated),
             "reliability": [dict(zip(("from", "confidence", "right", "count"), row, strict=True)) for row in bins],
-            "risk_coverage": [
-                dict(zip(("coverage", "risk", "threshold"), row, strict=True)) for row in thinned(list(points))
-            ],
+            "risk_coverage": [dict(zip(("coverage", "risk", "threshold"), row, strict=True)) for row in points],
         }
 
 
@@ -191,10 +189,11 @@ def confidence_scores(judged: Judged, other: Judged | None, other_name: str) -> 
     return ConfidenceScores(calibrated, fitted, on, before, after, risk_coverage(calibrated, judged.right))
 
 
-def thinned(points: Sequence[tuple], limit: int = 50) -> list[tuple]:
-    """At most ``limit`` points, spread evenly, the first and the last among them."""
-    chosen = np.linspace(0, len(points) - 1, min(limit, len(points))).round().astype(int)
-    return [points[i] for i in np.unique(chosen)]
+def thinned(*curves: np.ndarray, limit: int = 50) -> list[np.ndarray]:
+    """At most ``limit`` points of each curve, spread evenly, the first and the last among them."""
+    size = len(curves[0])
+    chosen = np.unique(np.linspace(0, size - 1, min(limit, size)).round().astype(int))
+    return [curve[chosen] for curve in curves]
 
 
 def _cross_fitted(judged: Judged) -> np.ndarray:

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from config.files import write_text
+from data.report_language.sections import SECTIONS
 from engine.evaluation.calibration import ConfidenceScores, Reliability, RiskCoverage
-from engine.evaluation.conditions import AUDITED
+from engine.evaluation.conditions import AUDITED, OWN
 from engine.evaluation.confidence import TO_CHECK
 
 _STYLE = """body{font:15px/1.55 sans-serif;margin:2em auto;max-width:1150px;padding:0 1em}
@@ -56,8 +57,10 @@ class ShownCase:
 
 def card_blocks(card: Mapping[str, Any], plots: Sequence[tuple[Path, str]], cases: Sequence[ShownCase]) -> list[Block]:
     """The whole card."""
-    audit, problems = card["audit"], card["mask"]["problems"]
-    places = [["measure", "value", "of", "what"], *(_score_row(name, score) for name, score in card["places"].items())]
+    audit, mask = card["audit"], card["mask"]
+    places = [["measure", "value", "of", "what"], *_score_rows(card["places"])]
+    for who in ("reports", "references"):
+        places += _score_rows(mask[who] or {}, f"mask, {who}: ")
     blocks = [
         _text(f"{card['cases']} cases of {card['csv']}, checkpoint {card['checkpoint']}. In brackets: the 95 % "
               "interval over cases. Definitions: docs/evaluation.md."),
@@ -67,11 +70,11 @@ def card_blocks(card: Mapping[str, Any], plots: Sequence[tuple[Path, str]], case
         _table(_audit_rows(audit)),
         _text(_audit_text(audit)),
         _heading("Findings"),
-        _text(_findings_text(card)),
+        _text(_findings_text(card["findings"])),
         _table(_finding_rows(card["findings"]["by_finding"])),
         _heading("Side, height and size"),
-        _table([*places, *_mask_rows(card["mask"])]),
-        *([_list(problems)] if problems else []),
+        _table(places),
+        *([_list(mask["problems"])] if mask["problems"] else []),
         _heading("Confidence"),
         _text(_confidence_text(card["confidence"])),
         *(_figure(path, caption) for path, caption in plots),
@@ -188,33 +191,35 @@ def show(value: Any, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
-def with_interval(value: float | None, interval: Sequence[float | None]) -> str:
+def _with_interval(value: float | None, interval: Sequence[float | None]) -> str:
     return show(value) if value is None or None in interval else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
-def _scored(score: Mapping[str, Any]) -> str:
-    return with_interval(score["value"], score["interval"])
+def _named(values: Mapping[str, Any], name: str) -> str:
+    """The value of a key with its interval, which has a key of its own."""
+    return _with_interval(values[name], values[f"{name}_interval"])
 
 
-def _score_row(name: str, score: Mapping[str, Any]) -> list[str]:
-    return [name, _scored(score), str(score["n"]), score["what"]]
+def _scored(score: Mapping[str, Any] | None, absent: str = "") -> str:
+    return _with_interval(score["value"], score["interval"]) if score else absent
+
+
+def _score_rows(scores: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
+    return [[prefix + name, _scored(score), str(score["n"]), score["what"]] for name, score in scores.items()]
 
 
 def _audit_rows(audit: Mapping[str, Any]) -> list[list[str]]:
-    head = ["image", "macro-F1", "side and height", "size within 3 mm", "nats per token", "loss gap", "same reports"]
-    rows = []
+    rows = [["image", "macro-F1", "side and height", "size within 3 mm", "nats per token", "loss gap", "same reports"]]
     for name in AUDITED:
         one = audit[name]
-        gap, same = one.get("loss_gap"), one.get("same_reports")
-        values = [_IMAGES[name], with_interval(one["macro_f1"], one["macro_f1_interval"]), show(one["location_acc"])]
-        values += [show(one["size_within_3mm"]), show(one["nats_per_token"]), _scored(gap) if gap else "", show(same) if
-                   gap else ""]  # fmt: skip
-        rows.append(values)
-    return [head, *rows]
+        numbers = [show(one[key]) for key in ("location_acc", "size_within_3mm", "nats_per_token")]
+        same = show(one["same_reports"]) if name != OWN else ""
+        rows.append([_IMAGES[name], _named(one, "macro_f1"), *numbers, _scored(one.get("loss_gap")), same])
+    return rows
 
 
 def _audit_text(audit: Mapping[str, Any]) -> str:
-    normal = with_interval(audit["normal_false_finding_rate"], audit["normal_false_finding_interval"])
+    normal = _with_interval(audit["normal_false_finding_rate"], audit["normal_false_finding_interval"])
     return (
         f"Normal cases with a false finding: {normal} of {audit['normal_cases']}. Duplicate or near-duplicate reports: "
         f"{show(audit['duplicate_rate'])} (of the references: {show(audit['duplicate_rate_of_references'])}); the most "
@@ -222,70 +227,58 @@ def _audit_text(audit: Mapping[str, Any]) -> str:
     )
 
 
-def _findings_text(card: Mapping[str, Any]) -> str:
-    found = card["findings"]
+def _findings_text(found: Mapping[str, Any]) -> str:
     return (
-        f"Macro-F1 {with_interval(found['macro_f1'], found['macro_f1_interval'])}; by chance (reports dealt to other "
-        f"cases) {with_interval(found['chance'], found['chance_interval'])}, p = {show(found['p_value'])}. Micro: F1 "
-        f"{_scored(found['micro_f1'])}, precision {_scored(found['micro_precision'])}, recall "
-        f"{_scored(found['micro_recall'])}."
+        f"Macro-F1 {_named(found, 'macro_f1')}; by chance (reports dealt to other cases) {_named(found, 'chance')}, "
+        f"p = {show(found['p_value'])}. Micro: F1 {_scored(found['micro_f1'])}, precision "
+        f"{_scored(found['micro_precision'])}, recall {_scored(found['micro_recall'])}."
     )
 
 
 def _finding_rows(findings: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    rows = [["finding", "in references", "in reports", "precision", "recall", "F1"]]
-    for one in findings:
-        f1 = with_interval(one["f1"], one["f1_interval"])
-        counts = [one["finding"], str(one["references"]), str(one["reports"])]
-        rows.append([*counts, show(one["precision"]), show(one["recall"]), f1])
-    return rows
+    keys = ("finding", "references", "reports", "precision", "recall")
+    rows = [[*(show(one[key]) for key in keys), _named(one, "f1")] for one in findings]
+    return [["finding", "in references", "in reports", "precision", "recall", "F1"], *rows]
 
 
-def _mask_rows(mask: Mapping[str, Any]) -> list[list[str]]:
-    rows = []
-    for who in ("reports", "references"):
-        rows += [_score_row(f"mask, {who}: {name}", score) for name, score in (mask[who] or {}).items()]
-    return rows
-
-
-def _confidence_text(held: Mapping[str, Any]) -> str:
+def _confidence_text(found: Mapping[str, Any]) -> str:
     return (
-        f"Expected calibration error {show(held['ece'])} of {held['statements']} statements (before calibration "
-        f"{show(held['ece_before'])}; of perfect calibration, by chance, {show(held.get('ece_of_perfect'))}); "
-        f"calibrated on {held['calibrated_on']}. Below {held['abstain_below']} a sentence is marked {TO_CHECK['zh']}: "
-        f"{show(held['statements_marked'])} of the statements, in {show(held['reports_with_marks'])} of the reports. "
-        f"Area under the risk-coverage curve: {show(held.get('area_under_risk_coverage'))}."
+        f"Expected calibration error {show(found['ece'])} of {found['statements']} statements (before calibration "
+        f"{show(found['ece_before'])}; of perfect calibration, by chance, {show(found.get('ece_of_perfect'))}); "
+        f"calibrated on {found['calibrated_on']}. Below {found['abstain_below']} a sentence is marked "
+        f"{TO_CHECK['zh']}: {show(found['statements_marked'])} of the statements, in "
+        f"{show(found['reports_with_marks'])} of the reports. Area under the risk-coverage curve: "
+        f"{show(found.get('area_under_risk_coverage'))}."
     )
 
 
-def _pointing_text(held: Mapping[str, Any]) -> str:
-    if not held["n"]:
+def _pointing_text(found: Mapping[str, Any]) -> str:
+    if not found["n"]:
         return "Pointing game: not played, no sentence about a lesion of a mask that the model was shown."
-    why = "; ".join(f"{reason}: {count}" for reason, count in held["not_played"].items())
-    text = f"Pointing game: {_scored(held)} of {held['n']} sentences; by chance {show(held['chance'])}."
+    why = "; ".join(f"{reason}: {count}" for reason, count in found["not_played"].items())
+    text = f"Pointing game: {_scored(found)} of {found['n']} sentences; by chance {show(found['chance'])}."
     return text + (f" Not played: {why}." if why else "")
 
 
-def _language_rows(held: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["metric", "value", "definition"]]
-    return rows + [
-        [name, with_interval(held[name], held["intervals"][name]), what] for name, what in held["definitions"].items()
-    ]
+def _language_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    metrics = found["definitions"].items()
+    rows = [[name, _with_interval(found[name], found["intervals"][name]), what] for name, what in metrics]
+    return [["metric", "value", "definition"], *rows]
 
 
-def _section_rows(held: Mapping[str, Any]) -> list[list[str]]:
+def _section_rows(found: Mapping[str, Any]) -> list[list[str]]:
     rows = [["section", "in reports", "in references", "BLEU-4", "ROUGE-L", "chrF"]]
-    for name, one in held.items():
-        if isinstance(one, Mapping) and "in_reports" in one:
-            scores = [_scored(one[key]) if key in one else "—" for key in ("BLEU-4", "ROUGE-L", "chrF")]
-            rows.append([name, show(one["in_reports"]), show(one["in_references"]), *scores])
-    return [*rows, ["all four", _scored(held["all_four"]), "", "", "", ""]]
+    for name in SECTIONS:
+        one = found[name]
+        scores = [_scored(one.get(key), "—") for key in ("BLEU-4", "ROUGE-L", "chrF")]
+        rows.append([name, show(one["in_reports"]), show(one["in_references"]), *scores])
+    return [*rows, ["all four", _scored(found["all_four"]), "", "", "", ""]]
 
 
-def _faults_text(held: Mapping[str, Any]) -> str:
+def _faults_text(found: Mapping[str, Any]) -> str:
     return (
-        f"Loops: {_scored(held['looping'])} of the reports; garbled: {_scored(held['garbled'])}; empty: "
-        f"{show(held['empty'])}; cut at the limit of tokens: {show(held['cut_at_limit'])}. Distinct 4-grams: "
-        f"{show(held['distinct_4grams'])}; mean length {show(held['mean_characters'], 0)} characters. Measured only: "
+        f"Loops: {_scored(found['looping'])} of the reports; garbled: {_scored(found['garbled'])}; empty: "
+        f"{show(found['empty'])}; cut at the limit of tokens: {show(found['cut_at_limit'])}. Distinct 4-grams: "
+        f"{show(found['distinct_4grams'])}; mean length {show(found['mean_characters'], 0)} characters. Measured only: "
         "the reports stand as the model wrote them."
     )

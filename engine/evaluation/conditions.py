@@ -59,23 +59,17 @@ class MeanImage:
     position: Tensor
 
 
+@dataclass
 class ReportPasses:
     """Fills a store with the reports of a table, condition by condition; each process takes its own rows."""
 
-    def __init__(
-        self,
-        writer: ReportWriter,
-        collator: CaptionCollator,
-        store: GenerationStore,
-        *,
-        batch_size: int,
-        seed: int,
-        process: int = 0,
-        processes: int = 1,
-    ) -> None:
-        self.writer, self.collator, self.store = writer, collator, store
-        self.batch_size, self.seed = batch_size, seed
-        self.process, self.processes = process, processes
+    writer: ReportWriter
+    collator: CaptionCollator
+    store: GenerationStore
+    batch_size: int
+    seed: int
+    process: int = 0
+    processes: int = 1
 
     def run(self, table: EvaluatedTable, condition: str, mean: MeanImage | None = None) -> None:
         """Generate what is missing. ``mean`` is needed by ``blank``, ``prior`` and ``squares``."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config.errors import InputError
 from data.report_language.labeller import FindingMention, report_labels
 from data.report_language.terms import FINDINGS
 from engine.evaluation.bootstrap import REPEATS, Score, case_weights, interval, ratio
@@ -28,7 +27,7 @@ class FindingScore:
 
     finding: str
     references: int
-    generated: int
+    reports: int
     precision: float
     recall: float
     f1: Score
@@ -39,21 +38,21 @@ class ClinicalScores:
     """All findings together.
 
     Attributes:
-        findings: every finding that some reference or report states.
         macro_f1: mean F1 over the findings that some reference states.
-        micro_f1, micro_precision, micro_recall: over all case–finding pairs.
-        chance_macro_f1, chance_micro_f1: mean over permutations, and the interval of single permutations.
+        chance, micro_chance: mean of macro-F1 and micro-F1 over permutations, and the interval of single permutations.
         p_value: fraction of permutations whose macro-F1 reaches the true one, (hits + 1) / (permutations + 1).
+        micro_f1, micro_precision, micro_recall: over all case–finding pairs.
+        by_finding: every finding that some reference or report states.
     """
 
-    findings: list[FindingScore]
     macro_f1: Score
+    chance: Score
+    p_value: float
     micro_f1: Score
     micro_precision: Score
     micro_recall: Score
-    chance_macro_f1: Score
-    chance_micro_f1: Score
-    p_value: float
+    micro_chance: Score
+    by_finding: list[FindingScore]
 
 
 def label_matrix(reports: Mentions, sections: Sequence[str] = DIAGNOSTIC_SECTIONS) -> np.ndarray:
@@ -69,42 +68,33 @@ def clinical_scores(
     repeats: int = REPEATS,
     seed: int = 0,
 ) -> ClinicalScores:
-    """Compare what reports state with what their references state.
-
-    Raises:
-        InputError: no case, or lists of different length.
-    """
-    if len(references) != len(generated) or not references:
-        raise InputError(f"{len(references)} references and {len(generated)} reports; give as many of each, at least 1")
+    """Compare what reports state with what their references state, of at least one case."""
     truth, found = (label_matrix(reports, sections) for reports in (references, generated))
     n, known = len(truth), truth.any(0)
-    counts = resampled_counts(truth, found, np.ones((1, n), int))
+    once = np.ones((1, n), int)
+    counts = resampled_counts(truth, found, once)
     drawn = resampled_counts(truth, found, case_weights(n, repeats, seed))
     rng = np.random.default_rng(seed)
-    permuted = np.concatenate(
-        [resampled_counts(truth, found[rng.permutation(n)], np.ones((1, n), int)) for _ in range(repeats)]
-    )
+    permuted = np.concatenate([resampled_counts(truth, found[rng.permutation(n)], once) for _ in range(repeats)])
 
     def micro(formula: Callable[[np.ndarray], np.ndarray], what: str) -> Score:
         return Score(float(formula(counts.sum(2))[0]), *interval(formula(drawn.sum(2))), n, what)
 
     def chance(values: np.ndarray) -> Score:
-        known_values = values[np.isfinite(values)]
-        mean = float(known_values.mean()) if len(known_values) else float("nan")
+        mean = float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
         return Score(mean, *interval(values), n, "reports dealt to other cases")
 
     macro, by_chance = float(macro_f1(counts, known)[0]), macro_f1(permuted, known)
     hits = int((by_chance >= macro - 1e-12).sum()) if np.isfinite(macro) else repeats
-    what = f"mean F1 of {int(known.sum())} findings"
     return ClinicalScores(
-        findings=_by_finding(counts, drawn, n),
-        macro_f1=Score(macro, *interval(macro_f1(drawn, known)), n, what),
+        macro_f1=Score(macro, *interval(macro_f1(drawn, known)), n, f"mean F1 of {int(known.sum())} findings"),
+        chance=chance(by_chance),
+        p_value=(hits + 1) / (repeats + 1),
         micro_f1=micro(_f1, "F1 of all case-finding pairs"),
         micro_precision=micro(_precision, "precision of all case-finding pairs"),
         micro_recall=micro(_recall, "recall of all case-finding pairs"),
-        chance_macro_f1=chance(by_chance),
-        chance_micro_f1=chance(_f1(permuted.sum(2))),
-        p_value=(hits + 1) / (repeats + 1),
+        micro_chance=chance(_f1(permuted.sum(2))),
+        by_finding=_by_finding(counts, drawn, n),
     )
 
 

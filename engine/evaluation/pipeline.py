@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -23,7 +23,7 @@ from data.report_language.terms import FINDINGS
 from engine.checkpoint import Checkpoint, load_checkpoint
 from engine.evaluation.calibration import Judged, confidence_scores
 from engine.evaluation.card_pages import ShownCase, card_blocks, draw_plots, write_pages
-from engine.evaluation.conditions import AUDITED, OWN, SAMPLE, EvaluatedTable, MeanImage, ReportPasses
+from engine.evaluation.conditions import AUDITED, OWN, SAMPLE, EvaluatedTable, ReportPasses
 from engine.evaluation.confidence import Labeller, Statement, statements
 from engine.evaluation.generation_store import GenerationStore
 from engine.evaluation.localisation import MaskedCase, measure_case
@@ -252,36 +252,28 @@ def measure_lesions_and_maps(job: Job, accelerator: Accelerator) -> None:
         lambda r: asdict(measure_case(rows[r].image_path, rows[r].mask_path, job.names)),
     )  # fmt: skip
     wanted = sorted({*range(min(job.args.maps, len(rows))), *with_mask[: job.args.pointing_cases]})
-    known, masked = job.row_records("maps"), masked_cases(job)
+    known = job.row_records("maps")
     if any(known[r] is None for r in wanted):
-        mean = job.passes.mean_image(job.table)
-        records, stated = job.passes.records(job.table, OWN), table_statements(job, job.table)
-        job.passes.run_rows(
-            job.table, job.key("maps"), wanted, lambda r: map_record(job, r, records[r], stated[r], masked[r], mean)
-        )
+        make_maps(job, wanted)
     accelerator.wait_for_everyone()
 
 
-def map_record(
-    job: Job,
-    row: int,
-    record: Mapping[str, Any],
-    stated: Sequence[Statement],
-    masked: MaskedCase | None,
-    mean: MeanImage,
-) -> dict[str, Any]:
-    """The pointing game of one case; its maps are saved where they are asked for."""
-    case = map_case(
-        job.passes.writer, job.table, row, job.passes.batch([job.table.data[row]]), record, stated, masked, job.names,
-        mean.features, job.args.attribution,
-    )  # fmt: skip
-    figure = None
-    if row < job.args.maps:
-        figure = save_maps(job.maps, f"case{row:04d}", case, job.table.data.rows[row].image_path)
-    sentences = [
-        {"sentence": one.sentence, "hit": one.hit, "chance": one.chance, "why": one.why} for one in case.sentences
-    ]
-    return {"sentences": sentences, "figure": figure and figure.name}
+def make_maps(job: Job, rows: Sequence[int]) -> None:
+    """The pointing game of these rows; the maps of the first ``--maps`` rows are saved."""
+    mean, masked = job.passes.mean_image(job.table), masked_cases(job)
+    records, stated = job.passes.records(job.table, OWN), table_statements(job, job.table)
+
+    def make(row: int) -> dict[str, Any]:
+        case = map_case(
+            job.passes.writer, job.table, row, job.passes.batch([job.table.data[row]]), records[row], stated[row],
+            masked[row], job.names, mean.features, job.args.attribution,
+        )  # fmt: skip
+        figure = None
+        if row < job.args.maps:
+            figure = save_maps(job.maps, f"case{row:04d}", case, job.table.data.rows[row].image_path)
+        return {"sentences": [one.record() for one in case.sentences], "figure": figure and figure.name}
+
+    job.passes.run_rows(job.table, job.key("maps"), rows, make)
 
 
 def masked_cases(job: Job) -> list[MaskedCase | None]:
@@ -318,8 +310,7 @@ def write_card(job: Job) -> dict[str, Any]:
     write_text(out / "report_card.json", json.dumps(card, ensure_ascii=False, indent=1))
     marked = marked_reports(held)
     write_reports(out / "reports.csv", job, held, marked)
-    blocks = card_blocks(card, draw_plots(out, held.confidence), shown_cases(job, held, marked))
-    write_pages(out, blocks)
+    write_pages(out, card_blocks(card, draw_plots(out, held.confidence), shown_cases(job, held, marked)))
     audit = card["audit"]
     print(f"macro-F1 {printed(card['findings']['macro_f1'])} (chance {printed(card['findings']['chance'])}), "
           f"shuffled {printed(audit['shuffled']['macro_f1'])}, blank {printed(audit['blank']['macro_f1'])}; "

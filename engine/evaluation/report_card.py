@@ -15,20 +15,13 @@ import numpy as np
 
 from data.report_language.labeller import FindingMention, detect_language
 from data.report_language.sections import PREAMBLE, SECTIONS, section_shares, section_text
+from engine.evaluation import image_dependence
 from engine.evaluation.bootstrap import Score, hit_score, mean_score
 from engine.evaluation.calibration import ConfidenceScores
 from engine.evaluation.confidence import Labeller, Statement, mark_unsure, sentence_confidences
 from engine.evaluation.finding_metrics import ClinicalScores, clinical_scores
-from engine.evaluation.image_dependence import (
-    false_findings_on_normal,
-    judge,
-    loss_gap,
-    macro_difference,
-    nats_per_token,
-    same_fraction,
-)
 from engine.evaluation.localisation import MaskedCase, mask_scores, place_scores
-from engine.evaluation.report_checks import find_duplicates, find_garble, find_repetition
+from engine.evaluation.report_checks import find_duplicates, find_repetition, is_garbled
 from engine.evaluation.text_metrics import language_scores
 
 Records = Sequence[Mapping[str, Any]]
@@ -128,24 +121,10 @@ def _findings(held: Evaluated, scores: ClinicalScores) -> dict[str, Any]:
             one = clinical_scores(held.truth, held.mentions["own"], (section,))
             by_section[section] = {"macro_f1": one.macro_f1, "micro_f1": one.micro_f1}
     return {
+        **vars(scores),
         **_with_interval("macro_f1", scores.macro_f1),
-        **_with_interval("chance", scores.chance_macro_f1),
-        "p_value": scores.p_value,
-        "micro_f1": scores.micro_f1,
-        "micro_precision": scores.micro_precision,
-        "micro_recall": scores.micro_recall,
-        "micro_chance": scores.chance_micro_f1,
-        "by_finding": [
-            {
-                "finding": row.finding,
-                "references": row.references,
-                "reports": row.generated,
-                "precision": row.precision,
-                "recall": row.recall,
-                **_with_interval("f1", row.f1),
-            }
-            for row in scores.findings
-        ],
+        **_with_interval("chance", scores.chance),
+        "by_finding": [vars(row) | _with_interval("f1", row.f1) for row in scores.by_finding],
         "by_section": by_section,
     }
 
@@ -185,13 +164,13 @@ def _sections(held: Evaluated) -> dict[str, Any]:
 
 def _text(held: Evaluated) -> dict[str, Any]:
     texts = held.texts()
-    loops, garble = [find_repetition(text) for text in texts], [find_garble(text) for text in texts]
+    loops = [find_repetition(text) for text in texts]
     worst = max(loops, key=lambda loop: loop.share)
     return {
         "looping": mean_score([loop.looping for loop in loops], "reports that are a loop by more than a fifth"),
         "worst_loop": {"piece": worst.piece, "times": worst.times, "share": worst.share},
         "distinct_4grams": np.mean([loop.distinct_4grams for loop in loops]),
-        "garbled": mean_score([one.garbled for one in garble], "reports with characters that are no text"),
+        "garbled": mean_score([is_garbled(text) for text in texts], "reports with characters that are no text"),
         "empty": np.mean([not text.strip() for text in texts]),
         "mean_characters": np.mean([len(text) for text in texts]),
         "cut_at_limit": np.mean([not record["ended"] for record in held.records["own"]]),
@@ -208,19 +187,21 @@ def _audit(
             "micro_f1": clinical[name].micro_f1.value,
             "location_acc": places[name]["location_acc"].value,
             "size_within_3mm": places[name]["size_within_3mm"].value,
-            "nats_per_token": nats_per_token(records),
+            "nats_per_token": image_dependence.nats_per_token(records),
         }
         if name != "own":
-            gaps[name] = loss_gap(own, records)
-            differences[name] = macro_difference(held.truth, held.mentions["own"], held.mentions[name])
+            gaps[name] = image_dependence.loss_gap(own, records)
+            differences[name] = image_dependence.macro_difference(held.truth, held.mentions["own"], held.mentions[name])
             found[name] |= {
                 "loss_gap": gaps[name],
                 "macro_f1_difference": differences[name],
-                "same_reports": same_fraction(held.texts(), held.texts(name)),
+                "same_reports": image_dependence.same_fraction(held.texts(), held.texts(name)),
             }
     duplicates, natural = find_duplicates(held.texts()), find_duplicates(held.references)
-    normal = false_findings_on_normal(held.truth, held.mentions["own"])
-    verdict = judge(len(own), clinical["own"].p_value, differences, gaps, found["prior"]["same_reports"])
+    normal = image_dependence.false_findings_on_normal(held.truth, held.mentions["own"])
+    verdict = image_dependence.judge(
+        len(own), clinical["own"].p_value, differences, gaps, found["prior"]["same_reports"]
+    )
     reasons = list(verdict.reasons)
     if held.lesion_inputs:
         alone = {"macro-F1": "macro_f1", "side and height": "location_acc", "size within 3 mm": "size_within_3mm"}

@@ -2,21 +2,19 @@
 
     features [1, K, C, T, T] → bridge → (CMI) → Mamba → Σ log p(tokens of the span) → map [K, T, T]
 
-All methods compare the image with a baseline, the mean features of many cases:
+All methods compare the image with a baseline, the mean features of many cases.
 
-==============  ======================================================================================================
-``integrated``  Integrated gradients (Sundararajan et al. 2017), summed over channels. The values of a map add up to
-                the change that the image makes; a positive value supports the span.
-``evidence``    The default: the positive integrated gradients of single channels, summed, then smoothed by a Gaussian
-                whose standard deviation is the extent of one feature, because its receptive field is much larger than
-                its cell.
-``occlusion``   The fall of the log-probability when a cell's features are replaced by the baseline's (Zeiler &
-                Fergus 2014).
-==============  ======================================================================================================
+``integrated``: integrated gradients (Sundararajan et al. 2017), summed over channels. The values of a map add up to the
+change that the image makes; a positive value supports the span.
+
+``evidence``, the default: the positive integrated gradients of single channels, summed, then smoothed by a Gaussian
+whose standard deviation is the extent of one feature, because its receptive field is much larger than its cell.
+
+``occlusion``: the fall of the log-probability when the features of a cell are replaced by the baseline's (Zeiler &
+Fergus 2014).
 
 The pointing game (Zhang et al. 2018): a map hits where its maximum lies in a cell that holds voxels of the lesion that
 the sentence states. Sentences about a lesion that is not there, or that the model was not shown, are not played.
-``docs/evaluation.md`` compares the methods.
 """
 
 from __future__ import annotations
@@ -58,6 +56,10 @@ class SentenceMap:
     hit: bool | None
     chance: float
     why: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """For the store, without text and map."""
+        return {"sentence": self.sentence, "hit": self.hit, "chance": self.chance, "why": self.why}
 
 
 @dataclass(frozen=True)
@@ -155,23 +157,39 @@ def attribution_maps(
         steps: points between baseline and image at which the gradient is taken.
         chunk: copies of the case in one forward pass.
     """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
-    with torch.no_grad():
-        features = model.vision.features(batch["images"])
-    K, _, T, U = features.shape[1:]
+    report = ReportLikelihood(model, batch, ids)
+    K, _, T, U = report.features.shape
     if not spans:
         return torch.zeros(0, K, T, U)
-    answer = torch.tensor([list(ids)], dtype=torch.long, device=features.device)
-    case = {**batch, "answer_ids": answer, "answer_mask": torch.ones_like(answer)}
-    baseline = baseline[None].to(features)
+    baseline = baseline.to(report.features)
     if method == "occlusion":
-        return _occlusion(model, case, features, baseline, spans, chunk)
-    parts = _integrated(model, case, features, baseline, spans, steps, chunk)
+        return _occlusion(report, spans, baseline, chunk)
+    gradients = _integrated(report, spans, baseline, steps, chunk)
     if method == "integrated":
-        return torch.stack([part.sum(1) for part in parts])
+        return gradients.sum(2)
     width = feature_width(model.vision.encoder, batch["images"], (T, U))
-    return torch.stack([smoothed(part.clamp(min=0).sum(1), width) for part in parts])
+    return torch.stack([smoothed(heat, width) for heat in gradients.clamp(min=0).sum(2)])
+
+
+class ReportLikelihood:
+    """Log-probabilities of one report's tokens as a function of the image's features. ``features``: (K, C, T, T)."""
+
+    def __init__(self, model: MedicalVLM, batch: Mapping[str, Any], ids: Sequence[int]) -> None:
+        with torch.no_grad():
+            self.features = model.vision.features(batch["images"])[0]
+        answer = torch.tensor([list(ids)], dtype=torch.long, device=self.features.device)
+        self.case = {**batch, "answer_ids": answer, "answer_mask": torch.ones_like(answer)}
+        self.model = model
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(B, tokens) for features (B, K, C, T, T)."""
+        names = ("slice_position", "roi", "question_ids", "question_mask", "answer_ids", "answer_mask")
+        copies = {name: self.case[name].expand(len(features), *self.case[name].shape[1:]) for name in names}
+        question = self.model.lm.embed(copies["question_ids"]).float()
+        visual = self.model.vision.tokens(
+            features, copies["slice_position"], question, copies["question_mask"], roi=copies["roi"]
+        )
+        return torch.stack(answer_log_probs(self.model.lm, visual, copies))
 
 
 def feature_width(
@@ -189,58 +207,33 @@ def smoothed(heat: Tensor, width: tuple[float, float]) -> Tensor:
 
 
 def _integrated(
-    model: MedicalVLM,
-    case: Mapping[str, Any],
-    features: Tensor,
-    baseline: Tensor,
-    spans: Sequence[Sequence[int]],
-    steps: int,
-    chunk: int,
-) -> list[Tensor]:
-    """Integrated gradients of each span, (K, C, T, T), float32 on the CPU."""
-    difference = features - baseline
-    total = [torch.zeros_like(features[0]) for _ in spans]
-    for part in ((torch.arange(steps, device=features.device) + 0.5) / steps).split(chunk):
-        points = (baseline + part.to(features)[:, None, None, None, None] * difference).requires_grad_()
-        log_probs = _log_probs(model, case, points)
+    report: ReportLikelihood, spans: Sequence[Sequence[int]], baseline: Tensor, steps: int, chunk: int
+) -> Tensor:
+    """Integrated gradients (S, K, C, T, T), float32 on the CPU."""
+    difference = report.features - baseline
+    total = torch.zeros(len(spans), *difference.shape, device=difference.device)
+    for part in ((torch.arange(steps, device=difference.device) + 0.5) / steps).split(chunk):
+        points = (baseline + part.to(difference)[:, None, None, None, None] * difference).requires_grad_()
+        log_probs = report(points)
         for number, positions in enumerate(spans):
             kept = number + 1 < len(spans)
             (gradient,) = torch.autograd.grad(log_probs[:, list(positions)].sum(), points, retain_graph=kept)
             total[number] += gradient.sum(0) / steps
-    return [(mean * difference[0]).float().cpu() for mean in total]
+    return (total * difference).float().cpu()
 
 
 @torch.no_grad()
-def _occlusion(
-    model: MedicalVLM,
-    case: Mapping[str, Any],
-    features: Tensor,
-    baseline: Tensor,
-    spans: Sequence[Sequence[int]],
-    chunk: int,
-) -> Tensor:
-    K, _, T, U = features.shape[1:]
+def _occlusion(report: ReportLikelihood, spans: Sequence[Sequence[int]], baseline: Tensor, chunk: int) -> Tensor:
+    K, _, T, U = baseline.shape
     falls = []
     for cells in torch.arange(K * T * U).split(chunk):
-        copies = features.repeat(len(cells), 1, 1, 1, 1)
-        for b, cell in enumerate(cells.tolist()):
+        copies = report.features.repeat(len(cells), 1, 1, 1, 1)
+        for copy, cell in zip(copies, cells.tolist(), strict=True):
             k, i, j = cell // (T * U), cell // U % T, cell % U
-            copies[b, k, :, i, j] = baseline[0, k, :, i, j]
-        falls.append(_log_probs(model, case, copies))
-    fall = _log_probs(model, case, features) - torch.cat(falls)  # (cells, tokens)
+            copy[k, :, i, j] = baseline[k, :, i, j]
+        falls.append(report(copies))
+    fall = report(report.features[None]) - torch.cat(falls)  # (cells, tokens)
     return torch.stack([fall[:, list(positions)].sum(1).view(K, T, U).float().cpu() for positions in spans])
-
-
-def _log_probs(model: MedicalVLM, case: Mapping[str, Any], features: Tensor) -> Tensor:
-    """Log-probabilities (B, tokens) of the report for each of B copies of the case's features (B, K, C, T, T)."""
-    B = len(features)
-    names = ("slice_position", "roi", "question_ids", "question_mask", "answer_ids", "answer_mask")
-    copies = {name: case[name].expand(B, *case[name].shape[1:]) for name in names}
-    question = model.lm.embed(copies["question_ids"]).float()
-    visual = model.vision.tokens(
-        features, copies["slice_position"], question, copies["question_mask"], roi=copies["roi"]
-    )
-    return torch.stack(answer_log_probs(model.lm, visual, copies))
 
 
 # ---------------------------------------------------------------------------- pointing game

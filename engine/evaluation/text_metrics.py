@@ -20,7 +20,6 @@ from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
-from config.errors import InputError
 from engine.evaluation.bootstrap import REPEATS, Score, case_weights, interval, mean_score
 
 BLEU_TOKENIZER = {"zh": "zh", "en": "13a"}
@@ -34,8 +33,6 @@ class ReportTokenizer:
     """Tokens as BLEU counts them, lower-cased; the interface is that of rouge-score's tokenizers."""
 
     def __init__(self, language: str) -> None:
-        if language not in BLEU_TOKENIZER:
-            raise InputError(f"language {language!r} is unknown; use one of: {', '.join(BLEU_TOKENIZER)}")
         self._tokenizer = TokenizerZh() if language == "zh" else Tokenizer13a()
 
     def tokenize(self, text: str) -> list[str]:
@@ -45,28 +42,25 @@ class ReportTokenizer:
 def language_scores(
     references: Sequence[str], generated: Sequence[str], language: str, repeats: int = REPEATS, seed: int = 0
 ) -> dict[str, Score]:
-    """BLEU-1 to 4 and chrF (0 to 100), ROUGE-L (0 to 1), CIDEr-D (0 to 10) of a set of reports.
+    """BLEU-1 to 4 and chrF (0 to 100), ROUGE-L (0 to 1), CIDEr-D (0 to 10) of at least one report.
 
     An empty report scores 0 and counts like any other.
 
-    Raises:
-        InputError: unknown language, no case, or lists of different length.
+    Args:
+        language: "zh" or "en".
     """
-    if len(references) != len(generated) or not references:
-        raise InputError(f"{len(references)} references and {len(generated)} reports; give as many of each, at least 1")
-    tokenizer, tokens = ReportTokenizer(language), BLEU_TOKENIZER.get(language)
-    texts = list(references), list(generated)
+    tokenizer, tokens = ReportTokenizer(language), BLEU_TOKENIZER[language]
     weights = case_weights(len(references), repeats, seed)
     scores = {}
     for order in range(1, 5):
-        bleu = BLEU(tokenize=tokens, max_ngram_order=order, lowercase=True)
-        scores[f"BLEU-{order}"] = corpus_score(bleu, *texts, f"BLEU-{order}, tok:{tokens}|smooth:exp|lc", weights)
+        bleu, what = BLEU(tokenize=tokens, max_ngram_order=order, lowercase=True), f"BLEU-{order}"
+        scores[what] = corpus_score(bleu, references, generated, f"{what}, tok:{tokens}|smooth:exp|lc", weights)
     chrf = CHRF(char_order=CHRF_ORDER, word_order=0, beta=2)
-    scores["chrF"] = corpus_score(chrf, *texts, f"chrF2, character order {CHRF_ORDER}", weights)
+    scores["chrF"] = corpus_score(chrf, references, generated, f"chrF2, character order {CHRF_ORDER}", weights)
     rouge = f"rouge-score {ROUGE_VERSION} rougeL F1, tokens {tokens} of sacrebleu, mean of cases, 0 to 1"
-    scores["ROUGE-L"] = mean_score(rouge_l(*texts, language), rouge, repeats, seed)
+    scores["ROUGE-L"] = mean_score(rouge_l(references, generated, language), rouge, repeats, seed)
     cider = f"own CIDEr-D, tokens {tokens} of sacrebleu, idf of the references scored, 0 to 10"
-    token_lists = [[tokenizer.tokenize(text) for text in side] for side in texts]
+    token_lists = [[tokenizer.tokenize(text) for text in texts] for texts in (references, generated)]
     scores["CIDEr-D"] = mean_score(cider_d(*token_lists), cider, repeats, seed)
     return scores
 

@@ -21,10 +21,10 @@ def scores(references: list[str], reports: list[str], **options) -> ClinicalScor
 
 def test_scores_by_hand() -> None:
     found = scores(REFERENCES, REPORTS, repeats=50)
-    rows = {row.finding: row for row in found.findings}
+    rows = {row.finding: row for row in found.by_finding}
     assert set(rows) == {"nodule", "cavity", "effusion", "consolidation"}
     assert (rows["nodule"].precision, rows["nodule"].recall, rows["nodule"].f1.value) == (1, 1, 1)
-    assert (rows["cavity"].references, rows["cavity"].generated, rows["cavity"].f1.value) == (1, 0, 0)
+    assert (rows["cavity"].references, rows["cavity"].reports, rows["cavity"].f1.value) == (1, 0, 0)
     assert math.isnan(rows["cavity"].precision) and rows["cavity"].recall == 0
     assert rows["consolidation"].precision == 0 and math.isnan(rows["consolidation"].recall)
     # Macro over the three that references state; micro over all pairs: 2 right of 4 stated and 3 claimed.
@@ -47,11 +47,11 @@ def test_chance_is_that_of_dealt_reports() -> None:
     texts = ["右肺结节。", "左侧胸腔积液。"] * 40
     right = scores(texts, texts, repeats=200)
     assert right.macro_f1.value == 1 and right.macro_f1.low == 1
-    assert right.chance_macro_f1.value == pytest.approx(0.5, abs=0.03)
+    assert right.chance.value == pytest.approx(0.5, abs=0.03)
     assert right.p_value == pytest.approx(1 / 201)
     blind = scores(texts, ["右肺结节。"] * 80, repeats=200)
     assert blind.macro_f1.value == pytest.approx((2 / 3) / 2)
-    assert blind.chance_macro_f1.value == pytest.approx(blind.macro_f1.value) and blind.p_value == 1
+    assert blind.chance.value == pytest.approx(blind.macro_f1.value) and blind.p_value == 1
 
 
 def test_interval_holds_the_value_and_narrows_with_cases() -> None:
@@ -68,4 +68,4 @@ def test_interval_holds_the_value_and_narrows_with_cases() -> None:
 
 def test_no_finding_anywhere_has_no_score() -> None:
     found = scores(["双肺未见异常。"] * 3, ["未见异常。"] * 3, repeats=20)
-    assert found.findings == [] and math.isnan(found.macro_f1.value) and found.p_value == 1
+    assert found.by_finding == [] and math.isnan(found.macro_f1.value) and found.p_value == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.evaluation.saliency import METHODS, _log_probs, attribution_maps, feature_width, smoothed
+from engine.evaluation.saliency import METHODS, ReportLikelihood, attribution_maps, feature_width, smoothed
 from models.medical_vlm import MedicalVLM
 
 
@@ -27,28 +27,29 @@ IDS = [70, 71, 72, 73]
 
 
 def whole(model: MedicalVLM, case: dict[str, Tensor], features: Tensor) -> Tensor:
-    answer = torch.tensor([IDS])
     with torch.no_grad():
-        return _log_probs(model, {**case, "answer_ids": answer, "answer_mask": torch.ones_like(answer)}, features)[0]
+        return ReportLikelihood(model, case, IDS)(features)[0]
 
 
 def test_integrated_maps_add_up_to_what_the_image_changes(
     model: MedicalVLM, case: dict[str, Tensor], baseline: Tensor
 ) -> None:
-    maps = attribution_maps(model, case, IDS, [[0, 1], [2, 3], [3]], baseline, "integrated", steps=200, chunk=64)
+    spans = [[0, 1], [2, 3], [3]]
+    maps = attribution_maps(model, case, IDS, spans, baseline, "integrated", steps=200, chunk=64)
     assert maps.shape == (3, 2, 4, 4)
     with torch.no_grad():
         features = model.vision.features(case["images"])
     change = whole(model, case, features) - whole(model, case, baseline[None])
-    expected = torch.stack([change[:2].sum(), change[2:].sum(), change[3]])
+    expected = torch.stack([change[span].sum() for span in spans])
     assert expected.abs().min() > 1e-3
     torch.testing.assert_close(maps.sum((1, 2, 3)), expected, rtol=0.02, atol=0.01)
-    in_parts = attribution_maps(model, case, IDS, [[0, 1], [2, 3], [3]], baseline, "integrated", steps=6, chunk=4)
-    at_once = attribution_maps(model, case, IDS, [[0, 1], [2, 3], [3]], baseline, "integrated", steps=6, chunk=6)
+    in_parts, at_once = (
+        attribution_maps(model, case, IDS, spans, baseline, "integrated", steps=6, chunk=chunk) for chunk in (4, 6)
+    )
     torch.testing.assert_close(in_parts, at_once, rtol=1e-3, atol=1e-4)
 
 
-def test_evidence_is_what_speaks_for_a_stretch_channel_by_channel(
+def test_evidence_is_what_speaks_for_a_span_channel_by_channel(
     model: MedicalVLM, case: dict[str, Tensor], baseline: Tensor
 ) -> None:
     """Against the definition, one step and one channel at a time; images of 64 voxels, stride 16, in 4 cells."""
@@ -56,14 +57,12 @@ def test_evidence_is_what_speaks_for_a_stretch_channel_by_channel(
     maps = attribution_maps(model, case, IDS, [[0, 1], [3]], baseline, steps=steps)
     with torch.no_grad():
         features = model.vision.features(case["images"])
-    difference = features - baseline
-    answer = torch.tensor([IDS])
-    inputs = {**case, "answer_ids": answer, "answer_mask": torch.ones_like(answer)}
+    difference, likelihood = features - baseline, ReportLikelihood(model, case, IDS)
     for got, positions in zip(maps, ([0, 1], [3]), strict=True):
         mean = torch.zeros_like(features)
         for step in range(steps):
             at = (baseline + (step + 0.5) / steps * difference).requires_grad_()
-            (gradient,) = torch.autograd.grad(_log_probs(model, inputs, at)[0][positions].sum(), at)
+            (gradient,) = torch.autograd.grad(likelihood(at)[0, positions].sum(), at)
             mean += gradient / steps
         expected = torch.zeros(2, 4, 4)
         for channel in range(features.shape[2]):
@@ -109,5 +108,3 @@ def test_the_baseline_itself_has_an_empty_map(model: MedicalVLM, case: dict[str,
     for method in METHODS:
         assert attribution_maps(model, case, IDS, [[0]], own, method).abs().max() < 1e-4
     assert attribution_maps(model, case, IDS, [], own).shape == (0, 2, 4, 4)
-    with pytest.raises(ValueError, match="method 'saliency'"):
-        attribution_maps(model, case, IDS, [[0]], own, "saliency")
