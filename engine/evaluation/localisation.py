@@ -30,6 +30,11 @@ def described(mentions: Sequence[FindingMention]) -> list[FindingMention]:
     return next(filter(None, sections), [])
 
 
+def same_place(truth: FindingMention, stated: FindingMention) -> bool:
+    """Same side, and the same level where the reference has one."""
+    return truth.side == stated.side and truth.level in (None, stated.level)
+
+
 def place_scores(references: Mentions, generated: Mentions) -> dict[str, Score]:
     """Reports against references. True and stated findings of a case are paired one to one, greedily: the pair that
     agrees in most of finding, side and level first, then the smaller difference in size. A true finding without a
@@ -46,7 +51,7 @@ def place_scores(references: Mentions, generated: Mentions) -> dict[str, Score]:
         for a, b in pair(described(truth), described(stated)):
             found = b is not None and a.finding == b.finding
             if a.side is not None:
-                same = b is not None and a.side == b.side and a.level in (None, b.level)
+                same = b is not None and same_place(a, b)
                 place.append((case, same))
                 place_found += [(case, same)] if found else []
             if a.size_mm is not None:
