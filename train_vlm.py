@@ -15,38 +15,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from torch import nn
-from torch.utils.data import DataLoader
-
-from config.errors import InputError
-from config.nnunet_plans import PreprocessPlan
-from config.schema import Config
-from data.medical_vlm_dataset import CaptionCollator, encode_answer
-from engine.checkpoint import (
-    Checkpoint,
-    check_agreement,
-    load_checkpoint,
-    load_vision_weights,
-    save_checkpoint,
-)
-from engine.cli import Interrupted, add_training_flags, config_from, positive_int, run_main
-from engine.loaders import build_loaders, check_tables
-from engine.run import jsonable, start_run
-from engine.training.diagnostics import TokenStatistics, token_statistics
-from engine.training.optimization import build_optimizer, build_schedule, optimizer_step, require_finite
-from engine.training.run_log import CsvLog, RunLog, plot_losses, progress_bar
-from engine.training.train_state import StopRequest, TrainState, fingerprint
-from engine.vision_setup import load_encoder
-from models.language_model.lora import Adapters
-from models.language_model.mamba_lm import IGNORED, MambaLM
-from models.medical_vlm import MedicalVLM, VisionBridge
-from models.nnunet.encoder import NnUNetEncoder
-
-LOG_EVERY = 20
-RECENT_EPOCHS = 5
-DIAGNOSED_IMAGES = 64
+from engine.cli import add_training_flags, config_from, positive_int, run_main
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,6 +32,33 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from config.errors import InputError
+from config.files import write_text
+from config.nnunet_plans import PreprocessPlan
+from config.schema import Config
+from data.medical_vlm_dataset import CaptionCollator, encode_answer
+from engine.checkpoint import Checkpoint, check_agreement, load_checkpoint, load_vision_weights, save_checkpoint
+from engine.loaders import build_loaders, check_tables, load_encoder
+from engine.run import jsonable, start_run
+from engine.training.diagnostics import DIAGNOSED_IMAGES, TokenStatistics, token_statistics
+from engine.training.loop import Stage, train
+from models.language_model.lora import Adapters
+from models.language_model.mamba_lm import IGNORED, MambaLM
+from models.medical_vlm import MedicalVLM, VisionBridge, answer_inputs
+from models.nnunet.encoder import NnUNetEncoder
+
+BEST_FILE, FINAL_FILE = "vision_bridge_vlm_best_val.pt", "vision_bridge_vlm_final.pt"
+RECENT_EPOCHS = 5
+
+
 def find_start(args: argparse.Namespace, output: Path) -> Checkpoint | None:
     """The checkpoint to start from: the named one, else the last Stage-2 result, else none.
 
@@ -73,7 +69,7 @@ def find_start(args: argparse.Namespace, output: Path) -> Checkpoint | None:
         raise InputError("--vision_checkpoint and --from_scratch contradict each other: give one of them")
     path = args.vision_checkpoint
     if path is None:
-        last = output / "vision_bridge_vlm_final.pt"
+        last = output / FINAL_FILE
         if args.from_scratch or not last.is_file():
             return None
         path = last
@@ -90,31 +86,36 @@ def find_start(args: argparse.Namespace, output: Path) -> Checkpoint | None:
 def build_vision(
     config: Config, start: Checkpoint | None, lm: MambaLM
 ) -> tuple[VisionBridge, PreprocessPlan, list[str]]:
-    """The vision part, the plan of its input, and what there is to say about where its weights come from."""
+    """The vision part, the plan of its input, and lines that say where its weights come from."""
     if start is None:
         encoder, plan = load_encoder(config)
         output_std = float(lm.model.get_input_embeddings().weight.float().std())
         vision = VisionBridge.build(config, encoder, lm.width, output_std, with_cmi=config.use_cmi)
         return vision, plan, ["start: nnU-Net encoder, untrained bridge"]
-    said = [f"start: {start.path} (epoch {start.epoch}, val_loss {start.val_loss:.6f})"]
-    said += check_agreement(start, config)
+    lines = [f"start: {start.path} (epoch {start.epoch}, val_loss {start.val_loss:.6f})"]
+    lines += check_agreement(start, config)
     encoder = NnUNetEncoder.from_architecture(start.encoder_architecture)
     vision = VisionBridge.build(config, encoder, lm.width, start.diagnostics["expected_std"], with_cmi=config.use_cmi)
     at_random = load_vision_weights(vision, start)
     if at_random:
-        said.append(f"the checkpoint has no CMI: these start at random: {', '.join(at_random)}")
-    return vision, start.preprocess_plan, said
+        lines.append(f"the checkpoint has no CMI: these start at random: {', '.join(at_random)}")
+    return vision, start.preprocess_plan, lines
 
 
 def check_lora(args: argparse.Namespace, start: Checkpoint | None) -> None:
-    """Raises: InputError when --lora_rank cannot be, or is not the one of the checkpoint to start from."""
+    """Raises InputError where --lora_rank is impossible, or is not that of the checkpoint to start from."""
     if args.lora_rank < 0:
         raise InputError(f"--lora_rank is {args.lora_rank}, expected 0 (none) or the rank of the adapters, e.g. 8")
     if args.lora_rank and args.llm_int8:
         raise InputError("--lora_rank and --llm_int8 contradict each other: int8 weights take no adapters in training")
-    had = start.adapters["rank"] if start is not None and start.adapters else 0
-    if had and had != args.lora_rank:
-        raise InputError(f"{start.path} was trained with --lora_rank {had}: give the same, or use --from_scratch")
+    stored = rank_of(start)
+    if stored and stored != args.lora_rank:
+        raise InputError(f"{start.path} was trained with --lora_rank {stored}: give the same, or use --from_scratch")
+
+
+def rank_of(checkpoint: Checkpoint | None) -> int:
+    """Rank of the adapters in a checkpoint; 0: none."""
+    return checkpoint.adapters["rank"] if checkpoint is not None and checkpoint.adapters else 0
 
 
 def add_adapters(lm: MambaLM, rank: int, start: Checkpoint | None) -> Adapters | None:
@@ -122,7 +123,7 @@ def add_adapters(lm: MambaLM, rank: int, start: Checkpoint | None) -> Adapters |
     if not rank:
         return None
     adapters = Adapters(lm.model, rank)
-    if start is not None and start.adapters:
+    if rank_of(start):
         adapters.load(start.adapters)
     return adapters
 
@@ -136,7 +137,7 @@ def check_loss_mask(model: MedicalVLM, loader: DataLoader, device: torch.device)
         key: value.to(device) if isinstance(value, torch.Tensor) else [image.to(device) for image in value]
         for key, value in collator(samples).items()
     }
-    inputs, labels = model.caption_inputs(batch)
+    inputs, labels = answer_inputs(model.lm, model.visual_tokens(batch), batch)
     for row, sample in enumerate(samples):
         answer, _ = encode_answer(model.lm.tokenizer, sample.answer, collator.max_answer_tokens)
         in_loss = labels[row] != IGNORED
@@ -147,28 +148,30 @@ def check_loss_mask(model: MedicalVLM, loader: DataLoader, device: torch.device)
         assert torch.equal(inputs[row, first : first + len(answer)], embedded), "labels and inputs are shifted"
     question = int(batch["question_mask"][0].sum())
     visual = int((labels[0] != IGNORED).nonzero()[0]) - question
-    learnt = int((labels[0] != IGNORED).sum())
-    return f"loss mask checked: {visual} visual + {question} question tokens masked, {learnt} answer tokens in the loss"
+    answer = int((labels[0] != IGNORED).sum())
+    return f"loss mask checked: {visual} visual + {question} question tokens masked, {answer} answer tokens in the loss"
 
 
 @torch.no_grad()
 def validate(accelerator: Accelerator, model: MedicalVLM, loader: DataLoader) -> tuple[float, TokenStatistics]:
-    """Mean caption loss per answer token (nats), and whether the tokens differ between images."""
+    """Mean caption loss per answer token (nats), and the statistics of the visual tokens."""
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     tokens: list[torch.Tensor] = []
     for batch in loader:
         with accelerator.autocast():
-            loss, count = model(batch)
-            if sum(map(len, tokens)) < DIAGNOSED_IMAGES:
-                tokens.append(model.visual_tokens(batch).float().cpu())
+            visual = model.visual_tokens(batch)
+            loss, count = model.caption_loss(visual, batch)
+        if sum(map(len, tokens)) < DIAGNOSED_IMAGES:
+            tokens.append(visual.float().cpu())
         total += torch.stack([loss.double(), count.double()])
     model.train()
     total = accelerator.reduce(total)
-    return (total[0] / total[1]).item(), token_statistics(torch.cat(tokens), model.vision.bridge.output_std)
+    return (total[0] / total[1]).item(), token_statistics(torch.cat(tokens), model.vision.bridge.spec.output_std)
 
 
 def report_truncation(accelerator: Accelerator, lm: MambaLM, loader: DataLoader, limit: int) -> None:
+    """Print how many reports are cut at ``limit`` tokens."""
     answers = [row.answer for row in loader.dataset.rows]
     cut = sum(encode_answer(lm.tokenizer, answer, limit)[1] for answer in answers)
     if cut:
@@ -177,144 +180,115 @@ def report_truncation(accelerator: Accelerator, lm: MambaLM, loader: DataLoader,
         )
 
 
+def mean_loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Caption loss per answer token (nats)."""
+    total, count = model(batch)
+    return total / count
+
+
 def main() -> None:
     # ---------------------------------------------------------------- configuration and device
     args = parse_args()
     config = config_from(args, max_visual_tokens=args.max_visual_tokens)
     start = find_start(args, config.resolved("output_dir"))
+    check_lora(args, start)
     accelerator, output = start_run(args, config, "stage2")
     check_tables(config)
     say = accelerator.print
 
     # ---------------------------------------------------------------- model and data
-    check_lora(args, start)
     lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=accelerator.device, int8=args.llm_int8)
     if lm.checkpointing(config.llm_checkpointing):
         say("language model: each block is computed again in the backward pass (llm_checkpointing)", flush=True)
-    vision, plan, origin = build_vision(config, start, lm)
+    vision, plan, lines = build_vision(config, start, lm)
     vision.to(accelerator.device)
-    for line in origin:
-        say(line, flush=True)
+    say("\n".join(lines), flush=True)
     collator = CaptionCollator(lm.tokenizer, config.max_question_tokens, config.max_answer_tokens)
     train_loader, val_loader, order = build_loaders(args, config, plan, vision.encoder, collator, accelerator)
     report_truncation(accelerator, lm, train_loader, config.max_answer_tokens)
-    vlm = MedicalVLM(vision, lm)
+    model = MedicalVLM(vision, lm)
     parts = vision.freeze(train_encoder=config.train_encoder)
     adapters = add_adapters(lm, args.lora_rank, start)
     trained = nn.ModuleDict({"vision": vision, "adapters": adapters}) if adapters else vision
-    count = sum(p.numel() for p in adapters.parameters()) if adapters else 0
-    beside = f", adapters of rank {args.lora_rank} {count / 1e6:.2f} M (trained)" if adapters else ""
-    say(f"model: {parts}{beside}, language model {lm.name} (frozen)", flush=True)
-    say(check_loss_mask(vlm, train_loader, accelerator.device), flush=True)
-
-    # ---------------------------------------------------------------- optimizer, schedule, resume
-    steps_per_epoch = math.ceil(len(train_loader) / args.grad_accumulation)
-    total_steps = steps_per_epoch * args.epochs
-    optimizer = build_optimizer(trained, args.lr, args.weight_decay)
-    schedule = build_schedule(optimizer, total_steps, args.warmup_ratio)
-    in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    own = {id(p) for p in adapters.parameters()} if adapters else set()
-    rest = [p for p in lm.parameters() if id(p) not in own]
-    assert not any(p.requires_grad or id(p) in in_optimizer for p in rest), "the language model is not frozen"
-    model, optimizer = accelerator.prepare(vlm, optimizer)
-    # States from before a flag existed stay usable.
-    kind = {name: value for name in ("llm_int8", "lora_rank") if (value := getattr(args, name))}
-    settings = fingerprint(args, config, start=str(start.path) if start else None, **kind)
-    state = TrainState(output / "stage2_state.pt", settings, accelerator, trained, optimizer, schedule)
-    resumed = state.resume(args.resume)
-    progress = state.progress
-    log = RunLog(output / "stage2_log.jsonl", active=accelerator.is_main_process, resumed=resumed)
-    table = CsvLog(
-        output / "stage2_train_log.csv", ("step", "epoch", "caption_loss"), active=accelerator.is_main_process,
-        resumed_step=progress.step if resumed else None,
-    )  # fmt: skip
-    if resumed:
-        log.say(f"resuming at epoch {progress.epoch + 1}, step {progress.step}")
+    if adapters:
+        count = sum(p.numel() for p in adapters.parameters())
+        parts += f", adapters of rank {args.lora_rank} {count / 1e6:.2f} M (trained)"
+    say(f"model: {parts}, language model {lm.name} (frozen)", flush=True)
+    optimised = {id(p) for p in trained.parameters()}
+    assert not any(p.requires_grad for p in lm.parameters() if id(p) not in optimised), "the LLM is not frozen"
+    say(check_loss_mask(model, train_loader, accelerator.device), flush=True)
     if accelerator.is_main_process:
         summary = {"max_visual_tokens": config.max_visual_tokens, "mamba_model": config.mamba_model}
         summary |= {"flags": jsonable(vars(args)), "config": config.to_dict(), "llm": lm.identity.to_dict()}
-        (output / "stage2_config.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
+        write_text(output / "stage2_config.json", json.dumps(summary, ensure_ascii=False, indent=1))
 
-    def save(name: str, epoch: int, val_loss: float, diagnostics: dict[str, Any]) -> None:
-        if accelerator.is_main_process:
-            save_checkpoint(
-                output / name, vision, stage="vlm", step=progress.step, epoch=epoch, val_loss=val_loss, config=config,
-                plan=plan, llm=lm.identity.to_dict(), diagnostics=diagnostics,
-                adapters=adapters.to_dict() if adapters else None,
-            )  # fmt: skip
-
-    def evaluate(epoch: int) -> None:
-        """Validate, print, keep the best and, at the end, the last."""
-        mean_loss = sum(progress.losses) / len(progress.losses)
-        val_loss, statistics = validate(accelerator, vlm, val_loader)
-        record = {"epoch": epoch, "step": progress.step, "caption_loss": mean_loss, "val_loss": val_loss}
-        progress.history.append({**record, **statistics.to_dict()})
-        log.record(event="epoch", **progress.history[-1])
-        log.say(
-            f"epoch {epoch}/{args.epochs}  平均 caption_loss {mean_loss:.6f}  "
-            f"val_loss {val_loss:.6f}  {statistics.line()}"
+    # ---------------------------------------------------------------- training
+    def save(name: str, step: int, epoch: int, val_loss: float, diagnostics: dict[str, Any]) -> None:
+        save_checkpoint(
+            output / name,
+            vision,
+            stage="vlm",
+            step=step,
+            epoch=epoch,
+            val_loss=val_loss,
+            config=config,
+            plan=plan,
+            llm=lm.identity.to_dict(),
+            diagnostics=diagnostics,
+            adapters=adapters.to_dict() if adapters else None,
         )
-        if statistics.collapsed:
-            log.say(f"epoch {epoch} is collapsed and not saved as best")
-        elif val_loss < progress.best:
-            progress.best = val_loss
-            save("vision_bridge_vlm_best_val.pt", epoch, val_loss, statistics.to_dict())
-        if epoch == args.epochs:
-            save("vision_bridge_vlm_final.pt", epoch, val_loss, statistics.to_dict())
 
-    # ---------------------------------------------------------------- the loop
-    model.train()
-    bar = progress_bar(total_steps, progress.step, "stage 2", active=accelerator.is_main_process)
-    with StopRequest() as stop, bar:
-        while progress.epoch < args.epochs:
-            order.start_epoch(progress.epoch, progress.batch * args.batch_size * accelerator.num_processes)
-            for batch in train_loader:
-                with accelerator.accumulate(model):
-                    total, count = model(batch)
-                    loss = total / count
-                    progress.losses.append(require_finite(loss, progress.step + 1, args.lr))
-                    accelerator.backward(loss)
-                    stepped = optimizer_step(accelerator, optimizer, schedule, trained.parameters(), args.max_grad_norm)
-                progress.batch += 1
-                if not stepped:
-                    continue
-                progress.step += 1
-                bar.update()
-                if progress.step % LOG_EVERY == 0:
-                    recent = progress.losses[-LOG_EVERY * args.grad_accumulation :]
-                    caption_loss, lr = sum(recent) / len(recent), schedule.get_last_lr()[0]
-                    table.write(step=progress.step, epoch=progress.epoch + 1, caption_loss=f"{caption_loss:.6f}")
-                    log.record(
-                        event="step",
-                        step=progress.step,
-                        epoch=progress.epoch + 1,
-                        caption_loss=caption_loss,
-                        lr=lr,
-                    )
-                    log.say(f"epoch {progress.epoch + 1}/{args.epochs}  step {progress.step}/{total_steps}  "
-                            f"caption_loss {caption_loss:.6f}  lr {lr:.2e}")  # fmt: skip
-                if stop.wanted or progress.step % args.save_every == 0:
-                    state.save()
-                if stop.wanted:
-                    raise Interrupted(f"state saved at step {progress.step}; the same command goes on from there")
-            progress.epoch, progress.batch = progress.epoch + 1, 0
-            evaluate(progress.epoch)
-            progress.losses.clear()
-            state.save()
+    def best_so_far() -> float:
+        """Validate, on the present table, the best checkpoint of the training that is continued: it is kept until
+        an epoch is better. One that cannot be compared is kept under another name."""
+        if not continued:
+            return math.inf
+        path, best = output / BEST_FILE, start
+        if path.is_file():
+            best = load_checkpoint(path)
+            if (best.preprocess_plan, best.llm["width"], rank_of(best)) != (plan, lm.width, args.lora_rank):
+                if accelerator.is_main_process:
+                    path.replace(path.with_suffix(".previous.pt"))
+                say(f"{path.name} is of another training and is kept as {path.with_suffix('.previous.pt').name}")
+                best = start
+        if adapters and best is not start:
+            adapters.load(best.adapters)
+        best_model = MedicalVLM(best.build_vision().to(accelerator.device), lm)
+        val_loss, statistics = validate(accelerator, best_model, val_loader)
+        if adapters and best is not start:
+            adapters.load(start.adapters)
+        if best is start and accelerator.is_main_process:
+            save(BEST_FILE, start.step, start.epoch, val_loss, statistics.to_dict())
+        say(f"best so far: epoch {best.epoch}, val_loss {val_loss:.6f} on this table", flush=True)
+        return val_loss
+
+    continued = start is not None and start.stage == "vlm"
+    # A state from before a flag existed can be resumed without it.
+    flags = {name: value for name in ("llm_int8", "lora_rank") if (value := getattr(args, name))}
+    stage = Stage(
+        name="stage2",
+        title="Stage 2",
+        model=model,
+        trained=trained,
+        loss=mean_loss,
+        validate=lambda: validate(accelerator, model, val_loader),
+        save=save,
+        best_file=BEST_FILE,
+        final_file=FINAL_FILE,
+        loss_name="caption_loss",
+        mean_name="平均 caption_loss",
+        log_every=20,
+        table="stage2_train_log.csv",
+        settings={"start": str(start.path) if start else None, **flags},
+        best_so_far=best_so_far,
+        start=(start.step, start.epoch) if continued else (0, 0),
+    )
+    history = train(stage, args, config, accelerator, output, train_loader, order)
 
     # ---------------------------------------------------------------- results
-    if accelerator.is_main_process:
-        epochs = progress.history
-        steps = [e["step"] for e in epochs]
-        curves = {name: (steps, [e[name] for e in epochs]) for name in ("caption_loss", "val_loss")}
-        plot_losses(output / "stage2_loss.png", curves, "Stage 2")
-        recent = [e["caption_loss"] for e in epochs[-RECENT_EPOCHS:]]
-        print(f"最近 {RECENT_EPOCHS} 个 epoch 平均 caption_loss {sum(recent) / len(recent):.6f}", flush=True)
-        print(
-            f"saved in {output}: vision_bridge_vlm_final.pt, vision_bridge_vlm_best_val.pt, stage2_loss.png",
-            flush=True,
-        )
-    state.finish()
+    recent = [record["caption_loss"] for record in history[-RECENT_EPOCHS:]]
+    say(f"最近 {RECENT_EPOCHS} 个 epoch 平均 caption_loss {sum(recent) / len(recent):.6f}")
+    say(f"saved in {output}: {FINAL_FILE}, {BEST_FILE}, stage2_loss.png", flush=True)
 
 
 if __name__ == "__main__":

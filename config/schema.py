@@ -22,15 +22,13 @@ from config.errors import InputError
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = REPOSITORY / "config" / "paths.yaml"
 
-BridgeMixer = Literal["vim", "one_way", "linear"]
-CMIKind = Literal["text_ssm", "gated"]
 SlicePolicy = Literal["mask", "nnunet", "middle", "uniform"]
 
 
 def _key(default: Any, doc: str, *, role: str, minimum: int | None = None) -> Any:
     """A dataclass field. ``role``: ``path`` is resolved to an absolute path, ``place`` is any other
-    value that belongs to this machine or data set, ``arch`` shapes the network (and so must agree
-    with a checkpoint), ``run`` may change between runs."""
+    value that belongs to this machine or data set, ``arch`` shapes the network and must agree with a
+    checkpoint, ``tokens`` shapes the visual tokens and may differ from it, ``run`` may change between runs."""
     metadata = {"doc": doc, "role": role, "minimum": minimum}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
@@ -62,7 +60,7 @@ class Config:
     )
     encoder_target_spatial: int = _key(28, "side of the token grid: 28 -> 784 tokens", role="arch", minimum=1)
     train_encoder: bool = _key(True, "false keeps the nnU-Net encoder as it was trained", role="run")
-    slices: int = _key(1, "axial slices per case (2-D encoder) or depth planes (3-D encoder)", role="arch", minimum=1)
+    slices: int = _key(1, "axial slices per case (2-D encoder) or depth planes (3-D encoder)", role="tokens", minimum=1)
     slice_policy: SlicePolicy = _key(
         "mask",
         "mask: slices that show the lesions of a row's mask, else the middle; nnunet: of nnU-Net's own segmentation; "
@@ -76,33 +74,17 @@ class Config:
     )
     # bridge
     bridge_depth: int = _key(2, "Vision-Mamba blocks", role="arch", minimum=1)
-    bridge_mixer: BridgeMixer = _key(
-        "vim", "vim: scans from both ends; one_way: from one end; linear: no blocks, for comparison", role="arch"
-    )
-    bridge_pool: Literal["after", "before"] = _key(
-        "after", "pool to max_visual_tokens after the blocks, or before them: fewer tokens to scan", role="arch"
-    )
     bridge_width: int = _key(512, "inner width of the bridge; its output has the LLM's width", role="arch", minimum=8)
     max_visual_tokens: int = _key(
-        64, "visual tokens given to the LLM (largest square grid that fits)", role="arch", minimum=1
+        64, "visual tokens given to the LLM (largest square grid that fits)", role="tokens", minimum=1
     )
     roi_side: int | None = _key(None, "region of interest on the feature map: 7 -> 49 tokens", role="arch", minimum=1)
     roi_policy: Literal["centre", "lesion"] = _key(
         "centre", "centre: only that crop; lesion: all of it, and so many tokens around each slice's lesion beside",
         role="arch",
     )  # fmt: skip
-    roi_scales: int = _key(
-        1,
-        "roi_policy lesion: 2 adds as many tokens of a region three times as wide, 3 also of one nine times as wide; "
-        "the widest must fit the token grid",
-        role="arch", minimum=1,
-    )  # fmt: skip
-    use_cmi: bool = _key(False, "the question steers the visual tokens (Cross-Mamba Interaction)", role="arch")
-    cmi_kind: CMIKind = _key(
-        "text_ssm", "text_ssm: the question writes the scan's parameters; gated: it gates the scan (CMI-MTL)",
-        role="arch",
-    )  # fmt: skip
-    cmi_compress_to: int | None = _key(None, "visual tokens after CMI, if fewer", role="arch", minimum=1)
+    use_cmi: bool = _key(False, "the question steers the visual tokens (Cross-Mamba Interaction)", role="tokens")
+    cmi_compress_to: int | None = _key(None, "visual tokens after CMI, if fewer", role="tokens", minimum=1)
     # language model
     mamba_model: str = _key("state-spaces/mamba-2.8b-hf", "hub name or local folder of the Mamba LLM", role="place")
     mamba_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key(
@@ -128,12 +110,19 @@ class Config:
         return build_config({**self.to_dict(), **changes}, origin="command line")
 
 
+# Choices that made no difference (docs/ablations.md), and the value that each now always has.
+REMOVED = {"bridge_mixer": "vim", "bridge_pool": "after", "cmi_kind": "text_ssm", "roi_scales": 1}
 FIELDS: dict[str, dataclasses.Field] = {f.name: f for f in dataclasses.fields(Config)}
 _TYPES = get_type_hints(Config)
 
 
 def keys_with_role(role: str) -> list[str]:
     return [name for name, f in FIELDS.items() if f.metadata["role"] == role]
+
+
+def yaml_line(key: str, value: Any) -> str:
+    """``key: value`` as a line of the configuration file, also where the value is empty."""
+    return yaml.safe_dump({key: value}, allow_unicode=True).strip()
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -190,6 +179,8 @@ def load_config(path: str | Path | None = None, **overrides: Any) -> Config:
 def build_config(values: dict[str, Any], origin: str) -> Config:
     """Check ``values`` against the schema and resolve its paths; ``origin`` is named in errors."""
     for key in values:
+        if key in REMOVED:
+            raise InputError(f"{origin}: '{key}' is no longer a choice (it is always {REMOVED[key]}): delete the line")
         if key not in FIELDS:
             near = difflib.get_close_matches(str(key).lower(), FIELDS, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(FIELDS)}"

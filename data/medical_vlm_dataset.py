@@ -22,7 +22,7 @@ from config.schema import Config
 from data.augmentation import Augmentation
 from data.cache import CachedVolume
 from data.tables.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
-from data.view_selection import Framing, SeesVoxels, View
+from data.view_selection import EncoderGeometry, View, ViewSelection
 
 
 class Volumes(Protocol):
@@ -53,7 +53,7 @@ class MedicalVLMDataset(Dataset):
         self,
         rows: Sequence[CaptionRow],
         cache: Volumes,
-        framing: Framing,
+        view_selection: ViewSelection,
         prompts: Sequence[str],
         seed: int,
         keep_mb: float = 0,
@@ -61,14 +61,14 @@ class MedicalVLMDataset(Dataset):
         """``keep_mb``: memory for images once read, so that later epochs wait for no disk."""
         self.rows = list(rows)
         self.cache = cache
-        self.framing = framing
+        self.view_selection = view_selection
         self.questions = [question_of(row, prompts, seed) for row in self.rows]
         self._kept: dict[int, View] = {}
         self._room = int(keep_mb * 2**20)
 
     @classmethod
     def from_config(
-        cls, config: Config, table: Path, cache: Volumes, encoder: SeesVoxels, seed: int, *, train: bool = False
+        cls, config: Config, table: Path, cache: Volumes, encoder: EncoderGeometry, seed: int, *, train: bool = False
     ) -> MedicalVLMDataset:
         """``train``: with the augmentation that the configuration asks for.
 
@@ -78,21 +78,21 @@ class MedicalVLMDataset(Dataset):
         )
         prompts = read_prompts(Path(config.caption_prompt_json)) if config.caption_prompt_json else []
         changes = Augmentation(config.augment_shift, config.augment_rotate, config.augment_noise) if train else None
-        framing = Framing.of(config, cache.plan, encoder, changes)
+        view_selection = ViewSelection.from_config(config, cache.plan, encoder, changes)
         keep_mb = config.memory_cache_mb / max(config.num_workers, 1)  # every worker keeps its own
-        return cls(rows, cache, framing, prompts, seed, keep_mb)
+        return cls(rows, cache, view_selection, prompts, seed, keep_mb)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
         row = self.rows[index]
-        view = self.framing.changed(self._kept.get(index) or self._read(index))
+        view = self.view_selection.finish(self._kept.get(index) or self._read(index))
         return Sample(*view, self.questions[index], row.answer, index)
 
     def _read(self, index: int) -> View:
         row = self.rows[index]
-        view = self.framing.cut(self.cache.get(row.image_path, row.mask_path))
+        view = self.view_selection.select(self.cache.get(row.image_path, row.mask_path))
         if view.images.nbytes <= self._room:
             self._room -= view.images.nbytes
             self._kept[index] = view

@@ -1,10 +1,10 @@
-"""What the encoder sees of a preprocessed volume: which slices, or which patch, and where the lesion lies in them.
+"""View selection: which slices, or which patch, of a preprocessed volume the encoder gets, and where lesions lie there.
 
     policy    2-D: K slices                                 3-D: one patch
-    mask      those that show the lesions of the mask       around the largest lesion of the mask
-    nnunet    the same, of nnU-Net's own segmentation       the same (the volume then carries that as its mask)
+    mask      slices that show the lesions of the mask      around the largest lesion of the mask
+    nnunet    the same, of nnU-Net's own segmentation       the same (the volume carries it as its mask)
     middle    around the middle                             in the middle
-    uniform   spread evenly over the scan                   over the whole depth, planes left out where it is deeper
+    uniform   spread evenly over the scan                   the whole depth; deeper volumes skip planes evenly
 
 Without a lesion, ``mask`` and ``nnunet`` do as ``middle``.
 """
@@ -24,17 +24,16 @@ from data.augmentation import Augmentation
 from data.cache import CachedVolume
 from data.lesions import Lesion, Span, covering_slices, lesion_of_each
 
-ROI_MARGIN = 0.25  # of the lesion's longer side, on each side of it: part of the size that the bridge is told
+ROI_MARGIN = 0.25  # on each side, of the lesion's longer side: part of the size in ``View.roi``
 
 
 class View(NamedTuple):
-    """What is seen of a volume.
+    """What the encoder and the bridge get of a volume.
 
-    ``images``: (K, C_in, H, W) or (C_in, z, y, x). ``slice_position``: (K,), 0 lowest to 1 highest.
-    ``roi``: (K, 4), for each slice or depth plane the square of its lesion: row and column of the lesion's core, its
-    size (longer side and margin), all as shares, and 1. Of :meth:`Framing.cut` they are shares of the image, of
-    :meth:`Framing.changed` of the grid of features. Every lesion has one square, in the slice that shows it best; a
-    slice that has none to show, or only what another one shows better, has a row of zeros.
+    ``images``: (K, C_in, H, W) or (C_in, z, y, x). ``slice_position``: (K,), craniocaudal level, 0 lowest to 1 highest.
+    ``roi``: (K, 4), the lesion assigned to each slice or depth plane: row and column of its core, its size (longer side
+    and margin), as fractions, and 1; zeros where no lesion is assigned. The fractions are of the image after
+    :meth:`ViewSelection.select`, and of the feature grid after :meth:`ViewSelection.finish`.
     """
 
     images: np.ndarray | Tensor
@@ -42,18 +41,18 @@ class View(NamedTuple):
     roi: Tensor
 
 
-class SeesVoxels(Protocol):
-    """An encoder, as far as framing needs to know it; see :class:`models.nnunet.encoder.NnUNetEncoder`."""
+class EncoderGeometry(Protocol):
+    """The attributes of :class:`models.nnunet.encoder.NnUNetEncoder` that view selection needs."""
 
     total_stride: tuple[int, ...]
-    lead: tuple[float, ...]
+    receptive_field_offset: tuple[float, ...]
 
 
-class Framing:
-    """Chooses what the encoder sees of a preprocessed volume.
+class ViewSelection:
+    """Chooses what the encoder gets of a preprocessed volume.
 
-    A 2-D slice keeps its whole extent: padded to the plan's patch with zeros, as nnU-Net pads, and
-    where it is larger, to the next multiple of the encoder's stride. A 3-D patch has the plan's size.
+    A 2-D slice keeps its whole extent: padded with zeros to the plan's patch, as nnU-Net pads, or, where it is larger,
+    to the next multiple of the encoder's stride. A 3-D patch has the plan's size.
     """
 
     def __init__(
@@ -63,14 +62,14 @@ class Framing:
         slices: int,
         policy: SlicePolicy,
         augmentation: Augmentation | None = None,
-        lead: Sequence[float] | None = None,
+        receptive_field_offset: Sequence[float] | None = None,
     ) -> None:
         """
         Args:
             augmentation: for training; by default nothing is changed.
-            lead: of the encoder's features, in voxels per axis; by default none.
+            receptive_field_offset: of the encoder's features, in voxels per axis; by default zero.
         """
-        self.lead = tuple(lead or [0.0] * plan.dim)
+        self.offset = tuple(receptive_field_offset or [0.0] * plan.dim)
         self.augmentation = augmentation or Augmentation()
         self.patch_size = tuple(plan.patch_size)
         self.stride = tuple(stride)
@@ -78,19 +77,19 @@ class Framing:
         self.policy = policy
 
     @classmethod
-    def of(
-        cls, config: Config, plan: PreprocessPlan, encoder: SeesVoxels, augmentation: Augmentation | None = None
-    ) -> Framing:
-        """As ``config`` says, for ``encoder``."""
-        stride, lead = encoder.total_stride, encoder.lead
-        return cls(plan, stride, config.slices, config.slice_policy, augmentation, lead)
+    def from_config(
+        cls, config: Config, plan: PreprocessPlan, encoder: EncoderGeometry, augmentation: Augmentation | None = None
+    ) -> ViewSelection:
+        """The view selection that ``config`` describes, for ``encoder``."""
+        offset = encoder.receptive_field_offset
+        return cls(plan, encoder.total_stride, config.slices, config.slice_policy, augmentation, offset)
 
     def __call__(self, volume: CachedVolume) -> View:
-        """What the encoder and the bridge are given: :meth:`cut`, :meth:`changed`."""
-        return self.changed(self.cut(volume))
+        """:meth:`select`, then :meth:`finish`."""
+        return self.finish(self.select(volume))
 
-    def cut(self, volume: CachedVolume) -> View:
-        """The same every time: what is read of the disk. ``images`` is an array."""
+    def select(self, volume: CachedVolume) -> View:
+        """Read the view from the disk; the same every time. ``images`` is an array."""
         starts, sizes = self.box(volume)
         if len(self.patch_size) == 2:
             chosen = self.chosen_slices(volume)
@@ -99,24 +98,20 @@ class Framing:
             position = (torch.tensor(chosen, dtype=torch.float32) + 0.5) / volume.image.shape[1]
         else:
             images = self._patch(volume, starts, sizes)
-            height = sizes[0] / self.slices  # of what one of the K planes of features stands for
-            lower = [starts[0] + k * height for k in range(self.slices)]
-            ahead = self.lead_shares(sizes)[0] * sizes[0]  # a plane sees best what lies before its middle
-            seen = [z - ahead for z in lower]
-            ranges = [(round(z), max(round(z + height), round(z) + 1)) for z in seen]
-            position = ((torch.tensor(lower) + height / 2) / volume.image.shape[1]).clamp(0, 1)
-        shown = zip(lesion_of_each(volume.lesions, ranges), ranges, strict=True)
-        roi = torch.tensor([_square(lesion, span, starts, sizes) for lesion, span in shown])
+            depth = sizes[0] / self.slices  # voxels per plane of features
+            lower = [starts[0] + k * depth for k in range(self.slices)]
+            offset = self.offset_fractions(sizes)[0] * sizes[0]
+            ranges = [(round(z - offset), max(round(z - offset + depth), round(z - offset) + 1)) for z in lower]
+            position = ((torch.tensor(lower) + depth / 2) / volume.image.shape[1]).clamp(0, 1)
+        assigned = zip(lesion_of_each(volume.lesions, ranges), ranges, strict=True)
+        roi = torch.tensor([_roi(lesion, span, starts, sizes) for lesion, span in assigned])
         return View(images, position, roi)
 
-    def changed(self, view: View) -> View:
-        """A copy, changed at random where asked for: a sample may be written to, what is kept not.
-
-        Squares then lie in the grid of features, which see what is ``lead`` voxels before the middle of their cells.
-        """
+    def finish(self, view: View) -> View:
+        """A copy, randomly augmented where the configuration says so, with ``roi`` in fractions of the feature grid."""
         kept = torch.from_numpy(view.images)
         images, roi = self.augmentation(kept, view.roi)
-        roi = roi + roi[:, 3:] * torch.tensor([*self.lead_shares(images.shape[-3:])[1:], 0.0, 0.0])
+        roi = roi + roi[:, 3:] * torch.tensor([*self.offset_fractions(images.shape[-3:])[1:], 0.0, 0.0])
         return View(images.clone() if images is kept else images, view.slice_position, roi)
 
     def chosen_slices(self, volume: CachedVolume) -> list[int]:
@@ -130,7 +125,7 @@ class Framing:
     def box(self, volume: CachedVolume) -> tuple[list[int], list[int]]:
         """First voxel (below 0 with padding) and number of voxels of the encoder's input, along each axis.
 
-        Along z of a 2-D encoder it is the whole volume, out of which slices are taken.
+        Along z of a 2-D encoder it is the whole volume, from which slices are taken.
         """
         shape = volume.image.shape[1:]
         if len(self.patch_size) == 2:
@@ -150,12 +145,15 @@ class Framing:
             starts[0], sizes[0] = 0, shape[0]
         return starts, sizes
 
-    def lead_shares(self, sizes: Sequence[int]) -> tuple[float, ...]:
-        """The features' lead along z, y, x as shares of what :meth:`box` gives; 0 along z of a 2-D encoder, and of a
-        thinned volume in planes that were kept."""
+    def offset_fractions(self, sizes: Sequence[int]) -> tuple[float, ...]:
+        """The features' receptive-field offset along z, y, x, as fractions of ``sizes``, which :meth:`box` gives.
+
+        A feature sees the image best this far before the middle of its cell: adding it turns a position in the image
+        into one in the feature grid. It is 0 along z of a 2-D encoder; a volume with skipped planes counts kept ones.
+        """
         flat = len(self.patch_size) == 2
-        seen = sizes if flat else (self.patch_size[0], *sizes[1:])
-        return tuple(lead / size for lead, size in zip((0.0, *self.lead) if flat else self.lead, seen, strict=True))
+        kept = sizes if flat else (self.patch_size[0], *sizes[1:])
+        return tuple(voxels / size for voxels, size in zip((0.0,) * flat + self.offset, kept, strict=True))
 
     def _lesions(self, volume: CachedVolume) -> Sequence[Lesion]:
         return volume.lesions if self.policy in ("mask", "nnunet") else ()
@@ -163,7 +161,7 @@ class Framing:
     def _patch(self, volume: CachedVolume, starts: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
         rows, columns = (slice(max(s, 0), s + size) for s, size in zip(starts[1:], sizes[1:], strict=True))
         planes = self.patch_size[0]
-        if sizes[0] > planes:  # thinned
+        if sizes[0] > planes:  # deeper than the patch: planes are skipped
             taken = [volume.image.plane(int((k + 0.5) * sizes[0] / planes)) for k in range(planes)]
             block = np.stack([plane[..., rows, columns] for plane in taken], axis=1)
         else:
@@ -197,9 +195,9 @@ def centred(plane: np.ndarray, size: Sequence[int]) -> np.ndarray:
     return np.pad(np.asarray(plane, dtype=np.float32), [(0, 0), *((m // 2, m - m // 2) for m in missing)])
 
 
-def _square(lesion: Lesion | None, span: Span, starts: Sequence[int], sizes: Sequence[int]) -> list[float]:
-    """Row and column of a lesion's core in the slices of ``span``, and its longer side with a margin, as shares of the
-    image."""
+def _roi(lesion: Lesion | None, span: Span, starts: Sequence[int], sizes: Sequence[int]) -> list[float]:
+    """Row and column of a lesion's core in the slices of ``span``, its longer side with a margin, and 1; as fractions
+    of the image."""
     if lesion is None:
         return [0.0] * 4
     core = lesion.core(max(range(*span), key=lesion.area))

@@ -14,9 +14,7 @@ adapters                 of the language model (--lora_rank), where it has any (
 
 from __future__ import annotations
 
-import os
 import pickle
-import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,8 +24,9 @@ from typing import Any
 import torch
 
 from config.errors import InputError
+from config.files import atomic_path
 from config.nnunet_plans import PreprocessPlan
-from config.schema import FIELDS, Config, build_config
+from config.schema import FIELDS, REMOVED, Config, build_config, keys_with_role, yaml_line
 from models.medical_vlm import VisionBridge
 from models.nnunet.encoder import NnUNetEncoder
 
@@ -35,9 +34,8 @@ FORMAT = "mamba-ct-report"
 VERSION = 3
 
 
-def _other_squares(older: str) -> Callable[[dict], dict]:
-    """A version with other tokens around lesions: weights for the ``older`` ones are of no use for it; without such
-    tokens nothing changed."""
+def _refuse_lesion_tokens(older: str) -> Callable[[dict], dict]:
+    """A migration for a version whose tokens around lesions were others; without such tokens nothing changed."""
 
     def migrate(content: dict) -> dict:
         if content.get("config", {}).get("roi_policy") == "lesion":
@@ -51,8 +49,8 @@ def _other_squares(older: str) -> Callable[[dict], dict]:
 
 # From version n to n + 1, by name; a file of an older layout passes through all that follow it.
 MIGRATIONS: dict[int, Callable[[dict], dict]] = {
-    1: _other_squares("whose tokens around lesions did not pass the bridge's blocks"),
-    2: _other_squares("which saw regions as wide as the lesion"),
+    1: _refuse_lesion_tokens("whose tokens around lesions did not pass the bridge's blocks"),
+    2: _refuse_lesion_tokens("whose regions were as wide as the lesion"),
 }
 
 
@@ -84,37 +82,16 @@ class Checkpoint:
     def build_vision(self) -> VisionBridge:
         """The vision part as it was saved, with its weights, strictly loaded."""
         encoder = NnUNetEncoder.from_architecture(self.encoder_architecture)
-        bridge_width = self.model_state_dict["bridge.out_proj.weight"].shape[0]
         output_std = self.diagnostics["expected_std"]
-        vision = VisionBridge.build(self.config, encoder, bridge_width, output_std, with_cmi=self.has_cmi)
+        vision = VisionBridge.build(self.config, encoder, self.llm["width"], output_std, with_cmi=self.has_cmi)
         load_vision_weights(vision, self)
         return vision
 
 
-def save_atomically(content: dict[str, Any], path: Path) -> None:
-    """Write beside the target, flush to the disk, then rename: a crash leaves the old file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as stream:
-            torch.save(content, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        _replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _replace(source: Path, target: Path, attempts: int = 10) -> None:
-    """``os.replace``; on Windows a virus scanner or viewer can hold the target for a moment."""
-    for attempt in range(attempts):
-        try:
-            source.replace(target)
-            return
-        except PermissionError:
-            if attempt == attempts - 1:
-                raise
-            time.sleep(0.2)
+def save_torch_file(content: dict[str, Any], path: Path) -> None:
+    """``torch.save``, atomically."""
+    with atomic_path(path) as part:
+        torch.save(content, part)
 
 
 def save_checkpoint(
@@ -146,7 +123,7 @@ def save_checkpoint(
         "diagnostics": diagnostics,
         **({"adapters": adapters} if adapters else {}),
     }
-    save_atomically(content, path)
+    save_torch_file(content, path)
 
 
 def read_torch_file(path: Path, what: str) -> dict[str, Any]:
@@ -200,6 +177,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
         version += 1
     needed = [name for name in Checkpoint.__dataclass_fields__ if name not in ("path", "adapters")]
     fields = {name: _part(content, name, path) for name in needed} | {"adapters": content.get("adapters")}
+    for key, kept in REMOVED.items():
+        value = fields["config"].get(key, kept)
+        if value != kept:
+            raise InputError(
+                f"{path} was trained with {key}: {value}, which is no longer a choice (it is always {kept}): train "
+                "both stages again"
+            )
     known = {key: value for key, value in fields["config"].items() if key in FIELDS}
     fields["config"] = build_config(known, origin=f"{path} (its configuration)")
     fields["preprocess_plan"] = PreprocessPlan.from_dict(fields["preprocess_plan"])
@@ -230,10 +214,10 @@ def load_vision_weights(vision: VisionBridge, checkpoint: Checkpoint) -> list[st
         raise InputError(
             f"{checkpoint.path} was trained with CMI, this configuration has use_cmi: false; set use_cmi: true"
         )
-    if wrong and wrong[0].startswith("bridge.out_proj"):
+    if checkpoint.llm["width"] != vision.bridge.spec.out_width:
         raise InputError(
-            f"{checkpoint.path} gives tokens of width {saved['bridge.out_proj.weight'].shape[0]}, the language model "
-            f"has width {own['bridge.out_proj.weight'].shape[0]}: use the mamba_model it was trained for "
+            f"{checkpoint.path} gives tokens of width {checkpoint.llm['width']}, the language model has width "
+            f"{vision.bridge.spec.out_width}: use the mamba_model it was trained for "
             f"('{checkpoint.llm.get('name')}') or retrain both stages"
         )
     if missing or unexpected or wrong:
@@ -249,16 +233,8 @@ def load_vision_weights(vision: VisionBridge, checkpoint: Checkpoint) -> list[st
     return at_random
 
 
-# What the weights were trained with; another value would load and give other tokens in silence.
-_FIXED = (
-    "encoder_output_stage", "encoder_target_spatial", "bridge_depth", "bridge_width", "bridge_mixer", "bridge_pool",
-    "roi_side", "roi_policy",
-)  # fmt: skip
-_FREE = ("max_visual_tokens", "slices", "use_cmi", "cmi_compress_to")
-
-
 def check_agreement(checkpoint: Checkpoint, config: Config) -> list[str]:
-    """Compare the checkpoint's settings with a configuration that is to go on from it.
+    """Compare the checkpoint's settings with a configuration that continues from it.
 
     Returns:
         One line for each setting that may differ and does.
@@ -266,28 +242,28 @@ def check_agreement(checkpoint: Checkpoint, config: Config) -> list[str]:
     Raises:
         InputError: one differs that must not.
     """
-    # The encoder pools a 3-D volume to this many planes; of 2-D slices, each is encoded on its own.
-    fixed = (*_FIXED, "slices") if len(checkpoint.preprocess_plan.patch_size) == 3 else _FIXED
-    if checkpoint.has_cmi and config.use_cmi:
-        fixed = (*fixed, "cmi_kind")
-    if config.roi_policy == "lesion":
-        fixed = (*fixed, "roi_scales")
-    for key in fixed:
-        there, here = getattr(checkpoint.config, key), getattr(config, key)
-        if there != here:
+    trained = checkpoint.config
+    free = keys_with_role("tokens")
+    if len(checkpoint.preprocess_plan.patch_size) == 3:
+        free.remove("slices")  # a 3-D encoder pools its volume to this many planes
+    if trained.roi_policy == config.roi_policy == "centre":
+        free.append("roi_side")  # the centre crop has no parameters
+    notes = []
+    for key in keys_with_role("arch") + keys_with_role("tokens"):
+        there, here = getattr(trained, key), getattr(config, key)
+        if there == here:
+            continue
+        if key not in free:
             raise InputError(
-                f"{checkpoint.path} was trained with {key}: {there}, the configuration says {here}; "
-                f"set {key}: {there}, or retrain Stage 1 with the new value"
+                f"{checkpoint.path} was trained with {yaml_line(key, there)}, the configuration says {here}; "
+                f"set {yaml_line(key, there)}, or retrain Stage 1 with the new value"
             )
-    pairs = [(key, getattr(checkpoint.config, key), getattr(config, key)) for key in _FREE]
-    return [
-        f"note: {key} was {there} in {checkpoint.path.name}, now {here}" for key, there, here in pairs if there != here
-    ]
+        notes.append(f"note: {key} was {there} in {checkpoint.path.name}, now {here}")
+    return notes
 
 
 def _differences(checkpoint: Checkpoint, vision: VisionBridge) -> str:
-    config = checkpoint.config
     if vision.encoder.architecture != checkpoint.encoder_architecture:
         return "nnunet_encoder_checkpoint"
-    keys = ("bridge_depth", "bridge_width", "encoder_target_spatial", "roi_side", "roi_scales")
-    return ", ".join(f"{key} {getattr(config, key)}" for key in keys)
+    keys = ("bridge_depth", "bridge_width", "encoder_target_spatial", "roi_side", "roi_policy")
+    return ", ".join(yaml_line(key, getattr(checkpoint.config, key)) for key in keys)

@@ -1,4 +1,4 @@
-"""Data loaders of a run, and the pass that fills the cache before the first step."""
+"""What a run reads: the encoder of the user's nnU-Net, the tables, and the loaders over the prepared cases."""
 
 from __future__ import annotations
 
@@ -16,7 +16,30 @@ from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from data.tables.caption_table import read_caption_table
 from engine.run import EpochShuffle
 from engine.segmentation import open_cache, prepare_cases
+from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.encoder import NnUNetEncoder
+
+
+def load_encoder(config: Config) -> tuple[NnUNetEncoder, PreprocessPlan]:
+    """The encoder with nnU-Net's weights, and the plan of its input.
+
+    Raises:
+        InputError: the checkpoint is missing, unsafe, or not nnU-Net's.
+    """
+    source = load_nnunet_checkpoint(config.resolved("nnunet_encoder_checkpoint"))
+    encoder = NnUNetEncoder.from_checkpoint(
+        source,
+        output_stage=config.encoder_output_stage,
+        target_spatial=config.encoder_target_spatial,
+        planes=config.slices,
+    )
+    return encoder, PreprocessPlan.from_nnunet(source.plans, source.configuration)
+
+
+def load_plan(config: Config) -> PreprocessPlan:
+    """The plan alone, for what prepares data. Raises InputError as :func:`load_encoder` does."""
+    source = load_nnunet_checkpoint(config.resolved("nnunet_encoder_checkpoint"))
+    return PreprocessPlan.from_nnunet(source.plans, source.configuration)
 
 
 def build_loaders(
@@ -50,8 +73,8 @@ def build_loaders(
         "num_workers": config.num_workers,
         "persistent_workers": config.num_workers > 0,
         "pin_memory": accelerator.device.type == "cuda",
-        # Each pass over a loader draws a seed for its workers. Drawn from the global generator, a resumed
-        # epoch would draw once more than an uninterrupted one, and dropout would differ from there on.
+        # Each pass over a loader draws a seed for its workers. From the global generator, a resumed epoch would draw
+        # once more than an uninterrupted one, and dropout would differ.
         "generator": torch.Generator().manual_seed(args.seed),
     }
     order = EpochShuffle(len(train), args.seed)

@@ -3,8 +3,8 @@
     question  [B, Lq, D] → pooled [B, D] → Δ [B, E], B [B, N], C [B, N]
     visual    [B, L, D]  → x, z [B, E, L] → scan(x; Δ, A, B, C) · SiLU(z) → [B, L, D] + visual
 
-Source: the users' manual ("the text prompt generates the SSM parameters"). The related design of CMI-MTL
-(arXiv 2511.01357), which gates instead, is :mod:`models.cmi_gated`.
+Source: the users' manual ("the text prompt generates the SSM parameters"). CMI-MTL (arXiv 2511.01357) gates instead;
+docs/ablations.md compares the two.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class CMI(nn.Module):
         self.D = nn.Parameter(torch.ones(width))
         self.out_proj = nn.Linear(width, width, bias=False)
         self._init_delta(dt_min, dt_max, rank)
-        # A small start leaves the visual tokens near what Stage 1 made of them, yet passes gradient.
+        # A small start keeps the visual tokens of Stage 1 nearly as they are, and still passes gradient.
         nn.init.normal_(self.out_proj.weight, std=0.02 / math.sqrt(width))
         for parameter in (self.A_log, self.D, self.dt_proj.bias):
             parameter._no_weight_decay = True
@@ -89,17 +89,12 @@ class CMI(nn.Module):
             delta_softplus=True,
         )
         fused = visual + self.out_proj(y.transpose(1, 2).to(visual.dtype))
-        return compress(fused, self.compress_to)
+        if self.compress_to is None or self.compress_to >= L:
+            return fused
+        return F.adaptive_avg_pool1d(fused.transpose(1, 2), self.compress_to).transpose(1, 2)  # neighbours averaged
 
 
 def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
     """Mean (B, D) of the tokens (B, L, D) where ``mask`` (B, L) is 1."""
     weight = mask[..., None].to(tokens.dtype)
     return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
-
-
-def compress(tokens: Tensor, to: int | None) -> Tensor:
-    """Average neighbouring tokens (B, L, D) so that ``to`` are left; fewer or ``None``: as they are."""
-    if to is None or to >= tokens.shape[1]:
-        return tokens
-    return F.adaptive_avg_pool1d(tokens.transpose(1, 2), to).transpose(1, 2)

@@ -2,7 +2,7 @@
 
 images [B, K, C_in, H, W] (2-D)  or  [B, C_in, z, y, x] (3-D)
   NnUNetEncoder → features [B, K, C, T, T]
-  RoI crop      → [B, K, C, r, r]               (optional: the centre; around lesions the bridge adds tokens)
+  RoI crop      → [B, K, C, r, r]               (optional: the centre; for lesions the bridge adds tokens instead)
   VimBridge     → visual [B, L, D]
   CMI           → visual [B, L', D]             (optional, steered by the question)
   [visual][question]\\n[answer]  → frozen Mamba → loss on the answer, or generated text
@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from config.errors import InputError
 from config.schema import Config
 from models.cmi import CMI
-from models.cmi_gated import GatedCMI
 from models.language_model.mamba_lm import IGNORED, MambaLM
 from models.nnunet.encoder import NnUNetEncoder
 from models.roi_crop import center_crop
-from models.vim_bridge import VimBridge
+from models.vim_bridge import Bridge, BridgeSpec, VimBridge
 
 Images = Tensor | list[Tensor]
 
@@ -34,48 +33,47 @@ class VisionBridge(nn.Module):
     def __init__(
         self,
         encoder: NnUNetEncoder,
-        bridge: VimBridge,
-        cmi: CMI | GatedCMI | None,
+        bridge: Bridge,
+        cmi: CMI | None,
         *,
         centre_crop: int | None,
-        planes: int,
-    ):
-        """``centre_crop``: side of the central square of features that is seen; None: all of them."""
+    ) -> None:
+        """``centre_crop``: side of the central features that the bridge reads; None: all of them."""
         super().__init__()
         self.encoder = encoder
         self.bridge = bridge
         self.cmi = cmi
         self.centre_crop = centre_crop
-        self.planes = planes
 
     @classmethod
-    def build(cls, config: Config, encoder: NnUNetEncoder, llm_width: int, output_std: float, *, with_cmi: bool):
-        """A fresh bridge (and CMI) around ``encoder``, as the configuration describes."""
-        lesion = config.roi_policy == "lesion"
-        if lesion and not config.roi_side:
+    def build(
+        cls, config: Config, encoder: NnUNetEncoder, llm_width: int, output_std: float, *, with_cmi: bool
+    ) -> VisionBridge:
+        """A fresh bridge (and CMI) around ``encoder``, as the configuration describes.
+
+        Raises InputError when roi_side is missing, or larger than the feature grid.
+        """
+        around_lesions = config.roi_policy == "lesion"
+        side, grid = config.roi_side, config.encoder_target_spatial
+        if around_lesions and not side:
             raise InputError("roi_policy is lesion and roi_side is empty: set it, e.g. 7 for 49 tokens around a lesion")
-        grid, widest = config.encoder_target_spatial, (config.roi_side or 0) * 3 ** (config.roi_scales - 1)
-        if lesion and widest > grid:
+        if around_lesions and side > grid:
             raise InputError(
-                f"roi_side {config.roi_side} with roi_scales {config.roi_scales} looks at {widest} x {widest} features "
-                f"of {grid} x {grid}: lower roi_side or roi_scales, or raise encoder_target_spatial"
+                f"roi_side {side} is larger than the {grid} x {grid} features: lower roi_side, or raise "
+                "encoder_target_spatial"
             )
-        bridge = VimBridge(
+        spec = BridgeSpec(
             encoder.out_channels,
             llm_width,
+            output_std,
             width=config.bridge_width,
             depth=config.bridge_depth,
             grid=grid,
             max_visual_tokens=config.max_visual_tokens,
-            output_std=output_std,
-            local_side=config.roi_side if lesion else 0,
-            local_scales=config.roi_scales,
-            mixer=config.bridge_mixer,
-            pool_first=config.bridge_pool == "before",
+            lesion_side=side if around_lesions else 0,
         )
-        kind = GatedCMI if config.cmi_kind == "gated" else CMI
-        cmi = kind(llm_width, compress_to=config.cmi_compress_to) if with_cmi else None
-        return cls(encoder, bridge, cmi, centre_crop=None if lesion else config.roi_side, planes=config.slices)
+        cmi = CMI(llm_width, compress_to=config.cmi_compress_to) if with_cmi else None
+        return cls(encoder, VimBridge(spec), cmi, centre_crop=None if around_lesions else side)
 
     def features(self, images: Images) -> Tensor:
         """(B, K, C, T, T). A list holds cases of different size, each (K, C_in, H, W) or (C_in, z, y, x)."""
@@ -95,8 +93,8 @@ class VisionBridge(nn.Module):
         *,
         roi: Tensor | None = None,
     ) -> Tensor:
-        """Visual tokens (B, L', D); ``question`` embeddings (B, Lq, D) are needed by CMI only, ``roi`` (B, K, 4) by a
-        bridge that looks around lesions."""
+        """Visual tokens (B, L', D). ``question`` embeddings (B, Lq, D) are for CMI, ``roi`` (B, K, 4) for a bridge with
+        tokens around lesions."""
         return self.tokens(self.features(images), slice_position, question, question_mask, roi=roi)
 
     def tokens(
@@ -108,7 +106,7 @@ class VisionBridge(nn.Module):
         *,
         roi: Tensor | None = None,
     ) -> Tensor:
-        """As :meth:`forward`, from the encoder's features (B, K, C, T, T): what an explanation differentiates by."""
+        """As :meth:`forward`, from the encoder's features (B, K, C, T, T), by which saliency maps differentiate."""
         corner = (0, 0)
         if self.centre_crop is not None:
             B, K = features.shape[:2]
@@ -124,7 +122,7 @@ class VisionBridge(nn.Module):
     def freeze(self, *, train_encoder: bool) -> str:
         """The one place that says what is trained; returns it in words, with parameter counts."""
         self.encoder.requires_grad_(train_encoder)
-        # No data passes the deeper stages; of a parameter to be trained, data-parallel runs expect a gradient.
+        # Deeper stages get no data, and data-parallel runs expect a gradient for every trained parameter.
         self.encoder.encoder.stages[self.encoder.output_stage + 1 :].requires_grad_(False)
         parts = []
         for name, part in (("encoder", self.encoder), ("bridge", self.bridge), ("cmi", self.cmi)):
@@ -148,22 +146,19 @@ class MedicalVLM(nn.Module):
         self.lm.eval()  # frozen: it has no training mode
         return self
 
+    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Sum of the caption loss over the batch's answer tokens (nats), and their number."""
+        return self.caption_loss(self.visual_tokens(batch), batch)
+
     def visual_tokens(self, batch: Mapping[str, Any]) -> Tensor:
+        """(B, L, D) from ``images``, ``slice_position``, ``roi`` and the question."""
         question = self.lm.embed(batch["question_ids"]).float()
         return self.vision(batch["images"], batch["slice_position"], question, batch["question_mask"], roi=batch["roi"])
 
-    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Sum of the caption loss over the batch's answer tokens (nats), and their number."""
-        inputs, labels = self.caption_inputs(batch)
+    def caption_loss(self, visual: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, from the visual tokens (B, L, D)."""
+        inputs, labels = answer_inputs(self.lm, visual, batch)
         return self.lm.answer_loss(inputs, labels)
-
-    def caption_inputs(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """``[visual][question]\\n[answer]`` embedded, padded on the right, and labels for the answer alone.
-
-        Returns:
-            (B, L, D) embeddings in the LLM's dtype, and (B, L) labels.
-        """
-        return answer_inputs(self.lm, self.visual_tokens(batch), batch)
 
     @torch.no_grad()
     def generate(self, batch: Mapping[str, Any], max_new_tokens: int, **options: object) -> list[str]:

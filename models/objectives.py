@@ -1,9 +1,9 @@
 """Stage 1's objectives over visual tokens [B, L, D].
 
-``proxy_l2`` is the manual's proxy loss; its minimum is the zero output (users saw features near
-zero and a Stage 2 worse than from scratch). ``align`` draws each scan's tokens to its own report and away
-from all others (InfoNCE: van den Oord et al. 2018; image–text: Radford et al. 2021), with the variance
-term of VICReg (Bardes et al. 2022) against collapse.
+``proxy_l2`` is the manual's proxy loss; its minimum is the zero output (users saw features near zero and a Stage 2
+worse than from scratch). ``align`` moves each scan's tokens towards its own report and away from all others (InfoNCE:
+van den Oord et al. 2018; image–text: Radford et al. 2021), with the variance term of VICReg (Bardes et al. 2022)
+against collapse.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class ProxyL2(nn.Module):
 class Align(nn.Module):
     """InfoNCE of mean visual tokens against the embeddings of all reports of the table.
 
-    In training also of reports against the images of the batch, and the variance term. In evaluation neither, so that
-    validation losses of different batch sizes can be compared.
+    Training adds the reverse direction, reports against the images of the batch, and the variance term. Validation
+    leaves both out: they depend on the batch size.
     """
 
     def __init__(self, reports: Tensor, group: Tensor, expected_std: float, *, variance_weight: float = 1.0) -> None:
@@ -39,7 +39,7 @@ class Align(nn.Module):
         Args:
             reports: (N, D) unit vectors, from :func:`embed_reports`.
             group: (N,) equal for rows whose reports are the same text: they are no negatives of each other.
-            expected_std: deviation between tokens below which the variance term acts.
+            expected_std: standard deviation between tokens below which the variance term acts.
         """
         super().__init__()
         self.register_buffer("reports", reports, persistent=False)
@@ -54,20 +54,20 @@ class Align(nn.Module):
         image = F.normalize(tokens.mean(1), dim=-1)
         scale = self.log_scale.clamp(max=math.log(100)).exp()
         loss = _soft_nce(scale * image @ self.reports.T, self.group[row][:, None] == self.group[None])
-        if not self.training:  # the rest depends on who is in a batch, and so on its size
+        if not self.training:
             return loss
         if len(row) > 1:
             same = self.group[row][:, None] == self.group[row][None]
             loss = (loss + _soft_nce(scale * self.reports[row] @ image.T, same)) / 2
-        # Of the batch as it is, not an estimate: a single token has the deviation 0, not NaN.
-        deviation = (tokens.flatten(0, 1).var(dim=0, correction=0) + 1e-8).sqrt()
-        return loss + self.variance_weight * F.relu(1 - deviation / self.expected_std).mean()
+        # correction=0: a single token has the standard deviation 0, not NaN.
+        std = (tokens.flatten(0, 1).var(dim=0, correction=0) + 1e-8).sqrt()
+        return loss + self.variance_weight * F.relu(1 - std / self.expected_std).mean()
 
 
 def _soft_nce(logits: Tensor, positive: Tensor) -> Tensor:
-    """−log of the probability of any positive: its minimum is 0, however many reports are the same text."""
-    right = logits.masked_fill(~positive, -torch.inf).logsumexp(-1)
-    return (logits.logsumexp(-1) - right).mean()
+    """−log of the probability of any positive; its minimum is 0, however many reports are the same text."""
+    positives = logits.masked_fill(~positive, -torch.inf).logsumexp(-1)
+    return (logits.logsumexp(-1) - positives).mean()
 
 
 class Stage1(nn.Module):
@@ -78,14 +78,17 @@ class Stage1(nn.Module):
         self.vision = vision
         self.objective = objective
 
-    def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """The batch's loss, and its tokens (B, L, D)."""
-        tokens = self.vision(batch["images"], batch["slice_position"], roi=batch["roi"])
-        return self.objective(tokens, batch["row"]), tokens
+    def forward(self, batch: dict) -> Tensor:
+        """The batch's loss."""
+        return self.objective(self.visual_tokens(batch), batch["row"])
+
+    def visual_tokens(self, batch: dict) -> Tensor:
+        """(B, L, D); without CMI, which reads the question and is trained in Stage 2."""
+        return self.vision(batch["images"], batch["slice_position"], roi=batch["roi"])
 
 
 def report_frequencies(reports: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Counter[int]:
-    """In how many reports each token stands."""
+    """The number of reports that contain each token."""
     counts: Counter[int] = Counter()
     for report in reports:
         counts.update(set(tokenizer.encode(report, add_special_tokens=False)))
@@ -99,8 +102,9 @@ def embed_reports(
     frequencies: Counter[int],
     corpus: int,
 ) -> tuple[Tensor, Tensor]:
-    """Reports as unit vectors: token embeddings weighted by inverse document frequency, so that the words
-    that every report shares do not drown those that tell patients apart; then centred.
+    """Reports as centred unit vectors: means of token embeddings, weighted by inverse document frequency.
+
+    The weights keep the words that all reports share from outweighing those that differ between patients.
 
     Args:
         table: (V, D) the LLM's embeddings.

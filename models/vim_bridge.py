@@ -1,48 +1,160 @@
 """Vision-Mamba bridge: encoder features to visual tokens of the language model's width.
 
-features        [B, K, C, H, W]          K slices (or depth planes) of encoder features
-  project       [B, K, H·W, W_b]         W_b = bridge width; plus 2-D position, plus slice position
-  + lesion      [B, K, H·W + q, W_b]     q = n·r² more for each slice, around its lesion: r x r features, then r x r
-                                         cells three times as wide, …                            (roi_policy lesion)
-  VimBlock × n  [B, K·(H·W + q), W_b]    bidirectional scan over all slices' tokens, a slice's lesion after its grid
-  pool          [B, K·s·s, W_b]          the grids; s = side of the largest square grid that fits the token budget;
-                                         bridge_pool before: ahead of the blocks, which then scan fewer tokens
-  project       [B, L, D]                grids, then squares; D = the LLM's width, scaled like the LLM's own embeddings
+features       [B, K, C, H, W]          K slices (or depth planes) of encoder features
+  project      [B, K, H·W, W_b]         W_b = bridge width; plus 2-D position, plus slice position
+  + lesions    [B, K, H·W + r², W_b]    r × r more tokens per slice, around its lesion (roi_policy lesion)
+  VimBlock × n [B, K·(H·W + r²), W_b]   bidirectional scan over the tokens of all slices
+  pool         [B, K·s·s, W_b]          s: side of the largest square grid per slice within the token budget
+  project      [B, L, D]                L = K·(s² + r²): the grids, then the lesions; D: the language model's width
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config.errors import InputError
-from config.schema import BridgeMixer
-from models.roi_crop import sample_square
+from models.roi_crop import sample_roi
 from models.vim_mixer import VimBlock
 
+FREQUENCIES = 16
 
-def grid_side(max_tokens: int, planes: int, available: int, local: int = 0) -> int:
-    """Side of the largest square grid per plane that fits the budget: 64 → 8, 96 → 9, 32 → 5.
 
-    ``local``: tokens that each plane has around its lesion, which the budget holds too.
+@dataclass(frozen=True)
+class BridgeSpec:
+    """What a bridge is built from.
+
+    Attributes:
+        in_channels: C of the encoder features.
+        out_width: D, the language model's width.
+        output_std: standard deviation of a token at initialisation. A frozen language model expects that of its own
+            embeddings.
+        width, depth: inner width W_b and number of blocks.
+        grid: side of the full feature grid; a RoI crop keeps the positions that it is cut from.
+        max_visual_tokens: the token budget.
+        lesion_side: r, side of the grid of tokens around each slice's lesion; 0: none.
+    """
+
+    in_channels: int
+    out_width: int
+    output_std: float = 0.1
+    width: int = 512
+    depth: int = 2
+    grid: int = 28
+    max_visual_tokens: int = 64
+    lesion_side: int = 0
+
+
+class Bridge(nn.Module):
+    """From encoder features to visual tokens: what the rest of the system knows of a bridge.
+
+    A subclass is built from a :class:`BridgeSpec` and implements :meth:`forward`; ``MedicalVLM`` and the checkpoints
+    use nothing else of it.
+    """
+
+    def __init__(self, spec: BridgeSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(
+        self, features: Tensor, slice_position: Tensor, corner: tuple[int, int] = (0, 0), roi: Tensor | None = None
+    ) -> Tensor:
+        """
+        Args:
+            features: (B, K, C, H, W).
+            slice_position: (B, K), 0 lowest to 1 highest.
+            corner: row and column of the full grid where a RoI crop begins.
+            roi: (B, K, 4) lesions, as :func:`models.roi_crop.sample_roi` takes them; needed with ``lesion_side``.
+
+        Returns:
+            (B, L, D) with L at most ``max_visual_tokens``.
+        """
+        raise NotImplementedError
+
+
+class VimBridge(Bridge):
+    """Positions, bidirectional Mamba blocks (Zhu et al. 2024, Vim), pooling to the token budget."""
+
+    def __init__(self, spec: BridgeSpec) -> None:
+        super().__init__(spec)
+        width = spec.width
+        self.in_norm = nn.LayerNorm(spec.in_channels)
+        self.in_proj = nn.Linear(spec.in_channels, width)
+        self.position = nn.Parameter(sincos_2d(spec.grid, width))
+        self.slice_position = SlicePosition(width)
+        self.blocks = nn.ModuleList(VimBlock(width) for _ in range(spec.depth))
+        self.out_norm = nn.RMSNorm(width, eps=1e-5)
+        self.out_proj = nn.Linear(width, spec.out_width)
+        nn.init.normal_(self.out_proj.weight, std=spec.output_std / math.sqrt(width))
+        nn.init.zeros_(self.out_proj.bias)
+        self.position._no_weight_decay = True
+        if spec.lesion_side:
+            self.local = LesionPosition(width)
+            # Each cell around a lesion has an embedding of its own: one can learn the finding, another the size.
+            self.local_cell = nn.Parameter(0.5 * torch.randn(spec.lesion_side**2, width))
+            self.local_cell._no_weight_decay = True
+
+    def forward(
+        self, features: Tensor, slice_position: Tensor, corner: tuple[int, int] = (0, 0), roi: Tensor | None = None
+    ) -> Tensor:
+        """See :meth:`Bridge.forward`; L = K·(s² + r²), s from :func:`grid_side`."""
+        _, K, _, H, W = features.shape
+        row, column = corner
+        lesion_tokens = self.spec.lesion_side**2
+        side = grid_side(self.spec.max_visual_tokens, K, min(H, W), lesion_tokens)
+
+        normed = self.in_norm(features.permute(0, 1, 3, 4, 2))  # (B, K, H, W, C)
+        places = self.position[:, :, row : row + H, column : column + W]  # (1, W_b, H, W)
+        grid = self.in_proj(normed) + places.permute(0, 2, 3, 1)[:, None]  # (B, K, H, W, W_b)
+        level = self.slice_position(slice_position)[:, :, None]  # (B, K, 1, W_b)
+        hidden = grid.flatten(2, 3) + level  # (B, K, H·W, W_b)
+        if lesion_tokens:
+            if roi is None:
+                raise ValueError("a bridge with lesion_side needs roi (B, K, 4)")
+            hidden = torch.cat([hidden, self._lesion_tokens(normed, places, roi) + level], dim=2)
+
+        hidden, residual = hidden.flatten(1, 2), None
+        for block in self.blocks:
+            hidden, residual = block(hidden, residual)
+        hidden = self.out_norm(hidden + residual)
+
+        overview, lesions = hidden.unflatten(1, (K, -1)).split([H * W, lesion_tokens], dim=2)
+        overview = pool_grid(overview.unflatten(2, (H, W)), side)
+        return self.out_proj(torch.cat([overview.flatten(1, 3), lesions.flatten(1, 2)], dim=1))
+
+    def _lesion_tokens(self, normed: Tensor, places: Tensor, roi: Tensor) -> Tensor:
+        """Tokens (B, K, r², W_b) around the lesions ``roi`` (B, K, 4), sampled from ``normed`` features
+        (B, K, H, W, C) and their positions ``places`` (1, W_b, H, W)."""
+        side, boxes = self.spec.lesion_side, roi.flatten(0, 1)
+        cells = sample_roi(normed.flatten(0, 1).permute(0, 3, 1, 2), boxes, side).flatten(2)
+        positions = sample_roi(places, boxes, side).flatten(2)
+        tokens = self.in_proj(cells.transpose(1, 2)) + positions.transpose(1, 2)  # (B·K, r², W_b)
+        return tokens.unflatten(0, normed.shape[:2]) + self.local(roi)[:, :, None] + self.local_cell
+
+
+def grid_side(max_tokens: int, planes: int, available: int, lesion_tokens: int = 0) -> int:
+    """Side of the largest square grid per plane within the budget: 64 → 8, 96 → 9, 32 → 5.
+
+    ``lesion_tokens``: tokens around each plane's lesion, which the budget includes.
 
     Raises:
-        InputError: fewer tokens than every plane needs.
+        InputError: the budget gives a plane less than one token besides those of its lesion.
     """
-    least = planes * (1 + local)
+    least = planes * (1 + lesion_tokens)
     if max_tokens < least:
-        around = f" and {local} around its lesion (roi_scales x roi_side²)" if local else ""
+        around = f" and {lesion_tokens} around its lesion (roi_side²)" if lesion_tokens else ""
         raise InputError(
             f"max_visual_tokens {max_tokens} is less than slices {planes} need: each slice has at least one token"
             f"{around}; raise it to {least} or more"
         )
-    return min(math.isqrt(max_tokens // planes - local), available)
+    return min(math.isqrt(max_tokens // planes - lesion_tokens), available)
 
 
-def pooled(grid: Tensor, side: int) -> Tensor:
+def pool_grid(grid: Tensor, side: int) -> Tensor:
     """Average (B, K, H, W, C) to (B, K, ``side``, ``side``, C)."""
     channels_first = grid.flatten(0, 1).permute(0, 3, 1, 2)
     return F.adaptive_avg_pool2d(channels_first, side).permute(0, 2, 3, 1).unflatten(0, grid.shape[:2])
@@ -51,8 +163,8 @@ def pooled(grid: Tensor, side: int) -> Tensor:
 def sincos_2d(side: int, width: int) -> Tensor:
     """Fixed 2-D sine-cosine positions (1, width, side, side); He et al. 2022 (MAE), appendix A.
 
-    A quarter of the width each for sin(row), cos(row), sin(column), cos(column); a width that four
-    does not divide leaves the last channels at zero.
+    A quarter of the width each for sin(row), cos(row), sin(column), cos(column); the channels that are left over
+    where 4 does not divide the width are zero.
     """
     quarter = width // 4
     frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float32) / max(quarter, 1))
@@ -65,19 +177,18 @@ def sincos_2d(side: int, width: int) -> Tensor:
     return table
 
 
-FREQUENCIES = 16
+def harmonics(fraction: Tensor) -> Tensor:
+    """Fractions in 0…1, (…), as sines and cosines of rising frequency, (…, 2 · FREQUENCIES).
 
-
-def harmonics(share: Tensor) -> Tensor:
-    """Shares in 0…1, (…), as sines and cosines of rising frequency, (…, 2 · FREQUENCIES): a linear map can then read
-    them finely; of the plain number it would see a small difference only."""
-    harmonic = torch.arange(1, FREQUENCIES + 1, device=share.device, dtype=torch.float32)
-    angle = share.float()[..., None] * harmonic * (math.pi / 2)
+    A linear map resolves small differences between these, but not between the plain numbers.
+    """
+    harmonic = torch.arange(1, FREQUENCIES + 1, device=fraction.device, dtype=torch.float32)
+    angle = fraction.float()[..., None] * harmonic * (math.pi / 2)
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
 class SlicePosition(nn.Module):
-    """Where a slice lies in its scan, 0 (lowest) to 1 (highest), as an embedding (B, K) → (B, K, W_b)."""
+    """Embedding of a slice's craniocaudal level in its scan, 0 (lowest) to 1 (highest): (B, K) → (B, K, W_b)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -87,11 +198,8 @@ class SlicePosition(nn.Module):
         return self.project(harmonics(position))
 
 
-class SquarePosition(nn.Module):
-    """Where a lesion lies and how large it is, as an embedding (B, K, 4) → (B, K, W_b).
-
-    Row and column of its core, its size, and 1; of a row of zeros (no lesion) nothing but the bias is left.
-    """
+class LesionPosition(nn.Module):
+    """Embedding of a lesion's place and size: (B, K, 4) → (B, K, W_b); of a row of zeros, no lesion, the bias alone."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -99,112 +207,3 @@ class SquarePosition(nn.Module):
 
     def forward(self, roi: Tensor) -> Tensor:
         return self.project(harmonics(roi[..., :3]).flatten(-2) * roi[..., 3:])
-
-
-class VimBridge(nn.Module):
-    """Positions, bidirectional Mamba blocks (Zhu et al. 2024, Vim), pooling to the token budget."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_width: int,
-        *,
-        width: int = 512,
-        depth: int = 2,
-        grid: int = 28,
-        max_visual_tokens: int = 64,
-        output_std: float = 0.1,
-        local_side: int = 0,
-        local_scales: int = 1,
-        mixer: BridgeMixer = "vim",
-        pool_first: bool = False,
-    ) -> None:
-        """
-        Args:
-            in_channels: C of the encoder features.
-            out_width: D, the language model's width.
-            grid: side of the full token grid; a RoI crop keeps the positions it was cut from.
-            output_std: standard deviation of a token at initialisation; the LLM's embeddings have one
-                too, and tokens far from it would be strangers to the frozen model.
-            local_side: r, side of each grid of tokens around a slice's lesion; 0: none.
-            local_scales: n, how many such grids: of the features themselves, of three, of nine in one, …
-            mixer: ``vim`` reads the tokens from both ends, ``one_way`` from the first to the last, ``linear`` has no
-                blocks: each token stays alone.
-            pool_first: pool to the budget before the blocks, which then scan s·s tokens a slice and not H·W; squares
-                are still sampled from all features.
-        """
-        super().__init__()
-        self.max_visual_tokens = max_visual_tokens
-        self.local_side = local_side
-        self.local_scales = local_scales
-        self.local_tokens = local_scales * local_side**2
-        self.pool_first = pool_first
-        self.output_std = output_std
-        self.in_norm = nn.LayerNorm(in_channels)
-        self.in_proj = nn.Linear(in_channels, width)
-        self.position = nn.Parameter(sincos_2d(grid, width))
-        self.slice_position = SlicePosition(width)
-        blocks = 0 if mixer == "linear" else depth
-        self.blocks = nn.ModuleList(VimBlock(width, one_way=mixer == "one_way") for _ in range(blocks))
-        self.out_norm = nn.RMSNorm(width, eps=1e-5)
-        self.out_proj = nn.Linear(width, out_width)
-        nn.init.normal_(self.out_proj.weight, std=output_std / math.sqrt(width))
-        nn.init.zeros_(self.out_proj.bias)
-        self.position._no_weight_decay = True
-        if local_side:
-            self.local = SquarePosition(width)
-            # Each place around a lesion is a token of its own kind, so that one can come to stand for what the
-            # lesion is, another for where it is or how large.
-            self.local_cell = nn.Parameter(0.5 * torch.randn(self.local_tokens, width))
-            self.local_cell._no_weight_decay = True
-
-    def forward(
-        self, features: Tensor, slice_position: Tensor, corner: tuple[int, int] = (0, 0), roi: Tensor | None = None
-    ) -> Tensor:
-        """
-        Args:
-            features: (B, K, C, H, W).
-            slice_position: (B, K), 0 lowest to 1 highest.
-            corner: row and column of the full grid where a RoI crop begins.
-            roi: (B, K, 4) squares around the lesions, as :func:`models.roi_crop.sample_square` takes them; needed
-                with ``local_side``.
-
-        Returns:
-            (B, L, D) with L = K·(s² + n·r²), s from :func:`grid_side`: the overview of all slices, then the lesions.
-        """
-        _, K, _, H, W = features.shape
-        row, column = corner
-        side = grid_side(self.max_visual_tokens, K, min(H, W), self.local_tokens)
-        normed = self.in_norm(features.permute(0, 1, 3, 4, 2))  # (B, K, H, W, C)
-        places = self.position[:, :, row : row + H, column : column + W]
-        where = places.permute(0, 2, 3, 1)[:, None]  # (1, 1, H, W, W_b)
-        if self.pool_first:  # projecting is linear, and costs less of a mean than of all it is the mean of
-            scanned = self.in_proj(pooled(normed, side)) + pooled(where, side)
-        else:
-            scanned = self.in_proj(normed) + where  # (B, K, H, W, W_b)
-        height = self.slice_position(slice_position)[:, :, None]  # (B, K, 1, W_b)
-        hidden = scanned.flatten(2, 3) + height  # (B, K, H·W, W_b)
-        if self.local_side:
-            if roi is None:
-                raise ValueError("this bridge looks around lesions: roi (B, K, 4) is needed")
-            hidden = torch.cat([hidden, self._around_lesions(normed, places, roi) + height], dim=2)
-        hidden = hidden.flatten(1, 2)
-        residual = None
-        for block in self.blocks:
-            hidden, residual = block(hidden, residual)
-        hidden = self.out_norm(hidden if residual is None else hidden + residual)
-
-        cells = scanned.shape[2] * scanned.shape[3]
-        overview, local = hidden.unflatten(1, (K, -1)).split([cells, self.local_tokens], dim=2)
-        overview = pooled(overview.unflatten(2, scanned.shape[2:4]), side)
-        return self.out_proj(torch.cat([overview.flatten(1, 3), local.flatten(1, 2)], dim=1))
-
-    def _around_lesions(self, normed: Tensor, places: Tensor, roi: Tensor) -> Tensor:
-        """Tokens (B, K, n·r², W_b) around the squares ``roi`` (B, K, 4) in ``normed`` features (B, K, H, W, C), whose
-        positions are ``places`` (1, W_b, H, W)."""
-        channels_first, squares = normed.flatten(0, 1).permute(0, 3, 1, 2), roi.flatten(0, 1)
-        scales = [(self.local_side, 3**level) for level in range(self.local_scales)]
-        seen = torch.cat([sample_square(channels_first, squares, *scale).flatten(2) for scale in scales], dim=2)
-        there = torch.cat([sample_square(places, squares, *scale).flatten(2) for scale in scales], dim=2)
-        tokens = self.in_proj(seen.transpose(1, 2)) + there.transpose(1, 2)  # (B·K, n·r², W_b)
-        return tokens.unflatten(0, normed.shape[:2]) + self.local(roi)[:, :, None] + self.local_cell

@@ -8,7 +8,7 @@ Letters: B batch, L tokens, D width, E inner width (expand · D), N state, R ran
 
 Source: Zhu et al., "Vision Mamba" (arXiv 2401.09417) and github.com/hustvl/Vim, ``bimamba_type="v2"``: the
 projections and the gate are shared, all else is one set per direction, the backward one named with ``_b``.
-Parameter names are the official ones. One deviation: there only ``dt_proj`` starts with step sizes in
+Parameter names are the official ones. One difference: there only ``dt_proj`` starts with step sizes in
 [dt_min, dt_max]; here ``dt_proj_b`` does too.
 """
 
@@ -33,7 +33,6 @@ class VimMixer(nn.Module):
         if_divide_out: halve the sum of the two directions, as Vision Mamba does.
         dt_min, dt_max, dt_init_floor: step sizes at the start are log-uniform in [dt_min, dt_max], not below
             the floor.
-        one_way: the forward direction alone, not halved; for ablations.
     """
 
     def __init__(
@@ -47,16 +46,15 @@ class VimMixer(nn.Module):
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
         dt_init_floor: float = 1e-4,
-        one_way: bool = False,
     ) -> None:
         super().__init__()
         inner = expand * d_model
         rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         self.d_state, self.dt_rank = d_state, rank
-        self.if_divide_out, self.one_way = if_divide_out, one_way
+        self.if_divide_out = if_divide_out
 
         self.in_proj = nn.Linear(d_model, 2 * inner, bias=False)
-        for suffix in ("",) if one_way else ("", "_b"):
+        for suffix in ("", "_b"):
             log_A = torch.log(torch.arange(1.0, d_state + 1)).repeat(inner, 1)
             dt_proj = nn.Linear(rank, inner)
             _init_step_size(dt_proj, dt_min, dt_max, dt_init_floor)
@@ -66,7 +64,7 @@ class VimMixer(nn.Module):
             setattr(self, f"A{suffix}_log", nn.Parameter(log_A))
             setattr(self, f"D{suffix}", nn.Parameter(torch.ones(inner)))
         self.out_proj = nn.Linear(inner, d_model, bias=False)
-        # Read by the optimizer's grouping: decay would pull the dynamics and the biases to zero.
+        # The optimizer reads this: weight decay would pull the dynamics and the biases to zero.
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1 or name.endswith("_log"):
                 parameter._no_weight_decay = True
@@ -75,16 +73,8 @@ class VimMixer(nn.Module):
         """[B, L, D] -> [B, L, D]."""
         # z stays a transposed view of the projection: the scan reads any strides.
         x, z = self.in_proj(hidden).transpose(1, 2).chunk(2, dim=1)
-        return self.out_proj(self.scan(x, z).transpose(1, 2))
-
-    def scan(self, x: Tensor, z: Tensor) -> Tensor:
-        """Convolution, scan and gate in all directions: x, z [B, E, L] -> [B, E, L]."""
-        y = self._direction(x, z, "", reverse=False)
-        if not self.one_way:
-            y = y + self._direction(x, z, "_b", reverse=True)
-            if self.if_divide_out:
-                y = y / 2
-        return y
+        y = self._direction(x, z, "", reverse=False) + self._direction(x, z, "_b", reverse=True)
+        return self.out_proj((y / 2 if self.if_divide_out else y).transpose(1, 2))
 
     def _direction(self, x: Tensor, z: Tensor, suffix: str, reverse: bool) -> Tensor:
         """One direction's conv, projections and scan over x, z [B, E, L]. Nothing is flipped in memory.
@@ -116,14 +106,14 @@ class VimMixer(nn.Module):
 class VimBlock(nn.Module):
     """Add → RMSNorm → VimMixer. The residual stream [B, L, D] is kept in float32 whatever the mixer runs in.
 
-    The caller adds the last ``hidden`` to the last ``residual``. Keyword arguments go to ``VimMixer``.
+    The caller adds the last ``hidden`` to the last ``residual``.
     """
 
-    def __init__(self, d_model: int, norm_eps: float = 1e-5, **mixer: object) -> None:
+    def __init__(self, d_model: int, norm_eps: float = 1e-5) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(d_model, eps=norm_eps)
         self.norm.weight._no_weight_decay = True
-        self.mixer = VimMixer(d_model, **mixer)
+        self.mixer = VimMixer(d_model)
 
     def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(hidden, residual) [B, L, D] -> (the mixer's output, hidden + residual in float32)."""

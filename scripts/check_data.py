@@ -86,12 +86,12 @@ def model_view(config: Config) -> Callable[[CheckedImage], ModelView] | None:
     if not (config.nnunet_encoder_checkpoint and Path(config.nnunet_encoder_checkpoint).is_file()):
         print("no nnunet_encoder_checkpoint: the sheet shows the scans, not the encoder's input", flush=True)
         return None
-    from data.view_selection import Framing
+    from data.view_selection import ViewSelection
+    from engine.loaders import load_encoder
     from engine.segmentation import open_cache
-    from engine.vision_setup import load_encoder
 
     encoder, plan = load_encoder(config)
-    framing = Framing.of(config, plan, encoder)
+    framing = ViewSelection.from_config(config, plan, encoder)
     cache = open_cache(config, plan)
     intensity = plan.intensity[0]
     if intensity is not None and plan.normalization_schemes[0] == "CTNormalization":
@@ -101,7 +101,7 @@ def model_view(config: Config) -> Callable[[CheckedImage], ModelView] | None:
         grey = (-2.0, 2.0)
 
     def view(checked: CheckedImage) -> ModelView:
-        images, position, _ = framing.cut(cache.get(checked.row.image_path, checked.row.mask_path))
+        images, position, _ = framing.select(cache.get(checked.row.image_path, checked.row.mask_path))
         depth = len(checked.volume.array)
         planes = images[:, 0] if encoder.dim == 2 else images[0, [images.shape[1] // 2]]
         slices = [min(max(round(float(p) * depth - 0.5), 0), depth - 1) for p in position]

@@ -32,7 +32,7 @@ from config.schema import Config, keys_with_role, load_config
 from data.cache import file_digest
 from data.medical_vlm_dataset import encode_prompt
 from data.tables.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
-from data.view_selection import Framing
+from data.view_selection import ViewSelection
 from engine.checkpoint import Checkpoint, load_checkpoint
 from engine.cli import positive_int, run_main
 from engine.segmentation import open_cache
@@ -236,7 +236,7 @@ def look(checkpoint: Checkpoint, config: Config, case: Case, questions: list[Ten
     plan = checkpoint.preprocess_plan
     vision = checkpoint.build_vision().eval()
     vision.bridge.max_visual_tokens = config.max_visual_tokens
-    framing = Framing.of(config, plan, vision.encoder)
+    framing = ViewSelection.from_config(config, plan, vision.encoder)
     view = framing(open_cache(config, plan).get(case.image, case.mask))
     images, position, roi = (part[None] for part in view)
     if vision.cmi is None:

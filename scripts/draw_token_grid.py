@@ -23,10 +23,10 @@ from config.nnunet_plans import PreprocessPlan
 from config.schema import REPOSITORY, Config
 from data.cache import VolumeCache
 from data.phantom.case import make_case, write_case
-from data.view_selection import Framing, View
+from data.view_selection import View, ViewSelection
 from engine.cli import positive_int, run_main
 from models.nnunet.checkpoint import load_nnunet_checkpoint
-from models.roi_crop import center_crop, square_extent
+from models.roi_crop import center_crop, roi_extent
 from models.vim_bridge import grid_side
 
 NETWORK = REPOSITORY / "tests" / "assets" / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth"
@@ -52,7 +52,7 @@ def see(seed: int) -> View:
         folder = Path(name)
         write_case(make_case(seed, [("nodule", "left", "upper")]), folder / "ct.nii.gz", folder / "mask.nii.gz")
         volume = VolumeCache(folder / "cache", plan).get(folder / "ct.nii.gz", folder / "mask.nii.gz")
-        return Framing(plan, STRIDE, 1, "mask").cut(volume)
+        return ViewSelection(plan, STRIDE, 1, "mask").select(volume)
 
 
 def lattice(axes: Axes, box: tuple[float, float, float, float], cells: int, colour: str) -> None:
@@ -78,7 +78,7 @@ def main() -> None:
     _, (row, column) = center_crop(torch.zeros(1, 1, args.grid, args.grid), ROI_SIDE)
     share = np.array([row, column, row + ROI_SIDE, column + ROI_SIDE]) / args.grid
     crop = tuple(share * np.array([height, width, height, width]))
-    centre, extent = (v[0].numpy() for v in square_extent(view.roi[:1], (args.grid, args.grid), ROI_SIDE))
+    centre, extent = (v[0].numpy() for v in roi_extent(view.roi[:1], (args.grid, args.grid), ROI_SIDE))
     corners = np.concatenate([centre - extent / 2, centre + extent / 2])
     square = tuple(corners * np.array([height, width, height, width]))
 

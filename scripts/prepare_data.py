@@ -94,8 +94,8 @@ def main() -> int:
     files = work.files[index - 1 :: count]
     workers = min(args.workers or default_workers(), max(len(files), 1))
 
+    from engine.loaders import load_plan
     from engine.segmentation import SegmentedCache, open_cache, segment_all  # torch, which the workers do without
-    from engine.vision_setup import load_plan
 
     cache = open_cache(config, load_plan(config))
     volumes = cache.volumes if isinstance(cache, SegmentedCache) else cache

@@ -29,7 +29,7 @@ from data.imaging.nifti import read_mask, read_volume, write_volume
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from data.nnunet_preprocess import preprocess
 from data.tables.caption_table import CaptionRow
-from data.view_selection import Framing
+from data.view_selection import ViewSelection
 from engine.benchmark.peak_memory import Peak, in_own_process, measure_peak
 from engine.benchmark.pictures import Panel
 from engine.benchmark.ratios import speedup
@@ -144,7 +144,7 @@ def _epochs(report: Report, folder: Path) -> None:
     rows = [CaptionRow(2 + n, image, "Q?", "A.", mask) for n, (image, mask) in enumerate(pairs)]
     cache = VolumeCache(folder / "cache", plan)
     fill_cache(cache, rows)
-    data = MedicalVLMDataset(rows, cache, Framing(plan, (16, 16), 1, "mask"), [], 0)
+    data = MedicalVLMDataset(rows, cache, ViewSelection(plan, (16, 16), 1, "mask"), [], 0)
     loader = DataLoader(data, batch_size=4, collate_fn=CaptionCollator(None, 1, 1))
 
     def from_cache() -> None:

@@ -20,7 +20,7 @@ from data.cache import CachedVolume
 from data.imaging.reader import read_header
 from data.imaging.volume import Volume
 from data.nnunet_preprocess import VoxelMap
-from data.view_selection import Framing
+from data.view_selection import ViewSelection
 
 LUNG_HU = (-1350, 150)
 
@@ -46,12 +46,12 @@ class FramedGrid:
 
     @classmethod
     def of(
-        cls, framing: Framing, cached: CachedVolume, grid: tuple[int, int, int], orientation: str = "LPS"
+        cls, framing: ViewSelection, cached: CachedVolume, grid: tuple[int, int, int], orientation: str = "LPS"
     ) -> FramedGrid:
         """The grid (K, T, T) of what ``framing`` cuts out of a preprocessed case."""
         voxel_map = cached.voxel_map
         starts, sizes = framing.box(cached)
-        lead = framing.lead_shares(sizes)
+        lead = framing.offset_fractions(sizes)
         axes = [_axis(voxel_map, axis, starts[axis], sizes[axis], grid[axis], lead[axis]) for axis in range(3)]
         if len(framing.patch_size) == 2:
             axes[0] = _chosen_slices(voxel_map, framing.chosen_slices(cached))

@@ -53,8 +53,8 @@ class Job:
     @property
     def lesion_inputs(self) -> list[str]:
         """What the model is given of lesions beside the image, in words."""
-        by_lesion = self.table.data.framing.policy in ("mask", "nnunet")
-        squares = self.passes.writer.model.vision.bridge.local_side > 0
+        by_lesion = self.table.data.view_selection.policy in ("mask", "nnunet")
+        squares = self.passes.writer.model.vision.bridge.spec.lesion_side > 0
         return [*(["heights of slices"] if by_lesion else []), *(["squares of lesions"] if squares else [])]
 
     @property

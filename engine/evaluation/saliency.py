@@ -104,7 +104,7 @@ def map_case(
     maps = attribution_maps(writer.model, batch, record["ids"], tokens, baseline, method).numpy()
     cached = table.data.cache.get(caption.image_path, caption.mask_path)
     shape = tuple(baseline.shape[i] for i in (0, 2, 3))
-    grid = FramedGrid.of(table.data.framing, cached, shape, table.data.cache.plan.orientation)
+    grid = FramedGrid.of(table.data.view_selection, cached, shape, table.data.cache.plan.orientation)
     volume = labels = None
     if caption.mask_path is not None:
         volume = read_volume(caption.image_path)

@@ -1,7 +1,7 @@
-"""Does the vision part still say anything? Token statistics, and the verdict "collapsed".
+"""Token statistics, and the verdict "collapsed": the visual tokens no longer depend on the image.
 
-The manual's proxy loss is minimised by the zero output, and a low loss then looks like success.
-Two numbers tell: how far tokens differ from each other, and in how many directions.
+The manual's proxy loss is minimised by the zero output, and a low loss then looks like success. The statistics measure
+how far tokens differ from each other, and in how many directions.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Shares of the standard deviation that the bridge is initialised with; a healthy run stays near 1.
-LEAST_STD_SHARE = 0.05
-LEAST_RANK = 2.0
-MOST_TOKENS = 4096
+MIN_STD_FRACTION = 0.05  # of the standard deviation that the bridge starts with; a healthy run stays near 1
+MIN_RANK = 2.0
+MAX_TOKENS = 4096
+DIAGNOSED_IMAGES = 64  # per validation
 
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """``token_std``: mean over D of the deviation between tokens. ``image_std``: the same between
-    images at one token position, so that positions alone do not count as content.
-    ``effective_rank``: exp of the entropy of the singular values' shares (Roy & Vetterli 2007)."""
+    """``token_std``: standard deviation between tokens, averaged over D. ``image_std``: the same between images at one
+    token position, so that positions alone do not count as content. ``effective_rank``: exp of the entropy of the
+    normalised singular values (Roy & Vetterli 2007)."""
 
     token_std: float
     image_std: float
@@ -31,8 +31,8 @@ class TokenStatistics:
 
     @property
     def collapsed(self) -> bool:
-        least = LEAST_STD_SHARE * self.expected_std
-        return not (self.token_std >= least and self.image_std >= least / 10 and self.effective_rank >= LEAST_RANK)
+        least = MIN_STD_FRACTION * self.expected_std
+        return not (self.token_std >= least and self.image_std >= least / 10 and self.effective_rank >= MIN_RANK)
 
     def line(self) -> str:
         verdict = "  COLLAPSED: near-zero, one-directional or non-finite tokens" if self.collapsed else ""
@@ -49,20 +49,20 @@ def token_statistics(tokens: Tensor, expected_std: float) -> TokenStatistics:
     """
     Args:
         tokens: (B, L, D) visual tokens of several images.
-        expected_std: deviation at initialisation (``VimBridge.output_std``).
+        expected_std: standard deviation at initialisation (``BridgeSpec.output_std``).
     """
     tokens = tokens.detach().double()
-    if not tokens.isfinite().all():  # no singular values then; whatever else they are, they say nothing
+    if not tokens.isfinite().all():  # no singular values
         return TokenStatistics(float("nan"), float("nan"), 0.0, expected_std)
-    image_std = tokens.std(dim=0, unbiased=False).mean().item() if len(tokens) > 1 else float("nan")
     flat = tokens.flatten(0, 1)
-    if len(flat) > MOST_TOKENS:
-        flat = flat[torch.linspace(0, len(flat) - 1, MOST_TOKENS).long()]
+    if len(flat) > MAX_TOKENS:
+        flat = flat[torch.linspace(0, len(flat) - 1, MAX_TOKENS).long()]
     centred = flat - flat.mean(0)
     singular = torch.linalg.svdvals(centred)
-    share = singular / singular.sum().clamp(min=1e-300)
-    entropy = -(share * share.clamp(min=1e-300).log()).sum()
+    fraction = singular / singular.sum().clamp(min=1e-300)
+    entropy = -(fraction * fraction.clamp(min=1e-300).log()).sum()
     rank = float(entropy.exp()) if singular.sum() > 0 else 0.0
-    if image_std != image_std:  # one image says nothing about differences between images
-        image_std = flat.std(dim=0, unbiased=False).mean().item()
-    return TokenStatistics(flat.std(dim=0, unbiased=False).mean().item(), image_std, rank, expected_std)
+    token_std = flat.std(dim=0, unbiased=False).mean().item()
+    # A single image has no differences between images.
+    image_std = tokens.std(dim=0, unbiased=False).mean().item() if len(tokens) > 1 else token_std
+    return TokenStatistics(token_std, image_std, rank, expected_std)

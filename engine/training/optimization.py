@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_cosine_schedule_with_warmup
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from config.errors import InputError
 
@@ -27,8 +27,15 @@ def build_optimizer(module: nn.Module, lr: float, weight_decay: float) -> AdamW:
 
 
 def build_schedule(optimizer: AdamW, total_steps: int, warmup_ratio: float) -> LRScheduler:
-    """Linear warm-up, then cosine to zero; counted in optimizer steps."""
-    return get_cosine_schedule_with_warmup(optimizer, max(1, round(total_steps * warmup_ratio)), total_steps)
+    """Linear warm-up, then cosine towards zero, counted in optimizer steps; no step has a learning rate of zero."""
+    warmup = max(1, round(total_steps * warmup_ratio))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step + 1 - warmup) / (total_steps + 1 - warmup)))
+
+    return LambdaLR(optimizer, factor)
 
 
 def require_finite(loss: Tensor, step: int, lr: float) -> float:
@@ -38,7 +45,7 @@ def require_finite(loss: Tensor, step: int, lr: float) -> float:
         InputError: NaN or infinite. The weights of the last step and every saved file stay as they are.
     """
     value = float(loss.detach())
-    if value != value or value in (float("inf"), float("-inf")):
+    if not math.isfinite(value):
         raise InputError(
             f"non-finite loss ({value}) at step {step}: training stopped before the weights changed; "
             f"lower --lr (now {lr:g}), or look for broken intensities in the images of this batch; "

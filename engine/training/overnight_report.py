@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from config.errors import InputError
-from engine.checkpoint import load_checkpoint, read_torch_file, save_atomically
+from engine.checkpoint import load_checkpoint, read_torch_file, save_torch_file
 from engine.training.overnight import BEST_FILE, Point, Row
 
 BEST_COPY = "vision_bridge_overnight_best.pt"
@@ -64,7 +64,7 @@ def write_report(rows: Sequence[Row], settings: Settings) -> tuple[Row | None, l
     best, problems = choose_best(rows)
     if best is not None:
         content = read_torch_file(best.folder / BEST_FILE, "checkpoint")
-        save_atomically(content, settings.output / BEST_COPY)
+        save_torch_file(content, settings.output / BEST_COPY)
     text = "\n".join(summary_lines(rows, best, problems, settings)) + "\n"
     for name, content in ((SUMMARY, text), (LEADERBOARD, leaderboard(rows))):
         try:

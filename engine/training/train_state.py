@@ -1,8 +1,7 @@
-"""The state of an unfinished run: enough to go on as if nothing had happened.
+"""The state of an unfinished run, from which it is resumed exactly.
 
-Weights, optimizer, schedule, gradient scaler, random-number generators, and where in which epoch.
-It is written atomically at every ``--save_every`` steps, at each epoch's end and on Ctrl-C, and is
-removed when the run is complete.
+Weights, optimizer, schedule, gradient scaler, random-number generators, and the position in the epoch. It is written
+atomically every ``--save_every`` steps, at each epoch's end and on Ctrl-C, and removed when the run is complete.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from config.errors import InputError
 from config.schema import Config
-from engine.checkpoint import read_torch_file, save_atomically
+from engine.checkpoint import read_torch_file, save_torch_file
 
 STATE_FORMAT = "mamba-ct-report-state"
 
 
 @dataclass
 class Progress:
-    """Where a run stands. ``best``: lowest validation loss so far; ``history``: one record per epoch."""
+    """The position of a run. ``best``: lowest validation loss so far; ``history``: one record per epoch."""
 
     epoch: int = 0
-    batch: int = 0  # batches of this epoch that are done, per process
+    batch: int = 0  # finished batches of this epoch, per process
     step: int = 0
     best: float = float("inf")
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -52,7 +51,7 @@ class TrainState:
         optimizer: Optimizer,
         schedule: LRScheduler,
     ) -> None:
-        """``model``: the part whose weights are trained; ``fingerprint``: what must agree to go on."""
+        """``model``: the part whose weights are trained; ``fingerprint``: settings that a resumed run must share."""
         self.path, self.fingerprint, self.accelerator = path, fingerprint, accelerator
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.progress = Progress()
@@ -75,11 +74,11 @@ class TrainState:
                 "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             },
         }
-        save_atomically(content, self.path)
+        save_torch_file(content, self.path)
 
     def resume(self, wanted: str) -> bool:
-        """``auto``: go on where a run with the same settings stopped, if there is one; ``never``: start
-        anew; a path: go on from that file or refuse. Returns whether it goes on.
+        """``auto``: resume an interrupted run with the same settings, if there is one; ``never``: start anew; a path:
+        resume from that file or refuse. Returns whether the run is resumed.
 
         Raises:
             InputError: the named file is missing, unreadable, or of a run with other settings.
@@ -134,7 +133,7 @@ class TrainState:
 
 
 def fingerprint(args: argparse.Namespace, config: Config, **extra: Any) -> dict[str, Any]:
-    """The settings that an interrupted run and the one that goes on from it must share."""
+    """The settings that an interrupted run and the resumed one must share."""
     flags = (
         "epochs",
         "batch_size",
@@ -151,7 +150,7 @@ def fingerprint(args: argparse.Namespace, config: Config, **extra: Any) -> dict[
 
 
 class StopRequest:
-    """Turns Ctrl-C and a polite kill into a flag that is looked at between steps.
+    """Turns SIGINT (Ctrl-C) and SIGTERM into a flag that the loop checks between steps.
 
     A second Ctrl-C stops at once: the state of the last save stays as it is.
     """

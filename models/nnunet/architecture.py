@@ -95,15 +95,15 @@ class Architecture:
             total = [a * b for a, b in zip(total, strides, strict=True)]
         return tuple(total)
 
-    def lead(self, stage: int) -> tuple[float, ...]:
-        """How many voxels the middle of what a feature of ``stage`` sees lies before the middle of its cell, per axis.
+    def receptive_field_offset(self, stage: int) -> tuple[float, ...]:
+        """Voxels by which the centre of a feature's receptive field lies before the centre of its cell, per axis.
 
-        A cell is the block of ``total_stride`` voxels that the feature stands for. A padded convolution of stride s
-        sees voxels around s·i, the first of the cell; pooling, on the short cut of a residual stage, around its middle.
-        Both there are added, and taken here for as much as each other.
+        A cell is the block of ``total_stride`` voxels that the feature stands for. A padded convolution of stride s is
+        centred on voxel s·i, the first of the cell; the pooling of a residual shortcut, on the middle of the cell. A
+        residual stage adds both, and their mean is taken.
         """
-        share = 0.25 if self.residual else 0.5  # Σ share·(s − 1)·(strides before) over the stages is share·(S − 1)
-        return tuple(share * (stride - 1) for stride in self.total_stride(stage))
+        half = 0.25 if self.residual else 0.5  # Σ half·(s − 1)·(strides before) over the stages is half·(S − 1)
+        return tuple(half * (stride - 1) for stride in self.total_stride(stage))
 
     @classmethod
     def from_plans(

@@ -3,8 +3,8 @@
     2D: x (B, C_in, H, W)    → stage features (B, C, H/s, W/s)           → pooled (B, C, T, T)
     3D: x (B, C_in, d, h, w) → stage features (B, C, d/s, h/s, w/s)      → pooled (B, P, C, T, T)
 
-T is ``target_spatial`` and P ``planes``, the depth that 3D features are pooled to. One stage is used: where
-none is asked for, the deepest whose features still are T x T in plane at the plan's patch size.
+T is ``target_spatial`` and P ``planes``, the depth that 3D features are pooled to. One stage is used; by default the
+deepest that has at least T x T features in plane at the plan's patch size.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class NnUNetEncoder(nn.Module):
     Attributes:
         architecture: JSON-storable description; :meth:`from_architecture` rebuilds the module from it.
         dim: 2 or 3. in_channels: C_in. out_channels: C of the chosen stage. output_stage: its index.
-        patch_size: of the plan, in voxels. total_stride: input voxels per feature, per axis. lead: voxels by which the
-            middle of what a feature sees lies before the middle of its cell, per axis; pooling keeps it.
+        patch_size: of the plan, in voxels. total_stride: input voxels per feature, per axis.
+        receptive_field_offset: voxels by which the centre of a feature's receptive field lies before the centre of its
+            cell, per axis; pooling keeps it. :class:`data.view_selection.ViewSelection` applies it.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class NnUNetEncoder(nn.Module):
         self.output_stage = output_stage
         self.patch_size = network.patch_size
         self.total_stride = network.total_stride(output_stage)
-        self.lead = network.lead(output_stage)
+        self.receptive_field_offset = network.receptive_field_offset(output_stage)
         self.target_spatial = target_spatial
         self.planes = planes
         self.encoder = UNetEncoder(network)

@@ -50,7 +50,7 @@ def test_shipped_file_loads_and_points_into_the_repository():
 
 def test_shipped_file_has_every_key_once_with_a_comment_above_it():
     lines = DEFAULT_CONFIG.read_text(encoding="utf-8").splitlines()
-    commented = ("roi_side", "roi_policy", "roi_scales", "use_cmi", "cmi_kind", "cmi_compress_to")
+    commented = ("roi_side", "roi_policy", "use_cmi", "cmi_compress_to")
     for key in FIELDS:
         start = f"# {key}:" if key in commented else f"{key}:"
         found = [number for number, line in enumerate(lines) if line.startswith(start)]
@@ -61,7 +61,7 @@ def test_shipped_file_has_every_key_once_with_a_comment_above_it():
 
 def test_commented_keys_load_once_uncommented(tmp_path):
     text = DEFAULT_CONFIG.read_text(encoding="utf-8")
-    for key in ("roi_side", "roi_policy", "roi_scales", "use_cmi", "cmi_kind", "cmi_compress_to"):
+    for key in ("roi_side", "roi_policy", "use_cmi", "cmi_compress_to"):
         text = text.replace(f"# {key}:", f"{key}:")
     config = load_config(config_file(tmp_path, text))
     assert (config.roi_side, config.use_cmi) == (7, True) and config.cmi_compress_to is not None

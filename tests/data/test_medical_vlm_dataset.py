@@ -132,7 +132,7 @@ def dataset(table: Path, **keys: object) -> MedicalVLMDataset:
     values = {"cache_dir": str(table.parent / "cache"), "caption_prompt_json": str(table.parent / "prompts.json")}
     config = build_config({**values, **keys}, "test")
     cache = VolumeCache(Path(config.cache_dir), PLAN_2D)
-    encoder = SimpleNamespace(total_stride=(8, 8), lead=(0.0, 0.0))
+    encoder = SimpleNamespace(total_stride=(8, 8), receptive_field_offset=(0.0, 0.0))
     return MedicalVLMDataset.from_config(config, table, cache, encoder, seed=0)
 
 

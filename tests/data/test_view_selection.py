@@ -14,7 +14,7 @@ from config.nnunet_plans import Intensity, PreprocessPlan, Resampling
 from data.augmentation import Augmentation
 from data.cache import CachedVolume
 from data.lesions import Lesion, core_of, covering_slices, find_lesions, lesion_of_each
-from data.view_selection import ROI_MARGIN, Framing, centred, choose_slices
+from data.view_selection import ROI_MARGIN, ViewSelection, centred, choose_slices
 
 PLAN_2D = PreprocessPlan(
     configuration="2d",
@@ -111,7 +111,9 @@ def test_choose_slices_cases(lesion, depth, count, expected):
     assert choose_slices(None if lesion is None else np.array(lesion), depth, count) == expected
 
 
-# ---------------------------------------------------------------- framing
+# ---------------------------------------------------------------- slices and patches
+
+OFFSETS = (None, (3.0, 0.0, 0.0))
 
 
 @settings(deadline=None, max_examples=50)
@@ -132,16 +134,16 @@ def test_centred_pads_both_sides_alike_and_cuts_nothing(extent, size):
     [((10, 11), (16, 24)), ((16, 24), (16, 24)), ((17, 20), (24, 24)), ((33, 25), (40, 32)), ((40, 32), (40, 32))],
 )
 def test_slice_has_the_patch_size_or_the_next_multiple_of_the_stride(extent, expected):
-    images, *_ = Framing(PLAN_2D, (8, 8), slices=2, policy="middle")(cached((5, *extent)))
+    images, *_ = ViewSelection(PLAN_2D, (8, 8), slices=2, policy="middle")(cached((5, *extent)))
     assert images.shape == (2, 1, *expected) and images.dtype == torch.float32
     assert int((images[0] != 0).sum()) == extent[0] * extent[1], "the whole slice is seen"
 
 
 def test_policy_mask_takes_the_lesion_and_middle_does_not():
     volume = cached((20, 8, 8), lesion=(slice(15, 17), slice(0, 3), slice(0, 3)))
-    assert depths(Framing(PLAN_2D, (8, 8), 2, "mask")(volume)[0]) == [15, 16]
-    assert depths(Framing(PLAN_2D, (8, 8), 2, "middle")(volume)[0]) == [9, 10]
-    assert depths(Framing(PLAN_2D, (8, 8), 2, "mask")(cached((20, 8, 8)))[0]) == [9, 10]
+    assert depths(ViewSelection(PLAN_2D, (8, 8), 2, "mask")(volume)[0]) == [15, 16]
+    assert depths(ViewSelection(PLAN_2D, (8, 8), 2, "middle")(volume)[0]) == [9, 10]
+    assert depths(ViewSelection(PLAN_2D, (8, 8), 2, "mask")(cached((20, 8, 8)))[0]) == [9, 10]
 
 
 @settings(deadline=None, max_examples=50)
@@ -151,7 +153,7 @@ def test_policy_mask_takes_the_lesion_and_middle_does_not():
 def test_slice_position_lies_in_0_to_1_and_rises_with_z(depth, slices, plan, z):
     at = min(z, depth - 1)
     volume = cached((depth, 8, 8), lesion=(slice(at, at + 1), slice(0, 2), slice(0, 2)))
-    images, position, _ = Framing(plan, (4,) * plan.dim, slices, "mask")(volume)
+    images, position, _ = ViewSelection(plan, (4,) * plan.dim, slices, "mask")(volume)
     assert position.shape == (slices,) and position.dtype == torch.float32
     assert position.min() >= 0 and position.max() <= 1
     assert (position.diff() >= 0).all()
@@ -163,13 +165,13 @@ def test_writing_to_a_sample_does_not_reach_the_cache():
     volume = cached((8, 16, 16))
     volume.image.array.flags.writeable = False
     for plan in (PLAN_2D, PLAN_3D):
-        images, *_ = Framing(plan, (8,) * plan.dim, 1, "middle")(volume)
+        images, *_ = ViewSelection(plan, (8,) * plan.dim, 1, "middle")(volume)
         images += 1
 
 
 def test_patch_is_centred_on_the_lesion():
     volume = cached((30, 40, 50), lesion=(slice(10, 14), slice(20, 24), slice(30, 34)))
-    images, position, _ = Framing(PLAN_3D, (4, 8, 8), slices=2, policy="mask")(volume)
+    images, position, _ = ViewSelection(PLAN_3D, (4, 8, 8), slices=2, policy="mask")(volume)
     assert images.shape == (1, 8, 16, 16)
     assert np.array_equal(images[0], volume.image.array[0, 8:16, 14:30, 24:40])
     # Two planes stand for the patch's lower and upper half.
@@ -179,7 +181,7 @@ def test_patch_is_centred_on_the_lesion():
 def test_patch_without_a_lesion_or_by_policy_is_the_middle():
     lesion = (slice(0, 2), slice(0, 2), slice(0, 2))
     for volume, policy in ((cached((30, 40, 50)), "mask"), (cached((30, 40, 50), lesion), "middle")):
-        images, position, _ = Framing(PLAN_3D, (4, 8, 8), slices=1, policy=policy)(volume)
+        images, position, _ = ViewSelection(PLAN_3D, (4, 8, 8), slices=1, policy=policy)(volume)
         assert np.array_equal(images[0], volume.image.array[0, 11:19, 12:28, 17:33])
         assert position.item() == pytest.approx(0.5)
 
@@ -187,14 +189,14 @@ def test_patch_without_a_lesion_or_by_policy_is_the_middle():
 @pytest.mark.parametrize(("corner", "expected"), [((0, 0, 0), (0, 0, 0)), ((29, 39, 49), (22, 24, 34))])
 def test_patch_is_clamped_to_the_volume(corner, expected):
     volume = cached((30, 40, 50), lesion=tuple(slice(c, c + 1) for c in corner))
-    images, *_ = Framing(PLAN_3D, (4, 8, 8), slices=1, policy="mask")(volume)
+    images, *_ = ViewSelection(PLAN_3D, (4, 8, 8), slices=1, policy="mask")(volume)
     window = tuple(slice(start, start + size) for start, size in zip(expected, PLAN_3D.patch_size, strict=True))
     assert np.array_equal(images[0], volume.image.array[0][window])
 
 
 def test_volume_smaller_than_the_patch_is_padded_and_its_planes_keep_their_place():
     volume = cached((4, 10, 40))
-    images, position, _ = Framing(PLAN_3D, (4, 8, 8), slices=4, policy="middle")(volume)
+    images, position, _ = ViewSelection(PLAN_3D, (4, 8, 8), slices=4, policy="middle")(volume)
     assert images.shape == (1, 8, 16, 16)
     assert np.array_equal(images[0, 2:6, 3:13], volume.image.array[0, :, :, 12:28])
     assert (images[0, :2] == 0).all() and (images[0, :, :3] == 0).all()
@@ -340,39 +342,39 @@ def test_two_lesions_that_lie_in_one_slice_alone_have_it_twice():
 def test_uniform_slices_are_spread_over_the_scan(depth, slices, expected):
     lesion = (slice(0, 1), slice(0, 2), slice(0, 2))
     volume = cached((depth, 8, 8), lesion)
-    assert depths(Framing(PLAN_2D, (8, 8), slices, "uniform")(volume)[0]) == expected
+    assert depths(ViewSelection(PLAN_2D, (8, 8), slices, "uniform")(volume)[0]) == expected
 
 
 def test_uniform_patch_reaches_from_the_lowest_to_the_highest_plane():
-    images, position, _ = Framing(PLAN_3D, (4, 8, 8), slices=4, policy="uniform")(cached((80, 16, 16)))
+    images, position, _ = ViewSelection(PLAN_3D, (4, 8, 8), slices=4, policy="uniform")(cached((80, 16, 16)))
     assert depths(images.transpose(0, 1)) == [5, 15, 25, 35, 45, 55, 65, 75]
     assert torch.allclose(position, torch.tensor([0.125, 0.375, 0.625, 0.875]))
-    flat, _, _ = Framing(PLAN_3D, (4, 8, 8), slices=4, policy="uniform")(cached((8, 16, 16)))
+    flat, _, _ = ViewSelection(PLAN_3D, (4, 8, 8), slices=4, policy="uniform")(cached((8, 16, 16)))
     assert depths(flat.transpose(0, 1)) == list(range(8)), "not deeper than the patch: as it is"
 
 
 def test_nnunet_policy_chooses_by_the_labels_that_the_volume_carries():
     volume = cached((20, 8, 8), lesion=(slice(15, 17), slice(0, 3), slice(0, 3)))
     for plan in (PLAN_2D, PLAN_3D):
-        by_mask, by_network = (Framing(plan, (8,) * plan.dim, 2, policy)(volume) for policy in ("mask", "nnunet"))
+        by_mask, by_network = (ViewSelection(plan, (8,) * plan.dim, 2, policy)(volume) for policy in ("mask", "nnunet"))
         assert all(torch.equal(one, other) for one, other in zip(by_mask, by_network, strict=True))
 
 
 def test_roi_is_the_square_around_the_lesion_in_shares_of_the_padded_image():
     volume = cached((20, 12, 20), lesion=(slice(10, 12), slice(2, 6), slice(11, 13)))
-    images, _, roi = Framing(PLAN_2D, (8, 8), 3, "mask")(volume)
+    images, _, roi = ViewSelection(PLAN_2D, (8, 8), 3, "mask")(volume)
     assert images.shape[-2:] == (16, 24)  # 2 voxels of padding on each side
     core = (3 + 0.5 + 2) / 16, (11 + 0.5 + 2) / 24
     square = torch.tensor([*core, 4 / 16 * (1 + 2 * ROI_MARGIN), 1])
     assert roi.shape == (3, 4) and torch.allclose(roi[1], square), roi
     assert (roi[0] == 0).all(), "the slice beside the lesion shows none"
     assert (roi[2] == 0).all(), "another slice shows this lesion as well"
-    assert (Framing(PLAN_2D, (8, 8), 3, "mask")(cached((20, 12, 20))).roi == 0).all()
+    assert (ViewSelection(PLAN_2D, (8, 8), 3, "mask")(cached((20, 12, 20))).roi == 0).all()
 
 
 def test_roi_of_a_patch_is_that_of_its_planes():
     volume = cached((30, 40, 50), lesion=(slice(10, 12), slice(20, 24), slice(30, 34)))
-    _, _, roi = Framing(PLAN_3D, (4, 8, 8), slices=4, policy="mask")(volume)  # z 7 to 15, y 14 to 30, x 24 to 40
+    _, _, roi = ViewSelection(PLAN_3D, (4, 8, 8), slices=4, policy="mask")(volume)  # z 7 to 15, y 14 to 30, x 24 to 40
     assert roi[:, 3].tolist() == [0, 1, 0, 0]
     core = (21 + 0.5 - 14) / 16, (31 + 0.5 - 24) / 16
     assert torch.allclose(roi[1], torch.tensor([*core, 4 / 16 * (1 + 2 * ROI_MARGIN), 1]))
@@ -384,17 +386,17 @@ def test_roi_moves_with_the_image(seed):
     volume.image.array[:] = 0
     volume.image.array[0, 2, 10:13, 12:19] = 1
     torch.manual_seed(seed)
-    images, _, roi = Framing(PLAN_2D, (8, 8), 1, "mask", Augmentation(shift=5))(volume)
+    images, _, roi = ViewSelection(PLAN_2D, (8, 8), 1, "mask", Augmentation(shift=5))(volume)
     rows, columns = np.nonzero(images[0, 0].numpy())
     centre = [(rows.min() + rows.max() + 1) / 2 / 32, (columns.min() + columns.max() + 1) / 2 / 32]
     assert roi[0, :2].tolist() == pytest.approx(centre)
 
 
-def test_squares_lie_where_the_features_that_see_the_lesion_best_are():
-    """The first feature of an encoder with a lead sees the middle of its cell less well than the border before it."""
+def test_lesions_are_placed_at_the_features_that_see_them_best():
+    """With a receptive-field offset the first feature sees the border before its cell better than the middle."""
     volume = cached((20, 12, 20), lesion=(slice(10, 12), slice(2, 6), slice(11, 13)))
-    plain, ahead = (Framing(PLAN_2D, (8, 8), 3, "mask", lead=lead) for lead in (None, (3.5, 1.5)))
-    assert torch.equal(plain.cut(volume).roi, ahead.cut(volume).roi), "of the image"
+    plain, ahead = (ViewSelection(PLAN_2D, (8, 8), 3, "mask", None, offset) for offset in (None, (3.5, 1.5)))
+    assert torch.equal(plain.select(volume).roi, ahead.select(volume).roi), "of the image"
     by = ahead(volume).roi - plain(volume).roi
     assert torch.allclose(by[1], torch.tensor([3.5 / 16, 1.5 / 24, 0, 0])) and (by[[0, 2]] == 0).all()
 
@@ -402,9 +404,9 @@ def test_squares_lie_where_the_features_that_see_the_lesion_best_are():
 def test_a_plane_shows_what_its_features_see_best():
     """Features that look three planes before the middle of theirs show a lesion that begins before it."""
     volume = cached((8, 16, 16), lesion=(slice(0, 1), slice(4, 8), slice(4, 8)))
-    plain, ahead = (Framing(PLAN_3D, (4, 8, 8), 2, "mask", lead=lead)(volume) for lead in (None, (3.0, 0.0, 0.0)))
+    plain, ahead = (ViewSelection(PLAN_3D, (4, 8, 8), 2, "mask", None, offset)(volume) for offset in OFFSETS)
     assert plain.roi[:, 3].tolist() == [1, 0] == ahead.roi[:, 3].tolist()
     volume = cached((8, 16, 16), lesion=(slice(2, 4), slice(4, 8), slice(4, 8)))
-    plain, ahead = (Framing(PLAN_3D, (4, 8, 8), 2, "mask", lead=lead)(volume) for lead in (None, (3.0, 0.0, 0.0)))
+    plain, ahead = (ViewSelection(PLAN_3D, (4, 8, 8), 2, "mask", None, offset)(volume) for offset in OFFSETS)
     assert plain.roi[:, 3].tolist() == [1, 0] and ahead.roi[:, 3].tolist() == [0, 1]
     assert torch.equal(plain.slice_position, ahead.slice_position)

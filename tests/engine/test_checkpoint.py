@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from config.errors import InputError
 from config.nnunet_plans import PreprocessPlan
-from config.schema import REPOSITORY, Config, build_config
+from config.schema import REMOVED, Config, build_config
 from engine import checkpoint as module
 from engine.checkpoint import (
     Checkpoint,
@@ -22,7 +20,6 @@ from engine.checkpoint import (
     load_checkpoint,
     load_vision_weights,
     read_torch_file,
-    save_atomically,
     save_checkpoint,
 )
 from models.medical_vlm import VisionBridge
@@ -160,81 +157,6 @@ def test_collapsed_is_read_from_the_diagnostics(tmp_path, source):
     assert load_checkpoint(path).collapsed
 
 
-# ---------------------------------------------------------------- atomicity
-
-
-class Unpicklable:
-    def __reduce__(self):
-        raise RuntimeError("disk full, say")
-
-
-@pytest.mark.parametrize("where", ["while it is written", "when it is renamed", "ctrl-c"])
-def test_an_exception_while_saving_leaves_the_old_file_and_no_part(saved, monkeypatch, where):
-    before = saved.read_bytes()
-    content = {"a": torch.zeros(100_000)}
-    if where == "while it is written":
-        content["b"] = Unpicklable()
-    else:
-        error = KeyboardInterrupt if where == "ctrl-c" else OSError
-
-        def fail(*_: object) -> None:
-            raise error
-
-        monkeypatch.setattr(module, "_replace", fail)
-    with pytest.raises((RuntimeError, OSError, KeyboardInterrupt)):
-        save_atomically(content, saved)
-    assert saved.read_bytes() == before
-    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
-
-
-def test_a_crash_in_the_middle_of_saving_leaves_the_old_file_readable(saved):
-    """The process dies without cleaning up, as in a power cut."""
-    program = (
-        "import os, sys, torch\n"
-        "from pathlib import Path\n"
-        "from engine import checkpoint\n"
-        "checkpoint.os.fsync = lambda handle: os._exit(9)\n"
-        "checkpoint.save_atomically({'a': torch.zeros(10)}, Path(sys.argv[1]))\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program, str(saved)], env=environment, cwd=REPOSITORY)
-    assert done.returncode == 9
-    assert load_checkpoint(saved).step == 30
-    save_atomically({"later": 1}, saved)
-    assert torch.load(saved, weights_only=True) == {"later": 1}
-
-
-def test_a_file_held_by_another_program_for_a_moment_is_waited_for(saved, monkeypatch):
-    attempts, waits, rename = [], [], Path.replace
-
-    def held_twice(self: Path, target: Path) -> Path:
-        attempts.append(self)
-        if len(attempts) < 3:
-            raise PermissionError("[WinError 5] Access is denied")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "replace", held_twice)
-    monkeypatch.setattr(module.time, "sleep", waits.append)
-    save_atomically({"new": 1}, saved)
-    assert torch.load(saved, weights_only=True) == {"new": 1} and len(waits) == 2
-
-
-def test_a_file_held_for_good_is_an_error_that_leaves_no_part(saved, monkeypatch):
-    def held(self: Path, target: Path) -> Path:
-        raise PermissionError("[WinError 5] Access is denied")
-
-    monkeypatch.setattr(Path, "replace", held)
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
-    with pytest.raises(PermissionError):
-        save_atomically({"new": 1}, saved)
-    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
-
-
-def test_folder_is_made(tmp_path):
-    save_atomically({"a": 1}, tmp_path / "new" / "deep" / "a.pt")
-    assert torch.load(tmp_path / "new" / "deep" / "a.pt", weights_only=True) == {"a": 1}
-
-
 # ---------------------------------------------------------------- what is refused
 
 
@@ -357,13 +279,14 @@ def test_checkpoint_with_cmi_into_a_model_without_is_refused(tmp_path, source):
         load_vision_weights(vision_of(source, configuration()), load_checkpoint(path))
 
 
-def test_another_kind_of_cmi_is_refused_and_without_one_it_does_not_matter(tmp_path, saved, source):
-    config = configuration(use_cmi=True)
-    path = save(tmp_path / "a.pt", vision_of(source, config, with_cmi=True), source[1], config)
-    gated = configuration(use_cmi=True, cmi_kind="gated")
-    with pytest.raises(InputError, match="trained with cmi_kind: text_ssm, the configuration says gated"):
-        check_agreement(load_checkpoint(path), gated)
-    assert len(check_agreement(load_checkpoint(saved), gated)) == 1
+@pytest.mark.parametrize(("key", "value"), [("bridge_mixer", "one_way"), ("bridge_pool", "before"), ("roi_scales", 2)])
+def test_a_choice_that_no_longer_exists_is_refused_by_name_and_its_kept_value_loads(saved, key, value):
+    content = torch.load(saved, weights_only=True)
+    kept = {**content["config"], key: REMOVED[key]}
+    assert load_checkpoint(edited(saved, config=kept)).config == configuration()
+    assert f"was trained with {key}: {value}, which is no longer a choice" in refusal(
+        edited(saved, config={**kept, key: value})
+    )
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -419,17 +342,15 @@ def test_a_refused_load_changes_nothing(saved, source):
         ("encoder_target_spatial", 14),
         ("bridge_depth", 3),
         ("bridge_width", 64),
-        ("bridge_mixer", "one_way"),
-        ("bridge_pool", "before"),
-        ("roi_side", 3),
         ("roi_policy", "lesion"),
     ],
 )
 def test_setting_that_must_agree_is_named_with_both_values(saved, key, value):
     loaded = load_checkpoint(saved)
-    there = getattr(loaded.config, key)
-    with pytest.raises(InputError, match=f"trained with {key}: {there}, the configuration says {value}; set {key}"):
+    there = yaml.safe_dump({key: getattr(loaded.config, key)}).strip()
+    with pytest.raises(InputError, match=f"trained with {there}, the configuration says {value}; set {there}, or"):
         check_agreement(loaded, configuration(**{key: value}))
+    assert build_config(yaml.safe_load(there), "the advice")
 
 
 def test_setting_that_may_differ_is_said(saved):
@@ -447,8 +368,15 @@ def test_slices_of_a_3d_encoder_are_part_of_the_network(saved):
         check_agreement(replace(loaded, preprocess_plan=plan), configuration(slices=2))
 
 
-def test_scales_around_lesions_matter_only_where_lesions_are_looked_at(saved, source):
-    checkpoint = load_checkpoint(saved)
-    assert check_agreement(checkpoint, checkpoint.config.replace(roi_scales=2)) == []
-    with pytest.raises(InputError, match="roi_side 2 with roi_scales 3 looks at 18 x 18 features of 6 x 6: .*raise"):
-        vision_of(source, configuration(roi_side=2, roi_scales=3, roi_policy="lesion", max_visual_tokens=99))
+@pytest.mark.parametrize(("there", "here"), [(None, 3), (3, None), (2, 4)])
+def test_the_centre_crop_has_no_parameters_and_may_change(tmp_path, source, there, here):
+    config = configuration(roi_side=there)
+    loaded = load_checkpoint(save(tmp_path / "a.pt", vision_of(source, config), source[1], config))
+    other = configuration(roi_side=here)
+    assert check_agreement(loaded, other) == [f"note: roi_side was {there} in a.pt, now {here}"]
+    assert load_vision_weights(vision_of(source, other), loaded) == []
+
+
+def test_a_region_wider_than_the_grid_is_refused(source):
+    with pytest.raises(InputError, match="roi_side 7 is larger than the 6 x 6 features: lower roi_side, or raise"):
+        vision_of(source, configuration(roi_side=7, roi_policy="lesion", max_visual_tokens=99))

@@ -17,7 +17,7 @@ from config.schema import Config, build_config
 from data.cache import VolumeCache
 from data.imaging.nifti import write_volume
 from data.tables.caption_table import CaptionRow
-from data.view_selection import Framing
+from data.view_selection import ViewSelection
 from engine import segmentation
 from engine.segmentation import SegmentedCache, open_cache, prepare_cases, segment_all
 from models.nnunet.checkpoint import load_nnunet_checkpoint
@@ -87,7 +87,7 @@ def test_labels_are_the_networks_and_the_slices_follow_them(tmp_path, checkpoint
     assert np.array_equal(volume.lesion_voxels, np.count_nonzero(labels, axis=(1, 2)))
     assert volume.lesions and volume.lesions[0].voxels <= np.count_nonzero(labels)
     if plan.dim == 2:
-        chosen = Framing(plan, (8, 8), 1, "nnunet").chosen_slices(volume)
+        chosen = ViewSelection(plan, (8, 8), 1, "nnunet").chosen_slices(volume)
         assert chosen == [int(volume.lesion_voxels.argmax())]
 
 

@@ -32,8 +32,7 @@ def vision_of(folder: Path, *, with_cmi: bool, **keys: object) -> VisionBridge:
         {},
         {"encoder_output_stage": 1, "roi_side": 4},
         {"encoder_output_stage": 0},
-        {"roi_side": 2, "roi_policy": "lesion", "bridge_mixer": "one_way"},
-        {"bridge_mixer": "linear"},
+        {"roi_side": 2, "roi_policy": "lesion"},
     ],
 )
 @pytest.mark.parametrize("train_encoder", [False, True])

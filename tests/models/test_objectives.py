@@ -162,8 +162,9 @@ def test_stage1_passes_images_positions_and_rows():
             return images + slice_position[:, :, None] + roi
 
     batch = {"images": torch.ones(2, 3, 4), "slice_position": torch.ones(2, 3), "roi": torch.ones(2, 3, 4)}
-    loss, tokens = Stage1(Vision(), ProxyL2())({**batch, "row": torch.arange(2)})
-    assert loss == 9 and torch.equal(tokens, torch.full((2, 3, 4), 3.0))
+    stage = Stage1(Vision(), ProxyL2())
+    assert torch.equal(stage.visual_tokens(batch), torch.full((2, 3, 4), 3.0))
+    assert stage({**batch, "row": torch.arange(2)}) == 9
 
 
 # ---------------------------------------------------------------- reports as vectors

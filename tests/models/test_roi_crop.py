@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from config.errors import InputError
-from models.roi_crop import center_crop, sample_square
+from models.roi_crop import center_crop, sample_roi
 
 
 @pytest.mark.parametrize(("height", "width", "side"), [(28, 28, 7), (28, 28, 14), (9, 12, 4), (5, 5, 5), (6, 6, 1)])
@@ -40,7 +40,7 @@ def test_gradient_flows_into_the_crop_alone():
 
 
 def plainly(features: torch.Tensor, square: list[float], side: int, scale: int) -> torch.Tensor:
-    """:func:`sample_square` of one map (C, H, W), point by point."""
+    """:func:`sample_roi` of one map (C, H, W), point by point."""
     extents = features.shape[-2:]
     starts, steps = [], []
     for share, extent in zip(square[:2], extents, strict=True):
@@ -75,7 +75,7 @@ def bilinear(features: torch.Tensor, row: float, column: float) -> torch.Tensor:
 def test_sampled_square_equals_the_plain_way(square, side, scale):
     features = torch.randn(2, 5, 8, 11, generator=torch.Generator().manual_seed(side))
     squares = torch.tensor([square, [0.5, 0.5, 1, 1]])
-    got = sample_square(features, squares, side, scale)
+    got = sample_roi(features, squares, side, scale)
     assert got.shape == (2, 5, side, side)
     for case in range(2):
         expected = plainly(features[case], squares[case].tolist(), side, scale)
@@ -86,7 +86,7 @@ def test_squares_of_one_map_are_those_of_copies_of_it():
     features = torch.randn(1, 3, 8, 11, requires_grad=True)
     squares = torch.rand(5, 4)
     squares[:, 3] = 1
-    shared, copied = sample_square(features, squares, 3), sample_square(features.expand(5, -1, -1, -1), squares, 3)
+    shared, copied = sample_roi(features, squares, 3), sample_roi(features.expand(5, -1, -1, -1), squares, 3)
     torch.testing.assert_close(shared, copied, rtol=1e-5, atol=1e-6)
     weight = torch.randn_like(shared)
     gradients = [torch.autograd.grad((cells * weight).sum(), features)[0] for cells in (shared, copied)]
@@ -96,7 +96,7 @@ def test_squares_of_one_map_are_those_of_copies_of_it():
 def test_what_is_seen_has_one_scale_and_without_a_lesion_lies_in_the_middle():
     features = torch.randn(1, 3, 8, 8)
     tiny, huge, nowhere = (
-        sample_square(features, torch.tensor([square]), 4)
+        sample_roi(features, torch.tensor([square]), 4)
         for square in ([0.5, 0.5, 0.0, 1.0], [0.5, 0.5, 0.9, 1.0], [0.1, 0.9, 0.7, 0.0])
     )
     assert torch.equal(tiny, huge) and torch.equal(tiny, nowhere)
@@ -104,7 +104,7 @@ def test_what_is_seen_has_one_scale_and_without_a_lesion_lies_in_the_middle():
 
 def test_gradient_reaches_the_features_of_the_square_alone():
     features = torch.zeros(1, 1, 16, 16, requires_grad=True)
-    sample_square(features, torch.tensor([[0.25, 0.75, 0.25, 1.0]]), 4).sum().backward()
+    sample_roi(features, torch.tensor([[0.25, 0.75, 0.25, 1.0]]), 4).sum().backward()
     rows, columns = torch.nonzero(features.grad[0, 0], as_tuple=True)
     assert 1 <= rows.min() <= 2 and 5 <= rows.max() <= 6 and 9 <= columns.min() <= 10 and 13 <= columns.max() <= 14
     assert features.grad.sum().item() == pytest.approx(16)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from config.errors import InputError
-from models.vim_bridge import SquarePosition, VimBridge, grid_side, sincos_2d
+from models.vim_bridge import BridgeSpec, LesionPosition, VimBridge, grid_side, sincos_2d
 
 CHANNELS, WIDTH, OUT = 12, 32, 48
 
 
 def bridge(seed: int = 0, **options: object) -> VimBridge:
     torch.manual_seed(seed)
-    return VimBridge(CHANNELS, OUT, **{"width": WIDTH, "depth": 2, "grid": 8, "max_visual_tokens": 16, **options})
+    values = {"width": WIDTH, "depth": 2, "grid": 8, "max_visual_tokens": 16, **options}
+    return VimBridge(BridgeSpec(CHANNELS, OUT, **values))
 
 
 def features(batch: int = 2, planes: int = 1, side: int = 8, seed: int = 1) -> Tensor:
@@ -62,21 +62,6 @@ def test_fewer_tokens_than_slices_is_bad_input():
 def test_shape_of_the_tokens(planes, budget, tokens):
     output = bridge(max_visual_tokens=budget)(features(planes=planes), position(planes=planes))
     assert output.shape == (2, tokens, OUT)
-
-
-@pytest.mark.parametrize("local_side", [0, 2])
-def test_pooling_first_gives_the_same_tokens_where_blocks_do_nothing_and_as_many_where_they_do(local_side):
-    roi = torch.tensor([0.3, 0.6, 0.4, 1.0]).expand(2, 3, 4)
-    options = {"max_visual_tokens": 30, "local_side": local_side}
-    models = {first: bridge(mixer="linear", pool_first=first, **options) for first in (False, True)}
-    for model in models.values():  # the norm of a mean is not the mean of norms: it is left out
-        model.out_norm = torch.nn.Identity()
-    after, before = (models[first](features(planes=3), position(planes=3), roi=roi) for first in (False, True))
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
-    after, before = (
-        bridge(pool_first=first, **options)(features(planes=3), position(planes=3), roi=roi) for first in (False, True)
-    )
-    assert after.shape == before.shape and not torch.allclose(after, before, atol=1e-3)
 
 
 def test_tokens_keep_the_order_of_slices_and_rows():
@@ -193,11 +178,11 @@ def test_positions_norms_and_dynamics_are_not_decayed():
 
 
 def test_lesion_tokens_follow_the_overview_and_share_the_budget():
-    model = bridge(max_visual_tokens=40, local_side=3)
+    model = bridge(max_visual_tokens=40, lesion_side=3)
     assert grid_side(40, 2, 8, 9) == 3
     tokens = model(features(planes=2), position(planes=2), roi=torch.tensor([0.2, 0.8, 0.1, 1.0]).expand(2, 2, 4))
     assert tokens.shape == (2, 2 * (9 + 9), OUT)
-    with pytest.raises(InputError, match=r"slices 2 need: .* 9 around its lesion \(roi_scales x .*\); raise it to 20"):
+    with pytest.raises(InputError, match=r"slices 2 need: .* 9 around its lesion \(roi_side.*\); raise it to 20"):
         grid_side(19, 2, 8, 9)
     with pytest.raises(ValueError, match="roi"):
         model(features(planes=2), position(planes=2))
@@ -210,55 +195,53 @@ def without_mixing(**options: object) -> VimBridge:
     return model
 
 
-def test_another_square_changes_the_lesion_tokens_and_through_the_scans_the_overview():
+def test_another_place_changes_the_lesion_tokens_and_through_the_scans_the_overview():
     where = [torch.tensor([[[0.3, at, 0.4, 1.0]]]) for at in (0.3, 0.7)] + [torch.zeros(1, 1, 4)]
-    model = without_mixing(max_visual_tokens=13, local_side=3)
+    model = without_mixing(max_visual_tokens=13, lesion_side=3)
     here, there, unknown = (model(features(1), position(1), roi=roi).detach() for roi in where)
     assert torch.equal(here[:, :4], there[:, :4]) and torch.equal(here[:, :4], unknown[:, :4])
     assert (here[:, 4:] - there[:, 4:]).abs().amax(-1).min() > 0
     assert (here[:, 4:] - unknown[:, 4:]).abs().amax(-1).min() > 0
-    mixing = bridge(max_visual_tokens=13, local_side=3)
+    mixing = bridge(max_visual_tokens=13, lesion_side=3)
     here, there = (mixing(features(1), position(1), roi=roi).detach() for roi in where[:2])
     assert not torch.equal(here[:, :4], there[:, :4])
 
 
-def test_a_wider_scale_sees_more_and_the_same_however_large_the_lesion():
-    """A feature four rows from the core is seen by the tokens of the wide region alone."""
-    model = without_mixing(max_visual_tokens=22, local_side=3, local_scales=2, grid=16)
+def test_the_region_around_a_lesion_has_the_same_extent_whatever_its_size():
+    """3 × 3 features: one four rows from the core changes no lesion token."""
+    model = without_mixing(max_visual_tokens=13, lesion_side=3, grid=16)
     torch.nn.init.zeros_(model.local.project.weight)
     roi = torch.tensor([[[8.5 / 16, 8.5 / 16, 0.1, 1.0]]])
-    seen, where = features(1, side=16), position(1)
-    plain = model(seen, where, roi=roi)
-    assert plain.shape == (1, 4 + 18, OUT)
-    for row, changed in ((8, {*range(4, 13), 4 + 9 + 4}), (12, {4 + 9 + 7}), (15, set())):
-        other = seen.clone()
+    view, where = features(1, side=16), position(1)
+    before = model(view, where, roi=roi)
+    for row, changed in ((8, set(range(4, 13))), (12, set())):
+        other = view.clone()
         other[0, 0, :, row, 8] += 1 + torch.arange(CHANNELS)
-        differs = ((model(other, where, roi=roi) - plain).abs().amax(-1)[0] > 1e-5).nonzero().flatten().tolist()
+        differs = ((model(other, where, roi=roi) - before).abs().amax(-1)[0] > 1e-5).nonzero().flatten().tolist()
         assert {token for token in differs if token >= 4} == changed, row
-    large = roi * torch.tensor([1, 1, 6, 1])
-    assert torch.equal(model(seen, where, roi=large), plain)
+    assert torch.equal(model(view, where, roi=roi * torch.tensor([1, 1, 6, 1])), before)
 
 
-def test_places_in_a_square_are_told_apart():
-    """Of features that are the same everywhere, each token of a square is another one."""
-    model = without_mixing(max_visual_tokens=13, local_side=3)
+def test_cells_around_a_lesion_differ():
+    """Also where the features are the same everywhere."""
+    model = without_mixing(max_visual_tokens=13, lesion_side=3)
     torch.nn.init.zeros_(model.position)
     same = torch.ones(1, 1, CHANNELS, 8, 8) * torch.randn(CHANNELS, 1, 1)
     tokens = model(same, position(1), roi=torch.tensor([[[0.3, 0.5, 0.4, 1.0]]]))[0, 4:]
     assert torch.pdist(tokens).min() > 0.1 * tokens.norm(dim=-1).mean()
 
 
-def test_every_case_and_slice_has_its_own_square():
+def test_every_case_and_slice_has_its_own_lesion():
     seen, where = features(2, planes=2), position(2, planes=2)
     roi = torch.rand(2, 2, 4, generator=torch.Generator().manual_seed(0))
     roi[..., 3] = 1
-    model = bridge(max_visual_tokens=26, local_side=3)
+    model = bridge(max_visual_tokens=26, lesion_side=3)
     both = model(seen, where, roi=roi)
     alone = torch.cat([model(seen[b : b + 1], where[b : b + 1], roi=roi[b : b + 1]) for b in range(2)])
     torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-6)
     other = roi.clone()
     other[0, 1, :2] = 1 - other[0, 1, :2]
-    model = without_mixing(max_visual_tokens=26, local_side=3)
+    model = without_mixing(max_visual_tokens=26, lesion_side=3)
     changed = (model(seen, where, roi=other) - model(seen, where, roi=roi)).abs().sum(-1) > 0
     assert changed.nonzero().tolist() == [[0, token] for token in range(8 + 9, 8 + 18)]
 
@@ -267,33 +250,9 @@ def test_without_lesion_tokens_the_weights_are_as_they_were():
     assert not [name for name in bridge().state_dict() if name.startswith("local")]
 
 
-# ---------------------------------------------------------------- mixers for comparison
-
-
-def reach(mixer: str) -> list[list[bool]]:
-    """Which of the 16 tokens (row) changes with which feature (column), without pooling."""
-    model, where = bridge(mixer=mixer, grid=4), position(1)
-    seen = features(1, side=4)
-    plain = model(seen, where).detach()
-    changed = []
-    for cell in range(16):
-        other = seen.clone()
-        other[0, 0, :, cell // 4, cell % 4] += 1
-        changed.append(((model(other, where).detach() - plain).abs().amax(-1)[0] > 0).tolist())
-    return [list(row) for row in zip(*changed, strict=True)]
-
-
-def test_linear_keeps_tokens_apart_one_way_looks_back_and_vim_both_ways():
-    assert reach("linear") == [[token == cell for cell in range(16)] for token in range(16)]
-    # At the start steps are small: of a token far away too little is left to change a float.
-    back, both = np.array(reach("one_way")), np.array(reach("vim"))
-    assert back.diagonal().all() and not np.triu(back, 1).any() and np.tril(back, -1).any()
-    assert both.diagonal().all() and np.triu(both, 1).any() and np.tril(both, -1).any()
-
-
-def test_the_square_is_read_finely_and_without_a_lesion_not_at_all():
+def test_lesion_position_resolves_small_differences_and_ignores_absent_lesions():
     torch.manual_seed(0)
-    embed = SquarePosition(WIDTH)
+    embed = LesionPosition(WIDTH)
     square = torch.tensor([0.4, 0.6, 0.20, 1.0])
     wider = torch.tensor([0.4, 0.6, 0.21, 1.0])
     plain = torch.nn.Linear(4, WIDTH)

@@ -17,7 +17,7 @@ import pytest
 from config.schema import build_config, write_config
 from data.cache import VolumeCache
 from data.imaging.nifti import write_volume
-from engine.vision_setup import load_plan
+from engine.loaders import load_plan
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHECKPOINT = REPOSITORY / "tests/assets/nnunet_tiny/2d_plain/fold_0/checkpoint_best.pth"

@@ -17,7 +17,7 @@ from data.cache import VolumeCache
 from data.phantom.canvas import Grid
 from data.phantom.case import Phantom, make_case
 from data.phantom.report import parse_report, write_report
-from data.view_selection import Framing
+from data.view_selection import ViewSelection
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.encoder import NnUNetEncoder
 from tests.data.imaging.images import ORIENTATIONS, store_as
@@ -54,7 +54,7 @@ def features(
     whole = [
         -(-extent // step) * step for extent, step in zip(volume.image.shape[1:], encoder.total_stride, strict=False)
     ]
-    framing = Framing(
+    framing = ViewSelection(
         plan if encoder.dim == 2 else replace(plan, patch_size=tuple(whole)), encoder.total_stride, 2, "mask"
     )
     images, position, _ = framing(volume)

@@ -14,7 +14,7 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 from config.nnunet_plans import PreprocessPlan
 from data.cache import VolumeCache
 from data.imaging.reader import read_mask, read_volume
-from data.view_selection import Framing
+from data.view_selection import ViewSelection
 from engine.evaluation.heat_maps import FramedGrid, draw_heat, write_heat
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 
@@ -74,7 +74,7 @@ def test_a_marked_voxel_lands_where_it_was(
     patch = {"2d_plain": (96, 64), "3d_plain": (16, 48, 64), "3d_padded": (48, 96, 128)}[kind]
     plan = plan_of(assets, kind.replace("padded", "plain"), orientation=orientation, spacing=spacing, patch_size=patch)
     cached = VolumeCache(tmp_path / "cache", plan).get(image, mask)
-    framing = Framing(plan, (16, 16), 3 if kind == "2d_plain" else patch[0], "mask")
+    framing = ViewSelection(plan, (16, 16), 3 if kind == "2d_plain" else patch[0], "mask")
     images, *_ = framing(cached)
     shown = images[:, 0] if kind == "2d_plain" else images[0]
     grid = FramedGrid.of(framing, cached, tuple(shown.shape), orientation)
@@ -101,7 +101,7 @@ def test_cells_of_a_coarse_grid_hold_their_voxels(assets: Path, tmp_path: Path, 
     image, mask, world = write_marked(tmp_path, "LPS", False, marked)
     plan = plan_of(assets, kind)
     cached = VolumeCache(tmp_path / "cache", plan).get(image, mask)
-    framing = Framing(plan, (16, 16), 2, "mask")
+    framing = ViewSelection(plan, (16, 16), 2, "mask")
     grid = FramedGrid.of(framing, cached, (2, 4, 4), plan.orientation)
     volume = read_volume(image)
     labels = read_mask(mask, volume)
@@ -124,7 +124,7 @@ def test_a_voxel_lies_in_the_cell_whose_feature_sees_it_best(assets: Path, tmp_p
     volume = read_volume(image)
     plan = plan_of(assets, "2d_plain", spacing=volume.spacing[1:], patch_size=(96, 96))
     cached = VolumeCache(tmp_path / "cache", plan).get(image)
-    framing = Framing(plan, (16, 16), 1, "middle", lead=lead)
+    framing = ViewSelection(plan, (16, 16), 1, "middle", receptive_field_offset=lead)
     grid = FramedGrid.of(framing, cached, (1, 6, 6), plan.orientation)
     (middle,) = np.flatnonzero(grid.lay_over(np.ones((1, 6, 6))).any((1, 2)))
     starts, _ = framing.box(cached)
@@ -156,7 +156,7 @@ def test_of_a_thinned_volume_the_lead_is_in_planes_that_were_kept(assets: Path, 
     assert depth > 2 * 14
     seen = {}
     for lead in (0.0, 1.0):
-        framing = Framing(plan, (16, 16, 16), 4, "uniform", lead=(lead, 0.0, 0.0))
+        framing = ViewSelection(plan, (16, 16, 16), 4, "uniform", receptive_field_offset=(lead, 0.0, 0.0))
         grid = FramedGrid.of(framing, cached, (4, 4, 4), plan.orientation)
         seen[lead] = [int((grid.cells[0] == cell).sum()) for cell in range(4)]
     moved = round(len(grid.cells[0][grid.cells[0] >= 0]) / 16)
@@ -169,7 +169,7 @@ def test_padding_has_cells_but_no_voxels(assets: Path, tmp_path: Path) -> None:
     image, mask, _ = write_marked(tmp_path, "LPS", False, (30, 40, 12))
     plan = plan_of(assets, "2d_plain", spacing=(2.0, 2.0), patch_size=(128, 128))
     cached = VolumeCache(tmp_path / "cache", plan).get(image, mask)
-    grid = FramedGrid.of(Framing(plan, (16, 16), 1, "mask"), cached, (1, 8, 8), plan.orientation)
+    grid = FramedGrid.of(ViewSelection(plan, (16, 16), 1, "mask"), cached, (1, 8, 8), plan.orientation)
     everything = grid.cells_of(np.ones(read_volume(image).array.shape, bool))
     assert everything[0, 3:5, 3:5].all() and not everything[0, 0].any() and not everything[0, :, 7].any()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.training.diagnostics import MOST_TOKENS, TokenStatistics, token_statistics
+from engine.training.diagnostics import MAX_TOKENS, TokenStatistics, token_statistics
 
 IMAGES, TOKENS, WIDTH, STD = 8, 9, 32, 0.1
 
@@ -96,7 +96,7 @@ def test_effective_rank_counts_equal_directions():
 
 
 def test_many_tokens_are_sampled_evenly():
-    images = MOST_TOKENS // TOKENS + 50
+    images = MAX_TOKENS // TOKENS + 50
     tokens = torch.cat([torch.zeros(images // 2, TOKENS, WIDTH), healthy(images - images // 2)])
     statistics = judged(tokens)
     # Half zero, half STD: a sample of the first half alone would be all zero.

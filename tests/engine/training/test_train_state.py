@@ -260,7 +260,7 @@ def test_loaders_leave_the_global_generator_alone(tmp_path):
         mask_resampling=Resampling(1),
     )  # fmt: skip
     args = argparse.Namespace(seed=0, batch_size=1)
-    encoder = SimpleNamespace(total_stride=(4, 4), lead=(0.0, 0.0))
+    encoder = SimpleNamespace(total_stride=(4, 4), receptive_field_offset=(0.0, 0.0))
     train, val, order = build_loaders(args, config, plan, encoder, CaptionCollator(None, 1, 1), Accelerator(cpu=True))
     before = torch.get_rng_state()
     order.start_epoch(0)

@@ -246,13 +246,13 @@ def _middle_of_what_is_seen(encoder: NnUNetEncoder, size: int) -> float:
 def test_a_feature_sees_what_lies_before_the_middle_of_its_cell(assets, stage, target):
     """Also where features are pooled: with a stride of 4 in cells of 4 or 8 it is 1.5 voxels."""
     encoder = NnUNetEncoder(_architecture(assets), output_stage=stage, target_spatial=target)
-    assert encoder.lead == tuple((stride - 1) / 2 for stride in encoder.total_stride)
-    assert _middle_of_what_is_seen(encoder, 64) == pytest.approx(encoder.lead[-1], abs=1e-3)
+    assert encoder.receptive_field_offset == tuple((stride - 1) / 2 for stride in encoder.total_stride)
+    assert _middle_of_what_is_seen(encoder, 64) == pytest.approx(encoder.receptive_field_offset[-1], abs=1e-3)
 
 
 def test_the_short_cut_of_residual_stages_leads_half_as_much(assets):
     architecture = _architecture(assets, "2d_resenc")
-    lead = architecture.lead(2)
+    lead = architecture.receptive_field_offset(2)
     assert lead == tuple((stride - 1) / 4 for stride in architecture.total_stride(2))
     encoder = NnUNetEncoder(architecture, output_stage=2, target_spatial=16)
     assert 0 < _middle_of_what_is_seen(encoder, 64) < 2 * lead[-1]
@@ -261,5 +261,7 @@ def test_the_short_cut_of_residual_stages_leads_half_as_much(assets):
 def test_axes_without_stride_have_no_lead(assets):
     architecture = _architecture(assets, "3d_plain", "3d_fullres")
     for stage in range(len(architecture.features)):
-        assert architecture.lead(stage) == tuple((stride - 1) / 2 for stride in architecture.total_stride(stage))
-    assert architecture.lead(0) == (0, 0, 0)
+        assert architecture.receptive_field_offset(stage) == tuple(
+            (stride - 1) / 2 for stride in architecture.total_stride(stage)
+        )
+    assert architecture.receptive_field_offset(0) == (0, 0, 0)

@@ -1,0 +1,218 @@
+"""The training loop of both stages: optimizer, resume, steps, validation, logs. A :class:`Stage` is what differs.
+
+epochs → batches → loss → backward → step → log, save state → validate → keep the best → save state
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from config.schema import Config
+from engine.cli import Interrupted
+from engine.run import EpochShuffle
+from engine.training.diagnostics import TokenStatistics
+from engine.training.optimization import build_optimizer, build_schedule, optimizer_step, require_finite
+from engine.training.run_log import CsvLog, RunLog, plot_losses, progress_bar
+from engine.training.train_state import Progress, StopRequest, TrainState, fingerprint
+
+
+@dataclass
+class Stage:
+    """What is special to a stage.
+
+    Attributes:
+        name: prefix of the stage's files. title: of the loss figure.
+        model: is prepared for the device; ``loss`` calls it. trained: its part that is optimised and saved.
+        loss: (prepared model, batch) → mean loss of the batch.
+        validate: → validation loss, and the statistics of the visual tokens.
+        save: (file name, step, epoch, validation loss, diagnostics); writes a checkpoint, on the main process alone.
+        best_file, final_file: checkpoints of the lowest validation loss and of the last epoch.
+        loss_name: in logs; ``mean_name``: of the epoch's mean. log_every: steps.
+        settings: what a resumed run must have in common with the interrupted one, besides configuration and flags.
+        validate_first: validate and save before the first step, so that a best checkpoint always exists.
+        best_so_far: → validation loss of the best checkpoint of a training that this one continues.
+        start: step and epoch of that training.
+        table: name of a CSV file with the logged losses.
+    """
+
+    name: str
+    title: str
+    model: nn.Module
+    trained: nn.Module
+    loss: Callable[[nn.Module, Mapping[str, Any]], Tensor]
+    validate: Callable[[], tuple[float, TokenStatistics]]
+    save: Callable[[str, int, int, float, dict[str, Any]], None]
+    best_file: str
+    final_file: str
+    loss_name: str
+    log_every: int
+    mean_name: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    validate_first: bool = False
+    best_so_far: Callable[[], float] = lambda: math.inf
+    start: tuple[int, int] = (0, 0)
+    table: str | None = None
+
+
+def train(
+    stage: Stage,
+    args: argparse.Namespace,
+    config: Config,
+    accelerator: Accelerator,
+    output: Path,
+    loader: DataLoader,
+    order: EpochShuffle,
+) -> list[dict[str, Any]]:
+    """Train ``stage`` for ``args.epochs`` epochs, or resume it where it was interrupted.
+
+    Returns:
+        One record per validation: epoch, step, mean training loss, ``val_loss``, token statistics.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the state is saved. InputError: the loss is not finite, or the state that
+            ``--resume`` names cannot be resumed.
+    """
+    run = _Run(stage, args, config, accelerator, output, loader)
+    progress, optimizer, schedule = run.state.progress, run.optimizer, run.schedule
+    run.model.train()
+    if not run.resumed:
+        progress.best = stage.best_so_far()
+        if stage.validate_first:
+            run.validate()
+    bar = progress_bar(run.total_steps, progress.step, stage.name, active=accelerator.is_main_process)
+    with StopRequest() as stop, bar:
+        while progress.epoch < args.epochs:
+            order.start_epoch(progress.epoch, progress.batch * args.batch_size * accelerator.num_processes)
+            for batch in loader:
+                with accelerator.accumulate(run.model):
+                    loss = stage.loss(run.model, batch)
+                    progress.losses.append(require_finite(loss, progress.step + 1, args.lr))
+                    accelerator.backward(loss)
+                    stepped = optimizer_step(
+                        accelerator, optimizer, schedule, stage.trained.parameters(), args.max_grad_norm
+                    )
+                progress.batch += 1
+                if not stepped:
+                    continue
+                progress.step += 1
+                bar.update()
+                if progress.step % stage.log_every == 0 or progress.step == run.total_steps:
+                    run.log_step()
+                if stop.wanted or progress.step % args.save_every == 0:
+                    run.state.save()
+                if stop.wanted:
+                    raise Interrupted(f"state saved at step {progress.step}; the same command goes on from there")
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+            run.validate()
+            progress.losses.clear()
+            run.state.save()
+    run.finish()
+    return progress.history
+
+
+class _Run:
+    """The objects of one call of :func:`train`."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        args: argparse.Namespace,
+        config: Config,
+        accelerator: Accelerator,
+        output: Path,
+        loader: DataLoader,
+    ) -> None:
+        self.stage, self.args, self.output = stage, args, output
+        self.active = accelerator.is_main_process
+        self.total_steps = math.ceil(len(loader) / args.grad_accumulation) * args.epochs
+        optimizer = build_optimizer(stage.trained, args.lr, args.weight_decay)
+        self.schedule = build_schedule(optimizer, self.total_steps, args.warmup_ratio)
+        self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
+        self.state = TrainState(
+            output / f"{stage.name}_state.pt",
+            fingerprint(args, config, **stage.settings),
+            accelerator,
+            stage.trained,
+            self.optimizer,
+            self.schedule,
+        )
+        self.resumed = self.state.resume(args.resume)
+        first_step, self.first_epoch = stage.start
+        going_on = self.resumed or first_step > 0
+        self.log = RunLog(output / f"{stage.name}_log.jsonl", active=self.active, resumed=going_on)
+        self.table = None
+        if stage.table:
+            self.table = CsvLog(
+                output / stage.table,
+                ("step", "epoch", stage.loss_name),
+                active=self.active,
+                resumed_step=self.step if going_on else None,
+            )
+        if self.resumed:
+            self.log.say(f"resuming at epoch {self.progress.epoch + 1}, step {self.progress.step}")
+
+    @property
+    def progress(self) -> Progress:
+        return self.state.progress
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps, those of the training that is continued included."""
+        return self.stage.start[0] + self.progress.step
+
+    def log_step(self) -> None:
+        """Print and record the mean loss of the last steps."""
+        recent = self.progress.losses[-self.stage.log_every * self.args.grad_accumulation :]
+        loss, lr, name = sum(recent) / len(recent), self.schedule.get_last_lr()[0], self.stage.loss_name
+        epoch = self.first_epoch + self.progress.epoch + 1
+        if self.table:
+            self.table.write(step=self.step, epoch=epoch, **{name: f"{loss:.6f}"})
+        self.log.record(event="step", step=self.step, epoch=epoch, **{name: loss}, lr=lr)
+        self.log.say(
+            f"epoch {epoch}/{self.first_epoch + self.args.epochs}  step {self.step}/"
+            f"{self.stage.start[0] + self.total_steps}  {name} {loss:.6f}  lr {lr:.2e}"
+        )
+
+    def validate(self) -> None:
+        """Validate, print, keep the best checkpoint (never a collapsed one) and, at the end, the final one."""
+        stage, progress, losses = self.stage, self.progress, self.progress.losses
+        epoch = self.first_epoch + progress.epoch
+        val_loss, statistics = stage.validate()
+        mean = sum(losses) / len(losses) if losses else None
+        record = {"epoch": epoch, "step": self.step, stage.loss_name: mean, "val_loss": val_loss}
+        progress.history.append({**record, **statistics.to_dict()})
+        self.log.record(event="epoch", **progress.history[-1])
+        shown = "" if mean is None else f"{stage.mean_name or stage.loss_name} {mean:.6f}  "
+        self.log.say(
+            f"epoch {epoch}/{self.first_epoch + self.args.epochs}  {shown}val_loss {val_loss:.6f}  {statistics.line()}"
+        )
+        if statistics.collapsed:
+            self.log.say(f"epoch {epoch} is collapsed and not saved as best")
+        elif val_loss < progress.best:
+            progress.best = val_loss
+            self._save(stage.best_file, epoch, val_loss, statistics)
+        if progress.epoch == self.args.epochs:
+            self._save(stage.final_file, epoch, val_loss, statistics)
+
+    def _save(self, name: str, epoch: int, val_loss: float, statistics: TokenStatistics) -> None:
+        if self.active:
+            self.stage.save(name, self.step, epoch, val_loss, statistics.to_dict())
+
+    def finish(self) -> None:
+        """Draw the loss curves and remove the state: nothing is left to resume."""
+        if self.active:
+            curves = {}
+            for name in (self.stage.loss_name, "val_loss"):
+                records = [record for record in self.progress.history if record[name] is not None]
+                curves[name] = ([record["step"] for record in records], [record[name] for record in records])
+            plot_losses(self.output / f"{self.stage.name}_loss.png", curves, self.stage.title)
+        self.state.finish()
