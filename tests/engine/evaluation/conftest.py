@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from config.schema import load_config
+from data.medical_vlm_dataset import pad_tokens
 from models.language_model.mamba_lm import MambaLM
 from models.medical_vlm import MedicalVLM, VisionBridge
 from models.nnunet.checkpoint import load_nnunet_checkpoint
@@ -53,18 +54,13 @@ def model(assets: Path) -> MedicalVLM:
 @pytest.fixture(scope="module")
 def batch(model: MedicalVLM) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    questions = [model.lm.tokenizer.encode(text) for text in ("a\n", "long?\n", "xy\n")]
-    ids, mask = torch.zeros(3, 6, dtype=torch.long), torch.zeros(3, 6, dtype=torch.long)
-    for b, row in enumerate(questions):
-        ids[b, : len(row)] = torch.tensor(row)
-        mask[b, : len(row)] = 1
-    answers = torch.randint(0, 256, (3, 7), generator=generator)
+    ids, mask = pad_tokens([model.lm.tokenizer.encode(text) for text in ("a\n", "long?\n", "xy\n")])
     return {
         "images": torch.randn(3, 2, 1, 64, 64, generator=generator),
         "slice_position": torch.tensor([[0.2, 0.6]] * 3),
         "roi": torch.zeros(3, 2, 4),
         "question_ids": ids,
         "question_mask": mask,
-        "answer_ids": answers,
+        "answer_ids": torch.randint(0, 256, (3, 7), generator=generator),
         "answer_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] * 6 + [0]]),
     }

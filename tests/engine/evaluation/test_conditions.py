@@ -116,7 +116,7 @@ def audit(folder: Path, n: int, looks: bool) -> tuple[dict[str, Any], Model]:
 
 
 def test_a_model_that_looks_is_said_to_depend_on_the_image(tmp_path: Path) -> None:
-    card, _ = audit(tmp_path, 60, looks=True)
+    card, model = audit(tmp_path, 60, looks=True)
     found = card["audit"]
     assert found["verdict"] == "the reports depend on the image" and found["verdict_code"] == "depends"
     assert found["own"]["macro_f1"] == 1 and found["shuffled"]["macro_f1"] < 0.5 and found["blank"]["macro_f1"] < 0.4
@@ -124,6 +124,7 @@ def test_a_model_that_looks_is_said_to_depend_on_the_image(tmp_path: Path) -> No
     assert found["normal_false_finding_rate"] == 0 and found["normal_cases"] == 12
     assert all(reason.startswith("yes") for reason in found["reasons"][:4])
     assert card["location_acc"] == 1 and card["size_within_3mm"] == 1 and card["pointing_game"] is None
+    assert model.written == 60 + 60 + 2 + 2 + 60, "own and shuffled; blank and prior once a question; squares"
 
 
 def test_a_model_that_ignores_the_image_is_said_to(tmp_path: Path) -> None:
@@ -145,16 +146,7 @@ def test_squares_are_the_mean_image_with_what_is_known_of_the_case(tmp_path: Pat
     assert card["audit"]["squares"]["macro_f1"] < card["audit"]["own"]["macro_f1"]
     alone = "heights of slices and squares of lesions alone, with the mean image, give macro-F1"
     assert card["audit"]["reasons"][-1].startswith(alone)
-
-
-def test_few_cases_are_not_judged(tmp_path: Path) -> None:
-    card, _ = audit(tmp_path, 10, looks=True)
-    assert card["audit"]["verdict_code"] == "unclear"
-
-
-def test_without_an_image_each_question_is_answered_once(tmp_path: Path) -> None:
-    _, model = audit(tmp_path, 60, looks=True)
-    assert model.written == 60 + 60 + 2 + 2 + 60, "own and shuffled; blank and prior once a question; squares"
+    assert card["audit"]["verdict_code"] == "unclear", "with 14 cases"
 
 
 @pytest.mark.parametrize(
@@ -176,22 +168,18 @@ def test_one_patient_alone_cannot_be_shuffled() -> None:
 def test_a_stopped_evaluation_goes_on(tmp_path: Path) -> None:
     data = Table(30)
     table = EvaluatedTable("t", data, [str(k) for k in range(30)])
-    first = Model(data, looks=True)
-    passes = ReportPasses(first, collate, GenerationStore(tmp_path, {"a": 1}), batch_size=4, seed=1)
-    passes.run(table, "own")
+    first, second = Model(data, looks=True), Model(data, looks=True)
+    ReportPasses(first, collate, GenerationStore(tmp_path, {"a": 1}), batch_size=4, seed=1).run(table, "own")
     [path] = tmp_path.glob("generations-*.jsonl")
-    lines = path.read_bytes().split(b"\n")
-    path.write_bytes(b"\n".join(lines[:20]) + b"\n" + lines[20][:15])  # as a crash leaves it: 19 whole records
-    second = Model(data, looks=True)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:20]))  # the head and 19 records
     again = ReportPasses(second, collate, GenerationStore(tmp_path, {"a": 1}), batch_size=4, seed=1)
     assert not again.complete(table, "own")
     again.run(table, "own")
     assert second.written == 30 - 19
     assert [r["text"] for r in again.records(table, "own")] == [row.answer for row in data.rows]
-    assert len(GenerationStore(tmp_path, {"a": 1})._records) == 30
 
 
-def test_other_checkpoints_images_and_processes(tmp_path: Path) -> None:
+def test_processes_take_their_own_rows_and_changed_cases_are_missing(tmp_path: Path) -> None:
     data = Table(12)
     table = EvaluatedTable("t", data, [str(k) for k in range(12)])
     models = [Model(data, looks=True) for _ in range(2)]
@@ -201,8 +189,6 @@ def test_other_checkpoints_images_and_processes(tmp_path: Path) -> None:
     assert [model.written for model in models] == [6, 6]
     store = GenerationStore(tmp_path, {"a": 1})
     passes = ReportPasses(Model(data, looks=True), collate, store, batch_size=4, seed=1)
-    assert passes.complete(table, "shuffled") and len(list(tmp_path.glob("generations-*"))) == 2
+    assert passes.complete(table, "shuffled")
     assert not passes.complete(EvaluatedTable("t", data, ["changed", *map(str, range(1, 12))]), "shuffled")
     assert not passes.complete(EvaluatedTable("other", data, table.cases), "shuffled")
-    assert GenerationStore(tmp_path, {"a": 2}).get("t", "shuffled/12", 0, "0") is None
-    assert store.get("t", "shuffled/12", 0, "0") is not None
