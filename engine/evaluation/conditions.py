@@ -33,6 +33,8 @@ from models.language_model.decoding import Decoding
 OWN, SHUFFLED, BLANK, PRIOR, SQUARES, SAMPLE = "own", "shuffled", "blank", "prior", "squares", "sample"
 AUDITED = (OWN, SHUFFLED, BLANK, PRIOR, SQUARES)
 _BASELINE_CASES = 256  # that the mean image is made of
+Record = dict[str, Any]
+Maker = Callable[[list[int]], list[Record]]  # records of these rows
 
 
 @dataclass
@@ -76,29 +78,21 @@ class ReportPasses:
         order = list(range(len(table)))
         if condition == SHUFFLED:
             order = shuffled_order([row.patient or str(row.image_path) for row in table.data.rows], self.seed)
-        known: dict[tuple, dict[str, Any]] = {}
+        known: dict[tuple, Record] = {}
 
-        def make(rows: list[int]) -> list[dict[str, Any]]:
+        def make(rows: list[int]) -> list[Record]:
             samples = [self._sample(table, row, order[row], condition, mean) for row in rows]
             batch = self.batch(samples)
             return self._records(self._visual(batch, condition, mean), batch, samples, condition, known)
 
         self._fill(table, key_of(table, condition), range(len(table)), self.batch_size, make)
 
-    def run_rows(
-        self, table: EvaluatedTable, key: str, rows: Sequence[int], make: Callable[[int], dict[str, Any]]
-    ) -> None:
+    def run_rows(self, table: EvaluatedTable, key: str, rows: Sequence[int], make: Callable[[int], Record]) -> None:
         """Make what is missing of these rows' records, one at a time."""
         self._fill(table, key, rows, 1, lambda row: [make(*row)])
 
-    def _fill(
-        self,
-        table: EvaluatedTable,
-        key: str,
-        rows: Sequence[int],
-        size: int,
-        make: Callable[[list[int]], list[dict[str, Any]]],
-    ) -> None:
+    def _fill(self, table: EvaluatedTable, key: str, rows: Sequence[int], size: int, make: Maker) -> None:
+        """Make and store the records of the missing rows, ``size`` at a time."""
         mine = [row for row in self._missing(table, key, rows) if row % self.processes == self.process]
         with tqdm(total=len(mine), desc=key, unit="case", dynamic_ncols=True, disable=None if mine else True) as bar:
             for part in chunks(mine, size):
@@ -114,7 +108,7 @@ class ReportPasses:
     def _missing(self, table: EvaluatedTable, key: str, rows: Sequence[int]) -> list[int]:
         return [row for row in rows if self.store.get(table.name, key, row, table.cases[row]) is None]
 
-    def records(self, table: EvaluatedTable, condition: str) -> list[dict[str, Any]]:
+    def records(self, table: EvaluatedTable, condition: str) -> list[Record]:
         """Of every row, in order. Call ``store.reload()`` first where other processes have written."""
         key = key_of(table, condition)
         found = [self.store.get(table.name, key, row, case) for row, case in enumerate(table.cases)]
@@ -159,7 +153,7 @@ class ReportPasses:
 
     def _records(
         self, visual: Tensor, batch: Mapping[str, Any], samples: Sequence[Sample], condition: str, known: dict
-    ) -> list[dict[str, Any]]:
+    ) -> list[Record]:
         if condition.startswith(SAMPLE):
             torch.manual_seed(self.seed * 1_000_003 + samples[0].row * 101 + int(condition.removeprefix(SAMPLE)))
             return [{"text": one.text} for one in self.writer.write(visual, batch, Decoding(temperature=1.0))]
@@ -173,7 +167,7 @@ class ReportPasses:
 
     def _shared_texts(
         self, visual: Tensor, batch: Mapping[str, Any], samples: Sequence[Sample], known: dict
-    ) -> list[dict[str, Any]]:
+    ) -> list[Record]:
         """Reports that depend on the question alone: each question is answered once."""
         keys = [(sample.question, tuple(sample.images.shape)) for sample in samples]
         new = {key: b for b, key in enumerate(keys) if key not in known}

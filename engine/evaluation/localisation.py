@@ -100,11 +100,11 @@ def mask_scores(cases: Sequence[MaskedCase | None], reports: Mentions) -> dict[s
         and pleural thickening, whose size is a depth, are left out.
     """
     side, zone, size = [], [], []
-    for case, (held, mentions) in enumerate(zip(cases, reports, strict=True)):
-        if held is None or held.problem:
+    for case, (masked, mentions) in enumerate(zip(cases, reports, strict=True)):
+        if masked is None or masked.problem:
             continue
         for stated in described(mentions):
-            lesion = min(held.lesions, key=lambda x: _lesion_distance(stated, x), default=None)
+            lesion = min(masked.lesions, key=lambda x: _lesion_distance(stated, x), default=None)
             if stated.side is not None:
                 side.append((case, lesion is not None and side_agrees(stated, lesion)))
             if stated.zone is not None:

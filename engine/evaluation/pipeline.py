@@ -27,7 +27,7 @@ from engine.evaluation.conditions import AUDITED, OWN, SAMPLE, EvaluatedTable, R
 from engine.evaluation.confidence import Labeller, Statement, statements
 from engine.evaluation.generation_store import GenerationStore
 from engine.evaluation.localisation import MaskedCase, measure_case
-from engine.evaluation.report_card import Evaluated, language_of, marked_reports, report_card
+from engine.evaluation.report_card import TableResults, language_of, marked_reports, report_card
 from engine.evaluation.report_writer import ReportWriter, token_spans
 from engine.evaluation.saliency import map_case, save_maps
 from engine.run import environment, jsonable, set_seeds
@@ -293,7 +293,7 @@ def write_card(job: Job) -> dict[str, Any]:
     if job.calibration:
         truth = [job.label(row.answer) for row in job.calibration.data.rows]
         other = Judged.of(table_statements(job, job.calibration), truth)
-    held = Evaluated(
+    results = TableResults(
         label=job.label,
         references=references,
         records={name: job.passes.records(job.table, name) for name in AUDITED},
@@ -304,13 +304,13 @@ def write_card(job: Job) -> dict[str, Any]:
         abstain_below=job.args.abstain_below,
         lesion_inputs=job.lesion_inputs,
     )
-    card = {"checkpoint": str(job.args.checkpoint), "csv": str(job.args.csv)} | report_card(held)
+    card = {"checkpoint": str(job.args.checkpoint), "csv": str(job.args.csv)} | report_card(results)
     card |= {"run": {"flags": jsonable(vars(job.args)), **environment()}}
     out = job.args.out
     write_text(out / "report_card.json", json.dumps(card, ensure_ascii=False, indent=1))
-    marked = marked_reports(held)
-    write_reports(out / "reports.csv", job, held, marked)
-    write_pages(out, card_blocks(card, draw_plots(out, held.confidence), shown_cases(job, held, marked)))
+    marked = marked_reports(results)
+    write_reports(out / "reports.csv", job, results, marked)
+    write_pages(out, card_blocks(card, draw_plots(out, results.confidence), shown_cases(job, results, marked)))
     audit = card["audit"]
     print(f"macro-F1 {printed(card['findings']['macro_f1'])} (chance {printed(card['findings']['chance'])}), "
           f"shuffled {printed(audit['shuffled']['macro_f1'])}, blank {printed(audit['blank']['macro_f1'])}; "
@@ -324,22 +324,22 @@ def printed(value: float | None) -> str:
     return "none" if value is None else f"{value:.3f}"
 
 
-def shown_cases(job: Job, held: Evaluated, marked: Sequence[str]) -> list[ShownCase]:
+def shown_cases(job: Job, results: TableResults, marked: Sequence[str]) -> list[ShownCase]:
     """The first cases of the table, with their figure where it is there."""
     shown = []
     for row, text in enumerate(marked[:_SHOWN]):
-        record = held.pointing[row]
+        record = results.pointing[row]
         figure = job.maps / record["figure"] if record and record["figure"] else None
         name = f"{row}: {job.table.data.rows[row].image_path.name}"
-        shown.append(ShownCase(name, held.references[row], text, figure if figure and figure.is_file() else None))
+        shown.append(ShownCase(name, results.references[row], text, figure if figure and figure.is_file() else None))
     return shown
 
 
-def write_reports(path: Path, job: Job, held: Evaluated, marked: Sequence[str]) -> None:
+def write_reports(path: Path, job: Job, results: TableResults, marked: Sequence[str]) -> None:
     """Every report as generated, and with its marks; the byte order mark lets Excel read UTF-8."""
     with path.open("w", encoding="utf-8-sig", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["row", "image_path", "question", "reference", "generated", "marked"])
-        questions, texts = job.table.data.questions, held.texts()
+        questions, texts = job.table.data.questions, results.texts()
         for row, question, text, mark in zip(job.table.data.rows, questions, texts, marked, strict=True):
             writer.writerow([row.number, row.image_path, question, row.answer, text, mark])

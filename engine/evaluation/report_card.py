@@ -28,7 +28,7 @@ Records = Sequence[Mapping[str, Any]]
 
 
 @dataclass
-class Evaluated:
+class TableResults:
     """Everything that was generated and measured of one table, by row.
 
     Attributes:
@@ -72,53 +72,53 @@ def language_of(references: Sequence[str]) -> str:
     return "zh" if 2 * chinese >= len(references) else "en"
 
 
-def report_card(held: Evaluated) -> dict[str, Any]:
+def report_card(results: TableResults) -> dict[str, Any]:
     """All measures; see docs/evaluation.md for each key."""
-    clinical = {name: clinical_scores(held.truth, mentions) for name, mentions in held.mentions.items()}
-    places = {name: place_scores(held.truth, mentions) for name, mentions in held.mentions.items()}
+    clinical = {name: clinical_scores(results.truth, mentions) for name, mentions in results.mentions.items()}
+    places = {name: place_scores(results.truth, mentions) for name, mentions in results.mentions.items()}
     own = places["own"]
     card = {
-        "cases": len(held.references),
-        "language": _language(held),
-        "findings": _findings(held, clinical["own"]),
+        "cases": len(results.references),
+        "language": _language(results),
+        "findings": _findings(results, clinical["own"]),
         "location_acc": own["location_acc"].value,
         "size_within_3mm": own["size_within_3mm"].value,
         "places": own,
-        "mask": _mask(held),
-        "sections": _sections(held),
-        "text": _text(held),
-        "audit": _audit(held, clinical, places),
-        "confidence": _confidence(held),
-        **_pointing(held),
+        "mask": _mask(results),
+        "sections": _sections(results),
+        "text": _text(results),
+        "audit": _audit(results, clinical, places),
+        "confidence": _confidence(results),
+        **_pointing(results),
     }
     return _plain(card)
 
 
-def marked_reports(held: Evaluated) -> list[str]:
+def marked_reports(results: TableResults) -> list[str]:
     """The reports with 待核实 behind each sentence whose confidence is below the threshold; nothing is removed."""
-    values = iter(held.confidence.calibrated)
+    values = iter(results.confidence.calibrated)
     marked = []
-    for text, stated in zip(held.texts(), held.statements, strict=True):
+    for text, stated in zip(results.texts(), results.statements, strict=True):
         confidences = sentence_confidences(text, stated, [float(next(values)) for _ in stated])
-        marked.append(mark_unsure(text, confidences, held.abstain_below, held.language))
+        marked.append(mark_unsure(text, confidences, results.abstain_below, results.language))
     return marked
 
 
-def _language(held: Evaluated) -> dict[str, Any]:
-    scores = language_scores(held.references, held.texts(), held.language)
+def _language(results: TableResults) -> dict[str, Any]:
+    scores = language_scores(results.references, results.texts(), results.language)
     return {
-        "reports_in": held.language,
+        "reports_in": results.language,
         **{name: score.value for name, score in scores.items()},
         "intervals": {name: score.bounds for name, score in scores.items()},
         "definitions": {name: score.what for name, score in scores.items()},
     }
 
 
-def _findings(held: Evaluated, scores: ClinicalScores) -> dict[str, Any]:
+def _findings(results: TableResults, scores: ClinicalScores) -> dict[str, Any]:
     by_section = {}
     for section in SECTIONS[:2]:
-        if any(mention.section == section for mentions in held.truth for mention in mentions):
-            one = clinical_scores(held.truth, held.mentions["own"], (section,))
+        if any(mention.section == section for mentions in results.truth for mention in mentions):
+            one = clinical_scores(results.truth, results.mentions["own"], (section,))
             by_section[section] = {"macro_f1": one.macro_f1, "micro_f1": one.micro_f1}
     return {
         **vars(scores),
@@ -129,41 +129,41 @@ def _findings(held: Evaluated, scores: ClinicalScores) -> dict[str, Any]:
     }
 
 
-def _mask(held: Evaluated) -> dict[str, Any]:
-    known = [case for case in held.masked if case is not None]
+def _mask(results: TableResults) -> dict[str, Any]:
+    known = [case for case in results.masked if case is not None]
     problems = [case.problem for case in known if case.problem]
     measured = len(known) - len(problems)
     return {
         "cases": measured,
-        "reports": mask_scores(held.masked, held.mentions["own"]) if measured else None,
-        "references": mask_scores(held.masked, held.truth) if measured else None,
+        "reports": mask_scores(results.masked, results.mentions["own"]) if measured else None,
+        "references": mask_scores(results.masked, results.truth) if measured else None,
         "problems": problems,
     }
 
 
-def _sections(held: Evaluated) -> dict[str, Any]:
+def _sections(results: TableResults) -> dict[str, Any]:
     """Fraction of reports with each section, and language scores of its text where the reference has it."""
-    generated, wanted = section_shares(held.texts()), section_shares(held.references)
+    generated, wanted = section_shares(results.texts()), section_shares(results.references)
     found: dict[str, Any] = {}
     for name in SECTIONS:
         pairs = [
             (truth, section_text(text, name) or "")
-            for reference, text in zip(held.references, held.texts(), strict=True)
+            for reference, text in zip(results.references, results.texts(), strict=True)
             if (truth := section_text(reference, name))
         ]
         found[name] = {"in_reports": generated[name], "in_references": wanted[name], "cases": len(pairs)}
         if pairs:
-            scores = language_scores(*map(list, zip(*pairs, strict=True)), held.language)
+            scores = language_scores(*map(list, zip(*pairs, strict=True)), results.language)
             found[name] |= {key: scores[key] for key in ("BLEU-4", "ROUGE-L", "chrF")}
-    complete = [all(section_text(text, name) for name in SECTIONS) for text in held.texts()]
-    outside = [any(m.section == PREAMBLE for m in mentions) for mentions in held.mentions["own"]]
+    complete = [all(section_text(text, name) for name in SECTIONS) for text in results.texts()]
+    outside = [any(m.section == PREAMBLE for m in mentions) for mentions in results.mentions["own"]]
     found["all_four"] = mean_score(complete, "reports with all four sections, none empty")
     found["findings_outside_sections"] = float(np.mean(outside))
     return found
 
 
-def _text(held: Evaluated) -> dict[str, Any]:
-    texts = held.texts()
+def _text(results: TableResults) -> dict[str, Any]:
+    texts = results.texts()
     loops = [find_repetition(text) for text in texts]
     worst = max(loops, key=lambda loop: loop.share)
     return {
@@ -173,15 +173,15 @@ def _text(held: Evaluated) -> dict[str, Any]:
         "garbled": mean_score([is_garbled(text) for text in texts], "reports with characters that are no text"),
         "empty": np.mean([not text.strip() for text in texts]),
         "mean_characters": np.mean([len(text) for text in texts]),
-        "cut_at_limit": np.mean([not record["ended"] for record in held.records["own"]]),
+        "cut_at_limit": np.mean([not record["ended"] for record in results.records["own"]]),
     }
 
 
 def _audit(
-    held: Evaluated, clinical: Mapping[str, ClinicalScores], places: Mapping[str, Mapping[str, Score]]
+    results: TableResults, clinical: Mapping[str, ClinicalScores], places: Mapping[str, Mapping[str, Score]]
 ) -> dict[str, Any]:
-    own, found, differences, gaps = held.records["own"], {}, {}, {}
-    for name, records in held.records.items():
+    own, found, differences, gaps = results.records["own"], {}, {}, {}
+    for name, records in results.records.items():
         found[name] = {
             **_with_interval("macro_f1", clinical[name].macro_f1),
             "micro_f1": clinical[name].micro_f1.value,
@@ -191,23 +191,25 @@ def _audit(
         }
         if name != "own":
             gaps[name] = image_dependence.loss_gap(own, records)
-            differences[name] = image_dependence.macro_difference(held.truth, held.mentions["own"], held.mentions[name])
+            differences[name] = image_dependence.macro_difference(
+                results.truth, results.mentions["own"], results.mentions[name]
+            )
             found[name] |= {
                 "loss_gap": gaps[name],
                 "macro_f1_difference": differences[name],
-                "same_reports": image_dependence.same_fraction(held.texts(), held.texts(name)),
+                "same_reports": image_dependence.same_fraction(results.texts(), results.texts(name)),
             }
-    duplicates, natural = find_duplicates(held.texts()), find_duplicates(held.references)
-    normal = image_dependence.false_findings_on_normal(held.truth, held.mentions["own"])
+    duplicates, natural = find_duplicates(results.texts()), find_duplicates(results.references)
+    normal = image_dependence.false_findings_on_normal(results.truth, results.mentions["own"])
     verdict = image_dependence.judge(
         len(own), clinical["own"].p_value, differences, gaps, found["prior"]["same_reports"]
     )
     reasons = list(verdict.reasons)
-    if held.lesion_inputs:
+    if results.lesion_inputs:
         alone = {"macro-F1": "macro_f1", "side and height": "location_acc", "size within 3 mm": "size_within_3mm"}
         values = {what: found["squares"][key] for what, key in alone.items()}
         known = ", ".join(f"{what} {value:.3f}" for what, value in values.items() if math.isfinite(value))
-        reasons.append(f"{' and '.join(held.lesion_inputs)} alone, with the mean image, give {known}")
+        reasons.append(f"{' and '.join(results.lesion_inputs)} alone, with the mean image, give {known}")
     return found | {
         "normal_false_finding_rate": normal.value,
         "normal_false_finding_interval": normal.bounds,
@@ -222,26 +224,26 @@ def _audit(
     }
 
 
-def _confidence(held: Evaluated) -> dict[str, Any]:
-    touched = [marked != text for marked, text in zip(marked_reports(held), held.texts(), strict=True)]
-    below = held.confidence.calibrated < held.abstain_below
-    return held.confidence.as_dict() | {
-        "abstain_below": held.abstain_below,
+def _confidence(results: TableResults) -> dict[str, Any]:
+    touched = [marked != text for marked, text in zip(marked_reports(results), results.texts(), strict=True)]
+    below = results.confidence.calibrated < results.abstain_below
+    return results.confidence.as_dict() | {
+        "abstain_below": results.abstain_below,
         "reports_with_marks": np.mean(touched),
         "statements_marked": below.mean() if len(below) else None,
     }
 
 
-def _pointing(held: Evaluated) -> dict[str, Any]:
+def _pointing(results: TableResults) -> dict[str, Any]:
     hits, chances, why = [], [], Counter()
-    for case, record in enumerate(held.pointing):
+    for case, record in enumerate(results.pointing):
         for one in record["sentences"] if record else []:
             if one["hit"] is None:
                 why[one["why"]] += 1
             else:
                 hits.append((case, one["hit"]))
                 chances.append(one["chance"])
-    score = hit_score(hits, len(held.pointing), "sentences whose map peaks in a cell that sees their lesion")
+    score = hit_score(hits, len(results.pointing), "sentences whose map peaks in a cell that sees their lesion")
     detail = score.as_dict() | {"chance": np.mean(chances) if chances else None, "not_played": why}
     return {"pointing_game": score.value, "pointing": detail}
 

@@ -21,7 +21,7 @@ from engine.evaluation.calibration import Judged, confidence_scores
 from engine.evaluation.conditions import AUDITED, EvaluatedTable, ReportPasses, shuffled_order
 from engine.evaluation.confidence import Labeller
 from engine.evaluation.generation_store import GenerationStore
-from engine.evaluation.report_card import Evaluated, report_card
+from engine.evaluation.report_card import TableResults, report_card
 from engine.evaluation.report_writer import Written
 
 KINDS = ("nodule", "cavity", "consolidation", "fibrosis", "calcification")
@@ -102,7 +102,7 @@ def audit(folder: Path, n: int, looks: bool) -> tuple[dict[str, Any], Model]:
     for condition in AUDITED:
         passes.run(table, condition, mean)
     none = [[] for _ in range(n)]
-    held = Evaluated(
+    results = TableResults(
         Labeller("zh"),
         [row.answer for row in data.rows],
         {name: passes.records(table, name) for name in AUDITED},
@@ -112,7 +112,7 @@ def audit(folder: Path, n: int, looks: bool) -> tuple[dict[str, Any], Model]:
         [None] * n,
         lesion_inputs=["heights of slices", "squares of lesions"],
     )
-    return report_card(held), model
+    return report_card(results), model
 
 
 def test_a_model_that_looks_is_said_to_depend_on_the_image(tmp_path: Path) -> None:

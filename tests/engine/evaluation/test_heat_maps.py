@@ -1,4 +1,4 @@
-"""A map lies where the model looked: what is marked in the encoder's input is marked at the same place in the file."""
+"""A place that is marked in the encoder's input is marked at the same place in the file, and the reverse."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ def test_a_marked_voxel_lands_where_it_was(
     patch = {"2d_plain": (96, 64), "3d_plain": (16, 48, 64), "3d_padded": (48, 96, 128)}[kind]
     plan = plan_of(assets, kind.replace("padded", "plain"), orientation=orientation, spacing=spacing, patch_size=patch)
     cached = VolumeCache(tmp_path / "cache", plan).get(image, mask)
-    framing = ViewSelection(plan, (16, 16), 3 if kind == "2d_plain" else patch[0], "mask")
-    images, *_ = framing(cached)
+    selection = ViewSelection(plan, (16, 16), 3 if kind == "2d_plain" else patch[0], "mask")
+    images, *_ = selection(cached)
     shown = images[:, 0] if kind == "2d_plain" else images[0]
-    grid = FramedGrid.of(framing, cached, tuple(shown.shape), orientation)
+    grid = FramedGrid.of(selection, cached, tuple(shown.shape), orientation)
     heat = np.where(shown.numpy() > 0.5 * float(shown.max()), 1.0, 0.0)
     heat[np.unravel_index(int(shown.argmax()), shown.shape)] += 1e-6
     volume = read_volume(image)
@@ -101,8 +101,8 @@ def test_cells_of_a_coarse_grid_hold_their_voxels(assets: Path, tmp_path: Path, 
     image, mask, world = write_marked(tmp_path, "LPS", False, marked)
     plan = plan_of(assets, kind)
     cached = VolumeCache(tmp_path / "cache", plan).get(image, mask)
-    framing = ViewSelection(plan, (16, 16), 2, "mask")
-    grid = FramedGrid.of(framing, cached, (2, 4, 4), plan.orientation)
+    selection = ViewSelection(plan, (16, 16), 2, "mask")
+    grid = FramedGrid.of(selection, cached, (2, 4, 4), plan.orientation)
     volume = read_volume(image)
     labels = read_mask(mask, volume)
     held = grid.cells_of(labels > 0)
@@ -118,16 +118,16 @@ def test_cells_of_a_coarse_grid_hold_their_voxels(assets: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("lead", [(0.0, 0.0), (1.5, 0.5), (7.5, 7.5)])
-def test_a_voxel_lies_in_the_cell_whose_feature_sees_it_best(assets: Path, tmp_path: Path, lead: tuple) -> None:
+def test_a_voxel_lies_in_the_cell_whose_receptive_field_is_nearest(assets: Path, tmp_path: Path, lead: tuple) -> None:
     """With the scan's own voxels as the encoder's input, by distance to what each feature sees the middle of."""
     image, _, _ = write_marked(tmp_path, "LPS", False, (30, 40, 12))
     volume = read_volume(image)
     plan = plan_of(assets, "2d_plain", spacing=volume.spacing[1:], patch_size=(96, 96))
     cached = VolumeCache(tmp_path / "cache", plan).get(image)
-    framing = ViewSelection(plan, (16, 16), 1, "middle", receptive_field_offset=lead)
-    grid = FramedGrid.of(framing, cached, (1, 6, 6), plan.orientation)
+    selection = ViewSelection(plan, (16, 16), 1, "middle", receptive_field_offset=lead)
+    grid = FramedGrid.of(selection, cached, (1, 6, 6), plan.orientation)
     (middle,) = np.flatnonzero(grid.lay_over(np.ones((1, 6, 6))).any((1, 2)))
-    starts, _ = framing.box(cached)
+    starts, _ = selection.box(cached)
     first = [
         cached.voxel_map.bbox[axis][0] + starts[axis] for axis in (1, 2)
     ]  # voxel of the scan at the input's corner
@@ -147,7 +147,7 @@ def test_a_voxel_lies_in_the_cell_whose_feature_sees_it_best(assets: Path, tmp_p
     np.testing.assert_allclose(peak[1:], expected, atol=0.5)
 
 
-def test_of_a_thinned_volume_the_lead_is_in_planes_that_were_kept(assets: Path, tmp_path: Path) -> None:
+def test_of_a_thinned_volume_the_offset_is_in_planes_that_were_kept(assets: Path, tmp_path: Path) -> None:
     """16 planes of a volume twice as deep in 4 cells: a lead of one plane is a quarter of a cell, two slices."""
     image, _, _ = write_marked(tmp_path, "LPS", False, (30, 40, 12))
     plan = plan_of(assets, "3d_plain", spacing=(3.5, 1.2, 1.5), patch_size=(16, 96, 96))
@@ -156,8 +156,8 @@ def test_of_a_thinned_volume_the_lead_is_in_planes_that_were_kept(assets: Path, 
     assert depth > 2 * 14
     seen = {}
     for lead in (0.0, 1.0):
-        framing = ViewSelection(plan, (16, 16, 16), 4, "uniform", receptive_field_offset=(lead, 0.0, 0.0))
-        grid = FramedGrid.of(framing, cached, (4, 4, 4), plan.orientation)
+        selection = ViewSelection(plan, (16, 16, 16), 4, "uniform", receptive_field_offset=(lead, 0.0, 0.0))
+        grid = FramedGrid.of(selection, cached, (4, 4, 4), plan.orientation)
         seen[lead] = [int((grid.cells[0] == cell).sum()) for cell in range(4)]
     moved = round(len(grid.cells[0][grid.cells[0] >= 0]) / 16)
     assert (
@@ -174,7 +174,7 @@ def test_padding_has_cells_but_no_voxels(assets: Path, tmp_path: Path) -> None:
     assert everything[0, 3:5, 3:5].all() and not everything[0, 0].any() and not everything[0, :, 7].any()
 
 
-def test_picture(assets: Path, tmp_path: Path) -> None:
+def test_figure(assets: Path, tmp_path: Path) -> None:
     image, mask, _ = write_marked(tmp_path, "LPS", False, (30, 40, 12))
     volume = read_volume(image)
     heat = np.zeros(volume.array.shape, np.float32)
