@@ -48,11 +48,11 @@ from data.medical_vlm_dataset import CaptionCollator, encode_answer
 from engine.checkpoint import Checkpoint, check_agreement, load_checkpoint, load_vision_weights, save_checkpoint
 from engine.loaders import build_loaders, check_tables, load_encoder
 from engine.run import jsonable, start_run
-from engine.training.diagnostics import DIAGNOSED_IMAGES, TokenStatistics, token_statistics
+from engine.training.diagnostics import DIAGNOSED_IMAGES, TokenStatistics, check_loss_mask, token_statistics
 from engine.training.loop import Stage, train
 from models.language_model.lora import Adapters
-from models.language_model.mamba_lm import IGNORED, MambaLM
-from models.medical_vlm import MedicalVLM, VisionBridge, answer_inputs
+from models.language_model.mamba_lm import MambaLM
+from models.medical_vlm import MedicalVLM, VisionBridge
 from models.nnunet.encoder import NnUNetEncoder
 
 BEST_FILE, FINAL_FILE = "vision_bridge_vlm_best_val.pt", "vision_bridge_vlm_final.pt"
@@ -126,30 +126,6 @@ def add_adapters(lm: MambaLM, rank: int, start: Checkpoint | None) -> Adapters |
     if rank_of(start):
         adapters.load(start.adapters)
     return adapters
-
-
-@torch.no_grad()
-def check_loss_mask(model: MedicalVLM, loader: DataLoader, device: torch.device) -> str:
-    """On a real batch: the labels are the answers' tokens and nothing else. Raises AssertionError if not."""
-    dataset, collator = loader.dataset, loader.collate_fn
-    samples = [dataset[index] for index in range(min(2, len(dataset)))]
-    batch = {
-        key: value.to(device) if isinstance(value, torch.Tensor) else [image.to(device) for image in value]
-        for key, value in collator(samples).items()
-    }
-    inputs, labels = answer_inputs(model.lm, model.visual_tokens(batch), batch)
-    for row, sample in enumerate(samples):
-        answer, _ = encode_answer(model.lm.tokenizer, sample.answer, collator.max_answer_tokens)
-        in_loss = labels[row] != IGNORED
-        first = int(in_loss.nonzero()[0])
-        assert labels[row, in_loss].tolist() == answer, "labels are not the answer's tokens"
-        assert bool(in_loss[first : first + len(answer)].all()), "labels are not contiguous"
-        embedded = model.lm.embed(labels[row, in_loss])
-        assert torch.equal(inputs[row, first : first + len(answer)], embedded), "labels and inputs are shifted"
-    question = int(batch["question_mask"][0].sum())
-    visual = int((labels[0] != IGNORED).nonzero()[0]) - question
-    answer = int((labels[0] != IGNORED).sum())
-    return f"loss mask checked: {visual} visual + {question} question tokens masked, {answer} answer tokens in the loss"
 
 
 @torch.no_grad()

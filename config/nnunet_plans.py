@@ -35,6 +35,7 @@ _ORIENTATION_OF_READER = {
     "NibabelIO": "LPS",
     "NibabelIOWithReorient": "RAS",
 }
+_KEEP_ORDER = ("SimpleITKIO", "NibabelIO")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class PreprocessPlan:
     """Everything that decides the voxel values a network of one nnU-Net configuration is fed.
 
     ``spacing`` has ``dim`` entries: a 2D configuration keeps the spacing of the first axis as it is.
+    ``orientation``: three axis codes such as "LPS", or "file" for each file's own order.
     ``intensity`` has one entry per channel, None where the plans give no foreground intensities.
     """
 
@@ -107,13 +109,11 @@ class PreprocessPlan:
                 )
 
     @classmethod
-    def from_nnunet(
-        cls, plans: Mapping[str, Any], configuration: str, orientation: str | None = None
-    ) -> PreprocessPlan:
+    def from_nnunet(cls, plans: Mapping[str, Any], configuration: str, axis_order: str = "canonical") -> PreprocessPlan:
         """Read nnU-Net ``plans`` (the dict of ``plans.json`` or of a checkpoint's ``init_args``).
 
-        ``orientation`` overrides what the plans' reader implies (three axis codes such as ``"LPS"``): an
-        encoder trained through SimpleITKIO on files stored in another order saw that order.
+        ``axis_order`` "file" keeps each file's own order, as SimpleITKIO and NibabelIO do; nnU-Net's reorienting
+        readers give RAS all the same.
         Raises InputError, naming key and value, for anything whose preprocessing would not equal nnU-Net's.
         """
         resolved = resolve_configuration(plans, configuration)
@@ -140,7 +140,7 @@ class PreprocessPlan:
             use_mask_for_norm=tuple(bool(flag) for flag in _required(resolved, "use_mask_for_norm", where)),
             intensity=tuple(_intensity(properties.get(str(channel)), channel) for channel in range(len(schemes))),
             image_reader_writer=reader,
-            orientation=orientation or _ORIENTATION_OF_READER[reader],
+            orientation="file" if axis_order == "file" and reader in _KEEP_ORDER else _ORIENTATION_OF_READER[reader],
             data_resampling=_resampling(resolved, "data", where),
             mask_resampling=_resampling(resolved, "seg", where),
         )

@@ -1,8 +1,7 @@
 """Every configuration key: its type, its default, its meaning. An unknown key is an error.
 
-``config/paths.yaml`` is what the user edits; this file is what it may contain.
-Relative paths start at the folder of the repository, so a script gives the same result
-from whichever folder it is started.
+The user edits ``config/paths.yaml``; this file lists what it may contain. Relative paths start at the repository's
+folder, whatever the working folder.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from config.errors import InputError
+from config.files import write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = REPOSITORY / "config" / "paths.yaml"
@@ -52,6 +52,12 @@ class Config:
                                 role="run", minimum=0)  # fmt: skip
     # encoder
     nnunet_encoder_checkpoint: str | None = _key(None, "your nnU-Net checkpoint_best.pth", role="path")
+    image_axis_order: Literal["canonical", "file"] = _key(
+        "canonical",
+        "canonical: volumes are turned to LPS; file: they keep the axis order of their file, as nnU-Net's SimpleITKIO "
+        "and NibabelIO read them (for a network that was trained on files of another order)",
+        role="arch",
+    )
     encoder_output_stage: int | None = _key(
         None,
         "encoder stage used (empty: the deepest that still fills the token grid)",
@@ -70,7 +76,10 @@ class Config:
     augment_shift: int = _key(0, "training images are moved in plane by up to so many voxels", role="run", minimum=0)
     augment_rotate: float = _key(0.0, "they are turned in plane by up to so many degrees", role="run", minimum=0)
     augment_noise: float = _key(
-        0.0, "they get Gaussian noise of up to this deviation, in units of the normalised image", role="run", minimum=0
+        0.0,
+        "they get Gaussian noise of up to this standard deviation, in units of the normalised image",
+        role="run",
+        minimum=0,
     )
     # bridge
     bridge_depth: int = _key(2, "Vision-Mamba blocks", role="arch", minimum=1)
@@ -103,6 +112,11 @@ class Config:
             raise InputError(f"configuration key '{key}' is empty: set it in the configuration file")
         return Path(value)
 
+    @property
+    def table_root(self) -> Path | None:
+        """``image_root``: where relative paths of a table start. None stands for the table's own folder."""
+        return Path(self.image_root) if self.image_root else None
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -126,7 +140,7 @@ def yaml_line(key: str, value: Any) -> str:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys in silence; a forgotten duplicate is an error here."""
+    """Refuses a key that stands twice, of which PyYAML keeps the last without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
@@ -155,10 +169,7 @@ def load_config(path: str | Path | None = None, **overrides: Any) -> Config:
         with path.open(encoding="utf-8-sig") as stream:
             loader = _UniqueKeyLoader(stream)
             loader.name = str(path)
-            try:
-                values = loader.get_single_data()
-            finally:
-                loader.dispose()
+            values = loader.get_single_data()
     except yaml.YAMLError as error:
         detail = " ".join(str(error).split())
         raise InputError(
@@ -203,8 +214,8 @@ def build_config(values: dict[str, Any], origin: str) -> Config:
 def resolve_path(raw: str, base: Path, path_map: dict[str, str] | None = None) -> Path:
     """Apply ``path_map`` (longest prefix first, case and slash direction ignored), then ``base``.
 
-    A prefix ends where a folder's name ends: ``d:/ct`` says nothing about ``d:/ct2``. A path that lies in the
-    target already stays: resolving twice gives the same, also where the target begins with the prefix.
+    A prefix ends where a folder's name ends: ``d:/ct`` does not match ``d:/ct2``. A path inside the target stays as it
+    is: resolving twice gives the same, also where the target begins with the prefix.
     """
     unified = raw.strip().replace("\\", "/")
     for prefix, target in sorted((path_map or {}).items(), key=lambda item: -len(item[0])):
@@ -223,13 +234,16 @@ def _inside(path: str, folder: str) -> bool:
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Write every key with its one-line comment; the result can be given to ``--config``."""
+    """Write every key with its one-line comment, atomically; ``--config`` takes the result."""
     lines = ["# The resolved configuration of this run; usable with --config."]
     for name, f in FIELDS.items():
-        text = yaml.safe_dump({name: getattr(config, name)}, allow_unicode=True, default_flow_style=False).strip()
-        lines += [f"# {f.metadata['doc']}", text]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines += [f"# {f.metadata['doc']}", setting_line(name, getattr(config, name))]
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def setting_line(key: str, value: Any) -> str:
+    """``key: value`` as a configuration file takes it; for an empty value ``key: null``."""
+    return yaml.safe_dump({key: value}, allow_unicode=True, default_flow_style=False, width=math.inf).strip()
 
 
 def _checked(key: str, value: Any, origin: str) -> Any:

@@ -80,7 +80,8 @@ class CachedVolume:
     """One preprocessed case, on disk.
 
     ``image``: float32 (C_in, z, y, x); ``mask``: labels (z, y, x) or None; ``lesion_voxels``: int64 (z,),
-    voxels with a label per slice, or None; ``spacing``: (z, y, x) in mm; ``lesions``: of the mask, largest first.
+    voxels with a label per slice, or None; ``spacing``: (z, y, x) in mm; ``lesions``: of the mask, largest first;
+    ``axcodes``: where x, y and z of the volume run to before ``transpose_forward``, such as "LPS".
     """
 
     image: CachedArray
@@ -89,6 +90,12 @@ class CachedVolume:
     spacing: tuple[float, float, float]
     voxel_map: VoxelMap
     lesions: tuple[Lesion, ...] = ()
+    axcodes: str = "LPS"
+
+    @property
+    def first_slice_is_highest(self) -> bool:
+        """Slices run from head to feet."""
+        return "I" in self.axcodes and self.axcodes.index("I") == 2 - self.voxel_map.transpose_forward[0]
 
 
 class VolumeCache:
@@ -159,7 +166,7 @@ class VolumeCache:
     def _prepare(self, entry: Path, image_path: Path, mask_path: Path | None) -> None:
         volume = read_volume(image_path, self.plan.orientation)
         mask = None if mask_path is None else read_mask(mask_path, volume)
-        publish(partial(_write_case, preprocess(volume, self.plan, mask), image_path), entry)
+        publish(partial(_write_case, preprocess(volume, self.plan, mask), image_path, volume.axcodes), entry)
 
     def _replace(self, entry: Path, image_path: Path, mask_path: Path | None, damage: DamagedFile) -> None:
         logger.warning("cache entry %s is damaged (%s); preparing %s again", entry, damage, image_path)
@@ -187,13 +194,14 @@ class VolumeCache:
                 spacing=tuple(meta["spacing"]),
                 voxel_map=VoxelMap.from_dict(meta["voxel_map"]),
                 lesions=tuple(map(Lesion.from_list, meta["lesions"])) if has_mask else (),
+                axcodes=meta.get("axcodes", self.plan.orientation),
             )
         except _UNREADABLE as error:
             raise DamagedFile(f"{type(error).__name__}: {error}") from error
 
 
 def file_digest(path: Path, memory: Path | None = None) -> bytes:
-    """BLAKE2b of a file's content; of a folder, of all the files in it; of a .hdr, of its .img too.
+    """BLAKE2b of a file's content; of a folder, of all the files in it; of a .hdr or .mhd, of its voxel file too.
 
     It is remembered while size and modification time stand: in this process, and in the folder ``memory``
     for the next one, which then need not read every file of a large table to find its entries.
@@ -205,7 +213,7 @@ def file_digest(path: Path, memory: Path | None = None) -> bytes:
             if file.is_file():
                 digest.update(file.name.encode("utf-8") + b"\0" + file_digest(file, memory))
         return digest.digest()
-    parts = [path, path.with_suffix(".img")] if path.suffix.lower() == ".hdr" else [path]
+    parts = files_of(path) if path.suffix.lower() in (".hdr", ".mhd") else [path]
     digests = []
     for part in parts:
         try:
@@ -267,9 +275,10 @@ def discard(entry: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_case(case: Preprocessed, source: Path, folder: Path) -> None:
+def _write_case(case: Preprocessed, source: Path, axcodes: str, folder: Path) -> None:
     arrays = {"image": write_slices(folder / "image.bin", case.image)}
     meta = {"arrays": arrays, "spacing": case.spacing, "voxel_map": case.voxel_map.to_dict(), "source": source.name}
+    meta["axcodes"] = axcodes
     if case.mask is not None:
         arrays["mask"] = write_slices(folder / "mask.bin", case.mask)
         meta["lesion_voxels"] = np.count_nonzero(case.mask, axis=(1, 2)).tolist()

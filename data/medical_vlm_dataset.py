@@ -73,9 +73,7 @@ class MedicalVLMDataset(Dataset):
         """``train``: with the augmentation that the configuration asks for.
 
         Raises: InputError as :func:`read_caption_table`, :func:`read_prompts`, :func:`question_of` do."""
-        rows = read_caption_table(
-            table, image_root=Path(config.image_root) if config.image_root else None, path_map=config.path_map
-        )
+        rows = read_caption_table(table, image_root=config.table_root, path_map=config.path_map)
         prompts = read_prompts(Path(config.caption_prompt_json)) if config.caption_prompt_json else []
         changes = Augmentation(config.augment_shift, config.augment_rotate, config.augment_noise) if train else None
         view_selection = ViewSelection.from_config(config, cache.plan, encoder, changes)

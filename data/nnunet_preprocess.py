@@ -24,7 +24,7 @@ from scipy import ndimage
 
 from config.errors import InputError
 from config.nnunet_plans import Intensity, PreprocessPlan
-from data.imaging.nifti import Volume
+from data.imaging.volume import Volume
 from data.resampling import new_shape, resample_image, resample_labels, separate_axis
 
 _EPSILON = 1e-8  # nnU-Net's guard against a division by zero

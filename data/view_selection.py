@@ -103,6 +103,8 @@ class ViewSelection:
             offset = self.offset_fractions(sizes)[0] * sizes[0]
             ranges = [(round(z - offset), max(round(z - offset + depth), round(z - offset) + 1)) for z in lower]
             position = ((torch.tensor(lower) + depth / 2) / volume.image.shape[1]).clamp(0, 1)
+        if volume.first_slice_is_highest:
+            position = 1 - position
         assigned = zip(lesion_of_each(volume.lesions, ranges), ranges, strict=True)
         roi = torch.tensor([_roi(lesion, span, starts, sizes) for lesion, span in assigned])
         return View(images, position, roi)

@@ -9,28 +9,37 @@ from collections.abc import Callable
 from pathlib import Path
 
 from config.errors import InputError
-from config.schema import Config, load_config
+from config.schema import Config, keys_with_role, load_config
+from config.toy_models import check_toy_models
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+# Where --checkpoint is left out, the first of these that exists.
+CHECKPOINTS = (
+    "vision_bridge_vlm_final.pt",
+    "vision_bridge_vlm_best_val.pt",
+    "vision_bridge_overnight_best.pt",
+    "vision_bridge_best_val.pt",
+    "vision_bridge_final.pt",
+)
 
 
 class Interrupted(Exception):
-    """Ctrl-C or a polite kill, after the state was saved. The message says how to go on."""
+    """SIGINT or SIGTERM, after the state was saved. The message says how to go on."""
 
 
 def force_utf8() -> None:
-    """Chinese reports on a GBK console or into a redirected file: never an encoding crash."""
+    """Write UTF-8, so that no report raises an encoding error on a GBK console or in a redirected file."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run an entry point. Bad input is one line and status 2; a defect keeps its traceback."""
+    """Run an entry point. Bad input gives one line and status 2; any other error keeps its traceback."""
     force_utf8()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("models.selective_scan").setLevel(logging.INFO)  # which backend it is, said once
+    logging.getLogger("models.selective_scan").setLevel(logging.INFO)  # the backend is logged once
     try:
         code = main()
     except InputError as error:
@@ -45,12 +54,22 @@ def run_main(main: Callable[[], int | None]) -> None:
     sys.exit(code or 0)
 
 
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every script that loads the language model."""
+    parser.add_argument("--mamba_model", metavar="NAME", help="hub name or folder; overrides the configuration")
+    parser.add_argument(
+        "--allow_toy_model", action="store_true", help="use the quick start's models with data that is not synthetic"
+    )
+
+
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every script that trains."""
     parser.add_argument("--config", type=Path, help="configuration file (default: config/paths.yaml)")
     parser.add_argument(
         "--output_dir", type=Path, help="where this run writes (default: output_dir of the configuration)"
     )
     parser.add_argument("--seed", type=int, default=42)
+    add_model_flags(parser)
 
 
 def add_training_flags(parser: argparse.ArgumentParser, *, epochs: int, batch_size: int, lr: float) -> None:
@@ -60,7 +79,7 @@ def add_training_flags(parser: argparse.ArgumentParser, *, epochs: int, batch_si
     parser.add_argument("--batch_size", type=positive_int, default=batch_size, help="cases per process and step")
     parser.add_argument("--lr", type=positive_float, default=lr, help="peak learning rate")
     parser.add_argument("--grad_accumulation", type=positive_int, default=1, help="batches per optimizer step")
-    parser.add_argument("--warmup_ratio", type=float, default=0.05, help="share of all steps; cosine decay follows")
+    parser.add_argument("--warmup_ratio", type=float, default=0.05, help="fraction of all steps; cosine decay follows")
     parser.add_argument("--weight_decay", type=float, default=0.05)
     parser.add_argument("--max_grad_norm", type=positive_float, default=1.0)
     parser.add_argument(
@@ -74,9 +93,43 @@ def add_training_flags(parser: argparse.ArgumentParser, *, epochs: int, batch_si
 
 
 def config_from(args: argparse.Namespace, **overrides: object) -> Config:
-    """The configuration with the flags that override it."""
+    """The configuration of a training run, with the flags that override it.
+
+    Raises:
+        InputError: as :func:`load_config`, or a toy model with data that is not synthetic.
+    """
     output_dir = str(args.output_dir.resolve()) if args.output_dir else None
-    return load_config(args.config, output_dir=output_dir, **overrides)
+    config = load_config(args.config, output_dir=output_dir, mamba_model=args.mamba_model, **overrides)
+    check_toy_models(config, (config.caption_csv_train, config.caption_csv_val), args.allow_toy_model)
+    return config
+
+
+def local_config(args: argparse.Namespace, trained: Config) -> Config:
+    """A checkpoint's configuration on this machine: paths and places of --config, and --mamba_model."""
+    changes = {}
+    if args.config:
+        local = load_config(args.config)
+        changes = {key: getattr(local, key) for key in keys_with_role("path") + keys_with_role("place")}
+    if args.mamba_model:
+        changes["mamba_model"] = args.mamba_model
+    return trained.replace(**changes)
+
+
+def find_checkpoint(config_file: Path | None) -> Path:
+    """The checkpoint in the configuration's ``output_dir`` that comes first in :data:`CHECKPOINTS`; it is printed.
+
+    Raises:
+        InputError: there is none.
+    """
+    folder = load_config(config_file).resolved("output_dir")
+    found = next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
+    if found is None:
+        raise InputError(
+            f"no checkpoint in {folder}: name one with --checkpoint FILE, or make one with  python train.py  and "
+            f"python train_vlm.py --vision_checkpoint {folder / 'vision_bridge_best_val.pt'}"
+        )
+    print(f"checkpoint: {found}", flush=True)
+    return found
 
 
 def positive_int(text: str) -> int:

@@ -1,40 +1,162 @@
-"""Pictures of a case for people: the slice that the model sees, in lung window, the lesion outlined."""
+"""Figures of cases, and the contact sheet: the page that shows a person what the model will see.
+
+    OUT/contact_sheet.html     all cases, each with its figure, its report and its problems
+    OUT/contact_sheet.png      the first cases in one figure
+    OUT/cases/train_0002.png   one case: lung window, soft tissue, a coronal view, and the encoder's own input
+
+Figures are in radiological view: the patient's right on the left, marked R and L.
+"""
 
 from __future__ import annotations
 
+import html
+import textwrap
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.imaging.reader import read_mask, read_volume
+from config.files import write_text
+from data.checks.data_check import CheckedImage
+from data.checks.problems import Problem
+from data.imaging.volume import LUNG_WINDOW_HU, SOFT_TISSUE_WINDOW_HU, Volume
 
-LUNG_WINDOW_HU = (-1350, 150)
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_IN_ONE_FIGURE = 12
+_COLOURS = {"error": "#b00020", "warning": "#b26a00", "note": "#666666"}
+_CJK_FONTS = ("Microsoft YaHei", "SimHei", "Noto Sans CJK SC", "Source Han Sans SC", "PingFang SC", "WenQuanYi Zen Hei",
+              "Noto Sans SC", "SimSun", "Droid Sans Fallback")  # fmt: skip
+_STYLE = """body{font:15px/1.5 sans-serif;margin:1.5em;max-width:1300px}img{max-width:100%}
+section{border-top:1px solid #bbb;padding:.8em 0}pre{white-space:pre-wrap;font:inherit;margin:.3em 0}"""
 
 
-def draw_case(image: Path, mask: Path | None, target: Path) -> None:
-    """Write ``target`` (PNG): the axial slice with most lesion, or the middle one, patient's left on the right.
+@dataclass(frozen=True)
+class ModelView:
+    """The encoder's input. ``planes``: (K, H, W); ``grey``: the values shown black and white; ``slices``: their
+    indices in the scan; ``sides``: what lies left and right on a plane."""
 
-    Raises:
-        InputError: the image or the mask cannot be read.
+    planes: np.ndarray
+    grey: tuple[float, float]
+    slices: list[int]
+    sides: tuple[str, str]
+
+
+def draw_case(
+    target: Path, volume: Volume, mask: np.ndarray | None, view: ModelView | None = None, text: str = ""
+) -> None:
+    """Write one case as PNG: the slice of ``view``, or the one with most lesion, or the middle one.
+
+    Args:
+        volume: read as LPS.
+        mask: labels (z, y, x), outlined.
+        text: shown beside the slices.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    volume = read_volume(image)
-    lesion = read_mask(mask, like=volume) if mask else np.zeros(volume.array.shape, np.uint8)
-    area = (lesion > 0).sum((1, 2))
-    index = int(area.argmax()) if area.any() else len(area) // 2
-    height_mm, width_mm = (n * s for n, s in zip(volume.array.shape[1:], volume.spacing[1:], strict=True))
-    figure, axes = plt.subplots(figsize=(4, 4 * height_mm / width_mm), dpi=130)
-    axes.set_position((0, 0, 1, 1))
-    low, high = LUNG_WINDOW_HU
-    axes.imshow(volume.array[index], cmap="gray", vmin=low, vmax=high)
-    axes.set_aspect(volume.spacing[1] / volume.spacing[2])
-    if area.any():
-        axes.contour(lesion[index] > 0, [0.5], colors="red", linewidths=0.6)
-    axes.axis("off")
+    array, (dz, dy, dx) = volume.array, volume.spacing
+    lesion = np.zeros(array.shape, bool) if mask is None else mask > 0
+    area = lesion.sum(axis=(1, 2))
+    index = view.slices[len(view.slices) // 2] if view else int(area.argmax()) if area.any() else len(area) // 2
+    row = int(np.nonzero(lesion)[1].mean()) if area.any() else array.shape[1] // 2
+    planes = list(view.planes[:2]) if view else []
+    panels = 3 + len(planes) + bool(text)
+    figure = Figure(figsize=(3 * panels, 3.2), dpi=80, layout="constrained")
+    axes = figure.subplots(1, panels)
+    for axis, window, name in ((axes[0], LUNG_WINDOW_HU, "lung"), (axes[1], SOFT_TISSUE_WINDOW_HU, "soft tissue")):
+        _show(axis, array[index], window, f"{name}, slice {index + 1}/{len(array)}", dy / dx)
+        if area[index]:
+            axis.contour(lesion[index], [0.5], colors="red", linewidths=0.8)
+    _show(axes[2], array[::-1, row], LUNG_WINDOW_HU, "coronal, head up", dz / dx)
+    axes[2].axhline(len(array) - 1 - index, color="yellow", linewidth=0.6)
+    for axis, plane in zip(axes[3:], planes, strict=False):
+        _show(axis, plane, view.grey, "the encoder's input", 1.0, view.sides)
+    if text:
+        _write(axes[-1], text)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target)
-    plt.close(figure)
+
+
+def cjk_font() -> str | None:
+    """A font of this machine that has Chinese characters."""
+    from matplotlib import font_manager
+
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return next((name for name in _CJK_FONTS if name in installed), None)
+
+
+def write_sheet(cases: list[tuple[CheckedImage, str, Path | None]], problems: list[Problem], out: Path) -> Path:
+    """Write the page, and the first cases in one figure; ``cases``: check, table, figure. Returns the page."""
+    by_row: dict[tuple[str, int], list[Problem]] = defaultdict(list)
+    for problem in problems:
+        by_row[problem.table, problem.row].append(problem)
+    general = [problem for problem in problems if problem.row == 0]
+    parts = [f"<!doctype html><meta charset='utf-8'><title>Contact sheet</title><style>{_STYLE}</style>"]
+    parts += ["<h1>Contact sheet</h1>", _listed(general)]
+    for checked, table, figure in cases:
+        row = checked.row
+        shown = f"<img loading='lazy' src='{figure.relative_to(out).as_posix()}'>" if figure else ""
+        parts.append(
+            f"<section><h3>{table}, row {row.number}: {html.escape(str(row.image_path))}</h3>"
+            f"{html.escape(_facts(checked))}{_listed(by_row[table, row.number])}{shown}"
+            f"<pre><b>{html.escape(row.question)}</b></pre><pre>{html.escape(row.answer)}</pre></section>"
+        )
+    page = out / "contact_sheet.html"
+    write_text(page, "\n".join(parts))
+    figures = [figure for _, _, figure in cases if figure][:_IN_ONE_FIGURE]
+    if figures:
+        _stack(figures, out / "contact_sheet.png")
+    return page
+
+
+def _show(
+    axis: Axes, plane: np.ndarray, grey: tuple[float, float], title: str, aspect: float,
+    sides: tuple[str, str] = ("R", "L"),
+) -> None:  # fmt: skip
+    axis.imshow(plane, cmap="gray", vmin=grey[0], vmax=grey[1], aspect=aspect)
+    axis.set_title(title, fontsize=8, pad=2)
+    for place, side, align in ((0.02, sides[0], "left"), (0.98, sides[1], "right")):
+        axis.text(place, 0.5, side, color="yellow", fontsize=9, ha=align, va="center", transform=axis.transAxes)
+    axis.axis("off")
+
+
+def _write(axis: Axes, text: str) -> None:
+    """A wrapped text; lines in Chinese only where a font has the characters."""
+    font = cjk_font()
+    parts = text[:500].split("\n")
+    if font is None:
+        hidden = "(no Chinese font on this machine: see the page)"
+        parts = [hidden if any(ord(character) > 0x2E7F for character in part) else part for part in parts]
+    lines = [line for part in parts for line in (textwrap.wrap(part, 24 if font else 40) or [""])]
+    axis.text(0, 1, "\n".join(lines[:18]).replace("$", r"\$"), va="top", fontsize=8, family=font or "sans-serif")
+    axis.axis("off")
+
+
+def _facts(checked: CheckedImage) -> str:
+    if checked.header is None:
+        return ""
+    z, y, x = checked.header.extent_mm
+    shape = " x ".join(map(str, checked.header.shape))
+    return f"{shape} voxels, {x:.0f} x {y:.0f} x {z:.0f} mm, stored as {checked.header.axcodes}"
+
+
+def _stack(figures: list[Path], target: Path) -> None:
+    """Figures one below the other, padded with white to one width."""
+    from matplotlib import image
+
+    strips = [image.imread(figure)[..., :3] for figure in figures]
+    width = max(strip.shape[1] for strip in strips)
+    padded = [np.pad(s, ((0, 6), (0, width - s.shape[1]), (0, 0)), constant_values=1) for s in strips]
+    image.imsave(target, np.concatenate(padded))
+
+
+def _listed(problems: list[Problem]) -> str:
+    lines = "".join(
+        f"<li style='color:{_COLOURS[problem.level]}'>{problem.level}: {html.escape(problem.problem)}"
+        f"{'; ' if problem.remedy else ''}{html.escape(problem.remedy)}</li>"
+        for problem in problems
+    )
+    return f"<ul>{lines}</ul>" if lines else ""

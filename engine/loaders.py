@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -33,13 +32,13 @@ def load_encoder(config: Config) -> tuple[NnUNetEncoder, PreprocessPlan]:
         target_spatial=config.encoder_target_spatial,
         planes=config.slices,
     )
-    return encoder, PreprocessPlan.from_nnunet(source.plans, source.configuration)
+    return encoder, PreprocessPlan.from_nnunet(source.plans, source.configuration, config.image_axis_order)
 
 
 def load_plan(config: Config) -> PreprocessPlan:
     """The plan alone, for what prepares data. Raises InputError as :func:`load_encoder` does."""
     source = load_nnunet_checkpoint(config.resolved("nnunet_encoder_checkpoint"))
-    return PreprocessPlan.from_nnunet(source.plans, source.configuration)
+    return PreprocessPlan.from_nnunet(source.plans, source.configuration, config.image_axis_order)
 
 
 def build_loaders(
@@ -88,6 +87,7 @@ def check_tables(config: Config) -> None:
     Raises:
         InputError: as :func:`read_caption_table` and :func:`quick_check` do.
     """
-    root = Path(config.image_root) if config.image_root else None
     keys = ("caption_csv_train", "caption_csv_val")
-    quick_check(*(read_caption_table(config.resolved(k), image_root=root, path_map=config.path_map) for k in keys))
+    quick_check(
+        *(read_caption_table(config.resolved(k), image_root=config.table_root, path_map=config.path_map) for k in keys)
+    )

@@ -1,10 +1,10 @@
-"""Fill the cache: every volume of a table, in parallel, each once.
+"""Fill the cache: every volume of the tables, in parallel, each once.
 
-    threads     before training: a table of some hundred cases, most of them there; the first bad file ends it
+    threads     before training: some hundred cases, most of them cached; the first bad file stops the run
     processes   scripts/prepare_data.py: any number of cases; every bad file is reported, none stops the others
 
-What is there is skipped, so a run that was stopped goes on where it was; entries appear whole or not at all
-(:mod:`data.cache`), so processes and machines may share a cache, or fill one each and have the folders merged.
+Cached volumes are skipped, so a stopped run continues where it was. Entries are written atomically
+(:mod:`data.cache`), so processes and machines may share a cache, or fill one each, to be merged by copying.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -26,35 +26,64 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from config.errors import InputError
+from config.schema import Config
 from data.cache import VolumeCache
-from data.tables.caption_table import CaptionRow
+from data.tables.caption_table import CaptionRow, scan_caption_table
 from engine.cli import force_utf8
 
 PREPARING_THREADS = 4  # at most, in a process that goes on to train
-WORKER_BYTES = 2 * 2**30  # a volume of 512 x 512 x 300 takes 1.3 GB while it is prepared; there are longer ones
+WORKER_BYTES = 2 * 2**30  # of a worker; a volume of 512 x 512 x 300 takes 1.3 GB, and there are longer ones
 
 Files = tuple[Path, Path | None]  # image, mask
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one case. ``error``: one line, or empty; ``prepared``: False where it was there before."""
+    """The result of one case. ``error``: one line, or empty; ``prepared``: False where it was cached before."""
 
     files: Files
     prepared: bool = False
     error: str = ""
 
 
+@dataclass
+class Work:
+    """The files to prepare, where each is named (``table, row N``), and how many rows cannot be used at all."""
+
+    files: list[Files] = field(default_factory=list)
+    named_in: dict[Files, str] = field(default_factory=dict)
+    unusable_rows: int = 0
+
+
+def read_work(tables: Iterable[Path], config: Config) -> Work:
+    """Every table read to its end; a row that cannot be used is printed.
+
+    Raises:
+        InputError: a table cannot be read at all.
+    """
+    work = Work()
+    for table in tables:
+        scan = scan_caption_table(table, image_root=config.table_root, path_map=config.path_map)
+        for problem in scan.problems:
+            if problem.fatal:
+                work.unusable_rows += 1
+                print(f"error: {table}, {problem}", flush=True)
+        for row in scan.rows:
+            work.named_in.setdefault((row.image_path, row.mask_path), f"{table}, row {row.number}")
+    work.files = sorted(work.named_in, key=str)
+    return work
+
+
 def unique_files(rows: Sequence[CaptionRow]) -> list[Files]:
-    """Each pair of image and mask once, in an order that every machine agrees on."""
+    """Each pair of image and mask once, in the same order on every machine."""
     return sorted({(row.image_path, row.mask_path) for row in rows}, key=str)
 
 
 def fill_cache(cache: VolumeCache, rows: Sequence[CaptionRow], threads: int | None = None) -> None:
-    """Preprocess what is not cached yet, so that a broken file stops the run now and not at midnight.
+    """Preprocess what is not cached yet, so that a broken file stops the run before its first step.
 
-    Unpacking, resampling and compression release the interpreter lock, so threads are enough; each volume then
-    has one thread of the matrix library, which is faster than all threads on every volume in turn.
+    Unpacking, resampling and compression release the interpreter lock, so threads are enough. Each volume has one
+    thread of the matrix library, which is faster than all threads on one volume after the other.
     """
     files = unique_files(rows)
     threads = threads or min(os.cpu_count() or 1, PREPARING_THREADS)
@@ -66,25 +95,25 @@ def fill_cache(cache: VolumeCache, rows: Sequence[CaptionRow], threads: int | No
                 job.result()
                 bar.update()
             bar.close()
-        except BaseException:  # Ctrl-C too: what has not begun is left alone
+        except BaseException:  # Ctrl-C too: no further case is started
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
 def default_workers() -> int:
-    """As many processes as there are cores, and as fit into the memory that is free."""
+    """As many processes as there are cores, and as fit into free memory."""
     return max(1, min(os.cpu_count() or 1, psutil.virtual_memory().available // WORKER_BYTES))
 
 
 def prepare_all(cache: VolumeCache, files: Sequence[Files], workers: int, *, verify: bool = False) -> Iterator[Outcome]:
-    """Yield the outcome of every case as it is done, in whatever order.
+    """Yield the outcome of each case as it is done, in any order.
 
-    ``workers`` volumes are in memory at once, never more. Closing the iterator, or Ctrl-C, lets those in hand be
-    finished and begins no other.
+    At most ``workers`` volumes are in memory at once. Closing the iterator, or Ctrl-C, finishes the current cases and
+    starts no other.
 
     Raises:
-        InputError: a worker was killed from outside, which is what systems do when memory runs out, or the cache
-            cannot be written. What was prepared stays.
+        InputError: a worker was killed from outside, usually because memory ran out, or the cache cannot be written.
+            Prepared volumes stay.
     """
     waiting = iter(files)
     context = multiprocessing.get_context("spawn")  # as on Windows, and a fork would copy the parent's threads
@@ -93,7 +122,7 @@ def prepare_all(cache: VolumeCache, files: Sequence[Files], workers: int, *, ver
         try:
             for pair in waiting:
                 running.add(pool.submit(_prepare_one, cache, pair, verify))
-                if len(running) >= 2 * workers:  # one in hand and one ready for each
+                if len(running) >= 2 * workers:  # one in work and one queued for each
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     yield from (job.result() for job in done)
             while running:
@@ -116,13 +145,13 @@ def _prepare_one(cache: VolumeCache, files: Files, verify: bool) -> Outcome:
     except MemoryError:
         return Outcome(files, error=f"{files[0]}: not enough memory to prepare it; use fewer --workers")
     except OSError as error:  # the readers report theirs as InputError
-        raise InputError(f"cannot write the cache {cache.root}: {error}; mend that and run the same command") from error
+        raise InputError(f"cannot write the cache {cache.root}: {error}; fix that and run the same command") from error
 
 
 def _begin_worker() -> None:
-    """Ctrl-C is the parent's to handle, and a parent that is killed takes its workers along.
+    """The parent handles Ctrl-C, and a worker ends when its parent is killed.
 
-    A worker waits for its next case on a pipe that it holds both ends of: without the watch it would wait forever.
+    A worker waits for its next case on a pipe of which it holds both ends: without the watch it would wait forever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     force_utf8()

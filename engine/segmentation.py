@@ -129,7 +129,7 @@ def open_cache(config: Config, plan: PreprocessPlan) -> VolumeCache | SegmentedC
             "nnunet_encoder_checkpoint to the file that was trained with"
         )
     source = load_nnunet_checkpoint(path)
-    if PreprocessPlan.from_nnunet(source.plans, source.configuration) != plan:
+    if PreprocessPlan.from_nnunet(source.plans, source.configuration, config.image_axis_order) != plan:
         raise InputError(
             f"{path} has another plan than the model was trained with; set nnunet_encoder_checkpoint to the file that "
             "was trained with"

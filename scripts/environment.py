@@ -1,6 +1,6 @@
 """The project's own virtual environment: made and filled on first use, with nothing but Python.
 
-Only the standard library here: this runs before anything is installed.
+Only the standard library is imported: this runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 VENV = REPOSITORY / ".venv"
 REQUIREMENTS = REPOSITORY / "requirements.txt"
 STAMP = VENV / "installed-requirements.txt"  # hash of the requirements that the environment holds
-OLDEST_PYTHON = (3, 11)
 
 
 def python_of(venv: Path) -> Path:
@@ -29,18 +28,18 @@ def ensure_environment() -> Path:
     is: set ``MAMBA_CT_PYTHON=current``.
     """
     if os.environ.get("MAMBA_CT_PYTHON") == "current":
+        refuse_old_python()
         return Path(sys.executable)
     python = python_of(VENV)
     wanted = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
     held = STAMP.read_text(encoding="utf-8").strip() if STAMP.is_file() else None
-    # It is started to see: a moved folder or a removed base Python leaves an interpreter that cannot run.
+    # It is started, because a moved folder or a removed base Python leaves an interpreter that cannot run.
     if held == wanted and succeeds([str(python), "-c", ""]):
         return python
-    if sys.version_info < OLDEST_PYTHON:
-        stop(f"Python {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} or newer is needed, this is {sys.version.split()[0]}")
+    refuse_old_python()
     print(f"installing the requirements into {VENV} (once; a few minutes)", flush=True)
-    STAMP.unlink(missing_ok=True)  # an installation that breaks off must not pass for the old one
-    # Without its pip it was left half-made: by an interruption, or by a Debian without python3-venv.
+    STAMP.unlink(missing_ok=True)  # an interrupted installation must not pass for the old one
+    # Without pip it is half-made: after an interruption, or on a Debian without python3-venv.
     if not succeeds([str(python), "-m", "pip", "--version"]):
         run(
             [sys.executable, "-m", "venv", str(VENV)],
@@ -54,8 +53,14 @@ def ensure_environment() -> Path:
     return python
 
 
+def refuse_old_python() -> None:
+    """Exit with one line and status 2 where this Python is too old."""
+    sys.path.insert(0, str(REPOSITORY))
+    import config  # noqa: F401  (checks the version)
+
+
 def succeeds(command: list[str]) -> bool:
-    """Whether a program starts and ends well; what it prints is not shown."""
+    """Whether a program runs and exits with status 0; its output is not shown."""
     try:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
     except OSError:  # absent, not executable, or for another machine
@@ -74,10 +79,10 @@ def stop(message: str) -> None:
 
 
 def call_patiently(command: list[str], **options: object) -> int:
-    """Run a program that saves its state on Ctrl-C, and wait until it has; returns its status.
+    """Run a program that saves its state on Ctrl-C, wait for it, and return its status.
 
-    ``subprocess.run`` kills its child a quarter of a second after Ctrl-C. The console sends Ctrl-C to the child
-    as well, so there is nothing to do here but wait.
+    ``subprocess.run`` kills its child a quarter of a second after Ctrl-C. The console sends Ctrl-C to the child as
+    well, so waiting is enough.
     """
     child = subprocess.Popen(command, **options)
     while True:
@@ -88,7 +93,7 @@ def call_patiently(command: list[str], **options: object) -> int:
 
 
 def run_inside(script: Path) -> None:
-    """Run ``script`` with this process's arguments inside the environment and leave with its status."""
+    """Run ``script`` with this process's arguments inside the environment and exit with its status."""
     python = ensure_environment()
     environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "MAMBA_CT_INSIDE": "1"}
     sys.exit(call_patiently([str(python), str(script), *sys.argv[1:]], env=environment))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-from engine.cli import positive_int, run_main
+from engine.cli import add_model_flags, positive_int, run_main
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,6 +47,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--language", choices=("auto", "zh", "en"), default="auto", help="of the reports")
     parser.add_argument("--seed", type=int, default=42)
+    add_model_flags(parser)
     return parser.parse_args()
 
 

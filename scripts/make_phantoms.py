@@ -23,6 +23,7 @@ import numpy as np
 from rich.progress import Progress
 
 from config.errors import InputError
+from data.imaging.volume import LUNG_WINDOW_HU, SOFT_TISSUE_WINDOW_HU
 from data.phantom.dataset import DatasetPaths, make_dataset
 from data.phantom.finding import FINDING_TYPES
 
@@ -40,10 +41,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
     parser.add_argument("--contact_sheet", action="store_true", help="also write contact_sheet.png into --out")
     return parser.parse_args(argv)
-
-
-# Lower and upper HU shown.
-WINDOWS = {"lung": (-1350, 150), "mediastinum": (-160, 240)}
 
 
 def write_contact_sheet(paths: DatasetPaths) -> Path:
@@ -72,7 +69,7 @@ def write_contact_sheet(paths: DatasetPaths) -> Path:
 
 
 def _show(axes: np.ndarray, image: np.ndarray) -> None:
-    for axis, (low, high) in zip(axes, WINDOWS.values(), strict=True):
+    for axis, (low, high) in zip(axes, (LUNG_WINDOW_HU, SOFT_TISSUE_WINDOW_HU), strict=True):
         axis.imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="bilinear")
 
 

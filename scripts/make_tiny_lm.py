@@ -25,6 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
+from config.toy_models import STAMP
 from data.phantom.finding import LESION_TYPES, SIDES, ZONES, Finding
 from data.phantom.lesions import SIZE_RANGE
 from data.phantom.report import finding_keys, wording, write_report
@@ -118,6 +119,7 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) ->
         bos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=True,
+        **{STAMP: True},
     )
     return MambaForCausalLM(config)
 

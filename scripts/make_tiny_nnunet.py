@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config.nnunet_plans import PreprocessPlan
+from config.toy_models import STAMP
 from data.cache import VolumeCache
-from data.imaging.nifti import read_mask, read_volume
+from data.imaging.reader import read_mask, read_volume
 from data.phantom.finding import FINDING_TYPES
 from data.tables.caption_table import CaptionRow, read_caption_table
 from data.view_selection import centred
@@ -123,6 +124,8 @@ def make_plans(intensity: dict[str, float], spacing: float, features: list[int])
         "resampling_fn_seg": "resample_data_or_seg_to_shape",
         "resampling_fn_data_kwargs": {"is_seg": False, **resampling},
         "resampling_fn_seg_kwargs": {"is_seg": True, **resampling, "order": 1},
+        "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+        "resampling_fn_probabilities_kwargs": {"is_seg": False, **resampling, "order": 1},
         "architecture": architecture,
     }
     return {
@@ -163,7 +166,7 @@ def lesion_crops(images: Tensor, labels: Tensor, rng: np.random.Generator) -> tu
             centre = rng.integers(PATCH, size=2)
         corner = np.clip(centre - CROP // 2 + rng.integers(-CROP // 4, CROP // 4, size=2), 0, PATCH - CROP)
         window = tuple(slice(int(c), int(c) + CROP) for c in corner)
-        cut_images.append(image[:, *window])
+        cut_images.append(image[:, window[0], window[1]])
         cut_labels.append(label[window])
     return torch.stack(cut_images), torch.stack(cut_labels)
 
@@ -221,6 +224,7 @@ def main() -> None:
         "labels": {"background": 0, **{name: value for value, name in enumerate(FINDING_TYPES) if value}},
         "numTraining": len(rows),
         "file_ending": ".nii.gz",
+        STAMP: True,
     }
     cache = VolumeCache(args.cache_dir or args.out.parent / "cache", PreprocessPlan.from_nnunet(plans, "2d"))
     fill_cache(cache, rows)

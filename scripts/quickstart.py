@@ -2,14 +2,15 @@
 
     python scripts/quickstart.py [--out outputs/quickstart] [--seed 42] [--fresh]
 
-Makes .venv and installs the requirements on first use. Then it runs the real scripts, one after the other, on
-OUT/paths.yaml, which stays there for any of them: phantoms, a small nnU-Net, a tiny Mamba, train.py,
-train_vlm.py, reports for held-out cases. A finished step is not repeated; --fresh repeats all.
+On first use .venv is made and the requirements are installed. Then the real scripts run one after the other on
+OUT/paths.yaml: phantoms, a small nnU-Net, a tiny Mamba, train.py, train_vlm.py, the report card of held-out cases.
+A finished step is not repeated; --fresh repeats all.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import sys
@@ -17,10 +18,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import environment
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-HELD_OUT = 120
-SHOWN = 3
+import environment
+from config.files import write_text  # nothing but the standard library: .venv may not be installed yet
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def write_paths_yaml(out: Path) -> Path:
-    """The configuration of the quick start, for its own steps and for whoever goes on from it."""
+    """Write the configuration of the quick start, which any script can take with ``--config``."""
     out_posix = out.as_posix()
     text = f"""# Written by scripts/quickstart.py; every key is explained in config/paths.yaml.
 caption_csv_train: {out_posix}/data/train.csv
@@ -59,124 +60,116 @@ bridge_depth: 1
 bridge_width: 192
 max_visual_tokens: 16
 """
-    path = out / "paths.yaml"
-    path.write_text(text, encoding="utf-8")
-    return path
+    write_text(out / "paths.yaml", text)
+    return out / "paths.yaml"
 
 
 def plan(out: Path, config: Path, seed: int) -> list[Step]:
-    train_cases, val_cases = 1600, 64
-    seg_steps, lm_steps = 1800, 300
-    align_epochs, caption_epochs, batch = 2, 10, 16
-    per_epoch = -(-train_cases // batch)
-    data, s = str(out / "data"), str(seed)
-    return [
-        Step("phantoms", "synthetic chest CTs with reports",
-             ["scripts/make_phantoms.py", "--out", data, "--n_train", str(train_cases), "--n_val", str(val_cases),
-              "--n_test", str(HELD_OUT), "--max_findings", "1", "--seed", s]),
-        Step("segmentation", "a small nnU-Net for lesions",
-             ["scripts/make_tiny_nnunet.py", "--data", data, "--out", str(out / "nnunet"), "--steps", str(seg_steps),
-              "--seed", s], seg_steps),
-        Step("language_model", "a tiny Mamba that writes reports",
-             ["scripts/make_tiny_lm.py", "--out", str(out / "mamba_lm"), "--steps", str(lm_steps),
-              "--seed", s], lm_steps),
-        Step("stage1", "Stage 1: vision and bridge",
-             ["train.py", "--config", str(config), "--objective", "align", "--epochs", str(align_epochs),
-              "--batch_size", str(batch), "--lr", "4e-3", "--seed", s, "--resume", "auto"], per_epoch * align_epochs),
-        Step("stage2", "Stage 2: through the frozen language model",
-             ["train_vlm.py", "--config", str(config), "--vision_checkpoint", str(out / "vision_bridge_best_val.pt"),
-              "--epochs", str(caption_epochs), "--batch_size", str(batch), "--lr", "6e-3", "--seed", s],
-             per_epoch * caption_epochs),
-        Step("scores", "reports for held-out cases",
-             ["scripts/score_phantoms.py", "--checkpoint", str(out / "vision_bridge_vlm_final.pt"), "--data", data,
-              "--out", str(out / "scores.json"), "--seed", s]),
+    """The chain: about 1800 + 300 + 200 + 1000 optimizer steps."""
+    cases, batch, seg_steps, lm_steps, align_epochs, caption_epochs = 1600, 16, 1800, 300, 2, 10
+    per_epoch = cases // batch
+    stage = ["--config", config, "--batch_size", batch]
+    chain = [
+        ("phantoms", "synthetic chest CTs with reports", 0,
+         ["scripts/make_phantoms.py", "--out", out / "data", "--n_train", cases, "--n_val", 64, "--n_test", 120,
+          "--max_findings", 1]),
+        ("segmentation", "a small nnU-Net for lesions", seg_steps,
+         ["scripts/make_tiny_nnunet.py", "--data", out / "data", "--out", out / "nnunet", "--steps", seg_steps]),
+        ("language_model", "a tiny Mamba that writes reports", lm_steps,
+         ["scripts/make_tiny_lm.py", "--out", out / "mamba_lm", "--steps", lm_steps]),
+        ("stage1", "Stage 1: vision and bridge", per_epoch * align_epochs,
+         ["train.py", *stage, "--objective", "align", "--epochs", align_epochs, "--lr", "4e-3", "--resume", "auto"]),
+        ("stage2", "Stage 2: through the frozen language model", per_epoch * caption_epochs,
+         ["train_vlm.py", *stage, "--vision_checkpoint", out / "vision_bridge_best_val.pt", "--epochs", caption_epochs,
+          "--lr", "6e-3"]),
+        ("scores", "reports for held-out cases, and their report card", 0,
+         ["scripts/evaluate_reports.py", "--checkpoint", out / "vision_bridge_vlm_final.pt", "--csv",
+          out / "data" / "test.csv", "--out", out / "card", "--maps", 0, "--pointing_cases", 0, "--same_finding",
+          "miliary=tree_in_bud", "--max_new_tokens", 120]),
     ]  # fmt: skip
+    return [
+        Step(name, title, [*map(str, command), "--seed", str(seed)], steps) for name, title, steps, command in chain
+    ]
 
 
-def done_before(step: Step, out: Path) -> float | None:
-    """The seconds that the step took when it finished with this very command; None if it has not."""
+def run_step(step: Step, out: Path, repeat: bool = False) -> tuple[float, bool]:
+    """Run one script unless it has finished with this very command. A failing one ends the quick start.
+    Returns the seconds that it took, and whether it ran now."""
     done = out / "done" / f"{step.name}.json"
-    if not done.is_file():
-        return None
-    record = json.loads(done.read_text(encoding="utf-8"))
-    return record["seconds"] if record["command"] == step.command else None
-
-
-def run_step(step: Step, out: Path) -> float:
-    """Run one script; returns its seconds. A failing one ends the quick start with its status."""
-    done = out / "done" / f"{step.name}.json"
+    record = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
+    if not repeat and record.get("command") == step.command:
+        print(f"{step.title}: done before ({record['seconds']:.0f} s)", flush=True)
+        return record["seconds"], False
+    print(step.title, flush=True)
     done.unlink(missing_ok=True)
     start = time.perf_counter()
-    code = environment.call_patiently([sys.executable, *step.command], cwd=environment.REPOSITORY)
-    if code != 0:
-        print(
-            f"error: step '{step.name}' failed with status {code}; the same command goes on from here", file=sys.stderr
-        )
+    if code := environment.call_patiently([sys.executable, *step.command], cwd=environment.REPOSITORY):
+        problem = f"step '{step.name}' failed with status {code}; the same command goes on from here"
+        print(f"error: {problem}", file=sys.stderr)
         sys.exit(code)
     seconds = time.perf_counter() - start
-    done.parent.mkdir(parents=True, exist_ok=True)
-    done.write_text(json.dumps({"command": step.command, "seconds": seconds}), encoding="utf-8")
-    return seconds
+    write_text(done, json.dumps({"command": step.command, "seconds": seconds}))
+    return seconds, True
 
 
 def summarise(out: Path, steps: list[Step], seconds: dict[str, float], seed: int) -> dict:
-    """Write OUT/summary.json; every score is the one that score_phantoms.py measured."""
-    scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
-    cases = scores.pop("cases")
+    """Write OUT/summary.json, and OUT/scores.json with every generated report too; the scores are the report card's."""
+    card = json.loads((out / "card" / "report_card.json").read_text(encoding="utf-8"))["whole_reports"]
+    own, shuffled = (
+        {name: score["value"] for name, score in card[condition].items()} | {"n": card[condition]["garbled_rate"]["n"]}
+        for condition in ("own", "shuffled")
+    )
     summary = {
-        **scores,
+        **own,
+        "shuffled_images": shuffled,
         "seed": seed,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "seconds_total": round(sum(seconds.values()), 1),
         "seconds_per_step": {s.name: round(seconds[s.name] / s.steps, 4) for s in steps if s.steps},
     }
-    (out / "summary.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
+    with (out / "card" / "reports.csv").open(encoding="utf-8-sig", newline="") as stream:
+        cases = list(csv.DictReader(stream))
+    write_text(out / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1))
+    write_text(out / "scores.json", json.dumps({**summary, "cases": cases}, ensure_ascii=False, indent=1))
     return {**summary, "cases": cases}
 
 
-def show(out: Path, summary: dict) -> None:
-    """Three held-out cases as a table, with a picture of the slice that the model saw."""
+def show(out: Path, summary: dict, number: int = 3) -> None:
+    """Print some held-out cases as a table, each with a figure of the slice that the model was shown."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
+    from data.imaging.reader import read_mask, read_volume
     from engine.figures import draw_case
 
-    table = Table(title="held-out cases", show_lines=True)
-    for heading in ("picture", "reference", "generated"):
-        table.add_column(heading, overflow="fold")  # Chinese has no spaces to break at
+    # Chinese has no spaces to break lines at.
+    columns = [Column(heading, overflow="fold") for heading in ("figure", "reference", "generated")]
+    table = Table(*columns, title="held-out cases", show_lines=True)
     # Spread over the split, so that they are not all of one kind; not chosen by how good they are.
-    cases = summary["cases"][:: max(1, len(summary["cases"]) // SHOWN)][:SHOWN]
-    for number, case in enumerate(cases):
-        picture = out / f"held_out_{number}.png"
-        draw_case(Path(case["image"]), Path(case["mask"]), picture)
-        table.add_row(str(picture), case["reference"], case["generated"])
+    cases = summary["cases"][:: max(1, len(summary["cases"]) // number)][:number]
+    for index, case in enumerate(cases):
+        volume, figure = read_volume(case["image_path"]), out / f"held_out_{index}.png"
+        draw_case(figure, volume, read_mask(out / "data" / "masks" / volume.path.name, volume))
+        table.add_row(str(figure), case["reference"], case["generated"])
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     keys = ("location_acc", "type_acc", "size_within_4mm", "exact_acc", "garbled_rate")
     for name, scores in (("own image", summary), ("shuffled images", summary["shuffled_images"])):
         print(f"{name:>16}: " + "  ".join(f"{key} {scores[key]:.3f}" for key in keys) + f"  (n {scores['n']})")
-    print(
-        f"{summary['seconds_total']:.0f} s in all; {out / 'summary.json'}; go on with --config {out / 'paths.yaml'}",
-        flush=True,
-    )
+    print(f"{summary['seconds_total']:.0f} s in all; {out / 'summary.json'}; report card: {out / 'card'}; "
+          f"go on with --config {out / 'paths.yaml'}", flush=True)  # fmt: skip
 
 
 def main() -> None:
-    sys.path.insert(0, str(environment.REPOSITORY))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")
     args = parse_args()
     out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
     steps = plan(out, write_paths_yaml(out), args.seed)
     seconds: dict[str, float] = {}
     repeat = args.fresh
     for number, step in enumerate(steps, start=1):
-        before = None if repeat else done_before(step, out)
-        print(
-            f"[{number}/{len(steps)}] {step.title}" + (f": done before ({before:.0f} s)" if before else ""), flush=True
-        )
-        repeat = before is None  # what follows a step that ran anew builds on its new result
-        seconds[step.name] = run_step(step, out) if before is None else before
+        print(f"[{number}/{len(steps)}] ", end="")
+        seconds[step.name], repeat = run_step(step, out, repeat)  # the steps after one that ran use its new result
     show(out, summarise(out, steps, seconds, args.seed))
 
 
@@ -184,5 +177,5 @@ if __name__ == "__main__":
     if os.environ.get("MAMBA_CT_INSIDE") == "1":
         main()
     else:
-        parse_args()  # a wrong flag is told before anything is installed
+        parse_args()  # a wrong flag is reported before anything is installed
         environment.run_inside(Path(__file__).resolve())

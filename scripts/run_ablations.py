@@ -1,10 +1,10 @@
-"""Which choices matter: the baseline with one thing changed at a time, equal steps, scored on held-out phantoms.
+"""Ablations: the baseline with one choice changed at a time, equal steps, scored on held-out synthetic cases.
 
     python scripts/quickstart.py
     python scripts/run_ablations.py --base outputs/quickstart/paths.yaml --data outputs/quickstart/data
 
-Writes OUT/ablations.md and OUT/ablations.json after each variant, a folder for each variant and seed, and goes on where
-it was stopped.
+Every variant is trained with the same number of optimizer steps, cases and seeds. OUT/ablations.md, OUT/ablations.json
+and a folder for each variant and seed are written; started again, the script goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -14,17 +14,26 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-from config.errors import InputError
-from config.schema import REPOSITORY, Config, load_config, write_config
-from data.phantom.dataset import load_cases
-from engine.cli import positive_float, positive_int, run_main
-from engine.evaluation.ablation import BASELINE, Outcome, Variant, markdown, read_losses, score_cases, variants
+import torch
 
-RANDOM_ENCODER = "random_encoder.pth"
+from config.errors import InputError
+from config.files import write_text
+from config.schema import REPOSITORY, Config, load_config, write_config
+from engine.cli import positive_float, positive_int, run_main
+from models.nnunet.checkpoint import load_nnunet_checkpoint, save_nnunet_checkpoint
+from models.nnunet.unet import SegmentationUNet
+from models.vim_bridge import grid_side
+
+BASELINE = "baseline"
+STAGE1 = "align"  # the baseline's start of Stage 2
+COLUMNS = ("exact_acc", "location_acc", "type_acc", "size_within_4mm")  # scores of a report card
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,119 +52,163 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@dataclass(frozen=True)
+class Variant:
+    """One change against the baseline: of configuration keys, of the start of Stage 2 ("scratch" gives Stage 2 the
+    epochs of both stages), of Stage-2 flags, or to an nnU-Net with random weights."""
+
+    axis: str
+    name: str
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    start: str = STAGE1
+    flags: tuple[str, ...] = ()
+    random_encoder: bool = False
+
+
+def variants(base: Config) -> list[Variant]:
+    """The baseline and every variant that differs from it.
+
+    An RoI has the baseline's ``roi_side``, or without one half of its token grid. Budgets of visual tokens are squares
+    of 7, 14 and 28.
+
+    Raises:
+        InputError: the baseline's slices and RoIs need more than 49 visual tokens.
+    """
+    side = base.roi_side or max(base.encoder_target_spatial // 2, 1)
+    # The budget of a baseline without RoIs has no room for them: one overview token a slice is added.
+    budget = max(base.max_visual_tokens, base.slices * (side**2 + 1))
+    found = [
+        Variant(BASELINE, BASELINE),
+        Variant("Stage-1 start", "scratch", start="scratch"),
+        Variant("Stage-1 start", "proxy_l2", start="proxy_l2"),
+        Variant("CMI", "off", {"use_cmi": False}),
+        Variant("CMI", "on", {"use_cmi": True}),
+        Variant("RoI", "off", {"roi_side": None, "roi_policy": "centre"}),
+        Variant("RoI", "centre", {"roi_side": side, "roi_policy": "centre"}),
+        Variant("RoI", "lesion", {"roi_side": side, "roi_policy": "lesion", "max_visual_tokens": budget}),
+        *(_tokens(base, n * n) for n in (7, 14, 28)),
+        *(Variant("augmentation", f"shift {n}", {"augment_shift": n}) for n in (0, 2, 6)),
+        Variant("augmentation", "rotate 5", {"augment_rotate": 5.0}),
+        Variant("augmentation", "noise 0.2", {"augment_noise": 0.2}),
+        Variant("language model", "LoRA, rank 8", flags=("--lora_rank", "8")),
+        Variant("encoder", "random, trained", {"train_encoder": True}, random_encoder=True),
+        Variant("encoder", "nnU-Net, trained on", {"train_encoder": True}),
+        Variant("encoder", "nnU-Net, frozen", {"train_encoder": False}),
+    ]
+    other = [v.start != STAGE1 or v.flags or v.random_encoder or base.replace(**v.keys) != base for v in found]
+    return [v for v, differs in zip(found, other, strict=True) if differs or v.axis == BASELINE]
+
+
+def _tokens(base: Config, budget: int) -> Variant:
+    """Another budget of visual tokens, with a grid of at least as many features."""
+    local = base.roi_side**2 if base.roi_policy == "lesion" and base.roi_side else 0
+    grid = max(base.encoder_target_spatial, grid_side(budget, base.slices, budget, local))
+    return Variant("visual tokens", str(budget), {"max_visual_tokens": budget, "encoder_target_spatial": grid})
+
+
 def chosen(all_variants: list[Variant], only: list[str] | None) -> list[Variant]:
-    """Raises InputError for a name that no axis and no variant has."""
-    if not only:
-        return all_variants
+    """The baseline and the variants of these axes or names.
+
+    Raises:
+        InputError: a name that no axis and no variant has.
+    """
     names = {name for variant in all_variants for name in (variant.axis, variant.name)}
-    if unknown := set(only) - names:
-        raise InputError(
-            f"--only {sorted(unknown)[0]}: there is no such axis or variant; known: {', '.join(sorted(names))}"
-        )
-    return [variant for variant in all_variants if variant.axis in (BASELINE, *only) or variant.name in only]
+    for name in set(only or ()) - names:
+        raise InputError(f"--only {name}: there is no such axis or variant; known: {', '.join(sorted(names))}")
+    return [v for v in all_variants if not only or v.axis in (BASELINE, *only) or v.name in only]
 
 
 def write_random_encoder(config: Config, path: Path, seed: int) -> None:
-    """The baseline's nnU-Net with the weights that it had before training."""
-    import torch
-
-    from models.nnunet.checkpoint import load_nnunet_checkpoint, save_nnunet_checkpoint
-    from models.nnunet.unet import SegmentationUNet
-
+    """The baseline's nnU-Net with random weights, as before its training."""
     source = load_nnunet_checkpoint(config.resolved("nnunet_encoder_checkpoint"))
     torch.manual_seed(seed)
     network = SegmentationUNet(source.architecture)
     save_nnunet_checkpoint(path, network.state_dict_nnunet(), source.plans, source.configuration, source.dataset_json)
 
 
+def command(script: str, **flags: object) -> list[str]:
+    """A command line; a flag whose value is True takes no argument."""
+    pairs = [(f"--{name}", value) for name, value in flags.items()]
+    return [script, *(part for name, value in pairs for part in ((name,) if value is True else (name, str(value))))]
+
+
 def commands_of(args: argparse.Namespace, variant: Variant, seed: int, folder: Path) -> list[list[str]]:
-    """Stage 1 (none from scratch), Stage 2, scores. From scratch, Stage 2 has the epochs of both."""
-    common = ["--config", str(folder / "paths.yaml"), "--batch_size", str(args.batch_size), "--seed", str(seed)]
-    stage1 = ["train.py", *common, "--objective", variant.start, "--epochs", str(args.stage1_epochs),
-              "--lr", str(args.stage1_lr)]  # fmt: skip
+    """Stage 1 (none from scratch), Stage 2, evaluation on the test table."""
+    common = {"config": folder / "paths.yaml", "batch_size": args.batch_size, "seed": seed}
+    stage1 = command("train.py", **common, objective=variant.start, epochs=args.stage1_epochs, lr=args.stage1_lr)
     scratch = variant.start == "scratch"
-    start = ["--from_scratch"] if scratch else ["--vision_checkpoint", str(folder / "vision_bridge_best_val.pt")]
+    start = {"from_scratch": True} if scratch else {"vision_checkpoint": folder / "vision_bridge_best_val.pt"}
     epochs = args.epochs + (args.stage1_epochs if scratch else 0)
-    stage2 = [
-        "train_vlm.py",
-        *common,
-        *start,
-        "--epochs",
-        str(epochs),
-        "--lr",
-        str(args.lr),
-        "--allow_collapsed",
-        *variant.flags,
-    ]
-    scores = ["scripts/score_phantoms.py", "--checkpoint", str(folder / "vision_bridge_vlm_final.pt"),
-              "--data", str(args.data), "--out", str(folder / "scores.json"), "--seed", str(seed),
-              "--max_new_tokens", str(args.max_new_tokens)]  # fmt: skip
-    return [*([] if scratch else [stage1]), stage2, scores]
+    stage2 = command("train_vlm.py", **common, **start, epochs=epochs, lr=args.lr, allow_collapsed=True)
+    # Confidence is not compared: the evaluated table is named for calibration, so that no other is generated.
+    table = args.data / "test.csv"
+    places = {"checkpoint": folder / "vision_bridge_vlm_final.pt", "csv": table, "calibration_csv": table}
+    few = {"maps": 0, "pointing_cases": 0, "same_finding": "miliary=tree_in_bud", "max_new_tokens": args.max_new_tokens}
+    scores = command("scripts/evaluate_reports.py", **common, **places, out=folder / "card", **few)
+    return [*([] if scratch else [stage1]), [*stage2, *variant.flags], scores]
 
 
-def run_variant(args: argparse.Namespace, base: Config, variant: Variant, seed: int) -> tuple[Path, float]:
-    """Run what has not been run with these very commands; its folder, and the seconds of the three commands.
+def run_variant(args: argparse.Namespace, base: Config, variant: Variant, seed: int) -> dict[str, Any]:
+    """Run what has not been run with these very commands. Returns a row of the table: scores with 95 % intervals,
+    validation loss in nats per token after each epoch of Stage 2, and the seconds of the three commands.
 
     Raises:
         InputError: one of them failed; the message names its log.
     """
-    folder = args.out / f"{variant.folder}_seed{seed}"
+    folder = args.out / f"{variant.axis}_{variant.name}_seed{seed}".replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
     keys = {**variant.keys, "output_dir": str(folder)}
     if variant.random_encoder:
-        path = args.out / RANDOM_ENCODER
+        path = args.out / "random_encoder.pth"
         if not path.is_file():
             write_random_encoder(base, path, seed)
         keys["nnunet_encoder_checkpoint"] = str(path)
     config = base.replace(**keys)
-    commands = commands_of(args, variant, seed, folder)
-    wanted = {"commands": commands, "config": config.to_dict()}
+    wanted = {"commands": commands_of(args, variant, seed, folder), "config": config.to_dict()}
     done = folder / "done.json"
-    if done.is_file():
-        record = json.loads(done.read_text(encoding="utf-8"))
-        if {key: record.get(key) for key in wanted} == json.loads(json.dumps(wanted)):
-            return folder, record["seconds"]
-    write_config(config, folder / "paths.yaml")
-    started = time.perf_counter()
-    with (folder / "run.log").open("a", encoding="utf-8") as log:
-        for command in commands:
-            code = subprocess.run(
-                [sys.executable, *command], cwd=REPOSITORY, stdout=log, stderr=log, check=False
-            ).returncode
-            if code:
-                raise InputError(
-                    f"{variant.axis} {variant.name}: {command[0]} ended with status {code}, see {log.name}; "
-                    "mend that, and the same command goes on from here"
-                )
-    seconds = time.perf_counter() - started
-    done.write_text(json.dumps({**wanted, "seconds": seconds}), encoding="utf-8")
-    return folder, seconds
+    record = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
+    if {key: record.get(key) for key in wanted} != json.loads(json.dumps(wanted)):
+        write_config(config, folder / "paths.yaml")
+        started = time.perf_counter()
+        with (folder / "run.log").open("a", encoding="utf-8") as log:
+            for line in wanted["commands"]:
+                call = [sys.executable, *line]
+                if code := subprocess.run(call, cwd=REPOSITORY, stdout=log, stderr=log, check=False).returncode:
+                    raise InputError(
+                        f"{variant.axis} {variant.name}: {line[0]} ended with status {code}, see {log.name}; "
+                        "fix that, and the same command goes on from here"
+                    )
+        record = {**wanted, "seconds": time.perf_counter() - started}
+        write_text(done, json.dumps(record))
+    scores = json.loads((folder / "card" / "report_card.json").read_text(encoding="utf-8"))["whole_reports"]["own"]
+    log = [json.loads(line) for line in (folder / "stage2_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [epoch["val_loss"] for epoch in log if epoch.get("val_loss") is not None]
+    row = {"axis": variant.axis, "variant": variant.name, "keys": dict(variant.keys), "seed": seed}
+    return {**row, "scores": scores, "val_loss": losses, "seconds": record["seconds"]}
 
 
-def judge(args: argparse.Namespace, variant: Variant, seed: int, folder: Path, seconds: float) -> Outcome:
-    truth = load_cases(args.data / "cases.json")
-    cases = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["cases"]
-    names = [Path(case["image"]).name.removesuffix(".nii.gz") for case in cases]
-    scores = score_cases([truth[name] for name in names], [case["generated"] for case in cases])
-    return Outcome(variant, seed, scores, read_losses(folder / "stage2_log.jsonl"), seconds)
+def write_table(args: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The finished runs as Markdown and as JSON."""
+    head = ["", "variant", "seed", *COLUMNS, "validation loss by epoch", "seconds"]
+    table = [head, ["---"] * len(head)]
+    for row in rows:
+        losses = " ".join(f"{loss:.3f}" for loss in row["val_loss"])
+        scores = [shown(row["scores"][name]) for name in COLUMNS]
+        table.append([row["axis"], row["variant"], str(row["seed"]), *scores, losses, f"{row['seconds']:.0f}"])
+    cases = rows[0]["scores"]["exact_acc"]["n"]
+    lines = [
+        f"Held-out synthetic cases: {cases}. Epochs: {args.stage1_epochs} of Stage 1, {args.epochs} of Stage 2 (from "
+        f"scratch: the sum). Batch: {args.batch_size}. In brackets: 95 % bootstrap intervals.\n",
+        *(f"| {' | '.join(cells)} |" for cells in table),
+        f"\n```bash\n{' '.join(['python', 'scripts/run_ablations.py', *sys.argv[1:]])}\n```\n",
+    ]
+    write_text(args.out / "ablations.md", "\n".join(lines))
+    write_text(args.out / "ablations.json", json.dumps(rows, ensure_ascii=False, indent=1))
 
 
-def write_table(args: argparse.Namespace, outcomes: list[Outcome]) -> None:
-    """What has come out so far, as Markdown and as JSON."""
-    n = outcomes[0].scores["exact_acc"].n
-    about = (
-        f"Held-out synthetic cases: {n}. Stage 1: {args.stage1_epochs} epochs, Stage 2: {args.epochs} (from scratch: "
-        f"{args.epochs + args.stage1_epochs}), batch {args.batch_size}. In brackets: 95 % bootstrap intervals."
-    )
-    command = " ".join(["python", "scripts/run_ablations.py", *sys.argv[1:]])
-    (args.out / "ablations.md").write_text(markdown(outcomes, [command], about), encoding="utf-8")
-    rows = [
-        {"axis": o.variant.axis, "variant": o.variant.name, "keys": dict(o.variant.keys), "seed": o.seed,
-         "scores": {name: score.as_dict() for name, score in o.scores.items()}, "val_loss": list(o.loss),
-         "seconds": o.seconds}
-        for o in outcomes
-    ]  # fmt: skip
-    (args.out / "ablations.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+def shown(score: Mapping[str, Any]) -> str:
+    """A score of a report card with its interval; null where the table has no such case."""
+    return "none" if score["value"] is None else "{:.3f} [{:.3f}, {:.3f}]".format(score["value"], *score["interval"])
 
 
 def main() -> None:
@@ -163,13 +216,12 @@ def main() -> None:
     args.out, args.data = args.out.resolve(), args.data.resolve()
     base = load_config(args.base)
     todo = [(variant, seed) for variant in chosen(variants(base), args.only) for seed in args.seeds]
-    outcomes: list[Outcome] = []
+    rows: list[dict[str, Any]] = []
     for number, (variant, seed) in enumerate(todo, start=1):
-        folder, seconds = run_variant(args, base, variant, seed)
-        outcomes.append(judge(args, variant, seed, folder, seconds))
-        write_table(args, outcomes)
-        shown = ", ".join(f"{name} {score}" for name, score in outcomes[-1].scores.items())
-        print(f"[{number}/{len(todo)}] {variant.axis}: {variant.name}, seed {seed}: {shown}", flush=True)
+        rows.append(run_variant(args, base, variant, seed))
+        write_table(args, rows)
+        scores = ", ".join(f"{name} {shown(score)}" for name, score in rows[-1]["scores"].items())
+        print(f"[{number}/{len(todo)}] {variant.axis}: {variant.name}, seed {seed}: {scores}", flush=True)
     print(f"table: {args.out / 'ablations.md'}", flush=True)
 
 

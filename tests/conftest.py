@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,3 +28,71 @@ def shared() -> Path:
     if not (folder / "README.md").is_file():
         pytest.skip(f"reference material not found at {folder}; only full checkouts have it")
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_training(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> Path:
+    """A folder with four scans of a few voxels, reports, a byte-level Mamba and ``paths.yaml``; nobody changes it."""
+    import numpy as np
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+
+    from config.schema import build_config, write_config
+    from data.imaging.nifti import write_volume
+
+    folder = tmp_path_factory.mktemp("small_training")
+    rng = np.random.default_rng(0)
+    lines = ["image_path,question,answer,mask_path"]
+    for case in range(4):
+        mask = np.zeros((6, 48, 48), np.uint8)
+        mask[2:4, 10 + 5 * case : 20 + 5 * case, 12:20] = 1
+        hu = rng.normal(-600, 300, mask.shape).astype(np.int16)
+        write_volume(folder / f"{case}.nii.gz", hu, (5.0, 1.6, 1.6))
+        write_volume(folder / f"{case}_mask.nii.gz", mask, (5.0, 1.6, 1.6))
+        lines.append(f"{case}.nii.gz,Q?,Report {case}.,{case}_mask.nii.gz")
+    (folder / "table.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={**{c: i for i, c in enumerate(alphabet)}, "<|endoftext|>": 256}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder / "lm")
+    torch.manual_seed(0)
+    MambaForCausalLM(MambaConfig(vocab_size=257, hidden_size=32, num_hidden_layers=2, state_size=8)).save_pretrained(
+        folder / "lm"
+    )
+    network = assets / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth"
+    values = {
+        "caption_csv_train": str(folder / "table.csv"),
+        "caption_csv_val": str(folder / "table.csv"),
+        "cache_dir": str(folder / "cache"),
+        "output_dir": str(folder / "out"),
+        "mamba_model": str(folder / "lm"),
+        "nnunet_encoder_checkpoint": str(network),
+        "encoder_target_spatial": 6,
+        "bridge_width": 16,
+        "bridge_depth": 1,
+        "slices": 2,
+        "roi_side": 2,
+        "roi_policy": "lesion",
+        "max_visual_tokens": 16,
+    }
+    write_config(build_config(values, "test"), folder / "paths.yaml")
+    return folder
+
+
+@pytest.fixture
+def run_stage(small_training: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``run_stage("train", "--epochs", "1", config=…)``: a stage script's main in this process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def run(stage: str, *flags: str, config: Path | None = None) -> None:
+        command = [f"{stage}.py", "--config", str(config or small_training / "paths.yaml"), "--mixed_precision", "no"]
+        monkeypatch.setattr(sys, "argv", [*command, "--batch_size", "2", "--lr", "5e-3", *flags])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        importlib.import_module(stage).main()
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

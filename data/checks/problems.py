@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+from config.errors import InputError
 
 Level = Literal["error", "warning", "note"]
 
@@ -13,7 +16,7 @@ class Problem:
     """``row``: the row a spreadsheet shows, 0 for the table as a whole.
 
     ``image`` is the file or the cell that names it; ``problem`` and ``remedy`` are one line each.
-    ``level``: with an error the row cannot be used; a warning may be an oversight; a note is only to be known.
+    ``level``: a row with an error cannot be used; a warning may be an oversight; a note needs no action.
     """
 
     row: int
@@ -33,7 +36,19 @@ class Problem:
 
 
 def from_error(row: int, image: object, error: Exception) -> Problem:
-    """An InputError reads ``FILE: problem; remedy``."""
+    """The problem of an InputError, whose text is ``FILE: problem; remedy``."""
     text = " ".join(str(error).split()).removeprefix(f"{image}: ")
     problem, mark, remedy = text.rpartition("; ")
     return Problem(row, problem, remedy, str(image)) if mark else Problem(row, text, "", str(image))
+
+
+def raise_errors(problems: Iterable[Problem], table: object = "") -> None:
+    """Raise InputError where a problem is fatal; its line names the first and counts the others."""
+    fatal = [problem for problem in problems if problem.fatal]
+    if not fatal:
+        return
+    first = fatal[0]
+    place = ", ".join(part for part in (str(table), f"row {first.row}" if first.row else "") if part)
+    more = f" (and {len(fatal) - 1} more problems)" if len(fatal) > 1 else ""
+    remedy = f"{first.remedy}; " if first.remedy else ""
+    raise InputError(f"{place}: {first.problem}{more}; {remedy}scripts/check_data.py lists all at once")

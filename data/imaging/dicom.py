@@ -1,8 +1,9 @@
 """DICOM CT series: the slices of one series in a folder, sorted by position, as one image in HU.
 
 pydicom reads headers and plain pixels; slices that are compressed (JPEG, JPEG 2000, JPEG-LS) are unpacked by
-SimpleITK. Slices lie along the normal of their plane, in equal steps, or the series is refused: nothing is
-interpolated. Scouts, secondary captures and objects without pixels are left out, and said.
+SimpleITK. Both are imported on first use, so that names can be told apart without them. Slices lie along the normal
+of their plane, in equal steps, or the series is refused: nothing is interpolated. The notes of an image name what
+was left out (scouts, secondary captures, objects without pixels) and which tags an anonymised export lacks.
 
 Source: DICOM PS3.3, C.7.6.2 (image plane: position, orientation, spacing) and C.11.1 (rescale slope, intercept).
 """
@@ -10,64 +11,60 @@ Source: DICOM PS3.3, C.7.6.2 (image plane: position, orientation, spacing) and C
 from __future__ import annotations
 
 import logging
-import struct
-import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pydicom
-from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from config.errors import InputError
-from data.imaging.dicom_files import files_below, is_dicom
-from data.imaging.volume import MAX_DEFLATE_RATIO, MAX_VOXELS, ImageHeader, StoredImage, check_affine, one_line
+from data.imaging import volume
+from data.imaging.volume import ImageHeader, StoredImage, affine_from_lps, check_affine, refusing
 
-# What pydicom raises on damaged files, besides its own errors.
-_UNREADABLE = (
-    InvalidDicomError, BytesLengthException, OSError, EOFError, ValueError, TypeError, KeyError, AttributeError,
-    IndexError, NotImplementedError, OverflowError, MemoryError, RuntimeError, LookupError, struct.error,
-)  # fmt: skip
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+_MAX_FILES = 20_000
 _TAGS = [
     "SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "Modality", "ImageType",
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns", "SamplesPerPixel",
     "BitsAllocated", "NumberOfFrames", "RescaleSlope", "RescaleIntercept",
 ]  # fmt: skip
 _STEP_TOLERANCE = 0.05  # of the distance between slices
-_TILT_DEGREES = 0.5
 _UNCOMPRESSED = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2"}
 _RLE = "1.2.840.10008.1.2.5"
-_DIRECTORY = "1.2.840.10008.1.3.10"
 
 logging.getLogger("pydicom").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One file's place and pixels. ``position``, ``row``, ``column``: mm and unit vectors, DICOM's LPS+."""
+    """One file. ``position`` and ``axes`` (along a row, along a column) are LPS+: mm, and unit vectors (2, 3).
+
+    ``spacing``: between rows, between columns, in mm; ``shape``: rows, columns; ``packed``: pydicom cannot unpack it.
+    """
 
     path: Path
     position: np.ndarray
-    row: np.ndarray
-    column: np.ndarray
-    spacing: tuple[float, float]
+    axes: np.ndarray
+    spacing: np.ndarray
     shape: tuple[int, int]
     slope: float
     intercept: float
-    compressed: bool
+    packed: bool
 
 
 @dataclass(frozen=True)
 class Series:
     """The files of one series. ``problem``: why it is no CT volume, or empty."""
 
-    uid: str
     number: str
     description: str
     files: tuple[Path, ...]
-    headers: tuple[pydicom.Dataset, ...]
+    headers: tuple[Dataset, ...]
     problem: str
 
     def __str__(self) -> str:
@@ -75,50 +72,67 @@ class Series:
         return f"{self.number or '?'} {name}({len(self.files)} images, first {self.files[0].name})"
 
 
+def is_dicom(path: Path) -> bool:
+    """By name, or by the mark that stands 128 bytes into every DICOM file."""
+    if path.name.lower().endswith(DICOM_SUFFIXES):
+        return True
+    with path.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files below ``folder``, in the order of their names. Raises InputError for more than 20,000."""
+    files: list[Path] = []
+    for file in folder.rglob("*"):
+        if file.is_file():
+            files.append(file)
+        if len(files) > _MAX_FILES:
+            raise InputError(f"{folder}: holds more than {_MAX_FILES} files; name the folder of one series")
+    return sorted(files)
+
+
 def series_in(folder: Path) -> list[Series]:
-    """Every series below ``folder``, by number.
+    """Every series below ``folder``, by number; files that name no series count as one.
 
     Raises InputError if there is no DICOM file, or if one that says it is DICOM cannot be read.
     """
-    grouped: dict[str, list[tuple[Path, pydicom.Dataset]]] = defaultdict(list)
+    grouped: dict[str, list[tuple[Path, Dataset]]] = defaultdict(list)
     for file in files_below(folder):
         if is_dicom(file):
             header = _header(file)
-            if header.get("SeriesInstanceUID"):
-                grouped[str(header.SeriesInstanceUID)].append((file, header))
+            if not _is_directory(header):
+                grouped[_text(header, "SeriesInstanceUID")].append((file, header))
     if not grouped:
         raise InputError(f"{folder}: folder holds no DICOM file; name a .nii.gz file or the folder of a CT series")
     found = []
-    for uid, members in grouped.items():
+    for _, members in sorted(grouped.items()):
         files, headers = zip(*members, strict=True)
-        first = headers[0]
-        found.append(
-            Series(
-                uid, _text(first, "SeriesNumber"), _text(first, "SeriesDescription"), files, headers,
-                _why_no_volume(headers),
-            )
-        )  # fmt: skip
-    return sorted(found, key=lambda series: (len(series.number), series.number, series.uid))
+        number, description = (_text(headers[0], tag) for tag in ("SeriesNumber", "SeriesDescription"))
+        found.append(Series(number, description, files, headers, _why_no_volume(headers)))
+    return sorted(found, key=lambda series: (len(series.number), series.number))
 
 
 def choose_series(path: Path) -> tuple[Series, list[str]]:
-    """The one CT series below a folder, or the series of the file named; and what was left out.
+    """The one CT series below a folder, or the series of the file named; and notes on what is doubtful.
 
     Raises InputError, listing the series, where there is none or more than one.
     """
     every = series_in(path if path.is_dir() else path.parent)
-    if path.is_dir():
-        volumes = [series for series in every if not series.problem]
-    else:
-        volumes = [series for series in every if path in series.files]
-        every = volumes
-    if len(volumes) == 1 and not volumes[0].problem:
-        return volumes[0], [f"left out series {s}: {s.problem}" for s in every if s.problem]
+    if not path.is_dir():
+        every = [series for series in every if path in series.files]
+    volumes = [series for series in every if not series.problem]
     if len(volumes) > 1:
         listed = "; ".join(map(str, volumes))
         raise InputError(f"{path}: holds {len(volumes)} CT series, name one file of the right one: {listed}")
-    listed = "; ".join(f"{series}: {series.problem}" for series in every[:5])
-    raise InputError(f"{path}: holds no CT volume: {listed}")
+    if not volumes:
+        listed = "; ".join(f"{series}: {series.problem}" for series in every[:5])
+        raise InputError(f"{path}: holds no CT volume: {listed}")
+    [series] = volumes
+    notes = [f"left out series {other}: {other.problem}" for other in every if other.problem]
+    lacking = [tag for tag in ("SeriesInstanceUID", "Modality") if not _text(series.headers[0], tag)]
+    if lacking:
+        notes.append(f"series {series} has no {' and no '.join(lacking)} (anonymised?); its slices form one CT volume")
+    return series, notes
 
 
 def read_header(path: Path) -> ImageHeader:
@@ -133,37 +147,39 @@ def read_header(path: Path) -> ImageHeader:
 def read_stored(path: Path) -> StoredImage:
     """Header and voxels (column, row, slice), float32 HU."""
     header, slices = _read_geometry(path)
-    columns, rows, count = header.shape
-    voxels = np.empty((count, rows, columns), dtype=np.float32)
+    voxels = np.empty(header.shape[::-1], dtype=np.float32)
     for index, piece in enumerate(slices):
         voxels[index] = _pixels(piece)
     return StoredImage(header, voxels.transpose(2, 1, 0))
 
 
-def _header(path: Path) -> pydicom.Dataset:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom's words on odd values; what matters is checked below
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=False)
-            for tag in _TAGS:  # values are parsed on first use: here, where an error can name the file
-                header.get(tag)
-    except _UNREADABLE as error:
-        raise InputError(f"{path}: not a readable DICOM file ({one_line(error)}); copy it again") from error
-    if not header.get("SeriesInstanceUID") and header.file_meta.get("MediaStorageSOPClassUID") != _DIRECTORY:
-        raise InputError(f"{path}: not a readable DICOM file (it names no series); copy it again")
+def _header(path: Path) -> Dataset:
+    import pydicom
+
+    with refusing(path, "not a readable DICOM file", "copy it again", pydicom.errors.InvalidDicomError):
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=False)
+        for tag in _TAGS:  # values are parsed on first use: here, where an error can name the file
+            header.get(tag)
+        if not (_is_directory(header) or header.get("SeriesInstanceUID") or "Rows" in header):
+            raise ValueError("it names no series")
     return header
 
 
-def _why_no_volume(headers: Sequence[pydicom.Dataset]) -> str:
+def _is_directory(header: Dataset) -> bool:
+    return header.file_meta.get("MediaStorageSOPClassUID") == "1.2.840.10008.1.3.10"
+
+
+def _why_no_volume(headers: Sequence[Dataset]) -> str:
     first = headers[0]
     kinds = [str(kind).upper() for kind in np.atleast_1d(first.get("ImageType") or [])]
     modality = _text(first, "Modality")
+    stored_as = getattr(first.file_meta.get("MediaStorageSOPClassUID"), "name", "")  # such as "MR Image Storage"
     if not any("Rows" in header for header in headers):
         return "no pixels"
     if "LOCALIZER" in kinds:
         return "a scout"
-    if modality != "CT":
-        return f"modality {modality or 'not given'}, expected CT"
+    if modality not in ("CT", "") or (not modality and "Image Storage" in stored_as and "CT" not in stored_as.split()):
+        return f"modality {modality or f'not given, stored as {stored_as}'}, expected CT"
     if int(first.get("SamplesPerPixel") or 1) != 1:
         return "colours, expected HU"
     if _text(first, "NumberOfFrames") not in ("", "1"):
@@ -183,69 +199,61 @@ def _read_geometry(path: Path) -> tuple[ImageHeader, list[Slice]]:
     first = slices[0]
     for other in slices:
         same = other.shape == first.shape and np.allclose(other.spacing, first.spacing, rtol=1e-3)
-        if not same or not np.allclose([other.row, other.column], [first.row, first.column], atol=1e-3):
+        if not same or not np.allclose(other.axes, first.axes, atol=1e-3):
             raise InputError(
                 f"{other.path}: size, spacing or direction differ from {first.path.name} of the same series; "
                 "keep the slices of one volume"
             )
-    normal = np.cross(first.row, first.column)
+    normal = np.cross(*first.axes)
     slices.sort(key=lambda piece: float(piece.position @ normal))
     step = _step(path, slices, normal)
-    lps = np.eye(4)
-    lps[:3, 0] = first.row * first.spacing[1]
-    lps[:3, 1] = first.column * first.spacing[0]
-    lps[:3, 2] = normal * step
-    lps[:3, 3] = slices[0].position
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
-    zooms = check_affine(path, affine)
+    in_plane = (first.axes * first.spacing[::-1, None]).T
+    drift = (slices[-1].position - slices[0].position) / (len(slices) - 1)
+    check_affine(path, affine_from_lps(np.column_stack([in_plane, drift]), slices[0].position))  # a tilted gantry
+    affine = affine_from_lps(np.column_stack([in_plane, normal * step]), slices[0].position)
     rows, columns = first.shape
     shape = (columns, rows, len(slices))
-    if columns * rows * len(slices) > MAX_VOXELS:
+    if columns * rows * len(slices) > volume.MAX_VOXELS:
         raise InputError(f"{path}: headers announce {shape} voxels, more than a CT has; they are damaged")
-    return ImageHeader(path, shape, np.dtype(np.float32), affine, zooms, tuple(notes)), slices
+    return ImageHeader(path, shape, np.dtype(np.float32), affine, check_affine(path, affine), tuple(notes)), slices
 
 
-def _slice(path: Path, header: pydicom.Dataset) -> Slice:
-    try:
-        position = _numbers(header, "ImagePositionPatient", 3)
-        cosines = _numbers(header, "ImageOrientationPatient", 6)
-        spacing = _numbers(header, "PixelSpacing", 2)
-        rows, columns = int(header["Rows"].value), int(header["Columns"].value)
+def _slice(path: Path, header: Dataset) -> Slice:
+    with refusing(path, "its header is damaged", "copy it again"):
+        position = _numbers(path, header, "ImagePositionPatient", 3)
+        axes = _numbers(path, header, "ImageOrientationPatient", 6).reshape(2, 3)
+        spacing = _numbers(path, header, "PixelSpacing", 2)
+        [slope], [intercept] = (_numbers(path, header, f"Rescale{name}", 1) for name in ("Slope", "Intercept"))
+        rows, columns = (int(_numbers(path, header, tag, 1)[0]) for tag in ("Rows", "Columns"))
         bits = int(header.get("BitsAllocated") or 16)
-        slope, intercept = (float(_numbers(header, tag, 1)[0]) for tag in ("RescaleSlope", "RescaleIntercept"))
         syntax = str(header.file_meta.TransferSyntaxUID)
-    except KeyError as error:
-        raise InputError(f"{path}: has no {error.args[0]}, so it gives no HU; export the original CT series") from error
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise InputError(f"{path}: its header is damaged ({one_line(error)}); copy it again") from error
-    row, column = cosines[:3], cosines[3:]
-    if not (np.allclose([row @ row, column @ column], 1, atol=1e-2) and abs(row @ column) < 1e-2):
-        raise InputError(f"{path}: image orientation {cosines.tolist()} is no pair of axes, header is damaged")
+    if not np.allclose(axes @ axes.T, np.eye(2), atol=1e-2):
+        raise InputError(f"{path}: image orientation {axes.ravel().tolist()} is no pair of axes, header is damaged")
     if slope == 0:
         raise InputError(f"{path}: rescale slope is 0, so every voxel is one value; export the original CT series")
-    compressed = syntax not in _UNCOMPRESSED
-    held = path.stat().st_size * (MAX_DEFLATE_RATIO if compressed or syntax.endswith(".99") else 1)
+    packed = syntax not in _UNCOMPRESSED
+    held = path.stat().st_size * (volume.MAX_DEFLATE_RATIO if packed or syntax.endswith(".99") else 1)
     if min(rows, columns) < 1 or rows * columns * max(bits // 8, 1) > held:
         raise InputError(
             f"{path}: header announces {rows} x {columns} pixels, more than a file of {path.stat().st_size} bytes "
             "holds; it is truncated or its header is damaged"
         )
-    return Slice(path, position, row, column, tuple(spacing), (rows, columns), slope, intercept, compressed)
+    return Slice(path, position, axes, spacing, (rows, columns), slope, intercept, packed and syntax != _RLE)
 
 
-def _numbers(header: pydicom.Dataset, tag: str, count: int) -> np.ndarray:
-    if tag not in header or header[tag].value in (None, ""):
-        raise KeyError(tag)
-    numbers = np.atleast_1d(np.asarray(header[tag].value, dtype=np.float64))
+def _numbers(path: Path, header: Dataset, tag: str, count: int) -> np.ndarray:
+    value = header.get(tag)
+    if value in (None, ""):
+        raise InputError(f"{path}: has no {tag}, so it gives no HU; export the original CT series")
+    numbers = np.atleast_1d(np.asarray(value, dtype=np.float64))
     if numbers.shape != (count,) or not np.isfinite(numbers).all():
-        raise ValueError(f"{tag} is {header[tag].value!r}, expected {count} numbers")
+        raise ValueError(f"{tag} is {value!r}, expected {count} numbers")
     return numbers
 
 
 def _step(path: Path, slices: list[Slice], normal: np.ndarray) -> float:
     """Distance between neighbouring slices in mm. Raises InputError where it is not one distance."""
-    places = np.array([piece.position for piece in slices])
-    along = places @ normal
+    along = np.array([piece.position for piece in slices]) @ normal
     steps = np.diff(along)
     if steps.min() < 1e-3:
         index = int(steps.argmin())
@@ -266,44 +274,26 @@ def _step(path: Path, slices: list[Slice], normal: np.ndarray) -> float:
             f"{path}: slices are {steps.min():.2f} to {steps.max():.2f} mm apart, expected one distance; "
             "resample the series where it was made"
         )
-    drift = places[-1] - places[0]
-    tilt = float(np.degrees(np.arccos(np.clip(drift @ normal / np.linalg.norm(drift), -1, 1))))
-    if tilt > _TILT_DEGREES:
-        raise InputError(
-            f"{path}: the gantry was tilted by {tilt:.1f} degrees, so slices are shifted against each other; "
-            "straighten the series (dcm2niix does) and use its .nii.gz"
-        )
     return float(along[-1] - along[0]) / (len(slices) - 1)
 
 
 def _pixels(piece: Slice) -> np.ndarray:
-    """(row, column) float32 HU."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            data = pydicom.dcmread(piece.path)
-        if not piece.compressed or str(data.file_meta.TransferSyntaxUID) == _RLE:
-            pixels = data.pixel_array.astype(np.float32) * np.float32(piece.slope) + np.float32(piece.intercept)
+    """(row, column) float32 HU. SimpleITK applies slope and intercept itself."""
+    import pydicom
+    import SimpleITK
+
+    with refusing(piece.path, "pixels cannot be read", "copy it again"):
+        if piece.packed:
+            image = SimpleITK.ReadImage(piece.path, SimpleITK.sitkFloat32, "GDCMImageIO")
+            pixels = SimpleITK.GetArrayFromImage(image)[0]
         else:
-            pixels = _unpacked(piece.path)
-    except _UNREADABLE as error:
-        raise InputError(f"{piece.path}: pixels cannot be read ({one_line(error)}); copy it again") from error
+            pixels = pydicom.dcmread(piece.path).pixel_array.astype(np.float32)
+            pixels = pixels * np.float32(piece.slope) + np.float32(piece.intercept)
     if pixels.shape != piece.shape:
         raise InputError(f"{piece.path}: pixels are {pixels.shape}, the header says {piece.shape}; copy it again")
     return pixels
 
 
-def _unpacked(path: Path) -> np.ndarray:
-    """A compressed slice in HU: SimpleITK applies slope and intercept itself."""
-    import SimpleITK
-
-    reader = SimpleITK.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(path))
-    reader.SetOutputPixelType(SimpleITK.sitkFloat32)
-    return SimpleITK.GetArrayFromImage(reader.Execute())[0]
-
-
-def _text(header: pydicom.Dataset, tag: str) -> str:
+def _text(header: Dataset, tag: str) -> str:
     value = header.get(tag)
     return "" if value is None else str(value).strip()

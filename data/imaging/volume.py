@@ -2,8 +2,12 @@
 
 Arrays have axes (z, y, x): z runs from feet to head, and for ``orientation="LPS"`` y to the back and x to the
 patient's left. That is what SimpleITK, hence nnU-Net, hands over for a file with identity direction.
-Spacing is (z, y, x) in mm. ``affine`` maps (x, y, z) voxel indices of the canonical array to nibabel's world,
-RAS+ in mm. Oblique volumes are not resampled: their axes are named by the nearest anatomical axis.
+Spacing is (z, y, x) in mm. ``affine`` maps (x, y, z) voxel indices of the array to nibabel's world, RAS+ in mm.
+Oblique volumes are not resampled: their axes are named by the nearest anatomical axis.
+
+``orientation="file"`` keeps the order in which the file stores its voxels: the array's axes are the file's axes,
+reversed, as nnU-Net's SimpleITKIO and NibabelIO give them. Left and right then follow from the affine alone:
+:attr:`Volume.axcodes` names the axes, and a mask is turned to the axes of its image.
 
 An image that cannot be trusted raises :class:`~config.errors.InputError`; no value is replaced or invented.
 """
@@ -12,19 +16,20 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from nibabel.orientations import (
-    aff2axcodes,
-    apply_orientation,
-    axcodes2ornt,
-    inv_ornt_aff,
-    io_orientation,
-    ornt_transform,
-)
+from nibabel.orientations import aff2axcodes, apply_orientation, axcodes2ornt, io_orientation
+from nibabel.orientations import inv_ornt_aff as affine_of
+from nibabel.orientations import ornt_transform as turn_between
 
 from config.errors import InputError
 
@@ -33,23 +38,36 @@ logger = logging.getLogger(__name__)
 MAX_VOXELS = 2**31  # 8 GiB as float32; whole-body CT at 512 x 512 x 2000 has a quarter of it
 MAX_DEFLATE_RATIO = 1040  # deflate cannot do better than 1032 : 1, so a smaller file cannot hold the array
 SPACING_RANGE_MM = (0.01, 100.0)
+LUNG_WINDOW_HU = (-1350, 150)
+SOFT_TISSUE_WINDOW_HU = (-160, 240)
+_TILT_DEGREES = 0.5
 _GRID_TOLERANCE = 0.1  # of the smallest spacing; headers are rounded, a shifted mask is off by far more
+
+_DAMAGE = (OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, MemoryError,
+           RuntimeError, struct.error, zlib.error)  # fmt: skip
+
+Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Volume:
     """A CT volume. ``array``: float32 (z, y, x) in HU; ``spacing``: (z, y, x) in mm; ``affine``: (4, 4).
 
-    ``notes``: what the file's header left in doubt, in plain words.
+    ``notes``: what the file's header leaves in doubt, in plain words.
     """
 
     array: np.ndarray
-    spacing: tuple[float, float, float]
+    spacing: Triple
     affine: np.ndarray
     orientation: str
     path: Path
     stored_axcodes: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def axcodes(self) -> str:
+        """Where x, y and z of the array run to, such as "LPS"."""
+        return self.stored_axcodes if self.orientation == "file" else self.orientation
 
 
 @dataclass(frozen=True)
@@ -71,15 +89,17 @@ class ImageHeader:
         return "".join(aff2axcodes(self.affine))
 
     @property
-    def extent_mm(self) -> tuple[float, float, float]:
+    def extent_mm(self) -> Triple:
         """Size of the whole image along the patient: feet to head, front to back, side to side."""
-        along = {axis: self.shape[i] * float(self.zooms[i]) for i, axis in enumerate(io_orientation(self.affine)[:, 0])}
-        return along[2], along[1], along[0]
+        return self._along_patient(self.zooms * self.shape)
 
     @property
-    def spacing(self) -> tuple[float, float, float]:
+    def spacing(self) -> Triple:
         """(z, y, x) in mm of the canonical array."""
-        along = {axis: float(self.zooms[i]) for i, axis in enumerate(io_orientation(self.affine)[:, 0])}
+        return self._along_patient(self.zooms)
+
+    def _along_patient(self, sizes: np.ndarray) -> Triple:
+        along = dict(zip(io_orientation(self.affine)[:, 0].tolist(), sizes.tolist(), strict=True))
         return along[2], along[1], along[0]
 
 
@@ -94,14 +114,14 @@ class StoredImage:
 
 
 def to_volume(stored: StoredImage, orientation: str = "LPS") -> Volume:
-    """Rescale and turn a stored image into canonical ``orientation``.
+    """Rescale a stored image and turn it into ``orientation``: three axis codes, or "file" for its own order.
 
     Raises InputError if it holds NaN or infinite values, or if every voxel has the same value.
     """
     header = stored.header
     for note in header.notes:
         logger.warning("%s: %s", header.path, note)
-    values, spacing, affine = _canonical(stored, orientation)
+    values, spacing, affine = _turned(stored, header.axcodes if orientation == "file" else orientation)
     with np.errstate(over="ignore"):  # a value beyond float32 becomes infinite and is refused below
         array = values.astype(np.float32, order="C")
         if stored.slope != 1.0:
@@ -128,7 +148,7 @@ def to_mask(stored: StoredImage, like: Volume) -> np.ndarray:
     tenth of a voxel) is not that of ``like``.
     """
     path = stored.header.path
-    values, _, affine = _canonical(stored, like.orientation)
+    values, _, affine = _turned(stored, like.axcodes)
     if values.shape != like.array.shape:
         raise InputError(
             f"{path}: mask has shape {values.shape} (z, y, x), its image {like.path} has {like.array.shape}; "
@@ -179,24 +199,47 @@ def check_affine(path: Path, affine: np.ndarray) -> np.ndarray:
     low, high = SPACING_RANGE_MM
     if not np.isfinite(affine).all() or not ((sizes >= low) & (sizes <= high)).all():
         raise InputError(f"{path}: voxel sizes {sizes.tolist()} mm are outside {low} to {high} mm, header is damaged")
-    if abs(np.linalg.det(affine[:3, :3] / sizes)) < 0.1:
+    axes = affine[:3, :3] / sizes
+    if abs(np.linalg.det(axes)) < 0.1:
         raise InputError(f"{path}: the axes of the header's affine are not independent, header is damaged")
+    # Row k of the inverse is the normal of the other two axes; its product with axis k is 1.
+    cosines = 1 / np.linalg.norm(np.linalg.inv(axes), axis=1)
+    tilt = float(np.degrees(np.arccos(np.clip(cosines.min(), -1, 1))))
+    if tilt > _TILT_DEGREES:
+        raise InputError(
+            f"{path}: the gantry was tilted by {tilt:.1f} degrees, so slices are shifted against each other; "
+            "straighten the series (dcm2niix does) and use its .nii.gz"
+        )
     return sizes
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def affine_from_lps(axes: np.ndarray, origin: np.ndarray) -> np.ndarray:
+    """(4, 4) affine to RAS+ mm. ``axes``: (3, 3), the step along i, j, k in its columns; both LPS+ in mm."""
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.block([[axes, np.reshape(origin, (3, 1))], [np.zeros((1, 3)), 1.0]])
 
 
-def _canonical(stored: StoredImage, orientation: str) -> tuple[np.ndarray, tuple[float, float, float], np.ndarray]:
-    """Voxels (z, y, x), spacing (z, y, x) and affine of the canonical grid; the values stay as stored."""
+@contextmanager
+def refusing(path: Path, problem: str, remedy: str, *errors: type[Exception]) -> Iterator[None]:
+    """Raise InputError for what a library raises on a damaged file; ``errors``: classes of its own."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd values; those that matter are checked here
+            yield
+    except InputError:
+        raise
+    except (*_DAMAGE, *errors) as error:
+        reason = re.split(r"(?:ITK |itk::)ERROR: ", " ".join(str(error).split()))[-1][:200] or type(error).__name__
+        raise InputError(f"{path}: {problem} ({reason}); {remedy}") from error
+
+
+def _turned(stored: StoredImage, axcodes: str) -> tuple[np.ndarray, Triple, np.ndarray]:
+    """Voxels (z, y, x), spacing (z, y, x) and affine of the grid with ``axcodes``; the values stay as stored."""
     header = stored.header
-    turn = ornt_transform(io_orientation(header.affine), axcodes2ornt(orientation))
-    affine = header.affine @ inv_ornt_aff(turn, header.shape)
-    canonical = apply_orientation(stored.voxels, turn).transpose(2, 1, 0)
+    turn = turn_between(io_orientation(header.affine), axcodes2ornt(axcodes))
+    affine = header.affine @ affine_of(turn, header.shape)
     zooms = np.empty(3)
     zooms[turn[:, 0].astype(int)] = header.zooms
-    return canonical, tuple(zooms[::-1].tolist()), affine
+    return apply_orientation(stored.voxels, turn).transpose(2, 1, 0), tuple(zooms[::-1].tolist()), affine
 
 
 def _largest_shift(affine: np.ndarray, other: np.ndarray, shape: tuple[int, int, int]) -> float:

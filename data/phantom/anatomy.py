@@ -1,8 +1,7 @@
 """A synthetic chest without disease: from a patient's measures to a HU volume.
 
-Arrays are float32 with axes [Z, Y, X] as in :mod:`data.phantom.canvas`; u is the fraction of the lungs'
-height, 0 at the apex. The order of painting is that of the body: fat and muscle, what fills the thorax and
-the abdomen, bones, at last the lungs, so that a later organ needs no knowledge of an earlier one.
+Arrays are float32 with axes [Z, Y, X] as in :mod:`data.phantom.canvas`; u is the craniocaudal position in the lungs, 0
+at the apex, 1 at the base. Later organs overwrite earlier ones: fat and muscle, abdomen and mediastinum, bones, lungs.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ MIN_EXTENT = (200.0, 240.0, 300.0)  # z, y, x in mm: less does not hold a chest
 
 @dataclass(frozen=True)
 class Patient:
-    """The measures in which patients differ; mm and HU."""
+    """Measures of a patient, mm and HU."""
 
     apex_z: float
     height: float  # of the lungs
@@ -94,7 +93,7 @@ def sample_patient(rng: np.random.Generator, grid: Grid) -> Patient:
 
 
 def build_chest(grid: Grid, patient: Patient, rng: np.random.Generator) -> Chest:
-    """Paint a healthy chest; noise is added later, by :func:`finish`."""
+    """Paint a healthy chest, without noise (:func:`finish` adds it)."""
     c = Canvas(grid, patient.apex_z, patient.height, patient.shift)
     hu = _body_wall(c, patient)
     cavity = _hemithoraces(c, patient)
@@ -154,7 +153,7 @@ def _body_wall(c: Canvas, p: Patient) -> np.ndarray:
 def _hemithoraces(c: Canvas, p: Patient) -> dict[str, tuple[np.ndarray, ...]]:
     """Centre and half axes of each hemithorax per slice: narrow at the apex, wide at the base.
 
-    The two outlines overlap in the midline; the gutters beside the spine come from their union.
+    The two outlines overlap in the midline; their union leaves the gutters beside the spine.
     """
     t = np.clip(c.u / 0.36, 0.03, 1.0)
     s = np.sqrt(1 - (1 - t) ** 2) * (0.95 + 0.05 * np.clip(c.u, 0, 1))
@@ -191,7 +190,7 @@ def _abdomen(c: Canvas, p: Patient, hu: np.ndarray, wall: np.ndarray, below: dic
 
 
 def _mediastinum(c: Canvas, p: Patient, hu: np.ndarray, middle: np.ndarray) -> None:
-    """Heart, great vessels, airways, oesophagus; ``middle`` collects what keeps the lungs apart."""
+    """Heart, great vessels, airways, oesophagus; ``middle`` is the union of what separates the lungs."""
     w, d, k = p.width, p.depth, p.heart
     blood = BLOOD + p.contrast
     waist = np.interp(c.u, [0.0, 0.12, 0.28, 0.45, 0.7, 1.0], [0.34, 0.26, 0.21, 0.19, 0.18, 0.20]) * w
@@ -267,7 +266,7 @@ def _bones(c: Canvas, p: Patient, hu: np.ndarray, wall: np.ndarray, middle: np.n
 
 
 def _parenchyma(chest: Chest, rng: np.random.Generator) -> None:
-    """Fill the lungs: aerated tissue a little denser behind, and the vessel trees."""
+    """Fill the lungs: aerated tissue, slightly denser posteriorly, and the vessel trees."""
     c, p = chest.canvas, chest.patient
     tissue = np.float32(p.lung_hu) + np.float32(28.0) * (c.y / np.float32(p.depth)) + np.float32(15.0) * (c.u - 0.5)
     points, radii = [], []
@@ -285,7 +284,7 @@ def _parenchyma(chest: Chest, rng: np.random.Generator) -> None:
 
 
 def finish(hu: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
-    """Blur as a scanner's point spread would and add correlated noise (HU); in place on a copy."""
+    """Blur by a point spread function and add correlated noise (HU). Returns a new array."""
     grain = rng.standard_normal(hu.shape, dtype=np.float32)
     texture = ndimage.uniform_filter(grain, (0, 3, 3), mode="wrap")
     grain *= np.float32(noise * 0.45)

@@ -1,8 +1,8 @@
 """A voxel grid in millimetres and the brushes that paint soft-edged solids on it.
 
-Arrays are float32 with axes [Z, Y, X]; +x is the patient's left, +y posterior, +z superior (LPS). Solids
-are implicit functions, roughly signed distances in mm (positive inside), drawn with an edge one pixel soft
-as a scanner's partial volume would. A solid is a pair (box, distance): what lies outside the box is outside.
+Arrays are float32 with axes [Z, Y, X]; +x is the patient's left, +y posterior, +z superior (LPS). Solids are implicit
+functions, roughly signed distances in mm (positive inside), drawn with an edge one pixel soft, like partial volume. A
+solid is a pair (box, distance); it does not extend beyond the box.
 """
 
 from __future__ import annotations
@@ -65,7 +65,6 @@ class Canvas:
         self.x = (x - x[-1] / 2 - shift[0]).astype(np.float32)[None, None, :]
         self.u = ((apex_z - self.z) / lung_height).astype(np.float32)
         self.origin = np.asarray([0.0, self.y.flat[0], self.x.flat[0]])
-        self.everything: Box = (slice(None), slice(None), slice(None))
 
     def box(self, low: Sequence[float], high: Sequence[float]) -> Box:
         """The voxels between two corners given as (z, y, x) in mm."""
@@ -84,13 +83,7 @@ class Canvas:
         return self.apex_z - u * self.height
 
     def column(
-        self,
-        x: Profile,
-        y: Profile,
-        a: Profile,
-        b: Profile,
-        power: float = 2.0,
-        u: tuple[float, float] = (-9, 9),
+        self, x: Profile, y: Profile, a: Profile, b: Profile, power: float = 2.0, u: tuple[float, float] = (-9, 9)
     ) -> Solid:
         """A super-ellipse in every slice between two levels; centre and half axes may vary with z."""
         low = (self.height_of(u[1]), np.min(y - b) - 2 * self.px, np.min(x - a) - 2 * self.px)
@@ -105,10 +98,8 @@ class Canvas:
         """An ellipsoid: centre (x mm, y mm, u), half axes (x, y, z) in mm."""
         (x, y, u), (a, b, c) = centre, radii
         z = self.height_of(u)
-        box = self.box(
-            (z - c, y - b - 2 * self.px, x - a - 2 * self.px),
-            (z + c, y + b + 2 * self.px, x + a + 2 * self.px),
-        )
+        margin = 2 * self.px
+        box = self.box((z - c, y - b - margin, x - a - margin), (z + c, y + b + margin, x + a + margin))
         gz, gy, gx = self.coordinates(box)
         inside = 1.0 - ((gx - x) / a) ** 2 - ((gy - y) / b) ** 2 - ((gz - z) / c) ** 2
         return box, (inside * (min(a, b) / 2)).astype(np.float32, copy=False)

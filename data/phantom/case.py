@@ -1,28 +1,23 @@
-"""Synthetic chest CT with tuberculosis-like findings: seeded HU volumes and lesion masks as NIfTI.
+"""Synthetic chest CT with tuberculosis-like findings: HU volumes and lesion masks from a seed.
 
-``make_case`` gives one patient, ``write_case`` its files. Arrays have axes [Z, Y, X], +x the patient's left,
+``make_case`` makes one patient, ``write_case`` its NIfTI files. Arrays have axes [Z, Y, X], +x the patient's left,
 +y posterior, +z superior; volumes are float32 HU, masks uint8 whose value is the index in ``FINDING_TYPES``.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
+from data.imaging.nifti import write_volume
 from data.phantom.anatomy import build_chest, finish, sample_grid, sample_patient
 from data.phantom.canvas import Grid
 from data.phantom.finding import Finding
 from data.phantom.lesions import add_finding
-
-__all__ = ["Grid", "Phantom", "make_case", "write_case"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +28,7 @@ class Phantom:
         hu: [Z, Y, X] float32, HU.
         mask: [Z, Y, X] uint8, index of the finding type.
         spacing: (z, y, x) mm.
-        findings: what is drawn, sizes as measured on ``mask``; from the lowest best slice to the highest.
+        findings: sizes as measured on ``mask``; ordered by the slice with most of the lesion, from the lowest.
         lung_z: lowest and highest z of each lung, mm above the first slice.
     """
 
@@ -54,8 +49,8 @@ def make_case(seed: int | Sequence[int], wanted: Sequence[tuple[str, str, str]],
 
     Raises:
         InputError: the grid does not hold a chest.
-        RuntimeError: the first finding fits nowhere. Further findings that find no free place are left out,
-            of the image and of ``findings`` alike.
+        RuntimeError: the first finding fits nowhere. Further findings that fit nowhere are left out of the image
+            and of ``findings``.
     """
     rng = np.random.default_rng(seed)
     grid = grid or sample_grid(rng)
@@ -70,7 +65,7 @@ def make_case(seed: int | Sequence[int], wanted: Sequence[tuple[str, str, str]],
             raise RuntimeError(f"no place for a {kind} in the {side} {zone} zone (seed {seed}, grid {grid})")
         if finding is not None:
             found.append((int(((mask > 0) & ~before).sum((1, 2)).argmax()), finding))
-    # A report then names them in the order in which slices show them, whatever was drawn first.
+    # Reports name findings in the order of their slices, not in the order of drawing.
     findings = [finding for _, finding in sorted(found, key=lambda pair: pair[0])]
     return Phantom(finish(chest.hu, patient.noise, rng), mask, grid.spacing, findings, chest.z_range)
 
@@ -78,26 +73,6 @@ def make_case(seed: int | Sequence[int], wanted: Sequence[tuple[str, str, str]],
 def write_case(phantom: Phantom, image_path: Path, mask_path: Path) -> tuple[int, int]:
     """Write image (int16 HU) and mask (uint8); returns the CRC-32 of each file."""
     hu = np.clip(np.rint(phantom.hu), -1024, 3071).astype(np.int16)
-    return (
-        _write_nifti(image_path, hu, phantom.spacing),
-        _write_nifti(mask_path, phantom.mask, phantom.spacing),
-    )
-
-
-def _write_nifti(path: Path, volume: np.ndarray, spacing: tuple[float, float, float]) -> int:
-    """Write [Z, Y, X] as ``.nii.gz`` in LPS orientation, atomically; returns the file's CRC-32.
-
-    The bytes depend on the content alone: the gzip header carries neither time nor name.
-    """
-    sz, sy, sx = spacing
-    image = nib.Nifti1Image(volume.transpose(2, 1, 0), np.diag([-sx, -sy, sz, 1.0]))
-    image.header.set_xyzt_units("mm")
-    image.set_qform(image.affine, code=1)
-    image.set_sform(image.affine, code=1)
-    packed = io.BytesIO()
-    with gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=packed, mtime=0) as stream:
-        stream.write(image.to_bytes())
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(packed.getvalue())
-    temporary.replace(path)
-    return zlib.crc32(packed.getvalue())
+    write_volume(image_path, hu, phantom.spacing)
+    write_volume(mask_path, phantom.mask, phantom.spacing)
+    return zlib.crc32(image_path.read_bytes()), zlib.crc32(mask_path.read_bytes())

@@ -9,8 +9,7 @@
             prompts.json                {"caption_prompt": [...]}
             cases.json                  all cases: id, split, findings, lung z-range, seed
 
-A case depends on (seed, split, number) alone, not on how many cases are made; the language
-changes words only.
+A case depends on (seed, split, number) alone, not on the number of cases. The language changes the texts only.
 """
 
 from __future__ import annotations
@@ -19,27 +18,28 @@ import csv
 import io
 import json
 import multiprocessing
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from config.errors import InputError
+from config.files import write_text
 from data.phantom.case import Phantom, make_case, write_case
 from data.phantom.finding import LESION_TYPES, SIDES, ZONES, Finding
 from data.phantom.report import finding_keys, wording, write_report
 
-# Raise it when the same seed no longer gives the same files, so that a rerun does not keep old ones.
+# Raised when the same seed no longer gives the same files, so that a rerun does not keep old ones.
 GENERATOR_VERSION = 6
 SPLITS = ("train", "val", "test")
-_EMPTY_QUESTION_SHARE = 0.2
+_EMPTY_QUESTION_FRACTION = 0.2
 _PLACEMENT_ATTEMPTS = 8
+Wanted = tuple[str, str, str]  # type, side, zone
 
-# One deck holds every type equally often; an effusion has one zone only and is dealt three times.
+# One deck holds every type equally often; an effusion has one zone only and is in it three times.
 _DECK = [
     (kind, side, zone if kind != "effusion" else "lower") for kind in LESION_TYPES for side in SIDES for zone in ZONES
 ]
@@ -47,7 +47,7 @@ _DECK = [
 
 @dataclass(frozen=True)
 class DatasetPaths:
-    """Where :func:`make_dataset` put things."""
+    """Files that :func:`make_dataset` writes."""
 
     root: Path
     train_csv: Path
@@ -65,7 +65,7 @@ class _Job:
     split: str
     index: int
     seed: int
-    wanted: tuple[tuple[str, str, str], ...]
+    wanted: tuple[Wanted, ...]
 
     @property
     def case_id(self) -> str:
@@ -96,20 +96,18 @@ def make_dataset(
         seed: of everything; equal seeds give equal files.
         language: of the reports and questions, "zh" or "en".
         max_findings: an abnormal case has 1 to this many findings, uniformly.
-        normal_share: share of healthy chests, spread evenly over each split.
+        normal_share: fraction of healthy chests, spread evenly over each split.
         workers: processes; with 1 everything runs in this one.
         progress: called as progress(done, total) after every case.
 
     Raises:
         InputError: a number out of range or an unknown language.
     """
-    wording(language)
-    for name, value in (("n_train", n_train), ("n_val", n_val), ("n_test", n_test), ("seed", seed)):
-        if value < 0:
-            raise InputError(f"{name} is {value}; it must not be negative")
-    for name, value in (("max_findings", max_findings), ("workers", workers)):
-        if value < 1:
-            raise InputError(f"{name} is {value}; it must be at least 1")
+    wording(language)  # raises for an unknown one
+    least = {"n_train": (n_train, 0), "n_val": (n_val, 0), "n_test": (n_test, 0), "seed": (seed, 0)}
+    for name, (value, low) in (least | {"max_findings": (max_findings, 1), "workers": (workers, 1)}).items():
+        if value < low:
+            raise InputError(f"{name} is {value}; it must be at least {low}")
     if not 0 <= normal_share <= 1:
         raise InputError(f"normal_share is {normal_share}; it must lie between 0 and 1")
     root = Path(out_dir)
@@ -128,16 +126,8 @@ def make_dataset(
     return _write_tables(root, cases, language)
 
 
-def load_cases(cases_json: Path) -> dict[str, list[Finding]]:
-    """True findings by case id (``train_0000``), from a ``cases.json``."""
-    cases = json.loads(cases_json.read_text(encoding="utf-8"))
-    return {case["id"]: [Finding(**f) for f in case["findings"]] for case in cases}
-
-
-def _plan(
-    seed: int, split: str, index: int, max_findings: int, normal_share: float
-) -> tuple[tuple[str, str, str], ...]:
-    """(type, side, zone) of each finding of a case, so that every split is balanced however long it is."""
+def _plan(seed: int, split: str, index: int, max_findings: int, normal_share: float) -> tuple[Wanted, ...]:
+    """The findings of a case. Every split is balanced, however long it is."""
     if int((index + 1) * normal_share + 0.5) > int(index * normal_share + 0.5):
         return ()
     stream = [seed, SPLITS.index(split), 7]
@@ -148,7 +138,7 @@ def _plan(
         extra = _DECK[int(rng.integers(len(_DECK)))]
         if extra[0] != "effusion" or extra not in wanted:
             wanted.append(extra)
-    # Fluid takes its room first; what comes later is placed in the lung that is left.
+    # An effusion is drawn first; the others are placed in the aerated lung that remains.
     return tuple(sorted(wanted, key=lambda item: item[0] != "effusion"))
 
 
@@ -175,18 +165,18 @@ def _build(job: _Job) -> dict:
     record = {
         "id": job.case_id,
         "split": job.split,
-        "findings": [f.as_dict() for f in phantom.findings],
+        "findings": [asdict(f) for f in phantom.findings],
         "lung_z_mm": {side: list(span) for side, span in phantom.lung_z.items()},
         "spacing_zyx_mm": list(phantom.spacing),
         **identity,
         "crc32": list(crc),
     }
-    _write_text(record_path, json.dumps(record, ensure_ascii=False, indent=1))
+    write_text(record_path, json.dumps(record, ensure_ascii=False, indent=1))
     return record
 
 
 def _make(job: _Job) -> Phantom:
-    """A phantom; where the lesion fits nowhere in one patient, the next patient is tried."""
+    """A phantom; where a lesion fits nowhere in one patient, another patient is drawn."""
     for attempt in range(_PLACEMENT_ATTEMPTS):
         try:
             return make_case([*job.rng_seed, attempt], job.wanted)
@@ -219,22 +209,15 @@ def _write_tables(root: Path, cases: list[dict], language: str) -> DatasetPaths:
         for case in (c for c in cases if c["split"] == split):
             rng = np.random.default_rng([*case["seed"], 3])
             findings = [Finding(**f) for f in case["findings"]]
-            empty = rng.random() < _EMPTY_QUESTION_SHARE
+            empty = rng.random() < _EMPTY_QUESTION_FRACTION
             question = questions[int(rng.integers(len(questions)))]
             answer = write_report(findings, rng, language)
             name = f"{case['id']}.nii.gz"
             table.writerow((f"images/{name}", "" if empty else question, answer, f"masks/{name}"))
         tables[split] = root / f"{split}.csv"
-        _write_text(tables[split], text.getvalue())
+        write_text(tables[split], text.getvalue())
     prompts, index = root / "prompts.json", root / "cases.json"
-    _write_text(prompts, json.dumps({"caption_prompt": list(questions)}, ensure_ascii=False, indent=1))
+    write_text(prompts, json.dumps({"caption_prompt": list(questions)}, ensure_ascii=False, indent=1))
     keyed = [{**c, "keys": finding_keys([Finding(**f) for f in c["findings"]], language)} for c in cases]
-    _write_text(index, json.dumps(keyed, ensure_ascii=False, indent=1))
+    write_text(index, json.dumps(keyed, ensure_ascii=False, indent=1))
     return DatasetPaths(root, tables["train"], tables["val"], tables["test"], prompts, index)
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Atomic, UTF-8, ``\\n`` on every system."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)

@@ -1,31 +1,23 @@
-"""What a chest CT may show, in the vocabulary shared by the phantom, its reports and their scores.
+"""Findings of a phantom, in the vocabulary shared by its images and its reports.
 
-A patient is a list of :class:`Finding`; the empty list is a normal examination. Sides are the patient's.
-Zones are the upper, middle and lower third of the z-extent of the lung on that side (not lobes: a third
-can be told from an axial slice, a lobe cannot where fissures do not show).
+A patient is a list of :class:`Finding`; the empty list is a normal examination. Sides are the patient's. Zones are
+thirds of the z-extent of the lung on that side. Lobes are not used: an axial slice without visible fissures shows the
+third, not the lobe.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+
+from data.lesions import ZONES
 
 # The position in this tuple is the value of the lesion mask; 0 is background, and also "normal".
-FINDING_TYPES = (
-    "normal",
-    "nodule",
-    "cavity",
-    "consolidation",
-    "tree_in_bud",
-    "fibrosis",
-    "effusion",
-    "calcification",
-)
+FINDING_TYPES = ("normal", "nodule", "cavity", "consolidation", "tree_in_bud", "fibrosis", "effusion", "calcification")
 LESION_TYPES = FINDING_TYPES[1:]
 SIDES = ("right", "left")
-ZONES = ("upper", "middle", "lower")
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Finding:
     """One lesion. ``size_mm`` is the longest axial diameter; for an effusion the greatest depth."""
 
@@ -46,6 +38,3 @@ class Finding:
     @property
     def mask_value(self) -> int:
         return FINDING_TYPES.index(self.type)
-
-    def as_dict(self) -> dict[str, str | int]:
-        return asdict(self)

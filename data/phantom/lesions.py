@@ -1,12 +1,13 @@
-"""Lesions of a phantom: where they may lie, how each type looks, and how large it came out.
+"""Lesions of a phantom: where they may lie, what each type looks like, and how large it is as drawn.
 
-Arrays have axes [Z, Y, X]. A lesion is drawn in a box around its centre; the mask holds the value of its
-type. What the report will say is measured on that mask, so clipping at the pleura cannot make it untrue.
+Arrays have axes [Z, Y, X]. A lesion is drawn in a box around its centre; the mask holds the value of its type. The
+size in the report is measured on that mask, so it stays true where the pleura cuts a lesion.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from scipy import ndimage
@@ -103,23 +104,22 @@ def add_finding(
             drawn = _effusion(chest, side, size, rng)
         else:
             drawn = _local(chest, mask, kind, side, zone, size, rng)
-        too_small = False
+        got = low
         if drawn is not None:
             box, cover, value, solid = drawn
             got = measure(solid, kind, chest.canvas.grid.spacing) if solid.any() else 0
-            too_small = got < low
             if low <= got <= high and _fits(chest, mask, drawn, side, zone):
                 finding = Finding(kind, side, zone, got)
                 blend(chest.hu[box], cover, value)
                 mask[box][solid] = finding.mask_value
                 return finding
-        # Cut by the pleura it came out too small; otherwise less room will do.
-        size *= 1.15 if too_small else rng.uniform(0.85, 1.0)
+        # A lesion cut by the pleura is drawn larger; any other is drawn smaller.
+        size *= 1.15 if got < low else rng.uniform(0.85, 1.0)
     return None
 
 
 def _fits(chest: Chest, mask: np.ndarray, drawn: Drawn, side: str, zone: str) -> bool:
-    """Whether a lesion as drawn touches no other, and both its centre and best slice are well in the zone."""
+    """Whether a lesion as drawn touches no other, and its centre and best slice keep the margin of its zone."""
     box, _, _, solid = drawn
     if (mask[box] > 0)[solid].any():
         return False
@@ -148,19 +148,12 @@ def _local(
     for _ in range(20):
         iz, iy, ix = np.unravel_index(rng.choice(spots), depth.shape)
         iz += levels[0]
-        gap = np.hypot(
-            c.y[0, iy, 0] - chest.hilum[side][1],
-            c.x[0, 0, ix] - chest.hilum[side][2],
-        )
+        gap = np.hypot(c.y[0, iy, 0] - chest.hilum[side][1], c.x[0, 0, ix] - chest.hilum[side][2])
         near_hilum = gap < 18 + 0.35 * size and abs(z[iz] - chest.hilum[side][0]) < 30
-        if not near_hilum and not _occupied(chest, mask, (iz, iy, ix), size):
+        # At least 8 mm from any other lesion.
+        if not near_hilum and not mask[_neighbourhood(chest, (iz, iy, ix), size / 2 + 8)].any():
             return _DRAW[kind](_site(chest, side, (iz, iy, ix), size), size, rng)
     return None
-
-
-def _occupied(chest: Chest, mask: np.ndarray, at: tuple[int, int, int], size: float) -> bool:
-    """Whether another lesion lies within reach, or 8 mm beyond."""
-    return bool(mask[_neighbourhood(chest, at, size / 2 + 8)].any())
 
 
 def _neighbourhood(chest: Chest, at: tuple[int, int, int], reach: float) -> Box:
@@ -174,15 +167,8 @@ def _site(chest: Chest, side: str, at: tuple[int, int, int], size: float) -> _Si
     c = chest.canvas
     box = _neighbourhood(chest, at, 0.75 * size + 4)
     z, y, x = c.coordinates(box)
-    return _Site(
-        box,
-        z - c.z[at[0], 0, 0],
-        y - c.y[0, at[1], 0],
-        x - c.x[0, 0, at[2]],
-        chest.lung[side][box],
-        c.px,
-        c.grid.spacing[0],
-    )
+    dz, dy, dx = z - c.z[at[0], 0, 0], y - c.y[0, at[1], 0], x - c.x[0, 0, at[2]]
+    return _Site(box, dz, dy, dx, chest.lung[side][box], c.px, c.grid.spacing[0])
 
 
 def _blob(s: _Site, radius: float, rough: float, rng: np.random.Generator, flat: float = 0.8) -> np.ndarray:
@@ -197,16 +183,9 @@ def _blob(s: _Site, radius: float, rough: float, rng: np.random.Generator, flat:
     return radius * (1 + wave) - r
 
 
-def _nodule(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
-    distance = _blob(s, size / 2, 0.05, rng)
-    cover = soft(distance, s.px)
-    return s.box, cover, rng.uniform(25, 70), cover >= 0.5
-
-
-def _calcification(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
-    distance = _blob(s, size / 2, 0.05, rng)
-    cover = soft(distance, s.px)
-    return s.box, cover, rng.uniform(650, 1100), cover >= 0.5
+def _solid(s: _Site, size: float, rng: np.random.Generator, hu: tuple[float, float]) -> Drawn:
+    cover = soft(_blob(s, size / 2, 0.05, rng), s.px)
+    return s.box, cover, rng.uniform(*hu), cover >= 0.5
 
 
 def _cavity(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
@@ -237,7 +216,7 @@ def _consolidation(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
 def _tree_in_bud(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
     region = _blob(s, size / 2, 0.06, rng, flat=0.5)
     inside = (region >= 0) & (s.lung >= 0.5)
-    # One dot per cell of a shaken lattice keeps dots apart and takes them up to the edge of the region.
+    # One dot per cell of a jittered lattice keeps dots apart and fills the region up to its edge.
     pitch, shake = 7.5, 6.5
     row, column = (((v - v.min()) // pitch).astype(int).ravel() for v in (s.dy, s.dx))
     cells = (region.shape[0], row.max() + 3, column.max() + 3)
@@ -256,7 +235,7 @@ def _tree_in_bud(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
 def _fibrosis(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
     turn, bow = rng.uniform(0, np.pi), rng.normal(0, 0.10)
     best = np.full(np.broadcast_shapes(s.dz.shape, s.dy.shape, s.dx.shape), -99.0, np.float32)
-    # Strands run side by side, unlike vessels; the first, the longest, sets the size.
+    # Strands are parallel, unlike vessels; the first and longest has the wanted size.
     width = max(size, 38.0)
     for i, offset in enumerate((0.0, -0.17, 0.17, -0.30)[: int(rng.integers(3, 5))]):
         length = size * (1.0 if i == 0 else rng.uniform(0.55, 0.85))
@@ -271,7 +250,7 @@ def _fibrosis(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
 
 
 def _effusion(chest: Chest, side: str, size: float, rng: np.random.Generator) -> Drawn | None:
-    """A crescent behind the lung: the hemithorax less itself moved forward by the fluid's depth."""
+    """A crescent behind the lung: the hemithorax minus a copy of itself, moved forward by the fluid's depth."""
     c = chest.canvas
     low, high = chest.z_range[side]
     top = low + (high - low) * rng.uniform(0.22, 0.30)
@@ -282,7 +261,7 @@ def _effusion(chest: Chest, side: str, size: float, rng: np.random.Generator) ->
     z, y, x = c.coordinates(box)
     depth = size * np.clip((top - z) / (0.10 * (high - low)), 0.15, 1)
     cx, cy, a, b = (v[box[0]] for v in chest.cavity[side])
-    # Moved inwards a little as well, so that the fluid climbs the lateral wall.
+    # Also moved medially, so that the fluid rises along the lateral wall.
     aerated = 1 - np.abs((x - cx + SIGN[side] * 0.12 * depth) / a) ** 2.3 - np.abs((y - cy + depth) / b) ** 2.3
     dependent = soft(y - cy + 0.35 * b, 20.0)
     cover = soft(-aerated * np.sqrt(a * b) / 2.3, c.px) * chest.lung[side][box] * dependent
@@ -290,10 +269,10 @@ def _effusion(chest: Chest, side: str, size: float, rng: np.random.Generator) ->
 
 
 _DRAW = {
-    "nodule": _nodule,
+    "nodule": partial(_solid, hu=(25, 70)),
+    "calcification": partial(_solid, hu=(650, 1100)),
     "cavity": _cavity,
     "consolidation": _consolidation,
     "tree_in_bud": _tree_in_bud,
     "fibrosis": _fibrosis,
-    "calcification": _calcification,
 }

@@ -1,18 +1,19 @@
-"""The sentences that reports are made of, Chinese and English, and the patterns that read them back.
+"""The sentences of phantom reports, Chinese and English.
 
-``{loc}`` is the place, ``{side}`` the side alone, ``{n}`` the size in mm. Every sentence is true of every
-phantom with that finding: it names nothing that :mod:`data.phantom.lesions` does not draw. A clause with a
-negation holds no finding of its own; the parser drops it.
+``{loc}`` is the place, ``{side}`` the side alone, ``{n}`` the size in mm. Every sentence is true of every phantom
+with that finding: it names nothing that :mod:`data.phantom.lesions` does not draw.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from data.report_language.sections import HEADINGS
+
 
 @dataclass(frozen=True)
 class Wording:
-    """One language: headings, vocabulary, sentence templates, and regular expressions of the parser."""
+    """One language: headings, vocabulary and sentence templates."""
 
     headings: tuple[str, str, str, str]
     section: str  # format of one section: {heading}, {text}
@@ -26,7 +27,7 @@ class Wording:
     key_location: str
     sentences: dict[str, tuple[str, ...]]
     normal_sentences: tuple[str, ...]
-    negatives: dict[str, tuple[str, ...]]  # under the type that they deny; "" denies none
+    negatives: dict[str, tuple[str, ...]]  # by the type that they deny; "" denies none
     impression: dict[str, tuple[str, ...]]
     advice: dict[str, tuple[str, ...]]
     tendency: dict[str, tuple[str, ...]]
@@ -34,19 +35,10 @@ class Wording:
     key_gap: str
     key_joint: str
     questions: tuple[str, ...]
-    # parser: the first pattern of ``type_patterns`` that matches decides, the special before the general
-    type_patterns: tuple[tuple[str, str], ...]
-    side_pattern: str  # group 1 is a value of ``sides``
-    zone_pattern: str  # group 1 is a value of ``zones``
-    size_pattern: str  # group 1 number, group 2 unit
-    negation: str
-    normal_pattern: str
-    sentence_end: str
-    clause_end: str
 
 
 CHINESE = Wording(
-    headings=("所见", "结论", "建议", "病理倾向"),
+    headings=HEADINGS["zh"],
     section="{heading}：{text}",
     stop="。",
     joint="，",
@@ -143,26 +135,10 @@ CHINESE = Wording(
         "肺部有无病变？请完整报告。",
         "请阅片并出具报告。",
     ),
-    type_patterns=(
-        ("calcification", "钙化"),
-        ("cavity", "空洞"),
-        ("tree_in_bud", "树芽|粟粒"),
-        ("consolidation", "实变"),
-        ("fibrosis", "条索"),
-        ("effusion", "积液"),
-        ("nodule", "结节"),
-    ),
-    side_pattern=r"([左右])(?=肺|侧|[上中下]肺)",
-    zone_pattern=r"([上中下])(?:肺)?野",
-    size_pattern=r"(\d+(?:\.\d+)?)\s*(mm|cm|毫米|厘米)",
-    negation="未见|没有|无",
-    normal_pattern="(?:双肺|两肺)[^，。；]{0,6}未见[^，。；]{0,4}(?:异常|病变)",
-    sentence_end=r"[。；;\n]|\.(?!\d)",
-    clause_end=r"[，,、]",
 )
 
 ENGLISH = Wording(
-    headings=("Findings", "Impression", "Recommendation", "Pathology tendency"),
+    headings=HEADINGS["en"],
     section="{heading}: {text}",
     stop=".",
     joint=", ",
@@ -252,22 +228,6 @@ ENGLISH = Wording(
         "Generate the radiology report for this patient.",
         "Report this examination.",
     ),
-    type_patterns=(
-        ("calcification", "calcif"),
-        ("cavity", "cavit"),
-        ("tree_in_bud", "tree-in-bud|miliary"),
-        ("consolidation", "consolidation"),
-        ("fibrosis", "strands|fibro"),
-        ("effusion", "effusion"),
-        ("nodule", "nodule"),
-    ),
-    side_pattern=r"\b(right|left)\b",
-    zone_pattern=r"\b(upper|middle|lower)\b",
-    size_pattern=r"(\d+(?:\.\d+)?)\s*(mm|cm)\b",
-    negation=r"\b(?:no|not|without|free of)\b",
-    normal_pattern=r"\bboth lungs are (?:clear|normal)\b",
-    sentence_end=r"[;\n]|\.(?!\d)",
-    clause_end=r",",
 )
 
 WORDINGS = {"zh": CHINESE, "en": ENGLISH}

@@ -1,4 +1,4 @@
-"""Where a finding of a sentence lies, how large it is, how many there are, how it has changed."""
+"""Attributes of the findings of a sentence: places, sizes, number and change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COUNT_REACH = 26  # characters between a number word and the finding after it
 
 @dataclass(frozen=True)
 class Place:
-    """Side: left, right, bilateral; lobe and zone: upper, middle, lower. None where it is not said."""
+    """Side: left, right, bilateral; lobe and zone: upper, middle, lower. None where it is not stated."""
 
     side: str | None = None
     lobe: str | None = None
@@ -21,10 +21,10 @@ class Place:
 
 @dataclass
 class Attributes:
-    """What a sentence says of one finding. ``count`` 0 stands for "several"."""
+    """What a sentence states of one finding. ``count`` 0 stands for "several"."""
 
     places: list[Place] = field(default_factory=lambda: [Place()])
-    carried: bool = False  # the place stands in an earlier clause, or nowhere
+    carried: bool = False  # the place is in an earlier clause, or nowhere
     sizes: list[tuple[float | None, float]] = field(default_factory=list)
     count: int | None = None
     change: str | None = None
@@ -35,8 +35,8 @@ def attributes(sentence: Sentence, polarity: dict[int, str], earlier: list[Place
 
     Args:
         sentence: with its targets.
-        polarity: of each target; what is absent has no size, and no place from another clause.
-        earlier: places of the sentence before, for one that points back to its lesion.
+        polarity: of each target; an absent finding has no size, and no place from another clause.
+        earlier: places of the sentence before, for a sentence that refers to its lesion.
     """
     found = {i: _placed(sentence, i, polarity[i], earlier) for i in sentence.targets}
     for i, token in enumerate(sentence.tokens):
@@ -132,7 +132,7 @@ def _next_target(sentence: Sentence, i: int) -> int | None:
 
 
 def _tightly_before(sentence: Sentence, i: int, target: int) -> bool:
-    """Whether token i is an adjective of the target after it: 12mm结节, a new right upper lobe nodule."""
+    """Whether token i is an attribute of the target after it: 12mm结节, a new right upper lobe nodule."""
     gap = sentence.between(i, target, ("place", "organ", "count", "change", "size"))
     return re.fullmatch(sentence.language.size_gap, gap) is not None
 
@@ -155,7 +155,7 @@ def _owner_of_count(sentence: Sentence, i: int) -> int | None:
 
 
 def _owners_of_change(sentence: Sentence, i: int, polarity: dict[int, str]) -> list[int]:
-    """The findings that a comparison is about: the one that it qualifies, else all before it in the clause."""
+    """The findings of a comparison: the one that it qualifies, else all before it in the clause."""
     known = [k for k in sentence.targets if polarity[k] != "absent"]
     following = _next_target(sentence, i)
     if following is not None and _tightly_before(sentence, i, following):

@@ -1,12 +1,12 @@
-"""Findings of a chest-CT report, by rules: what is there, what is not, what may be, and where.
+"""Findings of a chest-CT report, by rules: polarity, place, size, number and change.
 
-``label_report`` reads Chinese and English, in four steps: sections (:mod:`data.report_language.sections`), sentences
-and tokens (:mod:`data.report_language.lexer` with the tables of ``report_terms_*``), the reach of negation and
-uncertainty (:mod:`data.report_language.sentence`), and attributes (``attributes``). The idea of cue
-words with a scope is NegEx's (Chapman et al. 2001); NegBio and CheXpert apply it to chest reports.
+``label_report`` reads Chinese and English in four steps: sections (:mod:`data.report_language.sections`), sentences and
+tokens (``lexer`` with the tables of ``terms_zh`` and ``terms_en``), scope of negation and uncertainty (``sentence``),
+attributes (``attributes``). Cue words with a scope are NegEx's (Chapman et al. 2001); NegBio and CheXpert apply them to
+chest reports.
 
-Limits: a sentence is read alone, but for sizes and places of the lesion in the one before; findings that
-two sentences name twice are two mentions; a statement that all is normal gives no mention.
+Limits: a sentence is read alone, except for sizes and places of the lesion in the sentence before. A finding named in
+two sentences gives two mentions. A statement that all is normal gives none: see :func:`states_normal`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from dataclasses import dataclass, replace
 from config.errors import InputError
 from data.report_language.attributes import Attributes, Place, attributes, place_groups, read_places
 from data.report_language.lexer import Lexer, normal_form, sentences
-from data.report_language.sections import PREAMBLE, split_sections
+from data.report_language.sections import PREAMBLE, section_text, split_sections
 from data.report_language.sentence import Sentence
 from data.report_language.terms import FINDINGS, Language
 from data.report_language.terms_en import ENGLISH
 from data.report_language.terms_zh import CHINESE
 
 LANGUAGES: dict[str, Language] = {"zh": CHINESE, "en": ENGLISH}
-_CHINESE_SHARE = 0.1  # of the letters; a Chinese report holds CT, GGO, mm
+_CHINESE_FRACTION = 0.1  # of the letters; a Chinese report contains CT, GGO, mm
 POLARITIES = ("present", "uncertain", "absent")
 
 
@@ -39,13 +39,13 @@ class FindingMention:
         polarity: present, absent or uncertain. A lesion that has become smaller is present.
         side: left, right, bilateral, or None.
         lobe: upper (the lingula too), middle, lower, or None.
-        zone: upper, middle, lower, or None: of the lung's height, as in 上野, upper zone, apex.
+        zone: upper, middle, lower, or None: the craniocaudal level, as in 上野, upper zone, apex.
         size_mm: largest stated extent, of a range its upper end; None where no size is stated.
         size_low_mm: lower end of a stated range.
         count: stated number, 0 for "several", None where nothing is said.
         change: smaller, larger, stable, new, resolved (then the polarity is absent), or None.
         section: name in ``data.report_language.sections.SECTIONS``, "" for text before the first heading.
-        start, end: where the finding's word stands in the text.
+        start, end: span of the finding's word in the text.
     """
 
     finding: str
@@ -63,7 +63,7 @@ class FindingMention:
 
     @property
     def level(self) -> str | None:
-        """Height by zone or, failing that, by lobe."""
+        """Craniocaudal level: the zone or, failing that, the lobe."""
         return self.zone or self.lobe
 
 
@@ -71,11 +71,11 @@ def detect_language(text: str) -> str:
     """ "zh" where at least a tenth of the letters are Chinese, else "en"."""
     chinese = sum("一" <= c <= "鿿" for c in text)
     letters = sum(c.isalpha() for c in text)
-    return "zh" if chinese and chinese >= _CHINESE_SHARE * letters else "en"
+    return "zh" if chinese and chinese >= _CHINESE_FRACTION * letters else "en"
 
 
 def label_report(text: str, language: str = "auto") -> list[FindingMention]:
-    """Every mention of a finding, in the order of the text; a finding at two places gives two.
+    """Every mention of a finding, in the order of the text. A finding at two places gives two.
 
     Raises:
         InputError: the language is not "auto", "zh" or "en".
@@ -107,6 +107,12 @@ def report_labels(mentions: Sequence[FindingMention], sections: Sequence[str] | 
     return {name: labels[name] for name in FINDINGS if name in labels}
 
 
+def states_normal(text: str, language: str) -> bool:
+    """Whether the findings section, or a text without one, says that both lungs are normal."""
+    body = section_text(text, "findings")
+    return re.search(LANGUAGES[language].normal, normal_form(text if body is None else body)) is not None
+
+
 @functools.cache
 def _lexer(language: str) -> Lexer:
     return Lexer(LANGUAGES[language].rules)
@@ -119,7 +125,7 @@ def _label_section(text: str, start: int, end: int, section: str, language: str)
         sentence = Sentence(text[:stop], _lexer(language).read(text, begin, stop), LANGUAGES[language])
         found = _label_sentence(sentence, section, earlier)
         if not found and mentions:
-            _late_size(sentence, mentions)
+            _add_size(sentence, mentions)
         mentions += found
         groups = place_groups(sentence)
         earlier = read_places(sentence, groups[-1]) if groups else earlier if not found else []
@@ -143,7 +149,7 @@ def _label_sentence(sentence: Sentence, section: str, earlier: list[Place]) -> l
                 start=token.start,
                 end=token.end,
             )
-            again = _said_before(base, mentions, what)
+            again = _same_lesion(base, mentions, what)
             if again is None:
                 mentions += _at_places(base, what, sentence)
             else:
@@ -162,8 +168,8 @@ def _at_places(base: FindingMention, what: Attributes, sentence: Sentence) -> li
     return made
 
 
-def _said_before(base: FindingMention, mentions: Sequence[FindingMention], what: Attributes) -> int | None:
-    """Position of the mention of the same lesion in the same sentence, where this one has no place of its own."""
+def _same_lesion(base: FindingMention, mentions: Sequence[FindingMention], what: Attributes) -> int | None:
+    """Index of an earlier mention of the same lesion, for a mention without a place of its own."""
     if not what.carried:
         return None
     same = [k for k, m in enumerate(mentions) if m.finding == base.finding and m.polarity == base.polarity]
@@ -178,7 +184,7 @@ def _completed(old: FindingMention, new: FindingMention, what: Attributes) -> Fi
     return replace(old, count=count, change=old.change or new.change)
 
 
-def _late_size(sentence: Sentence, mentions: list[FindingMention]) -> None:
+def _add_size(sentence: Sentence, mentions: list[FindingMention]) -> None:
     """Give the size of a sentence without findings (大小约3.2cm。) to the lesion before it, if that has none."""
     sizes = [token.value for token in sentence.tokens if token.kind == "size"]
     last = mentions[-1]

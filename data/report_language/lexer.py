@@ -1,8 +1,8 @@
-"""From report text to tokens: sentences, and in them the words of the tables in ``report_terms_*``.
+"""From report text to tokens: sentences, and in them the words of the tables ``terms_zh`` and ``terms_en``.
 
-A rule is a kind, a value and a regular expression. At each place the longest match wins, so ``未见明显变化``
-(no change) hides the negation in it, and ``磨玻璃结节`` both of its parts. Text is compared in a normal form
-of equal length (full-width forms and case folded), so positions are those of the original.
+A rule is a kind, a value and a regular expression. At each position the longest match wins: ``未见明显变化`` (no
+change) is not read as a negation, nor ``磨玻璃结节`` as either of its parts. Rules are matched against a normal form of
+equal length (full-width forms and case folded), so positions are those of the original.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _END = re.compile(rf"[。;!\n]|\?+|{_KEEP}\.(?!\d|[eg]\.)")
 
 @dataclass(frozen=True)
 class Rule:
-    """What a stretch of text means.
+    """The meaning of a span of text.
 
     Attributes:
         kind: see :mod:`data.report_language.terms`.
@@ -68,16 +68,16 @@ def sentences(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 class Lexer:
-    """Reads tokens by a list of rules; of matches equally long the earlier rule's counts."""
+    """Reads tokens by a list of rules. Of matches of equal length the earlier rule's counts."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self._rules = [(rule.kind, rule.value, re.compile(rule.pattern)) for rule in rules]
-        # One search finds where the next token may begin; only there the rules are tried one by one.
+        # One search finds where the next token can begin; the rules are tried one by one only there.
         self._any = re.compile("|".join(f"(?:{re.sub(r'[(][?]P<[a-z]+>', '(?:', rule.pattern)})" for rule in rules))
 
     def read(self, text: str, start: int, end: int) -> list[Token]:
         """Tokens of one sentence, in order and without overlap."""
-        # Cut here, so that "$" in a rule is the sentence's end; what stands before stays visible to a look-behind.
+        # The text ends here, so that "$" in a rule is the sentence's end; a look-behind sees the text before it.
         text = text[:end]
         tokens = []
         at = start
@@ -96,7 +96,7 @@ class Lexer:
             match = pattern.match(text, at)
             if match is None or match.end() == at or (best is not None and match.end() <= best.end):
                 continue
-            held = value(match) if isinstance(value, Callable) else value
-            if held is not None or not isinstance(value, Callable):
-                best = Token(kind, held, at, match.end())
+            found = value(match) if isinstance(value, Callable) else value
+            if found is not None or not isinstance(value, Callable):
+                best = Token(kind, found, at, match.end())
         return best

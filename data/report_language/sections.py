@@ -12,6 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SECTIONS = ("findings", "impression", "recommendation", "tendency")
+HEADINGS = {
+    "zh": ("所见", "结论", "建议", "病理倾向"),
+    "en": ("Findings", "Impression", "Recommendation", "Pathology tendency"),
+}  # of written reports, in the order of SECTIONS
 PREAMBLE = ""  # name of the text before the first heading
 
 # Longer headings before those that they contain.

@@ -1,6 +1,6 @@
-"""One sentence of a report as tokens: clauses, and what negation and uncertainty reach.
+"""One sentence of a report as tokens: its clauses, and the scope of negation and uncertainty.
 
-Used by ``labeller``; the words come from the tables of a :class:`data.report_language.terms.Language`.
+Used by ``labeller``; the words are those of a :class:`data.report_language.terms.Language`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ Group = tuple[int, int]  # first and last token of a list of places or organs
 
 
 class Sentence:
-    """Tokens of one sentence with the questions that the labeller asks about them.
+    """Tokens of one sentence.
 
     Attributes:
         text: normal form of the whole report; tokens point into it.
-        tokens: in order; a head without a finding is removed or turned into the change that it is.
+        tokens: in order; a head that names no finding becomes a skip or a change.
         targets: positions of the tokens that name findings.
         names: the findings of each target.
     """
@@ -68,7 +68,7 @@ class Sentence:
         if tokens and tokens[0].kind == "comma":
             start = tokens.pop(0).end
         elif n == 0 and tokens:
-            return "?"  # what stands before the first token is not known to be bare
+            return "?"  # the text before the first token is unknown
         end = self.tokens[self._clauses[n + 1][0]].start if n + 1 < len(self._clauses) else len(self.text)
         pieces, at = [], start
         for token in tokens:
@@ -82,7 +82,7 @@ class Sentence:
     # ------------------------------------------------------------------ organs name findings
 
     def groups(self, kinds: tuple[str, ...], gap: str, without: tuple[str, ...] = ()) -> list[Group]:
-        """Runs of tokens of these kinds with nothing between them but ``gap``."""
+        """Runs of tokens of these kinds with only ``gap`` between them."""
         found: list[Group] = []
         for i, token in enumerate(self.tokens):
             if token.kind not in kinds:
@@ -94,7 +94,7 @@ class Sentence:
         return found
 
     def choose(self, i: int, groups: Sequence[Group]) -> tuple[Group | None, bool]:
-        """The list of places (or organs) that token i is about, and whether it stands in an earlier clause.
+        """The list of places (or organs) of token i, and whether it is in an earlier clause.
 
         In this order: directly before it in one noun phrase; after it and joined by a preposition; before it
         in the clause; after it in the clause; the last one of the sentence so far; one in a later clause that
@@ -119,7 +119,7 @@ class Sentence:
         return (later, False) if between and not own else (None, True)
 
     def organ_classes(self, i: int) -> tuple[str, ...]:
-        """Classes of the organs that token i is about, the nearest first; empty where none is named."""
+        """Classes of the organs of token i, the nearest first; empty where none is named."""
         found, _ = self.choose(i, self._organ_groups)
         if found is None:
             return ()
@@ -162,17 +162,17 @@ class Sentence:
     # ------------------------------------------------------------------ negation and uncertainty
 
     def polarities(self) -> tuple[dict[int, str], set[int]]:
-        """ "present", "absent" or "uncertain" for each target, and the targets said to have resolved."""
+        """ "present", "absent" or "uncertain" for each target, and the targets reported as resolved."""
         polarity: dict[int, str] = {}
         negated = unsure = False
         for i, token in enumerate(self.tokens):
             if token.kind == "comma":
-                negated, unsure = negated and self._goes_on(self._clause[i]), False
+                negated, unsure = negated and self._continues_denial(self._clause[i]), False
             elif token.kind == "stop":
                 negated = unsure = False
             elif token.kind == "negate":
                 negated = True
-            elif token.kind == "maybe_before" or (token.kind == "maybe" and self._meant_after(i)):
+            elif token.kind == "maybe_before" or (token.kind == "maybe" and self._applies_forward(i)):
                 unsure = True
             elif i in self.names:
                 polarity[i] = "absent" if negated else "uncertain" if unsure else "present"
@@ -182,17 +182,17 @@ class Sentence:
                 reached = self._denied_by(i)
                 polarity |= dict.fromkeys(reached, "absent")
                 resolved |= set(reached) if token.value == "resolved" else set()
-            elif token.kind == "maybe_after" or (token.kind == "maybe" and not self._meant_after(i)):
+            elif token.kind == "maybe_after" or (token.kind == "maybe" and not self._applies_forward(i)):
                 for target in self._doubted_by(i):
                     polarity[target] = "uncertain" if polarity[target] == "present" else polarity[target]
         return polarity, resolved
 
-    def _meant_after(self, i: int) -> bool:
-        """Whether something that can be uncertain follows token i in its clause."""
+    def _applies_forward(self, i: int) -> bool:
+        """Whether a finding or disease follows token i in its clause."""
         return any(k > i and (k in self.names or self.tokens[k].kind == "disease") for k in self.clause_of(i))
 
-    def _goes_on(self, clause: int) -> bool:
-        """Whether a clause goes on with a denied enumeration: bare findings, or "or …" now or later."""
+    def _continues_denial(self, clause: int) -> bool:
+        """Whether a clause continues a denied enumeration: bare findings, or "or …" here or later."""
         for n in range(clause, len(self._clauses)):
             kinds = {self.tokens[i].kind for i in self._clauses[n]}
             body = self._clause_text(n, ())
@@ -205,14 +205,14 @@ class Sentence:
         return False
 
     def _bare(self, n: int) -> bool:
-        """Whether a clause is findings and nothing else."""
+        """Whether a clause consists of findings only."""
         if not any(i in self.names for i in self._clauses[n]):
             return False
         allowed = ("term", "head", "organ", "denied")
         return re.fullmatch(self.language.fillers, self._clause_text(n, allowed)) is not None
 
     def _denied_by(self, i: int) -> list[int]:
-        """Targets before a denial: of its clause back to a stop, and of bare clauses directly before."""
+        """Targets before a denial: in its clause back to a stop, and in bare clauses directly before it."""
         reached = []
         for k in range(i - 1, self.clause_of(i)[0] - 1, -1):
             if self.tokens[k].kind == "stop":
@@ -220,18 +220,18 @@ class Sentence:
             if k in self.names:
                 reached.append(k)
         n = self._clause[i] - 1
-        while reached and n >= 0 and (self._bare(n) or self._opens_list(n)):
+        while reached and n >= 0 and (self._bare(n) or self._is_opening_list(n)):
             reached += [k for k in self._clauses[n] if k in self.names]
             n -= 1
         return reached
 
-    def _opens_list(self, n: int) -> bool:
-        """Whether the first clause of a sentence holds nothing but findings and their places."""
+    def _is_opening_list(self, n: int) -> bool:
+        """Whether this is the first clause and contains only findings and organs."""
         kinds = {self.tokens[i].kind for i in self._clauses[n]}
         return n == 0 and bool(kinds) and kinds <= {"term", "head", "organ"}
 
     def _doubted_by(self, i: int) -> list[int]:
-        """The nearest target before a doubt, unless a disease is nearer, and those coordinated with it."""
+        """The nearest target before an uncertainty, unless a disease is nearer, and those coordinated with it."""
         near = [k for k in self.clause_of(i) if k < i and (k in self.names or self.tokens[k].kind == "disease")]
         if not near or near[-1] not in self.names:
             return []

@@ -1,4 +1,4 @@
-"""What the report labeller knows of both languages: its vocabulary, kinds of words, sizes.
+"""The vocabulary of the report labeller for both languages: findings, kinds of words, sizes.
 
 The words themselves are in ``terms_zh`` and ``terms_en``. Kinds of tokens:
 
@@ -12,14 +12,14 @@ denied             denies the findings before it (``…未见。``, ``… is not
 maybe_before       makes uncertain what follows in its clause
 maybe_after        makes uncertain the nearest finding before it and those coordinated with it
 maybe              maybe_before where something follows that it can mean, else maybe_after
-disease            a cause or nature: may be what an uncertainty is about, is itself no finding
+disease            a cause or nature: an uncertainty may be about it; it is no finding
 stop               ends the scope of negation and uncertainty (但, 可见, but, there is)
 link               joins a finding to a place after it (位于)
 size, count        (low mm or None, high mm);  number, 0 for "several"
 change             smaller, larger, stable, new
-within             points back to the lesion of the sentence before (其内, it)
+within             refers to the lesion of the sentence before (其内, it)
 comma              ends a clause
-skip               means nothing here, but would be mistaken for something (无名动脉, slice thickness 5 mm)
+skip               would be mistaken for a word of another kind (无名动脉, slice thickness 5 mm)
 =================  ====================================================================================
 """
 
@@ -54,13 +54,13 @@ FINDINGS = (
     "lymphadenopathy",
 )
 
-# What a change is called by the organ that shows it; "*" for any other organ or none, None for no finding.
+# Finding of a head by its organ; "*" for any other organ or none, None for no finding.
 HEADS: dict[str, dict[str, str | None]] = {
     "effusion": {"pleura": "effusion", "pericardium": "pericardial_effusion", "outside": None, "*": "effusion"},
     "fluid": {"pleura": "effusion", "pericardium": "pericardial_effusion", "*": None},
     "thickening": {"pleura": "pleural_thickening", "septum": "septal_thickening", "*": None},
     "enlargement": {"node": "lymphadenopathy", "*": None},
-    # As above, but without a lymph node it is a comparison: 结节增大.
+    # Without a lymph node it is a change: 结节增大.
     "growth": {"node": "lymphadenopathy", "*": None},
     "dilatation": {"bronchus": "bronchiectasis", "*": None},
     "calcification": {"vessel": "vascular_calcification", "outside": None, "*": "calcification"},
@@ -91,6 +91,7 @@ class Language:
         size_gap: leftover text between a size and the finding after it.
         of: leftover text between a lobe and the side after it ("upper lobe of the left lung").
         respectively: sizes and places are paired in order.
+        normal: both lungs are normal.
     """
 
     rules: tuple[Rule, ...]
@@ -105,6 +106,7 @@ class Language:
     size_gap: str
     of: str
     respectively: str
+    normal: str
 
 
 def size_of(match: re.Match[str]) -> tuple[float | None, float] | None:

@@ -12,6 +12,10 @@ _COUNTS = {word: number for number, word in enumerate(_NUMBER_WORDS.split("|"), 
 _ABBREVIATED = {"u": "upper", "m": "middle", "l": "lower"}
 _LEVEL = r"(?:upper|middle|mid|lower)"
 _ADVERB = r"(?:slightly |significantly |markedly |mildly |moderately |interval |partially |nearly |substantially )*"
+_LEVELS = rf"{_LEVEL}(?:(?:,|,? and|,? or| ?/| ?-| to) ?{_LEVEL}){{0,2}}"
+_SOME_LEVELS = rf"{_LEVEL}(?:(?:,|,? and| ?/) ?{_LEVEL})*"
+_NOT_APEX = r"segment|posterior|portion of the heart"
+_OPACITY = r"opacit\w+|opacification|change\w*|densit\w+"
 _HAS = r"(?:(?:has|have|had|is|are|was|were) )?"
 
 
@@ -31,9 +35,13 @@ def _count(match: re.Match[str]) -> int:
     return int(word) if word.isdigit() else _COUNTS[word]
 
 
-def _terms(name: str | tuple[str, ...], *patterns: str) -> list[Rule]:
-    names = (name,) if isinstance(name, str) else name
-    return [Rule("term", names, rf"\b(?:{pattern})\b") for pattern in patterns]
+def _words(kind: str, value: object, *patterns: str) -> list[Rule]:
+    return [Rule(kind, value, rf"\b(?:{pattern})\b") for pattern in patterns]
+
+
+def _terms(names: str, *patterns: str) -> list[Rule]:
+    """``names``: the findings, joined by a plus sign where the words name several."""
+    return _words("term", tuple(names.split("+")), *patterns)
 
 
 _SKIPPED = (
@@ -53,272 +61,133 @@ _SKIPPED = (
 )
 
 _FINDINGS = (
-    *_terms(
-        "nodule",
-        r"(?:micro-?)?nodules?|nodular (?:opacit\w+|densit\w+|lesions?|foc(?:us|i)|shadows?)|"
-        r"nodularity",
-    ),
-    *_terms(("calcification", "nodule"), r"calcified (?:[a-z]+ ){0,2}?nodules?"),
+    *_terms("nodule", r"(?:micro-?)?nodules?|nodular (?:opacit\w+|densit\w+|lesions?|foc(?:us|i)|shadows?)|nodularity"),
+    *_terms("calcification+nodule", r"calcified (?:[a-z]+ ){0,2}?nodules?"),
     *_terms("calcification", r"nodular calcifications?"),
-    *_terms(("ground_glass", "nodule"), r"ground[- ]?glass (?:[a-z]+ ){0,2}?nodules?|[pm]?ggns?"),
+    *_terms("ground_glass+nodule", r"ground[- ]?glass (?:[a-z]+ ){0,2}?nodules?|[pm]?ggns?"),
     *_terms("mass", r"mass(?:es)?|mass-like (?:lesions?|opacit\w+)|space-occupying lesions?"),
     *_terms("cavity", r"cavit(?:y|ies|ations?|ary|ated|ating)(?: lesions?| change\w*)?"),
     *_terms(
-        "consolidation",
-        r"consolidat(?:ions?|ive|ed)(?: opacit\w+| change\w*)?|air-?\s?space (?:disease|"
-        r"opacit\w+)",
+        "consolidation", r"consolidat(?:ions?|ive|ed)(?: opacit\w+| change\w*)?|air-?\s?space (?:disease|opacit\w+)"
     ),
-    *_terms(
-        "ground_glass",
-        r"ground[- ]?glass(?:[- ](?:opacit\w+|opacification|attenuation|change\w*|densit\w+|"
-        r"haze))?|ggos?",
-    ),
+    *_terms("ground_glass", rf"ground[- ]?glass(?:[- ](?:{_OPACITY}|attenuation|haze))?|ggos?"),
     *_terms("opacity", r"opacit(?:y|ies)|opacification|infiltrat(?:es?|ions?)"),
+    *_terms("tree_in_bud", r"tree-?\s?in-?\s?bud(?: (?:opacit\w+|nodul\w+|patterns?|appearance|change\w*|lesions?))?"),
+    *_terms("miliary", r"miliary(?: (?:micro)?(?:nodul\w+|dots?|patterns?|opacit\w+|lesions?))?"),
+    *_terms("miliary", r"miliary (?:micro)?(?:tuberculosis|disease|spread)"),
+    *_terms("fibrosis", r"fibro(?:tic|sis|us)(?: (?:strands?|bands?|scar\w*|change\w*|stranding|opacit\w+))?"),
     *_terms(
-        "tree_in_bud",
-        r"tree-?\s?in-?\s?bud(?: (?:opacit\w+|nodul\w+|patterns?|appearance|change\w*|"
-        r"lesions?))?",
+        "fibrosis", r"fibro(?:tic|sis|us) (?:tissue|lesions?)|(?:linear|parenchymal|reticular) (?:strand\w*|bands?)"
     ),
-    *_terms(
-        "miliary",
-        r"miliary(?: (?:micro)?(?:nodul\w+|dots?|patterns?|opacit\w+|tuberculosis|disease|spread|"
-        r"lesions?))?",
-    ),
-    *_terms(
-        "fibrosis",
-        r"fibro(?:tic|sis|us)(?: (?:strands?|bands?|scar\w*|change\w*|stranding|opacit\w+|tissue|"
-        r"lesions?))?",
-    ),
-    *_terms(
-        "fibrosis",
-        r"(?:linear |parenchymal |apical )?scar(?:s|ring)?|(?:linear|parenchymal|"
-        r"reticular) (?:strand\w*|bands?)",
-    ),
-    *_terms(("fibrosis", "calcification"), r"fibro-?calcific(?: (?:change\w*|lesions?|scar\w*))?"),
+    *_terms("fibrosis", r"(?:linear |parenchymal |apical )?scar(?:s|ring)?"),
+    *_terms("fibrosis+calcification", r"fibro-?calcific(?: (?:change\w*|lesions?|scar\w*))?"),
     *_terms("calcification", r"calcified (?:[a-z]+ ){0,2}?(?:granulomas?|granulomata|lesions?|foc(?:us|i))"),
     *_terms("bronchiectasis", r"(?:traction )?bronchiect\w+"),
     *_terms("atelectasis", r"atelecta\w+(?: (?:bands?|change\w*))?|(?:lobar|lung|segmental|lobe) collapse"),
     *_terms("emphysema", r"emphysema(?:tous)?(?: change\w*)?"),
     *_terms("bulla", r"bullae?|bullous(?: (?:change\w*|disease|lesions?))?|blebs?"),
-    *_terms(("bulla", "emphysema"), r"bullous emphysema(?:tous change\w*)?"),
-    *_terms(("effusion", "pneumothorax"), r"(?:hydro|haemo|hemo|pyo)pneumothora(?:x|ces)"),
+    *_terms("bulla+emphysema", r"bullous emphysema(?:tous change\w*)?"),
+    *_terms("effusion+pneumothorax", r"(?:hydro|haemo|hemo|pyo)pneumothora(?:x|ces)"),
     *_terms("pneumothorax", r"pneumothora(?:x|ces)"),
     *_terms("effusion", r"empyemas?|(?:hydro|haemo|hemo)thora(?:x|ces)"),
     *_terms("lymphadenopathy", r"(?:lymph)?adenopathy|nodal enlargement"),
-    Rule("head", "effusion", r"\beffusions?\b"),
-    Rule("head", "fluid", r"\bfluid\b"),
-    Rule("head", "thickening", r"\bthicken(?:ing|ed)\b"),
-    Rule("head", "enlargement", r"\benlarge(?:d|ment)\b"),
-    Rule("head", "dilatation", r"\bdilat(?:ation|ion|ed)\b"),
-    Rule("head", "calcification", r"\bcalcifi(?:cations?|ed)\b"),
+    *_words("head", "effusion", r"effusions?"),
+    *_words("head", "fluid", r"fluid"),
+    *_words("head", "thickening", r"thicken(?:ing|ed)"),
+    *_words("head", "enlargement", r"enlarge(?:d|ment)"),
+    *_words("head", "dilatation", r"dilat(?:ation|ion|ed)"),
+    *_words("head", "calcification", r"calcifi(?:cations?|ed)"),
 )
 
 _ORGANS = (
-    Rule(
-        "organ",
-        "pleura",
-        r"\b(?:pleura[el]?|pleurae|costophrenic angles?|(?:pleural )?fissures?|"
-        r"(?:pleural )?cavit(?:y|ies)(?<=al cavity))\b",
-    ),
-    Rule("organ", "pleura", r"\bpleural (?:spaces?|cavit(?:y|ies))\b"),
-    Rule("organ", "pericardium", r"\bpericardi(?:al|um)(?: (?:space|cavity|sac))?\b"),
-    Rule("organ", "node", r"\b(?:lymph )?nod(?:es?|al)\b"),
-    Rule(
-        "organ",
-        "wall",
-        r"\b(?:(?:bronchial|airway|esophageal|oesophageal|gastric) walls?|peribronchial|"
-        r"(?:peri)?bronchovascular)\b",
-    ),
-    Rule("organ", "bronchus", r"\b(?:bronch(?:us|i|ial)|bronchioles?|airways?)\b"),
-    Rule("organ", "septum", r"\b(?:(?:inter|intra)?lobular )?sept(?:a|al|um)\b|\b(?:inter|intra)lobular\b"),
-    Rule(
-        "organ",
-        "vessel",
-        r"\b(?:aort(?:a|ic)(?: arch)?|coronary(?: arter(?:y|ies))?|arter(?:ial|y|ies)|vascular|"
-        r"atherosclerotic|valv\w+|annul\w+)\b",
-    ),
-    Rule("organ", "heart", r"\b(?:heart|cardiac|cardiomediastinal)\b"),
-    Rule(
-        "organ",
-        "mediastinum",
-        r"\b(?:mediastin(?:um|al)|hila|hilar|hilum|trachea\w*|carina\w*|subcarinal|"
-        r"axilla\w*|esophag\w+)\b",
-    ),
-    Rule(
-        "organ",
-        "outside",
-        r"\b(?:thyroid|liver|hepatic|kidneys?|renal|adrenals?|spleen|splenic|breasts?|"
-        r"vertebra\w*|ribs?|pancrea\w+)\b",
-    ),
-    Rule(
-        "organ",
-        "outside",
-        r"\b(?:gallbladder|abdom\w+|peritone\w+|prostat\w+|bones?|bony|subcutaneous|joints?|"
-        r"ascit\w+|uter\w+)\b",
-    ),
-    Rule("organ", "lung", r"\b(?:lungs?|lobes?|pulmonary(?! arter| vein| vascul)|parenchymal?|lobar)\b"),
+    *_words("organ", "pleura", r"pleura[el]?|pleurae|costophrenic angles?|(?:pleural )?fissures?"),
+    *_words("organ", "pleura", r"(?:pleural )?cavit(?:y|ies)(?<=al cavity)|pleural (?:spaces?|cavit(?:y|ies))"),
+    *_words("organ", "pericardium", r"pericardi(?:al|um)(?: (?:space|cavity|sac))?"),
+    *_words("organ", "node", r"(?:lymph )?nod(?:es?|al)"),
+    *_words("organ", "wall", r"(?:bronchial|airway|esophageal|oesophageal|gastric) walls?"),
+    *_words("organ", "wall", r"peribronchial|(?:peri)?bronchovascular"),
+    *_words("organ", "bronchus", r"bronch(?:us|i|ial)|bronchioles?|airways?"),
+    *_words("organ", "septum", r"(?:(?:inter|intra)?lobular )?sept(?:a|al|um)|(?:inter|intra)lobular"),
+    *_words("organ", "vessel", r"aort(?:a|ic)(?: arch)?|coronary(?: arter(?:y|ies))?|arter(?:ial|y|ies)|vascular"),
+    *_words("organ", "vessel", r"atherosclerotic|valv\w+|annul\w+"),
+    *_words("organ", "heart", r"heart|cardiac|cardiomediastinal"),
+    *_words("organ", "mediastinum", r"mediastin(?:um|al)|hila|hilar|hilum|trachea\w*|carina\w*|subcarinal"),
+    *_words("organ", "mediastinum", r"axilla\w*|esophag\w+"),
+    *_words("organ", "outside", r"thyroid|liver|hepatic|kidneys?|renal|adrenals?|spleen|splenic|breasts?|vertebra\w*"),
+    *_words("organ", "outside", r"ribs?|pancrea\w+|gallbladder|abdom\w+|peritone\w+|prostat\w+|bones?|bony"),
+    *_words("organ", "outside", r"subcutaneous|joints?|ascit\w+|uter\w+"),
+    *_words("organ", "lung", r"lungs?|lobes?|pulmonary(?! arter| vein| vascul)|parenchymal?|lobar"),
 )
 
 _PLACES = (
-    Rule("place", ("left", (), ()), r"\bleft(?:-sided)?(?: lung(?! collapse))?\b"),
-    Rule("place", ("right", (), ()), r"\bright(?:-sided)?(?: lung(?! collapse))?\b"),
-    Rule(
-        "place",
-        ("bilateral", (), ()),
-        r"\b(?:bilateral|both lungs|left and right lungs?|both sides|"
-        r"both hemithoraces)\b",
-    ),
-    Rule("place", ("bilateral", (), ()), r"\bbilaterally\b"),
-    Rule("place", ("bilateral", (), ()), rf"\bboth(?= (?:{_LEVEL}|pleural|lobes|apices|bases|hila|lung))"),
-    Rule("place", ("bilateral", (), ("upper",)), r"\bbiapical(?:ly)?\b"),
-    Rule("place", ("bilateral", (), ("lower",)), r"\bbibas(?:al|ilar)\b"),
-    Rule("place", _lobe_letters, r"\b(?:r[uml]l|l[ul]l)\b"),
-    Rule(
-        "place",
-        _levels,
-        rf"\b{_LEVEL}(?:(?:,|,? and|,? or| ?/| ?-| to) ?{_LEVEL}){{0,2}}[ -](?:lung )?(?:lobes?|lobar|zones?|"
-        rf"fields?|lungs?)\b",
-    ),
-    Rule(
-        "place",
-        _levels,
-        rf"(?:(?<=right )|(?<=left )){_LEVEL}(?:(?:,|,? and| ?/) ?{_LEVEL})*(?= |$)(?! (?:lobe|"
-        rf"lung|zone|field))",
-    ),
-    Rule("place", ("left", ("upper",), ()), r"\blingula(?:r)?(?: segments?)?\b"),
-    Rule(
-        "place",
-        (None, (), ("upper",)),
-        r"\b(?:lung )?(?:apex|apices|apical)\b(?! (?:segment|posterior|portion of the heart))",
-    ),
-    Rule("place", (None, (), ("lower",)), r"\b(?:lung )?(?:bases?|basal|basilar)\b(?! segment)"),
+    *_words("place", ("left", (), ()), r"left(?:-sided)?(?: lung(?! collapse))?"),
+    *_words("place", ("right", (), ()), r"right(?:-sided)?(?: lung(?! collapse))?"),
+    *_words("place", ("bilateral", (), ()), r"bilateral(?:ly)?|both lungs|left and right lungs?|both sides"),
+    *_words("place", ("bilateral", (), ()), r"both hemithoraces"),
+    *_words("place", ("bilateral", (), ()), rf"both(?= (?:{_LEVEL}|pleural|lobes|apices|bases|hila|lung))"),
+    *_words("place", ("bilateral", (), ("upper",)), r"biapical(?:ly)?"),
+    *_words("place", ("bilateral", (), ("lower",)), r"bibas(?:al|ilar)"),
+    *_words("place", _lobe_letters, r"r[uml]l|l[ul]l"),
+    *_words("place", _levels, rf"{_LEVELS}[ -](?:lung )?(?:lobes?|lobar|zones?|fields?|lungs?)"),
+    Rule("place", _levels, rf"(?:(?<=right )|(?<=left )){_SOME_LEVELS}(?= |$)(?! (?:lobe|lung|zone|field))"),
+    *_words("place", ("left", ("upper",), ()), r"lingula(?:r)?(?: segments?)?"),
+    *_words("place", (None, (), ("upper",)), rf"(?:lung )?(?:apex|apices|apical)\b(?! (?:{_NOT_APEX}))"),
+    *_words("place", (None, (), ("lower",)), r"(?:lung )?(?:bases?|basal|basilar)\b(?! segment)"),
 )
 
-_SEEN = (
-    r"(?:seen|identified|present|evident|visuali[sz]ed|detected|appreciated|demonstrated|visible|noted|found|"
-    r"observed)"
-)
+_SEEN = "seen|identified|present|evident|visuali[sz]ed|detected|appreciated|demonstrated|visible|noted|found|observed"
 _SCOPE = (
-    Rule("denied", None, rf"\b(?:is|are|was|were) (?:not|no longer) (?:clearly |definitely |currently )?{_SEEN}\b"),
-    Rule("denied", None, r"\b(?:not|no longer) (?:seen|identified|visible|evident|present)\b|\b(?:is|are) absent\b"),
-    Rule("denied", None, r"\b(?:is|are|was|were|has been|have been) (?:ruled out|excluded)\b"),
+    *_words("denied", None, rf"(?:is|are|was|were) (?:not|no longer) (?:clearly |definitely |currently )?(?:{_SEEN})"),
+    *_words("denied", None, r"(?:not|no longer) (?:seen|identified|visible|evident|present)|(?:is|are) absent"),
+    *_words("denied", None, r"(?:is|are|was|were|has been|have been) (?:ruled out|excluded)"),
     Rule("denied", None, r":\s*(?:none|absent|negative|no|nil|not seen)(?=\s*(?:,|$))"),
-    Rule(
-        "denied",
-        "resolved",
-        r"\b(?:has|have) (?:completely |fully |now |since )?(?:resolved|disappeared|"
-        r"cleared)\b",
-    ),
-    Rule(
-        "negate",
-        None,
-        r"\b(?:no|without|absence of|(?:interval |complete )*resolution of|free (?:of|from)|clear of|negative for|"
-        r"lack of|neither|nor|"
-        r"not|never)\b",
-    ),
-    Rule(
-        "negate",
-        None,
-        r"\bno (?:\w+ )?(?:evidence|signs?|suggestion) (?:of|for)\b|\bwithout (?:evidence|"
-        r"signs?) of\b",
-    ),
-    Rule(
-        "maybe_before",
-        None,
-        r"\b(?:possibl[ey]|probabl[ey]|suspicious for|suspicion (?:of|for)|suspected|"
-        r"suspect(?:ing)?)\b",
-    ),
-    Rule(
-        "maybe_before",
-        None,
-        r"\b(?:suggest(?:s|ive of|ing|ed)?|concern(?:ing)? for|worrisome for|questionable|"
-        r"equivocal)\b",
-    ),
-    Rule("maybe_before", None, r"\b(?:may|might|could)(?: (?:represent|be|reflect|indicate|have|correspond to))?\b"),
-    Rule(
-        "maybe_before",
-        None,
-        r"\b(?:(?:cannot|can ?not|can't) (?:\w+ )?(?:exclude|rule out)|rule out|r/o|versus|"
-        r"vs|exclude)\b",
-    ),
-    Rule("maybe_after", None, r"\b(?:is|are) (?:possible|suspected|questioned)\b"),
-    Rule("maybe_after", None, r"\b(?:cannot|can not|can't|could not) be (?:\w+ )?(?:excluded|ruled out)\b"),
-    Rule(
-        "maybe_after",
-        None,
-        r"\bnot (?:entirely |completely )?(?:excluded|ruled out)\b|\b(?:to be|should be) excluded\b|\?+",
-    ),
-    Rule("maybe", None, r"\b(?:(?:is|are) )?(?:likely|probable|favou?r(?:ed|s|ing)?|presumed)\b"),
-    Rule(
-        "stop",
-        None,
-        r"\b(?:but|however|although|though|except(?:ing)?(?: for)?|apart from|aside from|other than|"
-        r"while|whereas)\b",
-    ),
-    Rule(
-        "stop",
-        None,
-        r"\b(?:there (?:is|are)|with|and (?:an?|mild|small|minimal|trace|tiny|moderate|few|multiple|"
-        r"some))\b",
-    ),
-    Rule("link", None, r"\b(?:located in|situated in|seen in|found in|confined to|involving|throughout)\b"),
+    *_words("denied", "resolved", r"(?:has|have) (?:completely |fully |now |since )?(?:resolved|disappeared|cleared)"),
+    *_words("negate", None, r"no|without|absence of|(?:interval |complete )*resolution of|free (?:of|from)|clear of"),
+    *_words("negate", None, r"negative for|lack of|neither|nor|not|never"),
+    *_words("negate", None, r"no (?:\w+ )?(?:evidence|signs?|suggestion) (?:of|for)|without (?:evidence|signs?) of"),
+    *_words("maybe_before", None, r"possibl[ey]|probabl[ey]|suspicious for|suspicion (?:of|for)|suspect(?:ed|ing)?"),
+    *_words("maybe_before", None, r"suggest(?:s|ive of|ing|ed)?|concern(?:ing)? for|worrisome for|questionable"),
+    *_words("maybe_before", None, r"equivocal|(?:cannot|can ?not|can't) (?:\w+ )?(?:exclude|rule out)|rule out|r/o"),
+    *_words("maybe_before", None, r"versus|vs|exclude"),
+    *_words("maybe_before", None, r"(?:may|might|could)(?: (?:represent|be|reflect|indicate|have|correspond to))?"),
+    *_words("maybe_after", None, r"(?:is|are) (?:possible|suspected|questioned)|(?:to be|should be) excluded"),
+    *_words("maybe_after", None, r"(?:cannot|can not|can't|could not) be (?:\w+ )?(?:excluded|ruled out)"),
+    *_words("maybe_after", None, r"not (?:entirely |completely )?(?:excluded|ruled out)"),
+    Rule("maybe_after", None, r"\?+"),
+    *_words("maybe", None, r"(?:(?:is|are) )?(?:likely|probable|favou?r(?:ed|s|ing)?|presumed)"),
+    *_words("stop", None, r"but|however|although|though|except(?:ing)?(?: for)?|apart from|aside from|other than"),
+    *_words("stop", None, r"while|whereas|there (?:is|are)|with"),
+    *_words("stop", None, r"and (?:an?|mild|small|minimal|trace|tiny|moderate|few|multiple|some)"),
+    *_words("link", None, r"located in|situated in|seen in|found in|confined to|involving|throughout"),
     Rule("within", None, r"^\s*(?:it|its|the (?:lesion|largest|larger|latter)|this|these|they|within)\b"),
-    Rule(
-        "disease",
-        None,
-        r"\b(?:tubercul\w+|infecti\w+|inflammat\w+|malignan\w+|benign|metasta\w+|tumou?rs?|cancer|"
-        r"carcinomas?|tb)\b",
-    ),
-    Rule(
-        "disease",
-        None,
-        r"\b(?:pneumonia|granuloma\w*|neoplas\w+|exudate|pleurisy|lymphoma|hamartoma|ag(?:e|ing)|"
-        r"old|active|sequela\w*)\b",
-    ),
+    *_words("disease", None, r"tubercul\w+|infecti\w+|inflammat\w+|malignan\w+|benign|metasta\w+|tumou?rs?|cancer|tb"),
+    *_words("disease", None, r"carcinomas?|pneumonia|granuloma\w*|neoplas\w+|exudate|pleurisy|lymphoma|hamartoma"),
+    *_words("disease", None, r"ag(?:e|ing)|old|active|sequela\w*"),
     Rule("comma", None, r",(?!\d{3}(?!\d))|:"),
 )
 
+_COUNTED = "nodules|cavities|masses|lesions|foci|bullae|nodes"
+_SMALLER = "decreas(?:e|ed|es|ing)|smaller|reduc(?:ed|tion)|regress(?:ed|ion|ing)|improv\\w+|diminished|resolving"
+_SHRUNK = "shrunk(?:en)?|shrinking|partially resolved"
+_LARGER = (
+    "increas(?:e|ed|es|ing)|(?<=[a-z] )larger(?= than)|grown|enlarging|progress(?:ed|ion|ing|ive)|worsen(?:ed|ing)"
+)
+_MUCH = "significant|interval|appreciable|definite|substantial"
+_IN_SIZE = r"(?: in (?:size|extent|number))?"
 _ATTRIBUTES = (
     SIZE_RULE,
     Rule("size", size_of, rf"\b(?:rang(?:es?|ing)|var(?:y|ies|ying))(?: in size)? from {SIZE}"),
-    Rule("count", _count, rf"\b({_NUMBER_WORDS})\b(?! of (?:which|these|them))"),
-    Rule(
-        "count",
-        _count,
-        r"\b(\d{1,2})(?= (?:[a-z-]+ ){0,2}(?:nodules|cavities|masses|lesions|foci|bullae|"
-        r"nodes)\b)",
-    ),
-    Rule("count", 1, r"\b(?:(?:a )?single|(?:a )?solitary|isolated)\b"),
-    Rule("count", 0, r"\b(?:multiple|several|numerous|scattered|innumerable|many|(?:a )?few|multifocal|diffuse)\b"),
-    Rule(
-        "change",
-        "smaller",
-        rf"\b{_HAS}(?:interval )?{_ADVERB}(?:decreas(?:e|ed|es|ing)|smaller|reduc(?:ed|tion)|regress(?:ed|ion|ing)|"
-        rf"improv\w+|"
-        r"diminished|shrunk(?:en)?|shrinking|resolving|partially resolved)\b(?: in (?:size|extent|number))?",
-    ),
-    Rule(
-        "change",
-        "larger",
-        rf"\b{_HAS}(?:interval )?{_ADVERB}(?:increas(?:e|ed|es|ing)|(?<=[a-z] )larger(?= than)|grown|enlarging|"
-        rf"progress(?:ed|ion|ing|ive)|"
-        r"worsen(?:ed|ing))\b(?: in (?:size|extent|number))?",
-    ),
-    Rule("change", "larger", r"\b(?:has|have) (?:\w+ )?enlarged\b|\b(?:is|are|become) (?:now |slightly )*larger\b"),
-    Rule(
-        "change",
-        "stable",
-        r"\b(?:unchanged|stable|similar (?:to|in (?:size|appearance|extent))|not (?:\w+ )?changed)\b",
-    ),
-    Rule(
-        "change",
-        "stable",
-        r"\b(?:no|without) (?:(?:significant|interval|appreciable|definite|substantial) )*change(?: in(?: size)?)?\b",
-    ),
-    Rule("change", "new", r"\bnew(?:ly)?(?: (?:developed|appeared|appearing|seen))?\b"),
+    *_words("count", _count, rf"({_NUMBER_WORDS})\b(?! of (?:which|these|them))"),
+    *_words("count", _count, rf"(\d{{1,2}})(?= (?:[a-z-]+ ){{0,2}}(?:{_COUNTED})\b)"),
+    *_words("count", 1, r"(?:a )?single|(?:a )?solitary|isolated"),
+    *_words("count", 0, r"multiple|several|numerous|scattered|innumerable|many|(?:a )?few|multifocal|diffuse"),
+    Rule("change", "smaller", rf"\b{_HAS}(?:interval )?{_ADVERB}(?:{_SMALLER}|{_SHRUNK})\b{_IN_SIZE}"),
+    Rule("change", "larger", rf"\b{_HAS}(?:interval )?{_ADVERB}(?:{_LARGER})\b{_IN_SIZE}"),
+    *_words("change", "larger", r"(?:has|have) (?:\w+ )?enlarged|(?:is|are|become) (?:now |slightly )*larger"),
+    *_words("change", "stable", r"unchanged|stable|similar (?:to|in (?:size|appearance|extent))|not (?:\w+ )?changed"),
+    *_words("change", "stable", rf"(?:no|without) (?:(?:{_MUCH}) )*change(?: in(?: size)?)?"),
+    *_words("change", "new", r"new(?:ly)?(?: (?:developed|appeared|appearing|seen))?"),
 )
-
-_POSITIVE = r"\b(?:mild|small|minimal|trace|tiny|moderate|large|is|are|was|were|has|have|shows?|measur\w+)\b"
 
 ENGLISH = Language(
     rules=(
@@ -329,22 +198,20 @@ ENGLISH = Language(
         *_SCOPE,
         *_ATTRIBUTES,
     ),
-    fillers=r"(?:\b(?:and|or|the|of|any|other|focal|significant|suspicious|definite|acute|pathologic(?:al(?:ly)?)?|"
-    r"thoracic|"
-    r"lymph|discrete|obvious|large|frank|pneumonic|centrilobular|airspace)\b|/|\s|-)*",
+    fillers=r"(?:\b(?:and|or|the|of|any|other|focal|significant|suspicious|definite|acute|pathologic(?:al(?:ly)?)?|lymph|"
+    r"thoracic|discrete|obvious|large|frank|pneumonic|centrilobular|airspace)\b|/|\s|-)*",
     connector=r"(?:\b(?:and|or|and/or|the|an?|of|small|mild|patchy|associated|underlying|adjacent)\b|,|/|\s)*",
     continues=r"\s*(?:or|nor)\b",
-    breaks=_POSITIVE,
+    breaks=r"\b(?:mild|small|minimal|trace|tiny|moderate|large|is|are|was|were|has|have|shows?|measur\w+)\b",
     not_tight=r"\b(?:in|of|with|within|and|or|is|are|at|there|an?|the|shows?|demonstrates?|contains?|seen|along)\b|,",
     place_gap=r"(?:\b(?:and|or|the|of|in|lung|segments?|zone|portion|aspects?|anterior|posterior|lateral|medial|"
-    r"superior|apical|"
-    r"apicoposterior|inferior|basal)\b|[,/\s-])*",
+    r"superior|apical|apicoposterior|inferior|basal)\b|[,/\s-])*",
     apart=r"\b(?:and|or|with)\b|,",
     link=r"(?!.*(?:\band|,)\s+(?:in|within|at)\b)(?!.*\bwith\b)(?!.*\bbut\b).*\b(?:in|within|of|at|involving|"
     r"throughout|along|to)\b",
-    size_gap=r"\s*(?:(?!(?:in|of|and|with|at|within|over|or|long|deep|thick|is|are|which|to|on|for|near|from|there|"
-    r"has|have)\b)"
-    r"[a-z-]+\s*){0,4}",
+    size_gap=r"\s*(?:(?!(?:in|of|and|with|at|within|over|or|long|deep|thick|is|are|which|to|on|for|near|from|there|has|"
+    r"have)\b)[a-z-]+\s*){0,4}",
     of=r"\s*(?:zone |lobes? |aspect |portion )?(?:of|in) (?:the )?",
     respectively=r"\brespectively\b",
+    normal=r"\b(?:both lungs|the lungs|lungs) are (?:clear|normal|unremarkable)\b",
 )

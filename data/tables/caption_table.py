@@ -1,9 +1,8 @@
-"""Tables of image and report, one case a row, in whatever way people keep them; and prompt JSON.
+"""Tables of images and reports, one case a row, and the prompt JSON.
 
-The plain form is ``image_path,question,answer[,mask_path]`` (RadFM's). Other names of these columns are known
-(``columns``), findings and impression in columns of their own are joined into the four-section report, and
-a number of an examination stands for its file (:mod:`data.tables.image_index`).
-Nothing is dropped in silence: one bad row refuses the table and names the row.
+The standard form is ``image_path,question,answer[,mask_path]`` (RadFM's). ``columns`` lists other names of these
+columns; ``image_index`` finds the file of an examination number. Sections in separate columns are joined into one
+report. No row is dropped in silence: one bad row refuses the table, and the error names it.
 """
 
 from __future__ import annotations
@@ -13,22 +12,22 @@ import logging
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from config.errors import InputError
 from config.schema import resolve_path
-from data.checks.problems import Level, Problem
+from data.checks.problems import Problem, from_error, raise_errors
 from data.imaging.reader import SUFFIXES
-from data.phantom.wording import WORDINGS
-from data.tables.columns import SECTIONS, find_columns
+from data.report_language.sections import HEADINGS, SECTIONS
+from data.tables.columns import find_columns
 from data.tables.image_index import ImageIndex
 from data.tables.table_reader import read_table
 
 logger = logging.getLogger(__name__)
 
-_PLAIN = "image_path,question,answer[,mask_path]"
-_NOT_FOUND = "mend the row, or set image_root / path_map in the configuration"
+_EXPECTED = "expected image_path,question,answer[,mask_path]"
+_NOT_FOUND = "fix the row, or set image_root / path_map in the configuration"
 _SCIENTIFIC = re.compile(r"\d(\.\d+)?E\+\d+", re.IGNORECASE)
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _STOPS = "。.！!？?；;"
@@ -36,7 +35,7 @@ _STOPS = "。.！!？?；;"
 
 @dataclass(frozen=True)
 class CaptionRow:
-    """One row, its paths made absolute. ``number`` is the line a spreadsheet shows (header = 1).
+    """One row, its paths made absolute. ``number`` is the row a spreadsheet shows (header = 1).
 
     ``image_path`` may be the folder of a DICOM series. ``patient`` is empty where the table names none.
     """
@@ -51,12 +50,11 @@ class CaptionRow:
 
 @dataclass(frozen=True)
 class TableScan:
-    """A table read to its end: the rows that can be used, every problem, and how the columns were understood."""
+    """The usable rows of a table, all its problems, and notes on how it was read."""
 
-    path: Path
     rows: list[CaptionRow]
     problems: list[Problem]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 def read_caption_table(
@@ -75,127 +73,100 @@ def read_caption_table(
     scan = scan_caption_table(path, image_root=image_root, path_map=path_map)
     for note in scan.notes:
         logger.info("%s: %s", path, note)
-    problems = [problem for problem in scan.problems if problem.fatal]
-    if problems:
-        first = problems[0]
-        more = f" (and {len(problems) - 1} more problems in this table)" if len(problems) > 1 else ""
-        remedy = first.remedy or "mend the row"
-        raise InputError(
-            f"{path}, row {first.row}: {first.problem}{more}; {remedy}; scripts/check_data.py lists all at once"
-        )
+    raise_errors(scan.problems, path)
     return scan.rows
 
 
 def scan_caption_table(
     path: Path, *, image_root: Path | None = None, path_map: dict[str, str] | None = None
 ) -> TableScan:
-    """As :func:`read_caption_table`, but a bad row is a problem in the list and not the end.
+    """As :func:`read_caption_table`, but a bad row is a problem of the result and raises nothing.
 
     Raises:
         InputError: the table itself cannot be read, has no image or no report column, or no rows.
     """
-    if not path.is_file():
-        raise InputError(
-            f"table not found: {path}; set caption_csv_train / caption_csv_val in the configuration{_hint(path)}"
-        )
+    _require(path, "table", "caption_csv_train / caption_csv_val")
     table = read_table(path)
     if table.problems and not table.rows:
-        return TableScan(path, [], sorted(table.problems), table.notes)
+        return TableScan([], table.problems, table.notes)
     roles, notes = find_columns(table.columns)
-    listed = " ".join(",".join(table.columns).split())[:300]
+    found = f"found {' '.join(','.join(table.columns).split())[:300]}; {_EXPECTED}"
     if "image_path" not in roles and "id" not in roles:
-        raise InputError(
-            f"{path} has no column 'image_path' (nor a number of the examination); found {listed}; {_form()}"
-        )
-    if "answer" not in roles and not any(section in roles for section in SECTIONS):
-        raise InputError(f"{path} has no column 'answer' (nor findings or impression); found {listed}; {_form()}")
+        raise InputError(f"{path} has no column 'image_path' (nor a number of the examination); {found}")
+    if "answer" not in roles and not roles.keys() & SECTIONS:
+        raise InputError(f"{path} has no column 'answer' (nor findings or impression); {found}")
     if not table.rows:
         raise InputError(f"{path} has a header but no rows; expected one case a row")
-    base = image_root or path.parent
-    files = _Files(base, path_map, ImageIndex(base))
-    rows: list[CaptionRow] = []
-    problems = list(table.problems)
+    index = ImageIndex(image_root or path.parent)
+    rows, problems = [], list(table.problems)
     for number, cells in table.rows:
-        named = {role: cells.get(column, "").strip() for role, column in roles.items()}
-        row, found = _row(number, named, files)
-        problems += found
-        if row is not None:
-            rows.append(row)
-    return TableScan(path, rows, sorted(problems), [*table.notes, *notes])
+        row, of_row = _row(number, {role: cells.get(name, "").strip() for role, name in roles.items()}, index, path_map)
+        problems += of_row
+        rows += [row] if row else []
+    return TableScan(rows, sorted(problems), [*table.notes, *notes])
 
 
-@dataclass(frozen=True)
-class _Files:
-    base: Path
-    path_map: dict[str, str] | None
-    index: ImageIndex
-
-    def image(self, cell: str, number: str) -> tuple[Path | None, str, str]:
-        """The image that a row names; else why not, and what to do."""
-        path = resolve_path(cell, self.base, self.path_map) if cell else None
-        if path is not None and _exists(path):
-            return path, "", ""
-        is_number = path is None or not ("/" in cell or "\\" in cell or cell.lower().endswith(SUFFIXES))
-        wanted = cell or number
-        if is_number and len(wanted) < 100:
-            if _SCIENTIFIC.fullmatch(wanted):
-                return (
-                    None,
-                    f"'{wanted}' is a number that Excel has rounded",
-                    "format the column as text, enter it again",
-                )
-            fits = self.index.find(wanted)
-            if len(fits) == 1:
-                return fits[0], "", ""
-            if fits:
-                listed = ", ".join(str(fit) for fit in fits[:3])
-                return (
-                    None,
-                    f"'{wanted}' fits {len(fits)} images ({listed})",
-                    "write the file's path, or narrow image_root",
-                )
-            if path is None:
-                return (
-                    None,
-                    f"no image below {self.base} is named '{wanted}'",
-                    "set image_root, or write the file's path",
-                )
-        return None, f"file not found: {path}", _NOT_FOUND
-
-    def mask(self, cell: str) -> Path:
-        return resolve_path(cell, self.base, self.path_map)
-
-
-def _row(number: int, cells: dict[str, str], files: _Files) -> tuple[CaptionRow | None, list[Problem]]:
-    """The row, or None where a problem is fatal; and its problems."""
-    named = cells.get("image_path", "") or cells.get("id", "")
-    problems = []
-
-    def note(problem: str, remedy: str = "", level: Level = "error") -> None:
-        problems.append(Problem(number, problem, remedy, str(image or named), level))
-
-    image: Path | None = None
-    if not named:
-        note("'image_path' is empty")
-    else:
-        image, problem, remedy = files.image(cells.get("image_path", ""), cells.get("id", ""))
-        if image is None:
-            note(problem, remedy)
-    mask = files.mask(cells["mask_path"]) if cells.get("mask_path") else None
-    if mask is not None and not _exists(mask):
-        note(f"file not found: {mask}", _NOT_FOUND)
+def _row(
+    number: int, cells: dict[str, str], index: ImageIndex, path_map: dict[str, str] | None
+) -> tuple[CaptionRow | None, list[Problem]]:
+    """``cells`` by role. The row, or None where a problem is fatal; and its problems."""
+    found: list[Problem] = []
+    image = mask = None
+    try:
+        image = _image(cells.get("image_path", ""), cells.get("id", ""), index, path_map)
+    except InputError as error:
+        found.append(from_error(number, "", error))
+    if cells.get("mask_path"):
+        mask = resolve_path(cells["mask_path"], index.root, path_map)
+        if not _exists(mask):
+            found.append(Problem(number, f"file not found: {mask}", _NOT_FOUND))
     answer, missing = _answer(cells)
     if not answer:
-        note("'answer' is empty")
+        found.append(Problem(number, "'answer' is empty", "fill it in"))
     elif missing:
-        note(f"the report has no {' and no '.join(missing)}", "fill the cell in, if the report has it", "warning")
-    for name, text in (("question", cells.get("question", "")), ("answer", answer)):
-        problem = text_problem(text)
-        if problem:
-            note(f"'{name}' {problem}", "correct the text in the table, or export it again")
-    if any(problem.fatal for problem in problems):
+        words = f"the report has no {' and no '.join(missing)}"
+        found.append(Problem(number, words, "fill the cell in, if the report has it", level="warning"))
+    question = cells.get("question", "")
+    for name, text in (("question", question), ("answer", answer)):
+        if problem := text_problem(text):
+            found.append(Problem(number, f"'{name}' {problem}", "correct the text in the table, or export it again"))
+    named = str(image or cells.get("image_path") or cells.get("id", ""))
+    problems = [replace(problem, image=named) for problem in found]
+    if image is None or any(problem.fatal for problem in problems):
         return None, problems
-    return CaptionRow(number, image, cells.get("question", ""), answer, mask, cells.get("patient", "")), problems
+    return CaptionRow(number, image, question, answer, mask, cells.get("patient", "")), problems
+
+
+def _image(cell: str, number: str, index: ImageIndex, path_map: dict[str, str] | None) -> Path:
+    """The image at the path in ``cell``, else the one with that number. Raises InputError: ``problem; remedy``."""
+    path = resolve_path(cell, index.root, path_map) if cell else None
+    if path is not None and _exists(path):
+        return path
+    wanted = cell or number
+    if not wanted:
+        raise InputError("'image_path' is empty; fill it in")
+    if path is None or not ("/" in cell or "\\" in cell or cell.lower().endswith(SUFFIXES)):
+        if _SCIENTIFIC.fullmatch(wanted):
+            raise InputError(
+                f"'{wanted}' is a number that Excel has rounded; format the column as text, enter it again"
+            )
+        fits = index.find(wanted)
+        if len(fits) == 1:
+            return fits[0]
+        if fits:
+            listed = f"'{wanted}' fits {len(fits)} images ({', '.join(map(str, fits[:3]))})"
+            raise InputError(f"{listed}; write the file's path, or narrow image_root")
+    if path is None:
+        raise InputError(f"no image below {index.root} is named '{wanted}'; set image_root, or write the file's path")
+    raise InputError(f"file not found: {path}; {_NOT_FOUND}")
+
+
+def _exists(path: Path) -> bool:
+    """A file, or a folder with content. False also for what cannot be a path, such as a report."""
+    try:
+        return path.is_file() or (path.is_dir() and any(path.iterdir()))
+    except (OSError, ValueError):  # a name that is too long, or has a zero byte
+        return False
 
 
 def text_problem(text: str) -> str:
@@ -209,42 +180,30 @@ def text_problem(text: str) -> str:
 
 
 def _answer(cells: dict[str, str]) -> tuple[str, list[str]]:
-    """The report, and which of its sections (those with a column) are empty."""
+    """The report, and which of findings and impression have a column but no text."""
     if "answer" in cells:
         return cells["answer"], []
-    given = {section: cells[section] for section in SECTIONS if section in cells}
-    missing = [section for section in ("findings", "impression") if section in given and not given[section]]
-    return join_sections({section: text for section, text in given.items() if text}), missing
+    missing = [section for section in ("findings", "impression") if cells.get(section) == ""]
+    return join_sections({section: cells.get(section, "") for section in SECTIONS}), missing
 
 
 def join_sections(sections: dict[str, str]) -> str:
     """``所见：…。结论：…。建议：…。病理倾向：…。``, or in English where no text is Chinese; empty ones are left out."""
-    chinese = any("\u4e00" <= character <= "\u9fff" for text in sections.values() for character in text)
-    wording = WORDINGS["zh" if chinese else "en"]
+    chinese = re.search("[\u4e00-\u9fff]", "".join(sections.values())) is not None
+    colon, stop, space = ("：", "。", "") if chinese else (": ", ".", " ")
     parts = []
-    for section, heading in zip(SECTIONS, wording.headings, strict=True):
+    for section, heading in zip(SECTIONS, HEADINGS["zh" if chinese else "en"], strict=True):
         text = re.sub(rf"^\s*{heading}\s*[:：]", "", sections.get(section, ""), flags=re.IGNORECASE).strip()
         if text:
-            parts.append(
-                wording.section.format(heading=heading, text=text) + ("" if text[-1:] in _STOPS else wording.stop)
-            )
-    return wording.space.join(parts)
+            parts.append(f"{heading}{colon}{text}{'' if text[-1] in _STOPS else stop}")
+    return space.join(parts)
 
 
-def _exists(path: Path) -> bool:
-    """A file, or a folder that holds something. False also for what cannot be a path, such as a report."""
-    try:
-        return path.is_file() or (path.is_dir() and any(path.iterdir()))
-    except (OSError, ValueError):  # a name that is too long, or has a zero byte
-        return False
-
-
-def _form() -> str:
-    return f"expected {_PLAIN}"
-
-
-def _hint(path: Path) -> str:
-    return "; the synthetic data set is made by: python scripts/quickstart.py" if "quickstart" in path.parts else ""
+def _require(path: Path, what: str, keys: str) -> None:
+    if not path.is_file():
+        shipped = "quickstart" in path.parts  # as in the configuration of a fresh clone
+        hint = "; the synthetic data set is made by: python scripts/quickstart.py" if shipped else ""
+        raise InputError(f"{what} not found: {path}; set {keys} in the configuration{hint}")
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -253,11 +212,10 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         InputError: missing, not JSON, or no list of texts under that key.
     """
-    if not path.is_file():
-        raise InputError(f"prompt file not found: {path}; set caption_prompt_json in the configuration{_hint(path)}")
+    _require(path, "prompt file", "caption_prompt_json")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # not JSON, or not UTF-8
         raise InputError(f"{path} is not JSON in UTF-8: {error}") from error
     prompts = content.get("caption_prompt") if isinstance(content, dict) else None
     if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):

@@ -1,7 +1,7 @@
-"""Which column of a table is which: the names that people use, in Chinese and English.
+"""Names of columns, in Chinese and English.
 
-Names are compared without capitals, spaces, underscores, hyphens and what stands in brackets. Of several columns
-with one meaning the name that stands first here is used.
+Case, spaces, underscores, hyphens and text in brackets are ignored. Where several columns have one role, the first
+alias in this list is used.
 """
 
 from __future__ import annotations
@@ -37,33 +37,33 @@ ALIASES: dict[str, tuple[str, ...]] = {
         "impression", "impressions", "impressions_en", "conclusion", "结论", "诊断结论", "检查结论", "印象", "诊断印象",
         "诊断意见", "影像诊断", "影像学诊断", "诊断",
     ),
-    "advice": ("recommendation", "recommendations", "advice", "建议", "随访建议"),
+    "recommendation": ("recommendation", "recommendations", "advice", "建议", "随访建议"),
     "tendency": ("pathology_tendency", "病理倾向"),
     "patient": (
         "patient", "patient_id", "subject", "subject_id", "患者", "患者编号", "患者ID", "患者号", "病人", "病人编号",
         "病人ID", "住院号", "门诊号", "登记号",
     ),
 }  # fmt: skip
-SECTIONS = ("findings", "impression", "advice", "tendency")
 
 
 def find_columns(columns: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The column of every role that the table has, and what was chosen where the name is not the plain one."""
-    plain = {_plain(name): name for name in reversed(columns)}
+    """The column of each role, and a note for every alias and every column that is not used."""
+    by_key = {_key(name): name for name in reversed(columns)}
     chosen: dict[str, str] = {}
     notes = []
     for role, aliases in ALIASES.items():
-        found = list(dict.fromkeys(plain[_plain(alias)] for alias in aliases if _plain(alias) in plain))
+        keys = dict.fromkeys(map(_key, aliases))
+        found = [by_key[key] for key in keys if key in by_key]
         if not found:
             continue
         chosen[role] = found[0]
         if found[0] != role:
             notes.append(f"column '{found[0]}' is taken as {role}")
         if len(found) > 1:
-            notes.append(f"columns {', '.join(repr(name) for name in found[1:])} are not used: '{found[0]}' is {role}")
+            notes.append(f"columns {', '.join(map(repr, found[1:]))} are not used: '{found[0]}' is {role}")
     return chosen, notes
 
 
-def _plain(name: str) -> str:
+def _key(name: str) -> str:
     text = unicodedata.normalize("NFKC", name).casefold()
     return re.sub(r"[\s_\-]+|\(.*?\)|\[.*?\]|【.*?】", "", text)

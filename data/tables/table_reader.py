@@ -1,30 +1,43 @@
-"""Tables as people keep them: CSV from Excel in any of its encodings, .xlsx, JSON and JSONL; cells as text.
+"""Tables as people keep them: CSV from Excel in any of its encodings, .xlsx, JSON and JSONL; every cell is text.
 
-The row is counted as the spreadsheet shows it (header = 1): a report may span several lines of a CSV, and a blank
-line is a row that is skipped. A JSON list counts its entries from 1, JSONL its lines.
+Rows are numbered as a spreadsheet shows them (header = 1): a report may span several lines of a CSV, and a blank line
+counts as a row. Entries of a JSON list count from 1, lines of a JSONL file too.
+
+JSON holds records with plain keys (``image``, ``report``, ...) or LLaVA's layout, where each question with its answer
+is one row: ``{"image": FILE, "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}``.
 """
 
 from __future__ import annotations
 
-import csv
-import datetime
 import io
+import json
 import re
+import warnings
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from xml.etree.ElementTree import ParseError
 
 from config.errors import InputError
 from data.checks.problems import Problem
-from data.tables.instruction_file import read_instructions
 
 _CJK = re.compile("[\u4e00-\u9fff]")
-_NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _MAX_UNPACKED = 1 << 29  # 512 MB of XML; a workbook of ten thousand reports has some megabytes
+_DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, OSError)
+_DAMAGED_XML = (ParseError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+_AS_TEXT = {
+    "header": None,
+    "dtype": str,
+    "na_filter": False,
+}  # of pandas: no header, number or missing value is guessed
+_SPARE_COLUMNS = 64  # read beyond the header: a comma outside quotation marks leaves text there
 _QUOTING = (
     "a text with a comma, a line break or a quotation mark stands between quotation marks, and one inside it is doubled"
 )
+_QUESTION, _ANSWER = ("human", "user"), ("gpt", "assistant", "model")
+_RECORD = 'expected {"image": FILE, "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}'
 
 
 @dataclass(frozen=True)
@@ -41,146 +54,174 @@ def read_table(path: Path) -> Table:
     """Read ``path`` by its suffix: .csv, .tsv, .txt, .xlsx, .xlsm, .json or .jsonl.
 
     Raises:
-        InputError: missing, of another kind, not decodable, or without a header.
+        InputError: of another kind, not decodable, or without a header.
     """
-    if not path.is_file():
-        raise InputError(f"table not found: {path}")
     suffix = path.suffix.lower()
     if suffix in (".xlsx", ".xlsm"):
-        return _from_cells(path, *_workbook(path))
+        return _table(path, _read_workbook(path), [])
     if suffix == ".xls":
         raise InputError(f"{path}: the old .xls format is not read; save it as .xlsx or as 'CSV UTF-8' in Excel")
     text, notes = decode(path)
     if suffix in (".json", ".jsonl"):
-        columns, records, problems = read_instructions(path, text)
-        return Table(columns, records, notes, problems)
-    return _from_cells(path, _csv_rows(path, text), notes)
+        return _read_records(path, text, notes)
+    return _table(path, _read_csv(path, text), notes)
 
 
 def decode(path: Path) -> tuple[str, list[str]]:
-    """Text of a file in UTF-8, UTF-16 or GB18030 (which holds GBK), and a note where it is not UTF-8.
+    """Text of a file in UTF-8, UTF-16 or GB18030 (a superset of GBK), and a note where it is not UTF-8.
 
-    Raises InputError for anything else: a guess that garbles a report is worse than none.
+    Raises InputError for any other encoding, because a wrong guess garbles the reports.
     """
     content = path.read_bytes()
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return _decode_utf16(path, content, "utf-16"), ["read as UTF-16"]
-    if content[:200].count(0) > len(content[:200]) // 4:  # without a mark: every other byte of ASCII is zero
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    if encoding == "utf-8-sig" and content[:200].count(0) > len(content[:200]) // 4:  # every other byte of ASCII is 0
         encoding = "utf-16-le" if content[1:2] == b"\0" else "utf-16-be"
-        return _decode_utf16(path, content, encoding), ["read as UTF-16"]
     try:
-        return content.decode("utf-8-sig"), []
+        return content.decode(encoding), ["read as UTF-16"] if encoding.startswith("utf-16") else []
     except UnicodeDecodeError as error:
-        damage = error
-    line = content[: damage.start].count(b"\n") + 1
-    # GB18030 decodes nearly every byte string. It is believed only where the bytes are not UTF-8 with a flaw,
-    # and where what comes out are characters in common use, all but a few.
-    as_utf8 = len(_CJK.findall(content.decode("utf-8", "ignore")))
-    flaws = content.decode("utf-8", "replace").count("\ufffd")
-    if as_utf8 <= flaws:
-        try:
-            text = content.decode("gb18030")
-        except UnicodeDecodeError:
-            text = ""
-        foreign = [character for character in text if character > "\x7f"]
-        common = sum(_is_common(character) for character in foreign)
-        if foreign and common >= 0.95 * len(foreign):
-            return text, ["read as GBK"]
+        if encoding.startswith("utf-16"):
+            words = f"{path} is damaged UTF-16 text ({error.reason}); save it as 'CSV UTF-8' in Excel"
+            raise InputError(words) from error
+        line = content[: error.start].count(b"\n") + 1
+    # GB18030 decodes nearly any bytes: damaged UTF-8 is excluded, and 95 % of the characters must be common ones.
+    as_utf8, as_gbk = content.decode("utf-8", "replace"), content.decode("gb18030", "replace")
+    foreign = re.sub("[\x00-\x7f]", "", as_gbk)
+    common = foreign.encode("gb2312", "ignore").decode("gb2312")
+    damaged_utf8 = len(_CJK.findall(as_utf8)) > as_utf8.count("\ufffd")
+    if not damaged_utf8 and "\ufffd" not in as_gbk and len(common) >= 0.95 * len(foreign):
+        return as_gbk, ["read as GBK"]
     raise InputError(
         f"{path} is neither UTF-8 nor GBK text (line {line}): it is damaged there, or in another encoding; "
         "save it as 'CSV UTF-8' in Excel"
     )
 
 
-def _decode_utf16(path: Path, content: bytes, encoding: str) -> str:
-    try:
-        return content.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is damaged UTF-16 text ({error.reason}); save it as 'CSV UTF-8' in Excel") from error
+def _read_csv(path: Path, text: str) -> list[list[str]]:
+    """Cells of every row. The separator is a comma, or a tab or semicolon where the header has no comma."""
+    import pandas as pd
 
-
-def _is_common(character: str) -> bool:
-    try:
-        character.encode("gb2312")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _csv_rows(path: Path, text: str) -> list[list[str]]:
-    """Cells of every line. The separator is a comma, or what stands in the header instead of one."""
-    header = text.lstrip("\ufeff\r\n").partition("\n")[0]
+    header = text.lstrip("\r\n").partition("\n")[0]
     delimiter = "," if "," in header else max("\t;", key=header.count)
-    # Strict, because a quotation mark that is never closed would swallow the rows after it in silence.
-    reader = csv.reader(io.StringIO(text.lstrip("\ufeff"), newline=""), strict=True, delimiter=delimiter)
-    rows: list[list[str]] = []
+    columns = range(header.count(delimiter) + 1 + _SPARE_COLUMNS)
     try:
-        rows.extend(reader)
-    except csv.Error as error:
-        raise InputError(f"{path} is not a readable CSV at row {len(rows) + 1}: {error}; {_QUOTING}") from error
-    return rows
+        # The Python engine refuses a quotation mark that is never closed. Its warning, unlike its error, has the row.
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
+            stream = io.StringIO(text, newline="")
+            layout = {"sep": delimiter, "names": columns, "index_col": False, "skip_blank_lines": False}
+            frame = pd.read_csv(stream, engine="python", on_bad_lines="warn", **layout, **_AS_TEXT)
+    except pd.errors.ParserWarning as warning:
+        row, _, reason = str(warning).strip().removeprefix("Skipping line ").partition(": ")
+        raise InputError(f"{path} is not a readable CSV at row {row}: {reason}; {_QUOTING}") from warning
+    return [[cell for cell in row if isinstance(cell, str)] for row in frame.to_numpy().tolist()]  # padding is NaN
 
 
-def _workbook(path: Path) -> tuple[list[list[str]], list[str]]:
-    """Cells of the one sheet that has any. Raises InputError for several, or a file that is no workbook."""
-    import openpyxl
+def _read_workbook(path: Path) -> list[list[str]]:
+    """Cells of the only sheet that has any. Raises InputError for several, or a file that is no workbook."""
+    import pandas as pd
 
     try:
         with zipfile.ZipFile(path) as packed:
             unpacked = sum(member.file_size for member in packed.infolist())
-        if unpacked > _MAX_UNPACKED:
-            raise InputError(
-                f"{path}: unpacks to {unpacked >> 20} MB, more than a table of reports; save it as CSV UTF-8"
-            )
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-        try:
-            sheets = {}
-            for sheet in book.worksheets:
-                rows = [[_cell(value) for value in row] for row in sheet.iter_rows(values_only=True)]
-                if any(any(row) for row in rows):
-                    sheets[sheet.title] = rows
-        finally:
-            book.close()
-    except (zipfile.BadZipFile, ParseError, KeyError, ValueError, TypeError, OSError, EOFError, AttributeError,
-            IndexError, NotImplementedError, RuntimeError, zipfile.zlib.error) as error:  # fmt: skip
-        if isinstance(error, InputError):
-            raise
+        workbook = {}
+        if unpacked <= _MAX_UNPACKED:
+            workbook = pd.read_excel(path, sheet_name=None, engine="openpyxl", **_AS_TEXT)
+    except (*_DAMAGED_ZIP, *_DAMAGED_XML) as error:
         detail = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path} is not a readable workbook ({detail}); save it again, or as 'CSV UTF-8'") from error
+    if unpacked > _MAX_UNPACKED:
+        raise InputError(f"{path}: unpacks to {unpacked >> 20} MB, more than a table of reports; save it as CSV UTF-8")
+    sheets = {name: frame for name, frame in workbook.items() if not frame.empty}
     if len(sheets) > 1:
         raise InputError(
             f"{path}: {len(sheets)} sheets have cells ({', '.join(sheets)}); keep one, or save it as CSV UTF-8"
         )
-    return next(iter(sheets.values()), []), []
+    # Excel's errors (#N/A) are NaN; '_x000D_' is how it stores a carriage return.
+    rows = [frame.fillna("").replace("_x000[dD]_\n?", "\n", regex=True) for frame in sheets.values()]
+    return rows[0].to_numpy().tolist() if rows else []
 
 
-def _cell(value: object) -> str:
-    """Text as Excel shows it: a whole number without '.0', Excel's '_x000D_' for a line break undone."""
-    if value is None:
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if isinstance(value, datetime.datetime | datetime.date):
-        return value.isoformat()
-    return re.sub("_x000[dD]_\n?", "\n", str(value))
-
-
-def _from_cells(path: Path, rows: list[list[str]], notes: list[str]) -> Table:
+def _table(path: Path, rows: list[list[str]], notes: list[str]) -> Table:
+    """``rows`` with the header first."""
     header = [name.strip() for name in rows[0]] if rows else []
     if not any(header):
         raise InputError(f"{path} is empty; expected a header: image_path,question,answer[,mask_path]")
-    for name in header:
-        if name and header.count(name) > 1:
+    for name in filter(None, header):
+        if header.count(name) > 1:
             raise InputError(f"{path} has two columns '{' '.join(name.split())[:100]}'; keep one")
-    problems = []
-    records = []
+    problems, records = [], []
     for number, cells in enumerate(rows[1:], start=2):
-        if not any(cell.strip() for cell in cells):
-            continue  # a blank line is no row, yet a spreadsheet counts it
         if any(cell.strip() for cell in cells[len(header) :]):
-            problems.append(
-                Problem(number, f"{len(cells)} cells under {len(header)} columns", f"put quotation marks: {_QUOTING}")
-            )
-            continue
-        records.append((number, dict(zip(header, cells, strict=False))))
+            words = f"{len(cells)} cells under {len(header)} columns"
+            problems.append(Problem(number, words, f"put quotation marks: {_QUOTING}"))
+        elif any(cell.strip() for cell in cells):
+            records.append((number, dict(zip(header, cells, strict=False))))
     return Table([name for name in header if name], records, notes, problems)
+
+
+def _read_records(path: Path, text: str, notes: list[str]) -> Table:
+    """Rows of the JSON records, and a problem for each entry that is no record."""
+    table = Table([], [], notes)
+    for number, record in _parse_json(path, text):
+        try:
+            table.rows.extend((number, row) for row in _record_rows(record))
+        except ValueError as error:
+            image = str(record.get("image", "")) if isinstance(record, dict) else ""
+            table.problems.append(Problem(number, str(error), _RECORD, image))
+    table.columns.extend(dict.fromkeys(name for _, row in table.rows for name in row))
+    return table
+
+
+def _parse_json(path: Path, text: str) -> list[tuple[int, Any]]:
+    """Number and content of every entry. Raises InputError if the file is no JSON, or no list of records."""
+    jsonl = path.suffix.lower() == ".jsonl"
+    entries, number = [], 0
+    try:
+        for number, line in enumerate(text.split("\n") if jsonl else [text], start=1):
+            if line.strip() or not jsonl:
+                entries.append((number, json.loads(line)))
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
+        where = f"line {number}: " if jsonl else ""
+        raise InputError(f"{path} is not JSON: {where}{error}; {_RECORD}") from error
+    if jsonl:
+        return entries
+    content = entries[0][1]
+    if not isinstance(content, list):
+        keys = f" with the keys {', '.join(list(content)[:5])}" if isinstance(content, dict) else ""
+        raise InputError(f"{path} holds a {type(content).__name__}{keys}, expected a list of records; {_RECORD}")
+    return list(enumerate(content, start=1))
+
+
+def _record_rows(record: object) -> list[dict[str, str]]:
+    """One row per question and answer. Raises ValueError, with the reason, for what is no record."""
+    if not isinstance(record, dict):
+        raise ValueError(f"is a {type(record).__name__}, not a record")
+    plain = {key: _text(key, value) for key, value in record.items() if key not in ("conversations", "messages")}
+    turns = record.get("conversations", record.get("messages"))
+    if turns is None:
+        return [plain]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError("'conversations' is no list of turns")
+    texts: list[str] = []
+    for turn in turns:
+        speaker = str(turn.get("from", turn.get("role", ""))).lower()
+        text = turn.get("value", turn.get("content"))
+        if not isinstance(text, str):
+            raise ValueError(f"a turn of '{speaker}' has no text")
+        if speaker in (_ANSWER if len(texts) % 2 else _QUESTION):
+            texts.append(text)
+        elif speaker != "system":
+            raise ValueError(f"a turn of '{speaker}' is out of turn")
+    if not texts or len(texts) % 2:
+        raise ValueError("a question has no answer")
+    pairs = zip(texts[::2], texts[1::2], strict=True)
+    return [{**plain, "question": ask.replace("<image>", "").strip(), "answer": answer} for ask, answer in pairs]
+
+
+def _text(key: str, value: Any) -> str:
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        return value[0]  # "image": ["one.nii.gz"]
+    if isinstance(value, list) and key.lower() in ("image", "images"):
+        raise ValueError(f"'{key}' names {len(value)} images, one is used")
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

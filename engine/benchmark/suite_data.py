@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader
 from config.nnunet_plans import PreprocessPlan
 from config.schema import REPOSITORY
 from data.cache import VolumeCache
-from data.imaging.nifti import read_mask, read_volume, write_volume
+from data.imaging.nifti import write_volume
+from data.imaging.reader import read_mask, read_volume
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from data.nnunet_preprocess import preprocess
 from data.tables.caption_table import CaptionRow

@@ -12,17 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
 from data.cache import CachedVolume
+from data.imaging.nifti import write_volume
 from data.imaging.reader import read_header
-from data.imaging.volume import Volume
+from data.imaging.volume import LUNG_WINDOW_HU, Volume
 from data.nnunet_preprocess import VoxelMap
 from data.view_selection import ViewSelection
-
-LUNG_HU = (-1350, 150)
 
 
 @dataclass(frozen=True)
@@ -95,12 +93,7 @@ def write_heat(path: Path, heat: np.ndarray, volume: Volume) -> None:
     stored = apply_orientation(heat.transpose(2, 1, 0), turn)
     if stored.shape != header.shape:
         raise ValueError(f"a map of {stored.shape} voxels for an image of {header.shape}")
-    image = nib.Nifti1Image(stored.astype(np.float32), header.affine)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(header.affine, code=1)
-    image.set_qform(header.affine, code=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(image, path)
+    write_volume(path, stored.transpose(2, 1, 0).astype(np.float32), tuple(header.zooms[::-1]), header.affine)
 
 
 def draw_heat(
@@ -115,18 +108,18 @@ def draw_heat(
     """
     from matplotlib.figure import Figure
 
-    from engine.contact_sheet import _cjk_font
+    from engine.figures import cjk_font
 
     size = (3.1 * (len(heats) + 1), 3.4)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     axes = figure.subplots(1, len(heats) + 1, squeeze=False)[0]
-    font = _cjk_font()
+    font = cjk_font()
     aspect = volume.spacing[1] / volume.spacing[2]
     slices = [int(np.abs(heat).max((1, 2)).argmax()) for heat in heats]
     first = slices[0] if slices else volume.array.shape[0] // 2
     panels = [(first, None, ""), *zip(slices, heats, titles, strict=True)]
     for axis, (index, heat, title) in zip(axes, panels, strict=True):
-        axis.imshow(volume.array[index], cmap="gray", vmin=LUNG_HU[0], vmax=LUNG_HU[1], aspect=aspect)
+        axis.imshow(volume.array[index], cmap="gray", vmin=LUNG_WINDOW_HU[0], vmax=LUNG_WINDOW_HU[1], aspect=aspect)
         if heat is not None:
             strength = np.clip(heat[index], 0, None) / (heat.max() if heat.max() > 0 else 1)
             axis.imshow(strength, cmap="inferno", vmin=0, vmax=1, alpha=0.75 * strength, aspect=aspect)

@@ -7,18 +7,20 @@ failing both its impression. Statements are those of :mod:`data.report_language.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from config.errors import InputError
 from data.imaging.reader import read_mask, read_volume
-from data.lesion_measure import Lesion, find_lungs, measure_lesions
-from data.report_language.labeller import FindingMention
+from data.lesions import MeasuredLesion, find_lungs, measure_lesions
+from data.report_language.labeller import FindingMention, states_normal
 from data.report_language.sections import PREAMBLE
 from engine.evaluation.bootstrap import Score, hit_score
 from engine.evaluation.finding_metrics import Mentions
+from engine.evaluation.report_checks import is_garbled
 
 SIZE_TOLERANCE_MM = 3.0
+WHOLE_REPORT_TOLERANCE_MM = 4.0
 _MIN_LESION_MM3 = 20.0  # smaller components are specks of a mask
 _DEPTHS = ("effusion", "pleural_thickening")  # their stated size is a depth, not a diameter
 
@@ -67,11 +69,61 @@ def place_scores(references: Mentions, generated: Mentions) -> dict[str, Score]:
     }
 
 
+def stated_in_full(mentions: Sequence[FindingMention]) -> list[FindingMention]:
+    """The described findings with side, level and size. A free effusion is dependent: its zone is the lower one."""
+    found = [replace(m, zone="lower") if m.finding == "effusion" else m for m in described(mentions)]
+    return [m for m in found if m.side and m.level and m.size_mm]
+
+
+def whole_report_scores(
+    references: Mentions, generated: Mentions, texts: Sequence[str], language: str
+) -> dict[str, Score]:
+    """Whole reports against references that state every finding in full, as synthetic ones do; cases with another
+    reference are left out. Findings are paired as in :func:`place_scores`.
+
+    Args:
+        generated, texts: mentions and text of each report.
+
+    Returns:
+        ``location_acc``: true findings whose partner has the same side and level.
+        ``type_acc``: true findings whose partner is the same finding, and normal cases whose report states none.
+        ``size_within_4mm``: true findings whose partner's size is within 4 mm.
+        ``exact_acc``: cases with as many findings as true ones and every pair right in all of this.
+        ``garbled_rate``: cases whose report has characters that no report holds, or states neither a finding in
+        full nor that both lungs are normal. Such a report is wrong in everything.
+    """
+    place, kind, size, exact, garbled = [], [], [], [], []
+    for case, (reference, mentions, text) in enumerate(zip(references, generated, texts, strict=True)):
+        truth, stated = stated_in_full(reference), stated_in_full(mentions)
+        if len(truth) < len(described(reference)):
+            continue
+        unreadable = is_garbled(text) or not (stated or states_normal(text, language))
+        garbled.append((case, unreadable))
+        right = [
+            (False, False, False)
+            if b is None or unreadable
+            else (same_place(a, b), a.finding == b.finding, abs(a.size_mm - b.size_mm) <= WHOLE_REPORT_TOLERANCE_MM)
+            for a, b in pair(truth, stated)
+        ]
+        place += [(case, hit) for hit, _, _ in right]
+        kind += [(case, hit) for _, hit, _ in right] if truth else [(case, not stated and not unreadable)]
+        size += [(case, hit) for _, _, hit in right]
+        exact.append((case, not unreadable and len(stated) == len(truth) and all(map(all, right))))
+    n = len(references)
+    return {
+        "location_acc": hit_score(place, n, "true findings whose statement has their side and height"),
+        "type_acc": hit_score(kind, n, "true findings named rightly, and normal cases reported as normal"),
+        "size_within_4mm": hit_score(size, n, "true findings whose statement is within 4 mm of their size"),
+        "exact_acc": hit_score(exact, n, "reports right in number, place, name and size of their findings"),
+        "garbled_rate": hit_score(garbled, n, "reports that cannot be read"),
+    }
+
+
 @dataclass(frozen=True)
 class MaskedCase:
     """Lesions of one case. ``problem``: why they could not be measured, or empty."""
 
-    lesions: list[Lesion]
+    lesions: list[MeasuredLesion]
     problem: str = ""
 
 
@@ -131,12 +183,12 @@ def pair(
     return [(a, stated[partner[i]] if i in partner else None) for i, a in enumerate(truth)]
 
 
-def side_agrees(stated: FindingMention, lesion: Lesion) -> bool:
+def side_agrees(stated: FindingMention, lesion: MeasuredLesion) -> bool:
     """Whether a statement has no side, or one that its lesion lies in."""
     return stated.side in (None, lesion.side, "bilateral")
 
 
-def zone_agrees(stated: FindingMention, lesion: Lesion) -> bool:
+def zone_agrees(stated: FindingMention, lesion: MeasuredLesion) -> bool:
     """Whether a statement has no zone, or that of its lesion."""
     return stated.zone in (None, lesion.zone)
 
@@ -151,7 +203,7 @@ def _mention_distance(a: FindingMention, b: FindingMention) -> tuple[float, ...]
     return differing, abs((a.size_mm or 0) - (b.size_mm or 0))
 
 
-def _lesion_distance(stated: FindingMention, lesion: Lesion) -> tuple[float, ...]:
+def _lesion_distance(stated: FindingMention, lesion: MeasuredLesion) -> tuple[float, ...]:
     named = not lesion.name.startswith("label ")
     differing = 2 * (named and lesion.name != stated.finding)
     differing += (not side_agrees(stated, lesion)) + (not zone_agrees(stated, lesion))

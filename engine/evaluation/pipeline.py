@@ -15,12 +15,14 @@ from accelerate import Accelerator
 
 from config.errors import InputError
 from config.files import write_text
-from config.schema import Config, keys_with_role, load_config
+from config.schema import Config
+from config.toy_models import check_toy_models
 from data.cache import file_digest
-from data.lesion_measure import Lesion
+from data.lesions import MeasuredLesion
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from data.report_language.terms import FINDINGS
 from engine.checkpoint import Checkpoint, load_checkpoint
+from engine.cli import local_config
 from engine.evaluation.calibration import Judged, confidence_scores
 from engine.evaluation.card_pages import ShownCase, card_blocks, draw_plots, write_pages
 from engine.evaluation.conditions import AUDITED, OWN, SAMPLE, EvaluatedTable, ReportPasses
@@ -211,12 +213,14 @@ def generated_from(args: argparse.Namespace, config: Config, lm: MambaLM) -> dic
 
 
 def resolve(args: argparse.Namespace, checkpoint: Checkpoint) -> Config:
-    """The training configuration, with places and paths of --config where it is given."""
-    if not args.config:
-        return checkpoint.config
-    local = load_config(args.config)
-    places = keys_with_role("path") + keys_with_role("place")
-    return checkpoint.config.replace(**{key: getattr(local, key) for key in places})
+    """The training configuration, with places and paths of --config where it is given, and --mamba_model.
+
+    Raises InputError when a toy model would read scans that are not synthetic.
+    """
+    config = local_config(args, checkpoint.config)
+    remedy = "use a checkpoint that was trained with your own models"
+    check_toy_models(config, [args.csv], args.allow_toy_model, remedy)
+    return config
 
 
 def generate(job: Job, accelerator: Accelerator) -> None:
@@ -279,7 +283,7 @@ def make_maps(job: Job, rows: Sequence[int]) -> None:
 def masked_cases(job: Job) -> list[MaskedCase | None]:
     """Lesions by row of the table, None for a row without a mask."""
     return [
-        record and MaskedCase([Lesion(**lesion) for lesion in record["lesions"]], record["problem"])
+        record and MaskedCase([MeasuredLesion(**lesion) for lesion in record["lesions"]], record["problem"])
         for record in job.row_records("lesions")
     ]
 

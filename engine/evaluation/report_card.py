@@ -20,7 +20,7 @@ from engine.evaluation.bootstrap import Score, hit_score, mean_score
 from engine.evaluation.calibration import ConfidenceScores
 from engine.evaluation.confidence import Labeller, Statement, mark_unsure, sentence_confidences
 from engine.evaluation.finding_metrics import ClinicalScores, clinical_scores
-from engine.evaluation.localisation import MaskedCase, mask_scores, place_scores
+from engine.evaluation.localisation import MaskedCase, mask_scores, place_scores, whole_report_scores
 from engine.evaluation.report_checks import find_duplicates, find_repetition, is_garbled
 from engine.evaluation.text_metrics import language_scores
 
@@ -84,6 +84,7 @@ def report_card(results: TableResults) -> dict[str, Any]:
         "location_acc": own["location_acc"].value,
         "size_within_3mm": own["size_within_3mm"].value,
         "places": own,
+        "whole_reports": {name: _whole_reports(results, name) for name in ("own", "shuffled")},
         "mask": _mask(results),
         "sections": _sections(results),
         "text": _text(results),
@@ -127,6 +128,11 @@ def _findings(results: TableResults, scores: ClinicalScores) -> dict[str, Any]:
         "by_finding": [vars(row) | _with_interval("f1", row.f1) for row in scores.by_finding],
         "by_section": by_section,
     }
+
+
+def _whole_reports(results: TableResults, condition: str) -> dict[str, Score]:
+    texts = results.texts(condition)
+    return whole_report_scores(results.truth, results.mentions[condition], texts, results.language)
 
 
 def _mask(results: TableResults) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from data.imaging.reader import read_mask, read_volume
 from data.imaging.volume import Volume
-from data.lesion_measure import Lesion
+from data.lesions import MeasuredLesion
 from data.report_language.labeller import FindingMention
 from engine.evaluation.conditions import EvaluatedTable
 from engine.evaluation.confidence import Statement, split_sentences
@@ -104,7 +104,7 @@ def map_case(
     maps = attribution_maps(writer.model, batch, record["ids"], tokens, baseline, method).numpy()
     cached = table.data.cache.get(caption.image_path, caption.mask_path)
     shape = tuple(baseline.shape[i] for i in (0, 2, 3))
-    grid = FramedGrid.of(table.data.view_selection, cached, shape, table.data.cache.plan.orientation)
+    grid = FramedGrid.of(table.data.view_selection, cached, shape, cached.axcodes)
     volume = labels = None
     if caption.mask_path is not None:
         volume = read_volume(caption.image_path)
@@ -261,12 +261,12 @@ def _point(
     return bool(cells.flat[int(heat.argmax())]), float(cells.mean()), ""
 
 
-def _agree(mention: FindingMention, lesion: Lesion, names: Mapping[int, str] | None) -> bool:
+def _agree(mention: FindingMention, lesion: MeasuredLesion, names: Mapping[int, str] | None) -> bool:
     named = (names or {}).get(lesion.label, mention.finding)
     return named == mention.finding and side_agrees(mention, lesion) and zone_agrees(mention, lesion)
 
 
-def _voxels(labels: np.ndarray, lesions: Sequence[Lesion]) -> np.ndarray:
+def _voxels(labels: np.ndarray, lesions: Sequence[MeasuredLesion]) -> np.ndarray:
     """Voxels of the components that hold these lesions, bool of the shape of ``labels``."""
     found = np.zeros(labels.shape, bool)
     for label in {lesion.label for lesion in lesions}:

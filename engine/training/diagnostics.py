@@ -1,7 +1,7 @@
-"""Token statistics, and the verdict "collapsed": the visual tokens no longer depend on the image.
+"""Checks of a run: token statistics with the verdict "collapsed", and the loss mask.
 
 The manual's proxy loss is minimised by the zero output, and a low loss then looks like success. The statistics measure
-how far tokens differ from each other, and in how many directions.
+how far tokens differ from each other, and in how many directions; collapsed tokens no longer depend on the image.
 """
 
 from __future__ import annotations
@@ -11,6 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data.medical_vlm_dataset import encode_answer
+from models.language_model.mamba_lm import IGNORED
+from models.medical_vlm import MedicalVLM, answer_inputs
 
 MIN_STD_FRACTION = 0.05  # of the standard deviation that the bridge starts with; a healthy run stays near 1
 MIN_RANK = 2.0
@@ -66,3 +71,27 @@ def token_statistics(tokens: Tensor, expected_std: float) -> TokenStatistics:
     # A single image has no differences between images.
     image_std = tokens.std(dim=0, unbiased=False).mean().item() if len(tokens) > 1 else token_std
     return TokenStatistics(token_std, image_std, rank, expected_std)
+
+
+@torch.no_grad()
+def check_loss_mask(model: MedicalVLM, loader: DataLoader, device: torch.device) -> str:
+    """On a real batch: the labels are the answers' tokens and nothing else. Raises AssertionError if not."""
+    dataset, collator = loader.dataset, loader.collate_fn
+    samples = [dataset[index] for index in range(min(2, len(dataset)))]
+    batch = {
+        key: value.to(device) if isinstance(value, torch.Tensor) else [image.to(device) for image in value]
+        for key, value in collator(samples).items()
+    }
+    inputs, labels = answer_inputs(model.lm, model.visual_tokens(batch), batch)
+    for row, sample in enumerate(samples):
+        answer, _ = encode_answer(model.lm.tokenizer, sample.answer, collator.max_answer_tokens)
+        in_loss = labels[row] != IGNORED
+        first = int(in_loss.nonzero()[0])
+        assert labels[row, in_loss].tolist() == answer, "labels are not the answer's tokens"
+        assert bool(in_loss[first : first + len(answer)].all()), "labels are not contiguous"
+        embedded = model.lm.embed(labels[row, in_loss])
+        assert torch.equal(inputs[row, first : first + len(answer)], embedded), "labels and inputs are shifted"
+    question = int(batch["question_mask"][0].sum())
+    visual = int((labels[0] != IGNORED).nonzero()[0]) - question
+    answer = int((labels[0] != IGNORED).sum())
+    return f"loss mask checked: {visual} visual + {question} question tokens masked, {answer} answer tokens in the loss"

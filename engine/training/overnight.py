@@ -1,326 +1,296 @@
-"""A search over learning rates and batch sizes that survives being killed: what is done, what comes next.
+"""Overnight search of Stage 1: optuna chooses the grid point, each run is a train.py process, a report follows.
 
-Two records, each with one purpose. The folder of a run says how far the run is: train.py leaves a state file
-while it is unfinished, and its result when it is complete. The optuna study says who works on which point of
-the grid; several machines may share its storage.
+A run's folder is named after its grid point and alone says how far the run is: train.py keeps its state there while
+the run is unfinished and leaves its checkpoints when it is complete. A repeated trial continues in the same folder;
+a complete run is read, not repeated. optuna orders the runs and shares them between processes on one study.
 
-A trial is COMPLETE with a usable checkpoint, PRUNED when the run ended collapsed, FAIL when it failed.
-RUNNING trials carry their owner (host, process, start time); a dead owner's trial is taken over.
+optuna guarantees that every process gets its own trials, that the first N trials of a grid of N are N different
+points, and that the trial of a dead process is queued again once its heartbeats are older than two minutes. It may
+offer an unfinished point to a second process at the end of the grid, or when two processes ask at the same moment.
+:meth:`Night.objective` therefore waits for any process of this machine that trains into the same folder.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import itertools
 import json
-import math
 import os
-import socket
+import re
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+import warnings
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optuna
+import pandas as pd
 import psutil
-from optuna.distributions import FloatDistribution, IntDistribution
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
-from sqlalchemy.exc import SQLAlchemyError
+import torch
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from config.errors import InputError
-from config.schema import Config, keys_with_role
-from engine.checkpoint import load_checkpoint
+from config.files import atomic_path, write_text
+from config.schema import REPOSITORY, Config, keys_with_role, write_config
+from engine.checkpoint import load_checkpoint, read_torch_file
+from engine.cli import EXIT_BAD_INPUT
 
-BEST_FILE = "vision_bridge_best_val.pt"  # as train.py names them
-FINAL_FILE = "vision_bridge_final.pt"
-STATE_FILE = "stage1_state.pt"
-
-# Wide and fixed, so that a later command may add points to the same study.
-SPACE = {"lr": FloatDistribution(1e-12, 1e3, log=True), "batch_size": IntDistribution(1, 2**16)}
-# A trial without an owner is being claimed right now, or its script died within that moment.
-CLAIM_SECONDS = 20.0
-
-
-@dataclass(frozen=True, order=True)
-class Point:
-    """One point of the grid."""
-
-    lr: float
-    batch_size: int
-
-    @property
-    def name(self) -> str:
-        return f"lr{self.lr!r}_bs{self.batch_size}"
-
-    def __str__(self) -> str:
-        return f"lr {self.lr!r} batch_size {self.batch_size}"
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended. ``seconds`` is None for a run that was interrupted in between."""
-
-    state: Literal["finished", "collapsed", "failed"]
-    reason: str = ""
-    val_loss: float | None = None
-    epoch: int | None = None
-    token_std: float | None = None
-    image_std: float | None = None
-    effective_rank: float | None = None
-    seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One point of the leaderboard. ``state``: of a result, or ``running``, ``interrupted``, ``open``."""
-
-    point: Point
-    state: str
-    reason: str
-    folder: Path
-    host: str = ""
-    result: Result | None = None
+BEST_FILE, FINAL_FILE, STATE_FILE = "vision_bridge_best_val.pt", "vision_bridge_final.pt", "stage1_state.pt"
+REPORT_FILES = ("vision_bridge_overnight_best.pt", "overnight_best_summary.txt", "overnight_leaderboard.csv")
+STATISTICS = ("token_std", "image_std", "effective_rank")
+COLUMNS = ["lr", "batch_size", "state", "val_loss", "epoch", *STATISTICS, "seconds", "folder", "reason", "number"]
+STATES = {"COMPLETE": "finished", "PRUNED": "collapsed", "WAITING": "queued", "FAIL": "failed", "RUNNING": "running"}
+ORDER = ["finished", "collapsed", "queued", "failed", "interrupted", "running"]  # of the leaderboard
+UNFINISHED = "not complete; the same command goes on with it"
+OBJECTIVES = {
+    "align": "align (contrast of tokens and reports); lower is better agreement",
+    "proxy_l2": "proxy_l2; its minimum is the zero output, so a low val_loss is NO proof of quality",
+}
 
 
 def study_name(config: Config, objective: str, epochs: int, seed: int) -> str:
-    """A name that is the same for runs whose losses may be compared, and for no others.
-
-    Files count by their content, so that a table that was edited starts another search, and the same table in
-    another place does not.
+    """A name shared by exactly those runs whose losses are comparable. Tables and nnU-Net count by content.
 
     Raises:
-        InputError: a file that the runs need is missing.
+        InputError: one of these files is missing.
     """
-    content: dict[str, Any] = config.to_dict()
-    for key in ("num_workers", "memory_cache_mb", "path_map", "image_root", "cache_dir", "output_dir"):
-        del content[key]
-    for key in keys_with_role("path"):
-        if key in content and content[key]:
-            content[key] = _digest_of_file(Path(content[key]), key)
+    settings = config.to_dict()
+    for key in (*keys_with_role("path"), "path_map", "num_workers", "memory_cache_mb"):
+        settings.pop(key, None)
     for key in ("caption_csv_train", "caption_csv_val", "nnunet_encoder_checkpoint"):
-        config.resolved(key)  # empty: told now, not by every run of the night
-    model = Path(config.mamba_model)
-    if model.is_dir():
-        described = {p.name: p.stat().st_size for p in model.iterdir() if p.is_file()}
-        content["mamba_model"] = [described, _digest_of_file(model / "config.json", "mamba_model")]
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+        path = config.resolved(key)
+        if not path.is_file():
+            raise InputError(f"file not found: {path}; set {key} in the configuration to an existing file")
+        settings[key] = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return f"{objective}_e{epochs}_s{seed}_{digest}"
 
 
-def _digest_of_file(path: Path, key: str) -> str:
-    if not path.is_file():
-        raise InputError(f"file not found: {path}; set {key} in the configuration to a file that exists")
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def is_complete(folder: Path) -> bool:
+    """Whether the run of a folder has ended, with or without a usable checkpoint."""
+    return (folder / FINAL_FILE).is_file() and not (folder / STATE_FILE).exists()
 
 
-def read_result(folder: Path) -> Result | None:
-    """What a complete run left in its folder; None while the run is not complete."""
-    if not (folder / FINAL_FILE).is_file() or (folder / STATE_FILE).exists():
-        return None
-    alive = (folder / BEST_FILE).is_file()
+def read_result(folder: Path) -> dict[str, Any]:
+    """What a complete run has reached: val_loss, epoch and statistics of its best epoch, collapsed, reason.
+
+    Only the reason where the best checkpoint is missing or unreadable.
+    """
+    best = folder / BEST_FILE
     try:
-        checkpoint = load_checkpoint(folder / (BEST_FILE if alive else FINAL_FILE))
+        checkpoint = load_checkpoint(best if best.is_file() else folder / FINAL_FILE)
     except InputError as error:
-        return Result("failed", str(error))
-    numbers = {key: checkpoint.diagnostics.get(key) for key in ("token_std", "image_std", "effective_rank")}
-    result = Result("finished", "", checkpoint.val_loss, checkpoint.epoch, **numbers)
-    if not alive:
-        return replace(result, state="collapsed", reason="every epoch collapsed; this is its last one")
-    if checkpoint.collapsed:
-        return replace(result, state="collapsed", reason=f"{BEST_FILE} is stamped as collapsed")
-    if not math.isfinite(checkpoint.val_loss):
-        return replace(result, state="failed", reason=f"val_loss is {checkpoint.val_loss}", val_loss=None)
-    if checkpoint.epoch == 0:
-        return replace(result, reason="epoch 0 is the untrained bridge: no trained epoch was better and alive")
-    return result
+        return {"reason": str(error)}
+    if not (checkpoint.collapsed or best.is_file()):
+        return {"reason": f"{best} is missing"}
+    reason = (
+        "" if checkpoint.epoch else "epoch 0 is the untrained bridge; no trained epoch was better and non-collapsed"
+    )
+    result = {name: checkpoint.diagnostics.get(name) for name in (*STATISTICS, "collapsed")}
+    result |= {"val_loss": checkpoint.val_loss, "epoch": checkpoint.epoch}
+    return result | {"reason": f"{checkpoint.path.name} is stamped as collapsed" if checkpoint.collapsed else reason}
 
 
-def open_storage(storage: str) -> BaseStorage:
-    """``storage``: a database URL, or the path of an optuna journal file (for a network folder).
+def training_processes(folder: Path) -> list[psutil.Process]:
+    """The processes of this machine that train into ``folder``."""
+    processes = [(process, process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    return [process for process, line in processes if ("--output_dir", str(folder)) in itertools.pairwise(line)]
+
+
+def train(command: list[str], log: Path) -> int:
+    """Run train.py until it ends, its output appended to ``log``. Returns its exit status.
 
     Raises:
-        InputError: it cannot be opened.
+        KeyboardInterrupt: after Ctrl-C, once the process has saved its state and ended; a second one stops it at once.
     """
-    if "://" not in storage:
-        path = Path(storage).resolve()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
-    # Two scripts on one SQLite file wait for each other instead of failing.
-    options = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else None
-    try:
-        return RDBStorage(storage, engine_kwargs=options)
-    except (SQLAlchemyError, ImportError, RuntimeError, optuna.exceptions.StorageInternalError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"--storage {storage} cannot be opened ({reason}); expected a URL such as sqlite:///night.db, "
-            "or the path of a journal file"
-        ) from error
-
-
-class _Grid(optuna.samplers.GridSampler):
-    """The grid in an ask-and-tell loop: there is no optimize() for the sampler to stop."""
-
-    def after_trial(self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
-        pass
-
-
-class Search:
-    """The study of one grid on this machine; ``folder`` is where its runs lie."""
-
-    def __init__(
-        self, storage: BaseStorage, name: str, lrs: Sequence[float], batch_sizes: Sequence[int], folder: Path
-    ) -> None:
-        self.folder = folder
-        self.points = [Point(lr, size) for lr in dict.fromkeys(lrs) for size in dict.fromkeys(batch_sizes)]
-        self.grid = _Grid({"lr": list(dict.fromkeys(lrs)), "batch_size": list(dict.fromkeys(batch_sizes))}, seed=0)
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.study = optuna.create_study(study_name=name, storage=storage, sampler=self.grid, load_if_exists=True)
-        self.host = socket.gethostname()
-        self.owner = {"host": self.host, "pid": os.getpid(), "started": psutil.Process().create_time()}
-
-    def folder_of(self, point: Point) -> Path:
-        return self.folder / point.name
-
-    def claim(self, given_up: Collection[Point] = (), reclaim: Collection[str] = ()) -> Trial | None:
-        """The next run, now ours: one of a dead script, else a new point, else one that failed before.
-
-        Args:
-            given_up: points that failed and are not tried again by this script.
-            reclaim: hosts whose runs are taken over as if their scripts were dead.
-        """
-        while True:
-            abandoned = self._abandoned(reclaim)
-            if abandoned is not None:
-                return abandoned
-            trials = self._trials()
-            known = {_point(trial) for trial in trials}
-            settled = {_point(trial) for trial in trials if trial.state != TrialState.FAIL} | set(given_up)
-            new = [point for point in self.points if point not in known]
-            again = [point for point in self.points if point in known and point not in settled]
-            if new and not self.grid.is_exhausted(self.study):
-                trial = self._own(self.study.ask(SPACE))
-            elif new or again:
-                trial = self._add((new or again)[0])
-            else:
-                return None
-            if not self._is_duplicate(trial):
-                return trial
-
-    def finish(self, trial: Trial, result: Result) -> None:
-        trial.set_user_attr("result", asdict(result))
-        if result.state == "finished":
-            self.study.tell(trial, result.val_loss)
-        else:
-            self.study.tell(trial, state=TrialState.PRUNED if result.state == "collapsed" else TrialState.FAIL)
-
-    def rows(self) -> list[Row]:
-        """Every point that this study knows or this command asks for: the best first, unfinished ones last."""
-        order = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL]
-        chosen: dict[Point, FrozenTrial] = {}
-        for trial in self._trials():
-            point = _point(trial)
-            if point is None or trial.user_attrs.get("duplicate"):
-                continue
-            if point not in chosen or order.index(trial.state) <= order.index(chosen[point].state):
-                chosen[point] = trial
-        rows = [self._row(point, chosen.get(point)) for point in {*self.points, *chosen}]
-        states = ["finished", "collapsed", "failed", "running", "interrupted", "open"]
-
-        def rank(row: Row) -> tuple:
-            loss, epoch = (row.result.val_loss, row.result.epoch) if row.result else (None, None)
-            return states.index(row.state), math.inf if loss is None else loss, epoch == 0, row.point
-
-        return sorted(rows, key=rank)
-
-    def _row(self, point: Point, trial: FrozenTrial | None) -> Row:
-        if trial is None:
-            return Row(point, "open", "not started yet", self.folder_of(point))
-        owner = trial.user_attrs.get("owner", {})
-        host, folder = owner.get("host", ""), Path(trial.user_attrs.get("folder", self.folder_of(point)))
-        # Ours is not running either: this is asked between runs, or after Ctrl-C.
-        if trial.state == TrialState.RUNNING and (owner == self.owner or self._is_dead(owner)):
-            return Row(point, "interrupted", "the same command goes on with it", folder, host)
-        if trial.state == TrialState.RUNNING:
-            return Row(point, "running", f"by process {owner.get('pid')} on {host}", folder, host)
-        result = Result(**trial.user_attrs.get("result", {"state": "failed", "reason": "no result was recorded"}))
-        return Row(point, result.state, result.reason, folder, host, result)
-
-    def _trials(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False)
-
-    def _own(self, trial: Trial) -> Trial:
-        trial.set_user_attr("owner", self.owner)
-        trial.set_user_attr("folder", str(self.folder_of(Point(**trial.params))))
-        return trial
-
-    def _abandoned(self, reclaim: Collection[str]) -> Trial | None:
-        """A RUNNING trial of this grid whose script is dead, taken over as it is: its folder holds its state."""
-        for frozen in self._trials():
-            if frozen.state != TrialState.RUNNING:
-                continue
-            owner = frozen.user_attrs.get("owner") or self._owner_of_newcomer(frozen)
-            if owner is not None and not (self._is_dead(owner) or owner["host"] in reclaim and owner != self.owner):
-                continue
-            if "grid_id" not in frozen.system_attrs and not frozen.params:
-                # Its script died before the sampler chose a point: there is nothing to take over.
-                self.study.tell(frozen.number, state=TrialState.FAIL)
-                continue
-            trial = Trial(self.study, frozen._trial_id)
-            point = Point(trial.suggest_float("lr", 1e-12, 1e3, log=True), trial.suggest_int("batch_size", 1, 2**16))
-            if point in self.points:
-                return self._own(trial)
-        return None
-
-    def _owner_of_newcomer(self, frozen: FrozenTrial) -> dict[str, Any] | None:
-        """Wait until whoever claims a trial at this moment has signed it; None if nobody does."""
-        age = max(0.0, (datetime.now() - frozen.datetime_start).total_seconds())
-        deadline = time.monotonic() + CLAIM_SECONDS - age
-        while time.monotonic() < deadline:
-            time.sleep(0.2)
-            current = next(trial for trial in self._trials() if trial.number == frozen.number)
-            if current.state != TrialState.RUNNING or "owner" in current.user_attrs:
-                return current.user_attrs.get("owner", self.owner)
-        return None
-
-    def _is_dead(self, owner: dict[str, Any]) -> bool:
-        """Whether a script of this machine has ended; those of other machines count as alive."""
-        if not owner or owner["host"] != self.host:
-            return False
+    with log.open("ab", buffering=0) as stream:
+        stream.write(f"---- {datetime.now():%Y-%m-%d %H:%M:%S} {' '.join(command)}\n".encode())
+        # In its own session the process gets the signals sent here; on Windows the console interrupts both.
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUTF8": "1"}, start_new_session=os.name != "nt",
+        )  # fmt: skip
+    interrupted = False
+    while process.returncode is None:
         try:
-            # The number alone may have gone to another program; the clock's correction is allowed for.
-            return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) > 2
-        except psutil.NoSuchProcess:
-            return True
+            process.wait()
+        except KeyboardInterrupt:
+            interrupted = True
+            print("stopping: waiting until the run has saved its state (Ctrl-C again: at once)", flush=True)
+            if os.name != "nt":
+                process.send_signal(signal.SIGINT)
+    if interrupted:
+        raise KeyboardInterrupt
+    return process.returncode
 
-    def _add(self, point: Point) -> Trial:
-        """A trial at a point of our choosing, owned from its first moment."""
-        attributes = {"owner": self.owner, "folder": str(self.folder_of(point)), "token": os.urandom(8).hex()}
-        self.study.add_trial(
-            create_trial(
-                state=TrialState.RUNNING,
-                params=asdict(point),
-                distributions=SPACE,
-                user_attrs=attributes,
-                system_attrs={"fixed_params": asdict(point)},  # or the sampler would give it another point's number
-            )  # fmt: skip
+
+class Night:
+    """The runs of one command. ``args``: the flags of run_overnight_300.py, ``lrs`` and ``batch_sizes`` filled in.
+
+    Raises:
+        InputError: a file that the runs need is missing, or the best checkpoint of an earlier night is unreadable.
+    """
+
+    def __init__(self, args: argparse.Namespace, config: Config) -> None:
+        self.args, self.config, self.begun = args, config, time.monotonic()
+        self.output = config.resolved("output_dir")
+        self.folder = self.output / "overnight" / study_name(config, args.objective, args.epochs, args.seed)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.grid = {"lr": list(dict.fromkeys(args.lrs)), "batch_size": list(dict.fromkeys(args.batch_sizes))}
+        self.count = len(self.grid["lr"]) * len(self.grid["batch_size"])
+        self.model_flags = ["--mamba_model", args.mamba_model] if args.mamba_model else []
+        self.model_flags += ["--allow_toy_model"] if args.allow_toy_model else []
+        print(f"overnight: {self.count} run(s) of {args.epochs} epochs; {self.folder}", flush=True)
+        print(self.report_paths()[1], end="", flush=True)
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        self.retry = RetryHeartbeatStaleTrialCallback()
+        storage = RDBStorage(
+            f"sqlite:///{(self.folder.parent / 'overnight.db').as_posix()}",
+            engine_kwargs={"connect_args": {"timeout": 60}},  # seconds that two processes wait for each other
+            heartbeat_interval=60,
+            heartbeat_stale_trial_callback=self.retry,
         )
-        frozen = next(t for t in self._trials() if t.user_attrs.get("token") == attributes["token"])
-        return Trial(self.study, frozen._trial_id)
+        self.sampler = optuna.samplers.GridSampler(self.grid, seed=0)
+        name = f"{self.folder.name} {self.grid}"
+        self.study = optuna.create_study(study_name=name, storage=storage, sampler=self.sampler, load_if_exists=True)
 
-    def _is_duplicate(self, trial: Trial) -> bool:
-        """Two scripts may draw a point at the same time, or another grid may have had it: the first keeps it."""
-        point = Point(**trial.params)
-        for other in self._trials():
-            if other.number < trial.number and other.state != TrialState.FAIL and _point(other) == point:
-                trial.set_user_attr("duplicate", True)
-                self.study.tell(trial, state=TrialState.FAIL)
-                return True
-        return False
+    def search(self) -> None:
+        """Run every point of the grid; a failed run gets a second attempt at the end, unless its input is bad."""
+        for attempt in (1, 2):
+            board = self.leaderboard()
+            for number in board.loc[board["state"].isin(["failed", "interrupted"]), "number"]:
+                trial = self.study.trials[number]
+                if attempt == 1 or trial.user_attrs.get("status") != EXIT_BAD_INPUT:
+                    self.retry(self.study, trial)
+            # One trial per call: GridSampler stops a longer one at its last point, with retries still in the queue.
+            while self.study.get_trials(states=[TrialState.WAITING]) or not self.sampler.is_exhausted(self.study):
+                self.study.optimize(self.objective, n_trials=1, callbacks=[self.show_progress])
 
+    def run_folder(self, lr: float, batch_size: int) -> Path:
+        return self.folder / f"lr{lr!r}_bs{batch_size}"
 
-def _point(trial: FrozenTrial) -> Point | None:
-    return Point(**trial.params) if set(trial.params) == set(SPACE) else None
+    def objective(self, trial: Trial) -> float | None:
+        """Train one grid point. Returns its validation loss, or None for a failed run, which fails the trial."""
+        lr, batch_size = (trial.suggest_categorical(name, values) for name, values in self.grid.items())
+        folder = self.run_folder(lr, batch_size)
+        log = folder / "train.log"
+        trial.set_user_attr("reason", UNFINISHED)
+        for process in training_processes(folder):
+            print(f"{folder.name}: waiting for process {process.pid}, which trains it already", flush=True)
+            process.wait()
+        if not is_complete(folder):
+            how = "continues from its saved state" if (folder / STATE_FILE).exists() else "starts"
+            print(f"{folder.name}: {how}; {log}", flush=True)
+            trial.set_user_attr("status", status := train(self.command(folder, lr, batch_size), log))
+            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
+            trial.set_user_attr("reason", f"status {status} without {FINAL_FILE}: {last[:240]}; see {log}")
+        result = read_result(folder) if is_complete(folder) else {}
+        for name, value in result.items():
+            trial.set_user_attr(name, value)
+        if result.get("collapsed"):
+            raise optuna.TrialPruned
+        return result.get("val_loss")
+
+    def command(self, folder: Path, lr: float, batch_size: int) -> list[str]:
+        """The train.py command of a run. Its configuration is a copy: editing paths.yaml at night changes nothing."""
+        args, copy = self.args, folder / "overnight_config.yaml"
+        write_config(self.config, copy)
+        return [
+            sys.executable, "-u", str(args.train_script), "--config", str(copy), "--objective", args.objective,
+            "--epochs", str(args.epochs), "--seed", str(args.seed), "--lr", repr(lr), "--batch_size", str(batch_size),
+            "--output_dir", str(folder), "--resume", "auto", *self.model_flags,
+        ]  # fmt: skip
+
+    # ---------------------------------------------------------------- the report
+
+    def leaderboard(self) -> pd.DataFrame:
+        """One row for each grid point that was started, the best first; of equal losses, the later epoch."""
+        frame = self.study.trials_dataframe(attrs=("number", "params", "state", "duration", "user_attrs"))
+        frame = frame.rename(columns=lambda name: name.removeprefix("params_").removeprefix("user_attrs_"))
+        frame = frame.reindex(columns=[*COLUMNS, "duration"]).dropna(subset=["lr", "batch_size"])
+        frame["seconds"] = pd.to_timedelta(frame.pop("duration")).dt.total_seconds().round()
+        frame = frame.astype({"lr": float, "batch_size": int, "epoch": "Int64", "seconds": "Int64", "number": int})
+        frame["folder"] = [str(self.run_folder(*point)) for point in zip(frame["lr"], frame["batch_size"], strict=True)]
+        interrupted = frame["state"].eq("FAIL") & frame["reason"].eq(UNFINISHED)
+        frame["state"] = pd.Categorical(
+            frame["state"].map(STATES).mask(interrupted, "interrupted"), ORDER, ordered=True
+        )
+        frame = frame.sort_values(["state", "val_loss", "epoch", "number"], ascending=[True, True, False, False])
+        frame = frame.drop_duplicates(["lr", "batch_size"], ignore_index=True)
+        return frame.set_index(frame.index.rename("rank") + 1)
+
+    def show_progress(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Write the report and print how the trial ended, how many runs have, and the time left."""
+        self.write_report()
+        frame = self.leaderboard()
+        ended = frame[frame["state"].isin(["finished", "collapsed", "failed"])]
+        seconds = time.monotonic() - self.begun, (self.count - len(ended)) * ended["seconds"].mean()
+        elapsed, left = (timedelta(seconds=round(value)) for value in seconds)
+        outcome = f"{self.run_folder(**trial.params).name}: {STATES[trial.state.name]}"
+        for name in ("val_loss", "epoch", "reason"):
+            outcome += f", {name} {trial.user_attrs[name]}" if trial.user_attrs.get(name) not in (None, "") else ""
+        print(f"[{len(ended)}/{self.count}] {outcome}; elapsed {elapsed}, about {left} left", flush=True)
+
+    def report_paths(self) -> tuple[list[Path], str]:
+        """Best checkpoint, summary and leaderboard; beside those of a longer night, and then a line that says so."""
+        paths, epochs = [self.output / name for name in REPORT_FILES], self.args.epochs
+        if not paths[0].is_file():
+            return paths, ""
+        content = read_torch_file(paths[0], "checkpoint")
+        made_by = content.get("overnight") or {
+            "epochs": content.get("epoch", 0)
+        }  # older versions stored the best epoch only
+        if made_by["epochs"] <= epochs:
+            return paths, ""
+        described = ", ".join(f"{key} {value}" for key, value in made_by.items())
+        beside = [path.with_stem(f"{path.stem}_{epochs}epochs") for path in paths]
+        return beside, f"note: {paths[0]} is of a longer night ({described}) and is kept; see {beside[0].name}\n"
+
+    def write_report(self) -> tuple[dict[str, Any] | None, Path]:
+        """Write best checkpoint, summary and leaderboard. Returns the best run, and where the summary is."""
+        frame, ((checkpoint, summary, board), kept) = self.leaderboard(), self.report_paths()
+        finished = frame[frame["state"] == "finished"].to_dict("records")
+        missing = [row["folder"] for row in finished if not (Path(row["folder"]) / BEST_FILE).is_file()]
+        best = next((row for row in finished if row["folder"] not in missing), None)
+        lines = [
+            f"Overnight search of Stage 1, {datetime.now():%Y-%m-%d %H:%M}",
+            f"study {self.folder.name}: {self.args.epochs} epochs, seed {self.args.seed}",
+            f"objective: {OBJECTIVES[self.args.objective]}\n{kept}",
+            *(f"passed over: {BEST_FILE} is missing in {folder}" for folder in missing),
+        ]
+        if best is None:
+            lines += ["best: none yet, no run has ended with a non-collapsed checkpoint"]
+        else:
+            names = ("lr", "batch_size", "val_loss", "epoch", "folder")
+            best = {"epochs": self.args.epochs, **{name: best[name] for name in names}}
+            content = read_torch_file(Path(best["folder"]) / BEST_FILE, "checkpoint")
+            with atomic_path(checkpoint) as part:
+                torch.save(content | {"overnight": best}, part)
+            lines += [f"best {name}: {value}" for name, value in best.items()]
+            lines += [f"checkpoint: {checkpoint}", "\ngo on with Stage 2:", f"    {self.stage2_command(checkpoint)}"]
+        lines += ["\nall runs, best first:", frame.drop(columns=["folder", "reason", "number"]).to_string(na_rep="-")]
+        lines += [
+            f"{Path(row.folder).name}: {row.reason}" for row in frame.fillna({"reason": ""}).itertuples() if row.reason
+        ]
+        # Excel misreads Chinese paths in a table without byte-order mark.
+        for path, text in ((summary, "\n".join(lines) + "\n"), (board, "\ufeff" + frame.to_csv(lineterminator="\n"))):
+            try:
+                write_text(path, text)
+            except PermissionError:  # Windows: a spreadsheet holds it open; that must not end the night
+                print(f"note: {path.name} is open in another program and was not updated; close it", flush=True)
+        return best, summary
+
+    def stage2_command(self, checkpoint: Path) -> str:
+        args = self.args
+        words = ["python", "train_vlm.py", "--epochs", "20", "--batch_size", "1", "--lr", "2e-5"]
+        words += ["--vision_checkpoint", str(checkpoint), *self.model_flags]
+        words += ["--config", str(args.config)] if args.config else []
+        words += ["--output_dir", str(args.output_dir)] if args.output_dir else []
+        return " ".join(f'"{word}"' if re.search(r"[\s&();']", word) else word for word in words)

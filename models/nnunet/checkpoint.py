@@ -35,9 +35,9 @@ _SAFE_GLOBALS = [
     (_SCALAR, "numpy._core.multiarray.scalar"),
     (_SCALAR, "numpy.core.multiarray.scalar"),
     np.dtype,
-    *(type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64", "bool")),
+    *(type(np.dtype(code)) for code in "?bBhHiIqQefd"),  # truth values, integers and floats of every width
 ]
-_FORBIDDEN_GLOBAL = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)")
+_FORBIDDEN_GLOBAL = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)|but got <class '(\S+)'>")
 _PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 _ALIAS = re.compile(r"\.all_modules\.(\d+)\.")
 _NESTED_ENCODER = "decoder."
@@ -214,7 +214,9 @@ def _read(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         forbidden = _FORBIDDEN_GLOBAL.search(str(error))
-        reason = f"asks for '{forbidden[1]}'" if forbidden else "holds a pickle that cannot be read safely"
+        reason = (
+            f"asks for '{forbidden[1] or forbidden[2]}'" if forbidden else "holds a pickle that cannot be read safely"
+        )
         raise InputError(
             f"{path}: {reason}; only tensors, numbers and texts are read, because loading anything else can run "
             "code; re-save the checkpoint without it if you trust its origin"

@@ -1,9 +1,9 @@
-"""The selective scan of Mamba-1, one function in front of several backends.
+"""The selective scan of Mamba-1: one function in front of several backends.
 
 Letters: B batch, E channels (inner width), L tokens, N state.
-The backend is chosen once per device type: the first of ``BACKENDS`` that serves the device, loads and passes
-its self-test there; the choice is announced in the log, with why the ones before it were passed over. The
-environment variable ``MAMBA_SCAN_BACKEND`` forces one by name.
+The backend is chosen once per device type: the first of ``BACKENDS`` that serves the device, imports and passes
+its self-test there. The log names it, and says why the ones before it were passed over. The environment variable
+``MAMBA_SCAN_BACKEND`` forces one by name.
 
 Source of the recurrence: Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces"
 (arXiv 2312.00752), algorithm 2, with the conventions of github.com/state-spaces/mamba.
@@ -15,21 +15,41 @@ import functools
 import importlib
 import logging
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from config.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 FORCE_VARIABLE = "MAMBA_SCAN_BACKEND"
+AXES = {"u": "BEL", "delta": "BEL", "A": "EN", "B": "BNL", "C": "BNL", "D": "E", "z": "BEL", "delta_bias": "E",
+        "initial_state": "BEN"}  # fmt: skip
 
-ScanFunction = Callable[..., tuple[Tensor, Tensor]]
+
+class ScanInputs(NamedTuple):
+    """The tensors of a scan, with the shapes of :data:`AXES`; for a single step without the axis L."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None = None
+    z: Tensor | None = None
+    delta_bias: Tensor | None = None
+    initial_state: Tensor | None = None
+
+
+# (inputs, delta_softplus, reverse) → y (B, E, L), last state (B, E, N)
+ScanFunction = Callable[[ScanInputs, bool, bool], tuple[Tensor, Tensor]]
 
 
 class BackendUnavailable(Exception):
@@ -38,11 +58,11 @@ class BackendUnavailable(Exception):
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation: a module with ``scan(...)``, signature as in ``scan_reference.scan``.
+    """One implementation: a module with a ``scan`` of type :data:`ScanFunction`.
 
     The module is imported when the backend is first considered. If it defines ``check(device_type)``, that
     runs next and raises ``BackendUnavailable`` where the implementation imports but does not work. If it
-    defines ``state_update(...)``, ``selective_state_update`` uses that for a float32 state.
+    defines ``state_update``, ``selective_state_update`` uses that for a float32 state.
     """
 
     name: str
@@ -55,8 +75,8 @@ class Backend:
     def serves(self, device_type: str) -> bool:
         return self.device_types is None or device_type in self.device_types
 
-    def load(self, device_type: str, double: bool) -> ScanFunction:
-        """Return the scan function, or raise ``BackendUnavailable``."""
+    def load(self, device_type: str, double: bool) -> ModuleType:
+        """Import and check the module, or raise ``BackendUnavailable``."""
         if not self.serves(device_type) and device_type not in self.forced_types:
             raise BackendUnavailable(f"it runs on {', '.join(sorted(self.device_types))}, not on {device_type}")
         if double and not self.double:
@@ -67,7 +87,7 @@ class Backend:
             raise BackendUnavailable(f"importing it fails: {error}") from error
         if hasattr(module, "check"):
             module.check(device_type)
-        return module.scan
+        return module
 
 
 # In order of preference.
@@ -120,11 +140,14 @@ def selective_scan(
         ValueError: shapes or devices disagree.
         InputError: ``MAMBA_SCAN_BACKEND`` names no backend, or one that cannot serve here.
     """
-    _check_shapes(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    scan = _resolve(u.device.type, u.dtype is torch.float64, os.environ.get(FORCE_VARIABLE, ""))
+    if u.ndim != 3 or A.ndim != 2:
+        raise ValueError(f"u must be (B, E, L) and A (E, N), got {tuple(u.shape)} and {tuple(A.shape)}")
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    _check_shapes(inputs, dict(zip("BELN", (*u.shape, A.shape[1]), strict=True)), u.device)
+    backend = _resolve(u.device.type, u.dtype is torch.float64, os.environ.get(FORCE_VARIABLE, ""))
     # Autocast would turn the backends' own matrix products into half precision.
     with torch.autocast(u.device.type, enabled=False):
-        y, last_state = scan(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse)
+        y, last_state = backend.scan(inputs, delta_softplus, reverse)
     return (y, last_state) if return_last_state else y
 
 
@@ -149,27 +172,20 @@ def selective_state_update(
         ValueError: shapes or devices disagree.
         InputError: as in ``selective_scan``.
     """
-    _check_update(state, u, delta, A, B, C, D, z, delta_bias)
-    update = plain_state_update
+    if state.ndim != 3:
+        raise ValueError(f"state must be (B, E, N), got {tuple(state.shape)}")
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias)
+    _check_shapes(inputs, dict(zip("BEN", state.shape, strict=True)), state.device)
+    update = reference_state_update
     if state.dtype is torch.float32:
-        scan = _resolve(state.device.type, False, os.environ.get(FORCE_VARIABLE, ""))
-        update = getattr(sys.modules[scan.__module__], "state_update", plain_state_update)
-    return update(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        backend = _resolve(state.device.type, False, os.environ.get(FORCE_VARIABLE, ""))
+        update = getattr(backend, "state_update", reference_state_update)
+    return update(state, inputs, delta_softplus)
 
 
-def plain_state_update(
-    state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
-    """``selective_state_update`` in plain PyTorch, for any device and dtype."""
+def reference_state_update(state: Tensor, inputs: ScanInputs, delta_softplus: bool) -> Tensor:
+    """``selective_state_update`` in PyTorch operations, for any device and dtype."""
+    u, delta, A, B, C, D, z, delta_bias, _ = inputs
     dtype = state.dtype
     with torch.no_grad():
         step = delta.to(dtype)
@@ -188,8 +204,49 @@ def plain_state_update(
         return y.to(u.dtype)
 
 
+def differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) -> ScanFunction:
+    """Make a backend's two passes one differentiable scan.
+
+    Args:
+        forward: (inputs, delta_softplus, reverse, keep) → y, the last state and, if ``keep``, one tensor for backward.
+        backward: (inputs without the initial state, that tensor, gradients of y and of the last state or None,
+            delta_softplus, reverse) → gradients of the nine tensors, None for absent ones. The initial state's is
+            computed in any case, in the precision of the state.
+    """
+
+    def scan(inputs: ScanInputs, delta_softplus: bool, reverse: bool) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+            return _TwoPasses.apply(forward, backward, delta_softplus, reverse, *inputs)
+        return forward(inputs, delta_softplus, reverse, False)[:2]
+
+    return scan
+
+
+class _TwoPasses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, forward: Callable, backward: Callable, softplus: bool, reverse: bool, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        y, last_state, kept = forward(ScanInputs(*tensors), softplus, reverse, True)
+        *others, initial_state = tensors
+        ctx.save_for_backward(*others, kept)
+        ctx.run, ctx.options = backward, (softplus, reverse)
+        ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+        ctx.set_materialize_grads(False)
+        return y, last_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, kept = ctx.saved_tensors
+        with torch.autocast(kept.device.type, enabled=False):
+            *grads, grad_initial = ctx.run(ScanInputs(*tensors), kept, grad_y, grad_last, *ctx.options)
+        initial = None if ctx.initial_dtype is None else grad_initial.to(ctx.initial_dtype)
+        return (None, None, None, None, *grads, initial)
+
+
 @functools.cache
-def _resolve(device_type: str, double: bool, forced: str) -> ScanFunction:
+def _resolve(device_type: str, double: bool, forced: str) -> ModuleType:
     """Choose the backend; cached, so that the choice and its announcement happen once."""
     kind = device_type + (" float64" if double else "")
     if forced:
@@ -198,86 +255,32 @@ def _resolve(device_type: str, double: bool, forced: str) -> ScanFunction:
             valid = ", ".join(b.name for b in BACKENDS)
             raise InputError(f"{FORCE_VARIABLE}={forced}: no such backend; use one of {valid}, or unset it")
         try:
-            scan = backend.load(device_type, double)
+            module = backend.load(device_type, double)
         except BackendUnavailable as reason:
-            raise InputError(f"{FORCE_VARIABLE}={forced} cannot be used: {reason}; mend that or unset it") from reason
+            raise InputError(f"{FORCE_VARIABLE}={forced} cannot be used: {reason}; fix that or unset it") from reason
         logger.info("selective scan on %s: %s (forced by %s)", kind, forced, FORCE_VARIABLE)
-        return scan
+        return module
     passed_over = []
     for backend in BACKENDS:
         if not backend.automatic or not backend.serves(device_type):
             continue
         try:
-            scan = backend.load(device_type, double)
+            module = backend.load(device_type, double)
         except BackendUnavailable as reason:
             passed_over.append(f"{backend.name}: {reason}")
             continue
         logger.info("selective scan on %s: %s%s", kind, backend.name, "".join(f" (not {p})" for p in passed_over))
-        return scan
+        return module
     raise InputError(f"no selective-scan backend serves {kind}: {'; '.join(passed_over)}")
 
 
-def _check_shapes(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-) -> None:
+def _check_shapes(inputs: ScanInputs, sizes: dict[str, int], device: torch.device) -> None:
     """Refuse disagreeing shapes here: the compiled kernels index without bounds checks."""
-    if u.ndim != 3 or A.ndim != 2:
-        raise ValueError(f"u must be (B, E, L) and A (E, N), got {tuple(u.shape)} and {tuple(A.shape)}")
-    batch, channels, length = u.shape
-    states = A.shape[1]
-    expected = {
-        "delta": (delta, (batch, channels, length)),
-        "A": (A, (channels, states)),
-        "B": (B, (batch, states, length)),
-        "C": (C, (batch, states, length)),
-        "D": (D, (channels,)),
-        "z": (z, (batch, channels, length)),
-        "delta_bias": (delta_bias, (channels,)),
-        "initial_state": (initial_state, (batch, channels, states)),
-    }
-    _check_each(expected, u.device)
-
-
-def _check_update(
-    state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-) -> None:
-    if state.ndim != 3:
-        raise ValueError(f"state must be (B, E, N), got {tuple(state.shape)}")
-    batch, channels, states = state.shape
-    expected = {
-        "u": (u, (batch, channels)),
-        "delta": (delta, (batch, channels)),
-        "A": (A, (channels, states)),
-        "B": (B, (batch, states)),
-        "C": (C, (batch, states)),
-        "D": (D, (channels,)),
-        "z": (z, (batch, channels)),
-        "delta_bias": (delta_bias, (channels,)),
-    }
-    _check_each(expected, state.device)
-
-
-def _check_each(expected: dict[str, tuple[Tensor | None, tuple[int, ...]]], device: torch.device) -> None:
-    for name, (tensor, shape) in expected.items():
+    for name, tensor in zip(AXES, inputs, strict=True):
         if tensor is None:
             continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        expected = tuple(sizes[axis] for axis in AXES[name] if axis in sizes)
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, expected {device}")

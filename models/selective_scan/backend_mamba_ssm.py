@@ -1,9 +1,9 @@
 """The selective scan by the CUDA kernels of the package mamba-ssm (2.3), where it is installed and works.
 
-Its ``selective_scan_fn`` does less than ``scan_reference.scan`` promises. What it cannot do is done here:
+Its ``selective_scan_fn`` does less than ``selective_scan`` promises. What it cannot do is done here:
 
-- no initial state, no empty tensor, at most 256 states: such calls go, whole, to ``scan_triton``, or to
-  ``scan_torch`` where Triton does not work. A decoding step goes the same way, or to plain PyTorch.
+- no initial state, no empty tensor, at most 256 states: such calls go, whole, to ``backend_triton``,
+  or to ``backend_torch`` where Triton does not work. A decoding step goes the same way.
 - no walk from the end: the sequences are flipped and y is flipped back.
 - no gradient from the last state: it returns one without saying that backward ignores it. Here that gradient
   is computed by the other backend, from the inputs; it costs nothing unless the last state is used in a loss.
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from models.selective_scan import BackendUnavailable, plain_state_update
+from models.selective_scan import BackendUnavailable, ScanInputs, reference_state_update
 from models.selective_scan.selftest import check_scan, one_line
 
 logger = logging.getLogger(__name__)
@@ -41,85 +41,48 @@ def check(device_type: str) -> None:
     check_scan(scan, device_type, channels=5, length=KERNEL_TOKENS + 52, absent=("initial_state",))
 
 
-def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def scan(inputs: ScanInputs, delta_softplus: bool, reverse: bool) -> tuple[Tensor, Tensor]:
     """See ``selective_scan.selective_scan``. Returns y (B, E, L) and the last state (B, E, N)."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
     if initial_state is not None or u.numel() == 0 or A.shape[1] > MOST_STATES:
-        other = _other(u.device.type)
-        return other.scan(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse)
+        return _other(u.device.type).scan(inputs, delta_softplus, reverse)
     moving = (u, delta, B, C) if z is None else (u, delta, B, C, z)
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in moving))
     x, size, B_, C_, *gate = (_aligned((t.flip(-1) if reverse else t).to(dtype)) for t in moving)
-    fixed = (None if t is None else t.float().contiguous() for t in (A, D, delta_bias))
-    A_, D_, bias = fixed
+    A_, D_, bias = (None if t is None else t.float().contiguous() for t in (A, D, delta_bias))
     y, last = _kernel()(
         x, size, A_, B_, C_, D=D_, z=gate[0] if gate else None, delta_bias=bias,
         delta_softplus=delta_softplus, return_last_state=True,
     )  # fmt: skip
-    last = _LastState.apply(last.detach(), u, delta, A, B, C, delta_bias, delta_softplus, reverse)
+    last = _LastState.apply(last.detach(), delta_softplus, reverse, u, delta, A, B, C, delta_bias)
     return (y.flip(-1) if reverse else y).to(u.dtype), last
 
 
-def state_update(
-    state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
+def state_update(state: Tensor, inputs: ScanInputs, delta_softplus: bool) -> Tensor:
     """See ``selective_scan.selective_state_update``."""
-    update = getattr(_other(state.device.type), "state_update", plain_state_update)
-    return update(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    update = getattr(_other(state.device.type), "state_update", reference_state_update)
+    return update(state, inputs, delta_softplus)
 
 
 class _LastState(torch.autograd.Function):
     """The last state as computed already, with the gradient that the kernel leaves out."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        last: Tensor,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-        reverse: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(u, delta, A, B, C, delta_bias)
-        ctx.delta_softplus, ctx.reverse = delta_softplus, reverse
+    def forward(ctx: FunctionCtx, last: Tensor, delta_softplus: bool, reverse: bool, *tensors: Tensor | None) -> Tensor:
+        """``tensors``: u, delta, A, B, C and delta_bias."""
+        ctx.save_for_backward(*tensors)
+        ctx.options = delta_softplus, reverse
         return last.clone(memory_format=torch.contiguous_format)  # a slice of the kernel's work space
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_last: Tensor) -> tuple[Tensor | None, ...]:
         with torch.enable_grad(), torch.autocast(grad_last.device.type, enabled=False):
-            u, delta, A, B, C, bias = (None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors)
-            _, last = _other(u.device.type).scan(
-                u, delta, A, B, C, None, None, bias, None, ctx.delta_softplus, ctx.reverse
-            )
-        leaves = [t for t in (u, delta, A, B, bias) if t is not None]  # C does not reach the state
-        grads = torch.autograd.grad(last, leaves, grad_last)
-        grad_bias = None if bias is None else grads[4]
-        return None, *grads[:4], None, grad_bias, None, None
+            *leaves, bias = (None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors)
+            _, last = _other(grad_last.device.type).scan(ScanInputs(*leaves, delta_bias=bias), *ctx.options)
+        del leaves[4]  # C does not reach the state
+        grads = torch.autograd.grad(last, leaves if bias is None else [*leaves, bias], grad_last)
+        return None, None, None, *grads[:4], None, None if bias is None else grads[4]
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -20,78 +20,23 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
+from models.selective_scan import ScanInputs, differentiable
 from models.selective_scan.kernels_numba import CHUNK, LANES, backward_kernel, forward_kernel
 
 Array = np.ndarray
 T = TypeVar("T")
 
 
-def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """See ``selective_scan.selective_scan``. Returns y (B, E, L) and the last state (B, E, N)."""
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _NumbaScan.apply(*inputs, delta_softplus, reverse)
-    return _forward(inputs, delta_softplus, reverse, keep_entries=False)[:2]
-
-
-class _NumbaScan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        initial_state: Tensor | None,
-        delta_softplus: bool,
-        reverse: bool,
-    ) -> tuple[Tensor, Tensor]:
-        inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-        y, last_state, entries = _forward(inputs, delta_softplus, reverse, keep_entries=True)
-        ctx.save_for_backward(*inputs[:-1], entries)
-        ctx.delta_softplus, ctx.reverse = delta_softplus, reverse
-        ctx.initial_dtype = None if initial_state is None else initial_state.dtype
-        ctx.set_materialize_grads(False)
-        return y, last_state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, entries = ctx.saved_tensors
-        *grads, grad_initial = _backward(tuple(inputs), entries, grad_y, grad_last, ctx.delta_softplus, ctx.reverse)
-        initial = None if ctx.initial_dtype is None else grad_initial.to(ctx.initial_dtype)
-        return (*grads, initial, None, None)
-
-
-def _forward(
-    inputs: tuple[Tensor | None, ...], softplus: bool, reverse: bool, keep_entries: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, last state and the chunks' entry states (B · blocks, chunks, N, LANES), empty unless wanted."""
+def forward(inputs: ScanInputs, softplus: bool, reverse: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last state and the chunks' entry states (B · blocks, chunks, N, LANES), none unless kept."""
     u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
     batch, channels, length = u.shape
     tasks = batch * -(-channels // LANES)
     y = _output_like(u)
     last = torch.empty(batch, channels, A.shape[1])
     first = torch.zeros_like(last) if initial_state is None else initial_state
-    entries = torch.empty(tasks if keep_entries else 0, -(-length // CHUNK), A.shape[1], LANES)
+    entries = torch.empty(tasks if keep else 0, -(-length // CHUNK), A.shape[1], LANES)
     arguments = (
         _array(u), _array(delta), _array(A), _walk(B, reverse), _walk(C, reverse), _vector(D, channels),
         _array(u if z is None else z), _vector(delta_bias, channels), y.numpy(), _array(first), last.numpy(),
@@ -99,14 +44,14 @@ def _forward(
     )  # fmt: skip
 
     def run(low: int, high: int) -> None:
-        forward_kernel(*arguments, low, high, z is not None, softplus, reverse, keep_entries)
+        forward_kernel(*arguments, low, high, z is not None, softplus, reverse, keep)
 
     _over_threads(run, tasks)
     return y.to(u.dtype), last, entries
 
 
-def _backward(
-    inputs: tuple[Tensor | None, ...],
+def backward(
+    inputs: ScanInputs,
     entries: Tensor,
     grad_y: Tensor | None,
     grad_last: Tensor | None,
@@ -114,7 +59,7 @@ def _backward(
     reverse: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the eight inputs (None for absent ones), then that of the initial state."""
-    u, delta, A, B, C, D, z, delta_bias = inputs
+    u, delta, A, B, C, D, z, delta_bias, _ = inputs
     batch, channels, length = u.shape
     blocks = -(-channels // LANES)
     grad_u, grad_delta = _output_like(u), _output_like(delta)
@@ -154,6 +99,9 @@ def _backward(
     )
 
 
+scan = differentiable(forward, backward)
+
+
 def _output_like(tensor: Tensor) -> Tensor:
     """Float32, with the strides of ``tensor`` where those are dense, so that no transposition is undone."""
     return torch.empty_like(tensor, dtype=torch.float32)
@@ -180,11 +128,9 @@ def _over_threads(run: Callable[[int, int], T], tasks: int) -> list[T]:
     """Call run(low, high) on even ranges that cover range(tasks): the first here, the others in threads."""
     global _pool
     ranges = min(torch.get_num_threads(), tasks)
-    if ranges == 0:
-        return []
+    if ranges <= 1:
+        return [run(0, tasks)] if tasks else []
     bounds = [tasks * i // ranges for i in range(ranges + 1)]
-    if ranges == 1:
-        return [run(0, tasks)]
     if _pool is None:
         _pool = ThreadPoolExecutor(max_workers=max(os.cpu_count() or 1, 2), thread_name_prefix="selective-scan")
     others = [_pool.submit(run, *pair) for pair in zip(bounds[1:-1], bounds[2:], strict=True)]

@@ -11,21 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.selective_scan import ScanInputs
 
-def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """See ``selective_scan.selective_scan``, whose arguments these are. Returns y and the last state."""
+
+def scan(inputs: ScanInputs, delta_softplus: bool, reverse: bool) -> tuple[Tensor, Tensor]:
+    """See ``selective_scan.selective_scan``. Returns y (B, E, L) and the last state (B, E, N)."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
     dtype = torch.float64 if u.dtype is torch.float64 else torch.float32
     u_, delta_, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
     if delta_bias is not None:

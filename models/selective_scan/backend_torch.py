@@ -1,4 +1,4 @@
-"""The selective scan in plain PyTorch, for any device: chunk by chunk, with a hand-written backward.
+"""The selective scan in PyTorch operations, for any device: chunk by chunk, with a hand-written backward.
 
 Letters: B batch, E channels, L tokens, N state, T tokens of one chunk.
 Inside a chunk the tensors are time-major, (T, B, E) and (T, B, E, N), so that a step of the recurrence is one
@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+
+from models.selective_scan import ScanInputs, differentiable
 
 CHUNK = 32
 
@@ -31,96 +32,45 @@ class _Chunk(NamedTuple):
     states: Tensor  # (T + 1, B, E, N), the first is the state on entry
 
 
-def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """See ``selective_scan.selective_scan``. Returns y (B, E, L) and the last state (B, E, N)."""
-    return _ChunkedScan.apply(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse)
+def forward(inputs: ScanInputs, softplus: bool, reverse: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last state and the states at the chunks' starts (chunks, B, E, N), none unless kept."""
+    u, z, initial_state = inputs.u, inputs.z, inputs.initial_state
+    dtype = torch.float64 if u.dtype is torch.float64 else torch.float32
+    inputs = inputs._replace(A=inputs.A.to(dtype))
+    state = u.new_zeros(u.shape[0], *inputs.A.shape, dtype=dtype)
+    if initial_state is not None:
+        state.copy_(initial_state)
+    y = torch.empty_like(u)
+    spans = _spans(u.shape[2], reverse)
+    entries = state.new_empty(len(spans) if keep else 0, *state.shape)
+    for i, span in enumerate(spans):
+        if keep:
+            entries[i] = state
+        chunk = _run_chunk(inputs, state, span, softplus, reverse)
+        out = _output(chunk, inputs.D)
+        if z is not None:
+            out = out * F.silu(_read(z, span, reverse, dtype))
+        _write(y, out, span, reverse)
+        state = chunk.states[-1].clone()
+    return y, state, entries
 
 
-class _ChunkedScan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        initial_state: Tensor | None,
-        delta_softplus: bool,
-        reverse: bool,
-    ) -> tuple[Tensor, Tensor]:
-        dtype = torch.float64 if u.dtype is torch.float64 else torch.float32
-        batch, channels, length = u.shape
-        if initial_state is None:
-            state = u.new_zeros(batch, channels, A.shape[1], dtype=dtype)
-        else:
-            state = initial_state.to(dtype, copy=True)
-        inputs = (u, delta, A.to(dtype), B, C, delta_bias, delta_softplus, reverse)
-        y = torch.empty_like(u)
-        entries = []
-        for span in _spans(length, reverse):
-            entries.append(state)
-            chunk = _run_chunk(*inputs, state, span)
-            out = _output(chunk, D)
-            if z is not None:
-                out = out * F.silu(_read(z, span, reverse, dtype))
-            _write(y, out, span, reverse)
-            state = chunk.states[-1].clone()
-        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, *entries)
-        ctx.dtype, ctx.delta_softplus, ctx.reverse = dtype, delta_softplus, reverse
-        ctx.initial_dtype = None if initial_state is None else initial_state.dtype
-        ctx.set_materialize_grads(False)
-        return y, state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
-        u, delta, A, B, C, D, z, delta_bias, *entries = ctx.saved_tensors
-        with torch.autocast(u.device.type, enabled=False):
-            grads = _backward(
-                (u, delta, A, B, C, D, z, delta_bias),
-                entries,
-                grad_y,
-                grad_last,
-                ctx.dtype,
-                ctx.delta_softplus,
-                ctx.reverse,
-            )
-        *grads, carry = grads
-        initial = None if ctx.initial_dtype is None else carry.to(ctx.initial_dtype)
-        return (*grads, initial, None, None)
-
-
-def _backward(
-    inputs: tuple[Tensor | None, ...],
-    entries: list[Tensor],
+def backward(
+    inputs: ScanInputs,
+    entries: Tensor,
     grad_y: Tensor | None,
     grad_last: Tensor | None,
-    dtype: torch.dtype,
-    delta_softplus: bool,
+    softplus: bool,
     reverse: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the eight inputs (None for absent ones), then that of the initial state.
 
     With dy_t the gradient of <C_t, h_t>, the state's adjoint is g_t = dy_t C_t + exp(Δ_{t+1} A) g_{t+1}.
     """
-    u, delta, A, B, C, D, z, delta_bias = inputs
+    u, delta, A, B, C, D, z, delta_bias, _ = inputs
+    dtype = entries.dtype
     a = A.to(dtype)
+    inputs = inputs._replace(A=a)
     grad_u, grad_delta, grad_B, grad_C = (torch.empty_like(t) for t in (u, delta, B, C))
     grad_z = None if z is None else torch.empty_like(z)
     grad_A = torch.zeros_like(a)
@@ -129,8 +79,8 @@ def _backward(
     if grad_last is not None:
         carry = carry + grad_last
     spans = _spans(u.shape[2], reverse)
-    for span, entry in zip(reversed(spans), reversed(entries), strict=True):
-        chunk = _run_chunk(u, delta, a, B, C, delta_bias, delta_softplus, reverse, entry, span)
+    for i, span in reversed(list(enumerate(spans))):
+        chunk = _run_chunk(inputs, entries[i], span, softplus, reverse)
         dy = torch.zeros_like(chunk.u) if grad_y is None else _read(grad_y, span, reverse, dtype)
         if z is not None:
             gate = _read(z, span, reverse, dtype)
@@ -155,7 +105,7 @@ def _backward(
         if D is not None:
             du = du + dy * D.to(dtype)
             grad_D += (dy * chunk.u).sum((0, 1))
-        if delta_softplus:
+        if softplus:
             d_delta = torch.where(chunk.raw > 20, d_delta, d_delta * torch.sigmoid(chunk.raw))
         grad_bias += d_delta.sum((0, 1))
         _write(grad_u, du, span, reverse)
@@ -165,22 +115,15 @@ def _backward(
     return grad_u, grad_delta, grad_A.to(A.dtype), grad_B, grad_C, grad_D, grad_z, grad_bias, carry
 
 
-def _run_chunk(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    entry: Tensor,
-    span: slice,
-) -> _Chunk:
-    """Run the recurrence over one chunk from the state ``entry`` (B, E, N)."""
-    u, delta, B, C = (_read(t, span, reverse, A.dtype) for t in (u, delta, B, C))
+scan = differentiable(forward, backward)
+
+
+def _run_chunk(inputs: ScanInputs, entry: Tensor, span: slice, softplus: bool, reverse: bool) -> _Chunk:
+    """Run the recurrence over one chunk from the state ``entry`` (B, E, N); A has the dtype of the state."""
+    A, delta_bias = inputs.A, inputs.delta_bias
+    u, delta, B, C = (_read(t, span, reverse, A.dtype) for t in (inputs.u, inputs.delta, inputs.B, inputs.C))
     raw = delta if delta_bias is None else delta + delta_bias.to(A.dtype)
-    delta = F.softplus(raw, threshold=20) if delta_softplus else raw
+    delta = F.softplus(raw, threshold=20) if softplus else raw
     decay = torch.exp_(delta[..., None] * A)
     states = decay.new_empty(decay.shape[0] + 1, *entry.shape)
     states[0] = entry

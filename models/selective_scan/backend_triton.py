@@ -17,9 +17,8 @@ import contextlib
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
-from models.selective_scan import BackendUnavailable, plain_state_update
+from models.selective_scan import AXES, BackendUnavailable, ScanInputs, differentiable, reference_state_update
 from models.selective_scan.kernels_triton import backward_kernel, forward_kernel, update_kernel
 from models.selective_scan.selftest import attempt, check_scan, expect_close
 
@@ -42,39 +41,9 @@ def check(device_type: str) -> None:
     attempt(lambda: _check_update(device_type), device_type)
 
 
-def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """See ``selective_scan.selective_scan``. Returns y (B, E, L) and the last state (B, E, N)."""
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _TritonScan.apply(*inputs, delta_softplus, reverse)
-    return _forward(inputs, delta_softplus, reverse, keep=False)[:2]
-
-
-def state_update(
-    state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
+def state_update(state: Tensor, inputs: ScanInputs, delta_softplus: bool) -> Tensor:
     """See ``selective_scan.selective_state_update``; ``state`` is float32. One launch instead of a dozen."""
+    u, delta, A, B, C, D, z, delta_bias, _ = inputs
     batch, channels, states = state.shape
     y = torch.empty_like(u)
     D_, z_, bias_ = (u if t is None else t for t in (D, z, delta_bias))  # never read where absent
@@ -90,42 +59,7 @@ def state_update(
     return y
 
 
-class _TritonScan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        initial_state: Tensor | None,
-        delta_softplus: bool,
-        reverse: bool,
-    ) -> tuple[Tensor, Tensor]:
-        inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-        y, last_state, states = _forward(inputs, delta_softplus, reverse, keep=True)
-        ctx.save_for_backward(*inputs[:-1], states)
-        ctx.delta_softplus, ctx.reverse = delta_softplus, reverse
-        ctx.initial_dtype = None if initial_state is None else initial_state.dtype
-        ctx.set_materialize_grads(False)
-        return y, last_state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, states = ctx.saved_tensors
-        *grads, grad_initial = _backward(tuple(inputs), states, grad_y, grad_last, ctx.delta_softplus, ctx.reverse)
-        initial = None if ctx.initial_dtype is None else grad_initial.to(ctx.initial_dtype)
-        return (*grads, initial, None, None)
-
-
-def _forward(
-    inputs: tuple[Tensor | None, ...], softplus: bool, reverse: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(inputs: ScanInputs, softplus: bool, reverse: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last state (B, E, N) and the states between tiles (B, tiles + 1, N, E), only two unless kept."""
     u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
     batch, channels, length = u.shape
@@ -148,8 +82,8 @@ def _forward(
     return y, last, states
 
 
-def _backward(
-    inputs: tuple[Tensor | None, ...],
+def backward(
+    inputs: ScanInputs,
     states: Tensor,
     grad_y: Tensor | None,
     grad_last: Tensor | None,
@@ -157,7 +91,7 @@ def _backward(
     reverse: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the eight inputs (None for absent ones), then that of the initial state."""
-    u, delta, A, B, C, D, z, delta_bias = inputs
+    u, delta, A, B, C, D, z, delta_bias, _ = inputs
     batch, channels, length = u.shape
     n_states, tiles = A.shape[1], triton.cdiv(length, CHUNK)
     block = max(BLOCK, triton.next_power_of_2(n_states) // 2)  # bounds the room for dB and dC
@@ -199,6 +133,9 @@ def _backward(
     )
 
 
+scan = differentiable(forward, backward)
+
+
 def _rates(A: Tensor) -> Tensor:
     """(E, N) -> (N, E), so that the lanes of a warp read neighbours."""
     return A.detach().float().t().contiguous()
@@ -224,9 +161,12 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
 
 def _check_update(device_type: str) -> None:
     random = torch.Generator().manual_seed(0)
-    shapes = ((2, 35, 3), (2, 35), (2, 35), (35, 3), (2, 3), (2, 3), (35,), (2, 35), (35,))
-    inputs = [torch.randn(*shape, generator=random) for shape in shapes]
-    exact, here = [t.double() for t in inputs], [t.to(device_type) for t in inputs]
-    expected, actual = plain_state_update(*exact, True), state_update(*here, True)
+    sizes = {"B": 2, "E": BLOCK + 3, "N": 3, "L": 1}
+    *tensors, state = (
+        torch.randn([sizes[axis] for axis in axes.removesuffix("L")], generator=random) for axes in AXES.values()
+    )
+    exact, here = state.double(), state.to(device_type)
+    expected = reference_state_update(exact, ScanInputs(*(t.double() for t in tensors)), True)
+    actual = state_update(here, ScanInputs(*(t.to(device_type) for t in tensors)), True)
     expect_close("a single step", actual, expected, 1e-4, device_type)
-    expect_close("the state after a single step", here[0], exact[0], 1e-4, device_type)
+    expect_close("the state after a single step", here, exact, 1e-4, device_type)

@@ -1,4 +1,4 @@
-"""Compiled kernels of the selective scan on CPU, for ``scan_numba``.
+"""Compiled kernels of the selective scan on CPU, for ``backend_numba``.
 
 Letters: B batch, E channels, L tokens, N state. A tile is CHUNK tokens × LANES channels, float32.
 A task is one sample × one block of LANES channels. A vector holds one token and one state index of a block,

@@ -1,4 +1,4 @@
-"""Triton kernels of the selective scan, for ``scan_triton``.
+"""Triton kernels of the selective scan, for ``backend_triton``.
 
 Letters: B batch, E channels, L tokens, N state. "Step" counts tokens in the order of the walk.
 One program is one sample × BLOCK channels, in one warp: a lane owns a channel. It walks over the sequence in
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# 2 artanh(s) / s as a polynomial in s**2 on [0, 1/9], for log1p; relative error 4e-9 (as in scan_numba_kernels).
+# 2 artanh(s) / s as a polynomial in s**2 on [0, 1/9], for log1p; relative error 4e-9 (as in kernels_numba).
 _LOG1P_4 = tl.constexpr(0.28157778313522575)
 _LOG1P_3 = tl.constexpr(0.2796515775679465)
 _LOG1P_2 = tl.constexpr(0.4002459522981895)

@@ -12,10 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from models.selective_scan import BackendUnavailable, ScanFunction
+from models.selective_scan import BackendUnavailable, ScanFunction, ScanInputs
 from models.selective_scan.backend_reference import scan as reference_scan
 
-NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
@@ -25,7 +24,7 @@ def check_scan(
     """Compare y, the last state and every gradient: float32 forward, bfloat16 backward in time.
 
     Args:
-        scan: as in ``scan_reference``.
+        scan: of a backend.
         device_type: where to run it.
         channels, length: more than the backend takes at a time, and no multiple of it.
         absent: arguments to leave out, such as those that send a call elsewhere.
@@ -62,6 +61,39 @@ def expect_close(name: str, actual: Tensor, expected: Tensor, tolerance: float, 
         raise BackendUnavailable(f"its self-test on {device_type} gives wrong numbers: {name} is off by {error:.1e}")
 
 
+def sample_inputs(batch: int, channels: int, length: int, states: int, dtype: torch.dtype) -> ScanInputs:
+    """Random inputs, the same at each call; of each pair of long tensors one has its channels last."""
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random)
+
+    return ScanInputs(
+        u=normal(batch, channels, length).to(dtype),
+        delta=normal(batch, length, channels).to(dtype).transpose(1, 2),
+        A=-torch.exp(normal(channels, states)),
+        B=normal(batch, length, states).to(dtype).transpose(1, 2),
+        C=normal(batch, states, length).to(dtype),
+        D=normal(channels),
+        z=normal(batch, channels, length).to(dtype),
+        delta_bias=normal(channels) - 2,
+        initial_state=normal(batch, channels, states),
+    )
+
+
+def results(scan: ScanFunction, inputs: ScanInputs, reverse: bool, use_last: bool = True) -> dict[str, Tensor]:
+    """y, the last state and every tensor's gradient, for random gradients of y and, if ``use_last``, of the state."""
+    with torch.enable_grad():
+        leaves = ScanInputs(*(None if t is None else t.detach().requires_grad_() for t in inputs))
+        y, last = scan(leaves, True, reverse)
+        random = torch.Generator().manual_seed(1)  # rounded to bfloat16, so that every dtype starts from the same ones
+        grads = [torch.randn(t.shape, generator=random).bfloat16().to(t) for t in (y, last)]
+        present = {f"the gradient of {name}": leaf for name, leaf in leaves._asdict().items() if leaf is not None}
+        used = 2 if use_last else 1
+        found = torch.autograd.grad((y, last)[:used], list(present.values()), grads[:used])
+    return {"y": y, "the last state": last, **dict(zip(present, found, strict=True))}
+
+
 def _compare(
     scan: ScanFunction,
     device_type: str,
@@ -70,36 +102,8 @@ def _compare(
     reverse: bool,
     absent: tuple[str, ...],
 ) -> None:
-    random = torch.Generator().manual_seed(0)
-    batch, channels, length, states = sizes
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random)
-
-    inputs = {
-        "u": normal(batch, channels, length).to(dtype),
-        "delta": normal(batch, length, channels).to(dtype).transpose(1, 2),
-        "A": -torch.exp(normal(channels, states)),
-        "B": normal(batch, length, states).to(dtype).transpose(1, 2),
-        "C": normal(batch, states, length).to(dtype),
-        "D": normal(channels),
-        "z": normal(batch, channels, length).to(dtype),
-        "delta_bias": normal(channels) - 2,
-        "initial_state": normal(batch, channels, states),
-    }
-    inputs = {name: value for name, value in inputs.items() if name not in absent}
-    grads = normal(batch, channels, length).to(dtype), normal(batch, channels, states)
-    actual = _results(scan, {k: v.to(device_type) for k, v in inputs.items()}, grads, reverse)
-    exact = _results(reference_scan, {k: v.double() for k, v in inputs.items()}, grads, reverse)
+    inputs = sample_inputs(*sizes, dtype)._replace(**dict.fromkeys(absent))
+    actual = results(scan, ScanInputs(*(t if t is None else t.to(device_type) for t in inputs)), reverse)
+    exact = results(reference_scan, ScanInputs(*(t if t is None else t.double() for t in inputs)), reverse)
     for name, expected in exact.items():
         expect_close(name, actual[name], expected, TOLERANCE[dtype], device_type)
-
-
-def _results(
-    scan: ScanFunction, inputs: dict[str, Tensor], grads: tuple[Tensor, Tensor], reverse: bool
-) -> dict[str, Tensor]:
-    with torch.enable_grad():
-        leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
-        y, last = scan(*(leaves.get(name) for name in NAMES), True, reverse)
-        found = torch.autograd.grad((y, last), list(leaves.values()), (grads[0].to(y), grads[1].to(last)))
-    return {"y": y, "the last state": last, **{f"the gradient of {k}": g for k, g in zip(leaves, found, strict=True)}}

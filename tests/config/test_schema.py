@@ -19,6 +19,7 @@ from config.schema import (
     keys_with_role,
     load_config,
     resolve_path,
+    setting_line,
     write_config,
 )
 
@@ -69,7 +70,7 @@ def test_commented_keys_load_once_uncommented(tmp_path):
 
 def test_shipped_values_of_the_network_are_the_defaults():
     config, defaults = load_config(), Config()
-    for key in keys_with_role("arch") + keys_with_role("run"):
+    for key in keys_with_role("arch") + keys_with_role("tokens") + keys_with_role("run"):
         assert getattr(config, key) == getattr(defaults, key), key
 
 
@@ -237,7 +238,7 @@ def test_resolved_names_an_empty_key(tmp_path):
 
 def test_every_field_has_a_role_and_one_line_of_documentation():
     for name, entry in FIELDS.items():
-        assert entry.metadata["role"] in ("path", "place", "arch", "run"), name
+        assert entry.metadata["role"] in ("path", "place", "arch", "tokens", "run"), name
         assert entry.metadata["doc"] and "\n" not in entry.metadata["doc"], name
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().slices = 2
@@ -343,6 +344,20 @@ def test_written_configuration_reads_back_equal(tmp_path):
     assert load_config(path) == config
 
 
+@pytest.mark.parametrize("key", FIELDS)
+def test_the_line_that_a_message_advises_loads_and_gives_the_value(tmp_path, key):
+    values = {getattr(Config(), key), None, 7, "lesion", "d:/a b/x.pth"} if key != "path_map" else [{"d:/": "/mnt/d/"}]
+    loaded = 0
+    for value in values:
+        try:
+            expected = getattr(build_config({key: value}, "test"), key)
+        except InputError:
+            continue  # not a value of this key
+        assert getattr(load_config(config_file(tmp_path, setting_line(key, value))), key) == expected
+        loaded += 1
+    assert loaded
+
+
 def test_written_configuration_has_every_key_and_its_comment(tmp_path):
     path = tmp_path / "written.yaml"
     write_config(load_config(), path)
@@ -350,3 +365,9 @@ def test_written_configuration_has_every_key_and_its_comment(tmp_path):
     assert list(yaml.safe_load(text)) == list(FIELDS)
     for name, entry in FIELDS.items():
         assert f"# {entry.metadata['doc']}\n{name}:" in text
+
+
+@pytest.mark.parametrize(("key", "value"), [("bridge_pool", "after"), ("cmi_kind", "gated")])
+def test_a_choice_that_no_longer_exists_says_what_to_do(key, value):
+    with pytest.raises(InputError, match=f"'{key}' is no longer a choice .*: delete the line"):
+        build_config({key: value}, "test")

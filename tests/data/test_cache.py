@@ -19,7 +19,8 @@ from config.errors import InputError
 from config.nnunet_plans import Intensity, PreprocessPlan, Resampling
 from data import cache as cache_module
 from data.cache import VolumeCache, file_digest
-from data.imaging.nifti import read_mask, read_volume, write_volume
+from data.imaging.nifti import write_volume
+from data.imaging.reader import read_mask, read_volume
 from data.nnunet_preprocess import preprocess
 
 PLAN = PreprocessPlan(

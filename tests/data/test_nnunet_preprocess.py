@@ -12,7 +12,8 @@ from scipy import ndimage
 
 from config.errors import InputError
 from config.nnunet_plans import Intensity, PreprocessPlan, Resampling, resolve_configuration
-from data.imaging.nifti import Volume, read_mask, read_volume
+from data.imaging.reader import read_mask, read_volume
+from data.imaging.volume import Volume
 from data.nnunet_preprocess import VoxelMap, normalize, preprocess
 from data.resampling import new_shape, resample_image, resample_labels, separate_axis, spline_matrix
 
@@ -124,7 +125,7 @@ def test_plans_that_cannot_be_reproduced_are_refused_by_name(assets, change, mes
 def test_reader_decides_the_orientation(assets):
     plans = json.loads((assets / "nnunet_tiny" / "2d_plain" / "plans.json").read_text(encoding="utf-8"))
     assert PreprocessPlan.from_nnunet(plans, "2d").orientation == "LPS"
-    assert PreprocessPlan.from_nnunet(plans, "2d", orientation="RAS").orientation == "RAS"
+    assert PreprocessPlan.from_nnunet(plans, "2d", "file").orientation == "file"
     plans["image_reader_writer"] = "NibabelIOWithReorient"
     assert PreprocessPlan.from_nnunet(plans, "2d").orientation == "RAS"
     plans["image_reader_writer"] = "NaturalImage2DIO"

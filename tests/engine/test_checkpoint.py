@@ -134,7 +134,7 @@ def test_build_vision_gives_the_same_tokens_bit_for_bit(tmp_path, source, with_c
     rebuilt = load_checkpoint(path).build_vision().eval()
     with torch.no_grad():
         assert torch.equal(rebuilt(*inputs, roi=roi), vision(*inputs, roi=roi))
-    assert rebuilt.bridge.output_std == vision.bridge.output_std
+    assert rebuilt.bridge.spec == vision.bridge.spec
 
 
 def test_a_checkpoint_from_before_a_key_existed_has_its_default(saved):
@@ -142,7 +142,7 @@ def test_a_checkpoint_from_before_a_key_existed_has_its_default(saved):
     del content["config"]["roi_policy"]
     torch.save(content, saved)
     loaded = load_checkpoint(saved)
-    assert loaded.config.roi_policy == "centre" and loaded.build_vision().bridge.local_side == 0
+    assert loaded.config.roi_policy == "centre" and loaded.build_vision().bridge.spec.lesion_side == 0
 
 
 def test_lesion_tokens_need_a_side(source):
@@ -357,8 +357,8 @@ def test_setting_that_may_differ_is_said(saved):
     loaded = load_checkpoint(saved)
     assert check_agreement(loaded, configuration()) == []
     notes = check_agreement(loaded, configuration(max_visual_tokens=4, slices=2, use_cmi=True, cmi_compress_to=3))
-    assert [note.split()[1] for note in notes] == ["max_visual_tokens", "slices", "use_cmi", "cmi_compress_to"]
-    assert notes[0] == f"note: max_visual_tokens was 9 in {saved.name}, now 4"
+    assert [note.split()[1] for note in notes] == ["slices", "max_visual_tokens", "use_cmi", "cmi_compress_to"]
+    assert notes[1] == f"note: max_visual_tokens was 9 in {saved.name}, now 4"
 
 
 def test_slices_of_a_3d_encoder_are_part_of_the_network(saved):

@@ -5,10 +5,14 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import subprocess
+import multiprocessing
+import os
+import runpy
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 
@@ -26,8 +30,11 @@ from models.nnunet.encoder import NnUNetEncoder
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "scripts" / "run_overnight_300.py"
 FAKE = Path(__file__).with_name("fake_train.py")
-GRID = ["--lrs", "1e-4", "5e-5", "--batch_sizes", "2", "4"]
+GRID = ["--lrs", "1e-4", "--batch_sizes", "2", "4"]
 NAMES = ["lr0.0001_bs2", "lr0.0001_bs4", "lr5e-05_bs2", "lr5e-05_bs4"]
+# Processes of a server that has imported the heavy packages start within milliseconds.
+CONTEXT = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
+CONTEXT.set_forkserver_preload(["engine.training.overnight"])
 
 
 @pytest.fixture(scope="session")
@@ -71,28 +78,30 @@ class Night:
             (root / name).write_text(name, encoding="utf-8")
         content = {key: str(root / name) for key, name in keys.items()} | {"output_dir": str(self.out)}
         self.config.write_text(yaml.safe_dump(content), encoding="utf-8")
-        monkeypatch.setenv("FAKE_PLAN", str(self.plans))
         for number, name in enumerate(NAMES):
             self.plan(name, val_loss=0.1 * (number + 1))
 
-    def plan(self, name: str, *, val_loss: float = 0.1, steps: int = 1, status: int = 0, says: str = "", **options):
-        """What the fake training does for one run. ``best=False``: no epoch was alive."""
+    def plan(self, name: str, *, val_loss: float = 0.1, steps: int = 1, status: int = 0, message: str = "", **options):
+        """What the fake training does for one run. ``best=False``: every epoch collapsed."""
         best = f"{name}.pt" if options.pop("best", True) else None
         self.make_checkpoint(self.plans / f"{name}.pt", val_loss, **options)
-        content = {"steps": steps, "best": best, "final": f"{name}.pt", "status": status, "says": says}
+        content = {"steps": steps, "best": best, "final": f"{name}.pt", "status": status, "message": message}
         (self.plans / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
-    def flags(self, *flags: str) -> list[str]:
-        return ["--config", str(self.config), "--train_script", str(FAKE), "--epochs", "3", *(flags or GRID)]
+    def set_flags(self, *flags: str, epochs: int = 3) -> None:
+        command = ["--config", str(self.config), "--train_script", str(FAKE), "--epochs", str(epochs), *(flags or GRID)]
+        self.monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command])
 
-    def run(self, *flags: str) -> int:
-        self.monkeypatch.setattr(sys, "argv", [str(SCRIPT), *self.flags(*flags)])
+    def run(self, *flags: str, epochs: int = 3) -> int:
+        self.set_flags(*flags, epochs=epochs)
         return self.script.main()
 
-    def start(self, *flags: str) -> psutil.Popen:
+    def start(self, *flags: str) -> BaseProcess:
         """As a process of its own, to be killed."""
-        command = [sys.executable, str(SCRIPT), *self.flags(*flags)]
-        return psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.set_flags(*flags)
+        process = CONTEXT.Process(target=runpy.run_path, args=(str(SCRIPT),), kwargs={"run_name": "__main__"})
+        process.start()
+        return process
 
     def calls(self, name: str) -> list[int]:
         """At which step each start of a run began."""
@@ -122,9 +131,10 @@ class Night:
             time.sleep(0.02)
 
     @staticmethod
-    def kill_tree(process: psutil.Popen) -> None:
+    def kill_tree(process: BaseProcess) -> None:
         """kill -9 for a script and the run that it started (which is in a session of its own)."""
-        family = [process, *process.children(recursive=True)]
+        script = psutil.Process(process.pid)
+        family = [script, *script.children(recursive=True)]
         for member in family:
             member.kill()
         psutil.wait_procs(family, timeout=20)
@@ -142,5 +152,8 @@ class Night:
 @pytest.fixture
 def night(
     tmp_path: Path, overnight_script: ModuleType, make_checkpoint: Callable, monkeypatch: pytest.MonkeyPatch
-) -> Night:
-    return Night(tmp_path, overnight_script, make_checkpoint, monkeypatch)
+) -> Iterator[Night]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield Night(tmp_path, overnight_script, make_checkpoint, monkeypatch)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,15 +1,14 @@
-"""Stands for train.py in the tests of the overnight search: same flags, same files, same manners, no training.
+"""Stands for train.py in the tests of the overnight search: same flags, same files, no training.
 
-FAKE_PLAN names a folder with one JSON per run, ``<run>.json`` or ``default.json``:
-``steps`` of 20 ms each, ``best`` and ``final`` (the checkpoints to leave, or null), ``status``, ``says``.
-Each start adds a line to ``<run>.calls`` there: the step it begins at.
+The folder ``plans`` beside the output folder has one JSON per run, ``<run>.json``: ``steps`` of 20 ms each, ``best``
+and ``final`` (the checkpoints to leave, or null), ``status``, ``message``. Each start adds a line to ``<run>.calls``:
+the step that it begins at.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import time
@@ -20,11 +19,13 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     for flag in ("config", "objective", "epochs", "seed", "lr", "batch_size", "output_dir", "resume"):
         parser.add_argument(f"--{flag}", required=True)
+    parser.add_argument("--mamba_model")
+    parser.add_argument("--allow_toy_model", action="store_true")
     args = parser.parse_args()
-    folder, plans = Path(args.output_dir), Path(os.environ["FAKE_PLAN"])
+    folder = Path(args.output_dir)
+    plans = folder.parents[3] / "plans"
     assert Path(args.config).is_file() and args.resume == "auto"
-    own = plans / f"{folder.name}.json"
-    plan = json.loads((own if own.is_file() else plans / "default.json").read_text(encoding="utf-8"))
+    plan = json.loads((plans / f"{folder.name}.json").read_text(encoding="utf-8"))
 
     state = folder / "stage1_state.pt"
     step = int(state.read_text()) if state.is_file() else 0
@@ -37,17 +38,16 @@ def main() -> int:
             step += 1
             write(state, step)
     except KeyboardInterrupt:
-        time.sleep(1)  # saving takes a while
+        time.sleep(0.6)  # saving takes a while
         write(state, step)
         print(f"interrupted: state saved at step {step}", file=sys.stderr)
         return 130
     if plan["status"]:
-        print(plan["says"], file=sys.stderr)
+        print(plan["message"], file=sys.stderr)
         return plan["status"]
-    if plan["best"]:
-        shutil.copyfile(plans / plan["best"], folder / "vision_bridge_best_val.pt")
-    if plan["final"]:
-        shutil.copyfile(plans / plan["final"], folder / "vision_bridge_final.pt")
+    for name, checkpoint in (("best_val", plan["best"]), ("final", plan["final"])):
+        if checkpoint:
+            shutil.copyfile(plans / checkpoint, folder / f"vision_bridge_{name}.pt")
     state.unlink(missing_ok=True)
     return 0
 

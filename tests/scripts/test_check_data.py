@@ -1,4 +1,4 @@
-"""The check of the data as a user runs it: what is printed, written, and returned; and that training asks first."""
+"""The data check as a user runs it: what it prints, writes and returns; training runs its quick form first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from config.errors import InputError
 from config.schema import build_config, write_config
 from data.phantom.canvas import Grid
 from data.phantom.case import make_case, write_case
-from data.phantom.finding import Finding
 from engine.loaders import check_tables
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -31,7 +30,6 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     for seed in range(3):
         case = make_case(seed, [("consolidation", "left", "upper")], GRID)
-        assert isinstance(case.findings[0], Finding)
         write_case(case, folder / f"{seed}.nii.gz", folder / f"{seed}_mask.nii.gz")
     (folder / "1.nii.gz").write_bytes((folder / "1.nii.gz").read_bytes()[:5000])
     lines = [f"{seed}.nii.gz,{seed}_mask.nii.gz,P{seed},Q?,{REPORT}" for seed in range(2)]
@@ -58,23 +56,24 @@ def listed(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def test_one_pass_tells_everything_and_shows_what_the_model_sees(folder):
+def test_one_pass_reports_everything_and_shows_what_the_model_sees(folder):
     out = folder / "out"
     done = run(folder, "--out", str(out))
     assert done.returncode == 1, done.stderr
     problems = listed(out)
     assert list(problems[0])[:4] == ["row", "image", "problem", "remedy"]
-    [error] = [p for p in problems if p["level"] == "error"]
+    error, validation = [p for p in problems if p["level"] == "error"]
+    assert validation["table"] == "val" and "a single case" in validation["problem"]
     assert error["row"] == "3" and error["image"].endswith("1.nii.gz") and "copy it again" in error["remedy"]
     assert any("patient 'P0' is in the training table too (row 2)" in p["problem"] for p in problems)
     assert "error: train, row 3" in done.stdout and "read as GBK" in done.stdout
     page = (out / "contact_sheet.html").read_text(encoding="utf-8")
     assert REPORT in page and "cases/train_0002.png" in page and "copy it again" in page
-    picture = image.imread(out / "cases" / "train_0002.png")[..., :3]
-    red = (picture[..., 0] > 0.8) & (picture[..., 1] < 0.3)
+    figure = image.imread(out / "cases" / "train_0002.png")[..., :3]
+    red = (figure[..., 0] > 0.8) & (figure[..., 1] < 0.3)
     assert red.any(), "the lesion is outlined"
-    columns = np.nonzero(red[:, : picture.shape[1] // 5])[1]
-    assert columns.mean() > picture.shape[1] / 10, "the patient's left is on the right of the first panel"
+    columns = np.nonzero(red[:, : figure.shape[1] // 5])[1]
+    assert columns.mean() > figure.shape[1] / 10, "the patient's left is on the right of the first panel"
     assert (out / "contact_sheet.png").is_file() and not (out / "cases" / "train_0003.png").exists()
     assert any((folder / "cache").iterdir()), "the encoder's input was made by the code of training"
 
@@ -86,11 +85,10 @@ def test_quick_reads_headers_only_and_a_good_table_returns_zero(folder, tmp_path
     assert good.returncode == 0 and "0 errors" in good.stdout
 
 
-def test_tables_that_cannot_be_read_are_told_together(folder, tmp_path):
+def test_tables_that_cannot_be_read_are_reported_together(folder, tmp_path):
     (tmp_path / "empty.csv").touch()
-    done = run(
-        folder, "--csv", str(tmp_path / "empty.csv"), "--val_csv", str(tmp_path / "no.csv"), "--out", str(tmp_path)
-    )
+    tables = ("--csv", str(tmp_path / "empty.csv"), "--val_csv", str(tmp_path / "no.csv"))
+    done = run(folder, *tables, "--out", str(tmp_path))
     assert done.returncode == 1 and "is empty" in done.stdout and "table not found" in done.stdout
     wrong = run(folder, "--image_root", str(tmp_path / "no"), "--out", str(tmp_path))
     assert wrong.returncode == 2 and "image_root is no folder" in wrong.stderr and "Traceback" not in wrong.stderr

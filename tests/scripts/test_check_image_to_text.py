@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
+import logging
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -21,24 +24,30 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 from config.errors import InputError
 from config.nnunet_plans import PreprocessPlan
 from config.schema import load_config
-from engine.checkpoint import save_checkpoint
-from models.language_model.mamba_lm import lm_identity
+from config.toy_models import STAMP
+from engine.checkpoint import Checkpoint, save_checkpoint
+from engine.image_to_text import token_budget
+from models.language_model.decoding import CharacterStream
+from models.language_model.mamba_lm import MambaLM, lm_identity
+from models.language_model.prefix_state import PrefixState
 from models.medical_vlm import VisionBridge
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.encoder import NnUNetEncoder
+from models.nnunet.unet import SegmentationUNet
+from models.vim_bridge import grid_side
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "check_image_to_text.py"
 TWO = ["--question", "肺部有无病变？", "--question", "q"]
 
 
-def write_language_model(folder: Path, seed: int = 0) -> None:
+def write_language_model(folder: Path, seed: int = 0, width: int = 32) -> None:
     vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, "<|endoftext|>": 256}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
     torch.manual_seed(seed)
-    model = MambaForCausalLM(MambaConfig(vocab_size=257, hidden_size=32, num_hidden_layers=2, state_size=8))
+    model = MambaForCausalLM(MambaConfig(vocab_size=257, hidden_size=width, num_hidden_layers=2, state_size=8))
     with torch.no_grad():
         for layer in model.backbone.layers:  # as drawn, a random model hardly remembers what it read
             for part in (layer.mixer.in_proj, layer.mixer.x_proj, layer.mixer.conv1d):
@@ -128,8 +137,8 @@ def test_several_questions_read_the_image_once_and_say_the_same(
 ) -> None:
     alone = [texts(check(*desk.one, *TWO[i : i + 2]))[0] for i in (0, 2)]
     reads = []
-    read = desk.script.PrefixState.read
-    monkeypatch.setattr(desk.script.PrefixState, "read", lambda *given: reads.append(1) or read(*given))
+    read = PrefixState.read
+    monkeypatch.setattr(PrefixState, "read", lambda *given: reads.append(1) or read(*given))
     printed = check(*desk.one, *TWO)
     assert texts(printed) == alone and alone[0] != alone[1]
     assert len(reads) == 1
@@ -146,7 +155,7 @@ def test_a_saved_state_answers_without_image_or_vision(
     def no_vision(*_: object) -> None:
         raise AssertionError("the vision part was built")
 
-    monkeypatch.setattr(desk.script.Checkpoint, "build_vision", no_vision)
+    monkeypatch.setattr(Checkpoint, "build_vision", no_vision)
     printed = check("--prefix", str(state), *TWO)
     assert texts(printed) == expected
     assert re.search(r"^输入图像: .*one\.nii\.gz$", printed, re.MULTILINE)
@@ -195,8 +204,92 @@ def test_nnunet_finds_the_slices_of_a_new_scan_and_its_file_is_needed(
         hidden.rename(desk.network)
 
 
-def test_streaming_prints_the_same_text(desk: Desk, check: Callable[..., str]) -> None:
-    assert texts(check(*desk.one, *TWO, "--stream")) == texts(check(*desk.one, *TWO))
+def test_streaming_prints_the_same_text_with_no_log_line_inside(
+    desk: Desk, check: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a console, logs and text share one screen."""
+    expected = texts(check(*desk.one, "--question", "q"))
+    put = CharacterStream.put
+    spoken = ["models.selective_scan", "transformers.generation"]
+
+    def put_and_log(*given: object) -> None:
+        put(*given)
+        while spoken:
+            logging.getLogger(spoken.pop()).warning("a log line")
+            warnings.warn("a Python warning", stacklevel=1)
+
+    monkeypatch.setattr(CharacterStream, "put", put_and_log)
+    handler = logging.StreamHandler(sys.stdout)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [handler])
+    printed = check(*desk.one, "--question", "q", "--stream")
+    [text] = expected
+    assert f"生成文本: {text}" in printed
+    after = printed.partition(text)[2]
+    assert after.count("a log line") == 2 and "a Python warning" in after
+    assert logging.getLogger().handlers == [handler]
+
+
+@pytest.mark.parametrize(
+    ("keys", "wanted", "cap", "tokens", "reason"),
+    [
+        ({}, None, None, 64, ""),
+        ({}, None, 32, 32, "the GPU cap of 32 (--max_visual_tokens overrides it)"),
+        ({}, 48, 32, 48, "--max_visual_tokens"),
+        ({}, 64, 32, 64, ""),
+        ({"max_visual_tokens": 16}, None, 32, 16, ""),
+        ({"roi_side": 7}, None, 32, 32, "the GPU cap of 32 "),
+        ({"roi_side": 7, "roi_policy": "lesion"}, None, 32, 50, "raised to what 1 slice(s) and their RoI need"),
+        ({"roi_side": 5, "roi_policy": "lesion"}, None, 32, 32, "the GPU cap of 32 "),
+        ({"roi_side": 5, "roi_policy": "lesion", "slices": 2}, None, 32, 52, "raised to what 2 slice(s)"),
+        ({"slices": 40}, None, 32, 40, "raised to what 40 slice(s)"),
+    ],
+)
+def test_the_gpu_cap_leaves_room_for_slices_and_roi(
+    keys: dict, wanted: int | None, cap: int | None, tokens: int, reason: str
+) -> None:
+    config = load_config(None, **keys)
+    found, why = token_budget(config, wanted, cap)
+    assert found == tokens and reason in why and bool(why) == bool(reason)
+    local = config.roi_side**2 if config.roi_policy == "lesion" else 0
+    assert grid_side(found, config.slices, 28, local) >= 1
+
+
+def test_the_vision_part_is_freed_before_the_language_model_is_loaded(
+    desk: Desk, check: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, alive = MambaLM.load, []
+
+    def count_and_load(*given: object, **named: object) -> MambaLM:
+        alive.append([part for part in gc.get_objects() if type(part) in (VisionBridge, SegmentationUNet)])
+        return load(*given, **named)
+
+    monkeypatch.setattr(MambaLM, "load", count_and_load)
+    check(*desk.one, checkpoint="lesion")
+    assert alive == [[]]
+
+
+def test_another_language_model_of_the_same_width_is_noted_and_of_another_refused(
+    desk: Desk, check: Callable[..., str], tmp_path: Path
+) -> None:
+    write_language_model(tmp_path / "twin", seed=1)
+    flags = [*desk.one, "--mamba_model", str(tmp_path / "twin")]
+    assert f"note: language model {tmp_path / 'twin'}; the checkpoint was trained with {desk.lm}" in check(*flags)
+    write_language_model(tmp_path / "twin", width=16)
+    with pytest.raises(InputError, match="has width 16, .* was trained for width 32"):
+        check(*flags)
+
+
+def test_a_toy_language_model_does_not_read_a_patients_scan(
+    desk: Desk, check: Callable[..., str], tmp_path: Path
+) -> None:
+    write_language_model(tmp_path / "toy")
+    described = json.loads((tmp_path / "toy" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "toy" / "config.json").write_text(json.dumps({**described, STAMP: True}), encoding="utf-8")
+    flags = [*desk.one, "--mamba_model", str(tmp_path / "toy")]
+    with pytest.raises(InputError, match="mamba_model .* use a checkpoint that was trained with your own models"):
+        check(*flags)
+    assert "warning: mamba_model" in check(*flags, "--allow_toy_model")
 
 
 def test_sampling_takes_its_seed(desk: Desk, check: Callable[..., str]) -> None:

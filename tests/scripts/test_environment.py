@@ -138,14 +138,21 @@ def test_environment_whose_python_cannot_start_is_made_again(environment: Module
     assert machine.did == ["venv", "install"]
 
 
-def test_old_python_is_refused_before_anything_is_made(
-    environment: ModuleType, machine: Recorder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(environment, "OLDEST_PYTHON", (99, 0))
-    with pytest.raises(SystemExit) as stopped:
-        environment.ensure_environment()
-    assert stopped.value.code == 2 and machine.did == []
-    assert "Python 99.0 or newer is needed" in capsys.readouterr().err
+@pytest.mark.parametrize("wanted", ["", "current"])
+def test_old_python_is_refused_before_anything_is_made(tmp_path: Path, wanted: str) -> None:
+    code = (
+        "import pathlib, sys; sys.version_info = (3, 10, 4, 'final', 0); import environment; "
+        f"environment.VENV = environment.STAMP = pathlib.Path({str(tmp_path / 'none')!r}); "
+        "environment.ensure_environment()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY / "scripts", env={**os.environ, "MAMBA_CT_PYTHON": wanted},
+        capture_output=True, encoding="utf-8", check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "none").exists()
+    assert (
+        done.stderr.startswith("error: Python 3.11 or newer is needed, this is 3.10.4") and "\n" not in done.stderr[:-1]
+    )
 
 
 def test_current_interpreter_when_asked_for(

@@ -1,9 +1,11 @@
-"""Sixty and more bad inputs, each with the one line that a user reads: what, where, and how to mend it."""
+"""Some hundred bad inputs, each with the one line that a user reads: what, where, and how to fix it."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ AFFINE = np.diag([-1.5, -2.0, 3.0, 1.0])
 
 
 def nifti(array: np.ndarray, affine: np.ndarray | None = AFFINE, **fields: object) -> Callable[[Path], None]:
-    """Write header and voxels by hand, so that nothing mends the ``fields``."""
+    """Write header and voxels by hand, so that no library corrects the ``fields``."""
 
     def make(path: Path) -> None:
         image = nib.Nifti1Image(array, affine, dtype=array.dtype)
@@ -202,28 +204,35 @@ def test_masks(tmp_path, name, labels, words):
 
 
 def bomb() -> bytes:
-    """A workbook whose XML would unpack to more than memory has; its directory says so."""
-    import io
-
+    """A workbook whose directory declares 600 MB of XML."""
     packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("xl/workbook.xml", b"\0" * (600 << 20))
-    return packed.getvalue()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("xl/workbook.xml", b"x")
+    content = packed.getvalue()
+    size = content.rindex(b"PK\1\2") + 24
+    return content[:size] + struct.pack("<I", 600 << 20) + content[size + 4 :]
 
 
 GOOD_ROW = "image_path,question,answer\na.nii.gz,Q,Normal.\n"
-TABLES: list[tuple[str, str | bytes | Callable[[], bytes], str]] = [
-    ("empty.csv", "", "is empty; expected a header"),
-    ("header.csv", "image_path,answer\n", "header but no rows"),
-    ("no_image.csv", "question,answer\nQ,N\n", "no column 'image_path'"),
+TABLES: list[tuple[str, str | bytes, str]] = [
+    ("empty.csv", "", "is empty; expected a header: image_path,question,answer"),
+    ("mark.csv", "\ufeff", "is empty; expected a header"),
+    ("blank.csv", "\r\n\r\n", "is empty; expected a header"),
+    ("header.csv", "image_path,answer", "header but no rows"),
+    ("header_and_blanks.csv", "image_path,answer\r\n\r\n", "header but no rows"),
+    ("no_header.csv", "a.nii.gz,Q,Normal.\n", "found a.nii.gz,Q,Normal.; expected image_path"),
+    ("no_image.csv", "question,answer\nQ,N\n", "no column 'image_path' (nor a number of the examination); found qu"),
     ("no_report.csv", "image_path,question\na.nii.gz,Q\n", "no column 'answer'"),
     ("twice.csv", "image_path,answer,answer\na.nii.gz,1,2\n", "two columns 'answer'"),
-    ("commas.csv", GOOD_ROW + "a.nii.gz,Q,No nodule, no effusion.\n", "row 3: 4 cells under 3 columns"),
-    ("open.csv", GOOD_ROW + 'a.nii.gz,Q,"No nodule.\n', "not a readable CSV at row 3"),
-    ("quote.csv", GOOD_ROW + 'a.nii.gz,Q,"No" nodule.\n', "not a readable CSV at row 3"),
-    ("no_answer.csv", GOOD_ROW + "a.nii.gz,Q,\n", "row 3: 'answer' is empty"),
+    ("commas.csv", GOOD_ROW + "a.nii.gz,Q,No nodule, no effusion.\n", "row 3: 4 cells under 3 columns; put quotation"),
+    ("open.csv", GOOD_ROW + 'a.nii.gz,Q,"No nodule.\na.nii.gz,Q,N\n', "not a readable CSV at row 3: unexpected end"),
+    ("quote.csv", GOOD_ROW + 'a.nii.gz,Q,"No" nodule.\na.nii.gz,Q,N\n', "not a readable CSV at row 3"),
+    ("long.csv", GOOD_ROW + "a.nii.gz,Q," + "x" * 131073, "row 3: field larger than field limit"),
+    ("no_answer.csv", GOOD_ROW + "a.nii.gz,Q, \n", "row 3: 'answer' is empty"),
+    ("short.csv", GOOD_ROW + "a.nii.gz,Q\n", "row 3: 'answer' is empty"),
     ("no_path.csv", GOOD_ROW + ",Q,Normal.\n", "row 3: 'image_path' is empty"),
     ("missing.csv", GOOD_ROW + "z.nii.gz,Q,Normal.\n", "row 3: file not found"),
+    ("report_as_path.csv", GOOD_ROW + "No nodule" * 30 + ",Q,a.nii.gz\n", "row 3: file not found"),
     ("windows.csv", GOOD_ROW + "d:\\ct\\z.nii.gz,Q,Normal.\n", "path_map"),
     ("mask.csv", "image_path,answer,mask\na.nii.gz,Normal.,m.nii.gz\n", "row 2: file not found"),
     ("number.csv", "影像号,报告\n404,Normal.\n", "named '404'"),
@@ -233,14 +242,15 @@ TABLES: list[tuple[str, str | bytes | Callable[[], bytes], str]] = [
     ("zero.csv", GOOD_ROW + "a.nii.gz,Q,right\x01lung\n", "no text (U+0001)"),
     ("latin.csv", "image_path,answer\na.nii.gz,poumon clair, côté\n".encode("latin-1"), "neither UTF-8 nor GBK"),
     ("binary.csv", bytes(range(128, 256)) * 9, "neither UTF-8 nor GBK"),
+    ("cut_utf16.csv", GOOD_ROW.encode("utf-16")[:-1], "damaged UTF-16 text"),
     ("book.xlsx", "no workbook", "not a readable workbook"),
-    ("bomb.xlsx", bomb, "unpacks to 600 MB"),
+    ("bomb.xlsx", bomb(), "unpacks to 600 MB"),
     ("old.xls", b"\xd0\xcf\x11\xe0", ".xls format"),
     ("object.json", '{"train": []}', "expected a list of records"),
     ("broken.json", '[{"image": ', "is not JSON"),
     ("line.jsonl", '{"image": "a.nii.gz", "report": "Normal."}\n{', "line 2"),
     ("surrogate.json", json.dumps([{"image": "a.nii.gz", "report": "\ud800"}]), "U+D800"),
-    ("turns.json", json.dumps([{"conversations": [{"from": "gpt", "value": "N"}]}]), "out of turn"),
+    ("turns.json", json.dumps([{"conversations": [{"from": "gpt", "value": "N"}]}]), "row 1: a turn of 'gpt' is out"),
 ]  # fmt: skip
 
 
@@ -248,16 +258,31 @@ TABLES: list[tuple[str, str | bytes | Callable[[], bytes], str]] = [
 def test_tables(tmp_path, name, content, words):
     for image in ("a.nii.gz", "x_12.nii.gz", "y_12.nii.gz"):
         (tmp_path / image).touch()
-    content = content() if callable(content) else content
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     expect(lambda: read_caption_table(tmp_path / name), tmp_path, words)
 
 
-def test_other_files(tmp_path):
-    expect(lambda: read_caption_table(tmp_path / "absent.csv"), tmp_path, "table not found")
-    (tmp_path / "prompts.json").write_text("[]", encoding="utf-8")
-    expect(lambda: read_prompts(tmp_path / "prompts.json"), tmp_path, "at least one question")
+PROMPTS = (
+    "",
+    "{}",
+    "[]",
+    '["Report?"]',
+    '{"caption_prompt": []}',
+    '{"caption_prompt": "Report?"}',
+    '{"caption_prompt": ["Report?", 3]}',
+    '{"caption_prompt": ["Report?", " "]}',
+    '{"caption_prompt": ["Report?"',
+    '{"caption_prompt": ["问题"]}',  # in GBK
+)
 
 
-def test_the_table_is_long_enough():
-    assert len(IMAGES) + len(MASKS) + len(TABLES) >= 90
+@pytest.mark.parametrize("content", PROMPTS)
+def test_prompts(tmp_path, content):
+    (tmp_path / "prompts.json").write_bytes(content.encode("gbk"))
+    expect(lambda: read_prompts(tmp_path / "prompts.json"), tmp_path, "caption_prompt" if content else "not JSON")
+
+
+def test_missing_files_name_the_key_and_the_script_that_makes_the_shipped_ones(tmp_path):
+    expect(lambda: read_caption_table(tmp_path / "no.csv"), tmp_path, "table not found")
+    expect(lambda: read_prompts(tmp_path / "no.json"), tmp_path, "set caption_prompt_json")
+    expect(lambda: read_caption_table(tmp_path / "quickstart" / "train.csv"), tmp_path, "quickstart.py")

@@ -16,7 +16,8 @@ from config.nnunet_plans import PreprocessPlan
 from data.cache import VolumeCache
 from data.phantom.canvas import Grid
 from data.phantom.case import Phantom, make_case
-from data.phantom.report import parse_report, write_report
+from data.phantom.report import write_report
+from data.report_language.labeller import label_report
 from data.view_selection import ViewSelection
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.encoder import NnUNetEncoder
@@ -81,5 +82,5 @@ def test_the_token_that_sees_the_lesion_lies_on_the_side_that_the_report_names(
     assert min(abs(place - z) for place in position) < 0.25
     for language in ("zh", "en"):
         report = write_report(case.findings, np.random.default_rng(0), language)
-        [finding] = parse_report(report, language)
+        [finding] = [m for m in label_report(report) if m.section == "findings" and m.polarity == "present"]
         assert finding.side == ("left" if column >= SIDE / 2 else "right")

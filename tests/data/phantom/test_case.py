@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from config.errors import InputError
-from data.phantom.case import Grid, Phantom, make_case, write_case
-from data.phantom.dataset import DatasetPaths, load_cases, make_dataset
+from data.phantom.canvas import Grid
+from data.phantom.case import Phantom, make_case, write_case
+from data.phantom.dataset import DatasetPaths, make_dataset
 from data.phantom.finding import LESION_TYPES, SIDES, ZONES, Finding
 from data.phantom.lesions import SIZE_RANGE, ZONE_MARGIN, zone_margin
-from data.phantom.report import parse_report
+from data.report_language.labeller import label_report
 
 DECK = [(k, s, z) for k in LESION_TYPES for s in SIDES for z in ZONES if k != "effusion" or z == "lower"]
 
@@ -160,26 +161,19 @@ def _bytes(paths: DatasetPaths) -> dict[str, bytes]:
 
 def test_dataset_tables_agree_with_the_images(tmp_path: Path) -> None:
     seen = []
-    paths = make_dataset(
-        tmp_path,
-        12,
-        3,
-        2,
-        seed=1,
-        max_findings=3,
-        normal_share=0.25,
-        workers=1,
-        progress=lambda *a: seen.append(a),
-    )
+    counted = {"workers": 1, "progress": lambda *a: seen.append(a)}
+    paths = make_dataset(tmp_path, 12, 3, 2, seed=1, max_findings=3, normal_share=0.25, **counted)
     assert seen[-1] == (17, 17)
-    truth = load_cases(paths.cases_json)
+    cases = json.loads(paths.cases_json.read_text(encoding="utf-8"))
+    truth = {case["id"]: [Finding(**f) for f in case["findings"]] for case in cases}
     for path, count in ((paths.train_csv, 12), (paths.val_csv, 3), (paths.test_csv, 2)):
         rows = _rows(path)
         assert len(rows) == count
         for row in rows:
             assert list(row) == ["image_path", "question", "answer", "mask_path"]
             found = truth[Path(row["image_path"]).name.removesuffix(".nii.gz")]
-            assert parse_report(row["answer"]) == found
+            stated = [m for m in label_report(row["answer"]) if m.section == "findings" and m.polarity == "present"]
+            assert [(m.side, m.size_mm) for m in stated] == [(f.side, f.size_mm) for f in found]
             mask = np.asarray(nib.load(tmp_path / row["mask_path"]).dataobj)
             assert set(np.unique(mask)) - {0} == {f.mask_value for f in found}
     train = [found for name, found in truth.items() if name.startswith("train")]
@@ -190,7 +184,7 @@ def test_dataset_tables_agree_with_the_images(tmp_path: Path) -> None:
     assert len(prompts) == 8 and questions - {""} <= set(prompts)
 
 
-def test_rerun_keeps_whole_files_and_mends_broken_ones(tmp_path: Path) -> None:
+def test_rerun_keeps_whole_files_and_replaces_broken_ones(tmp_path: Path) -> None:
     first = make_dataset(tmp_path, 3, 1, 1, seed=2, workers=1)
     before = _bytes(first)
     times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("images/*")}

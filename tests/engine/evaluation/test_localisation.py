@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 
-from data.lesion_measure import Lesion
+import numpy as np
+import pytest
+
+from data.lesions import MeasuredLesion
+from data.phantom.finding import Finding
+from data.phantom.report import write_report
 from data.report_language.labeller import label_report
-from engine.evaluation.localisation import MaskedCase, described, mask_scores, place_scores
+from engine.evaluation.localisation import MaskedCase, described, mask_scores, place_scores, whole_report_scores
 
 
 def places(references: list[str], reports: list[str]) -> dict[str, float]:
@@ -38,8 +43,73 @@ def test_what_a_report_describes() -> None:
     assert [m.finding for m in described(label_report("所见：双肺清晰。结论：空洞。"))] == ["cavity"]
 
 
-def lesion(name: str, side: str, zone: str, size: float) -> Lesion:
-    return Lesion(1, name, 100.0, size, side, zone, 1.0, 1.0, 1.0)
+NODULE, EFFUSION = Finding("nodule", "right", "upper", 12), Finding("effusion", "left", "lower", 25)
+
+
+def report(*found: Finding) -> str:
+    return write_report(found, np.random.default_rng(0))
+
+
+def whole(references: list[str], reports: list[str]) -> dict[str, float]:
+    labels = ([label_report(text) for text in texts] for texts in (references, reports))
+    return {name: score.value for name, score in whole_report_scores(*labels, reports, "zh").items()}
+
+
+def test_whole_reports_by_hand() -> None:
+    reports = [
+        report(Finding("nodule", "right", "upper", 16)),  # all right, 4 mm off
+        report(Finding("nodule", "right", "upper", 17)),  # size wrong
+        report(Finding("cavity", "right", "upper", 12)),  # type wrong
+        report(Finding("nodule", "left", "upper", 12)),  # side wrong
+        report(NODULE) + "\ufffd",  # garbled
+        report(),  # right
+        report(NODULE),  # a finding in a healthy chest
+    ]
+    assert whole([report(NODULE)] * 5 + [report()] * 2, reports) == {
+        "location_acc": pytest.approx(3 / 5),
+        "type_acc": pytest.approx(4 / 7),
+        "size_within_4mm": pytest.approx(3 / 5),
+        "exact_acc": pytest.approx(2 / 7),
+        "garbled_rate": pytest.approx(1 / 7),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "exact", "location", "kind"),
+    [
+        (report(EFFUSION, NODULE), 1, 1, 1),  # order does not matter
+        (report(NODULE), 0, 0.5, 0.5),
+        (report(NODULE, EFFUSION, Finding("cavity", "left", "middle", 30)), 0, 1, 1),
+        ("所见：右上肺野可见一1.2cm结节，未见空洞，无钙化。左侧胸腔积液，深约25 毫米。结论：左肺下野空洞。", 1, 1, 1),
+    ],
+)
+def test_whole_reports_of_several_findings(text: str, exact: float, location: float, kind: float) -> None:
+    scores = whole([report(NODULE, EFFUSION)], [text])
+    assert (scores["exact_acc"], scores["location_acc"], scores["type_acc"]) == (exact, location, kind)
+
+
+@pytest.mark.parametrize(
+    ("text", "garbled"),
+    [
+        ("所见：右肺上野见结节影，直径约12mm", 0),  # cut off before the end
+        ("所见：双肺未见异常密度影。未见胸腔积液。结论：正常。", 0),
+        ("Findings: Both lungs are clear. No pleural effusion.", 1),  # another language than the references
+        ("所见：右肺上野见结节影。结论：双肺正常。", 1),  # no size
+        ("所见：右肺右肺右肺右肺", 1),
+        ("", 1),
+    ],
+)
+def test_a_report_is_garbled_that_states_neither_a_finding_in_full_nor_normal_lungs(text: str, garbled: int) -> None:
+    assert whole([report(NODULE)], [text])["garbled_rate"] == garbled
+
+
+def test_cases_whose_reference_is_not_in_full_are_left_out() -> None:
+    scores = whole(["所见：右肺结节。", report()], [report(NODULE), report()])
+    assert scores["exact_acc"] == 1 and math.isnan(scores["location_acc"])
+
+
+def lesion(name: str, side: str, zone: str, size: float) -> MeasuredLesion:
+    return MeasuredLesion(1, name, 100.0, size, side, zone, 1.0, 1.0, 1.0)
 
 
 def test_statements_against_masks_by_hand() -> None:

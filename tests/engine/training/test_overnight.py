@@ -1,130 +1,21 @@
-"""The bookkeeping of the overnight search: no point lost, none taken twice, whoever dies at whatever moment."""
+"""The order of the overnight search: no grid point lost, none repeated, at whatever moment a process dies."""
 
 from __future__ import annotations
 
-import os
+import argparse
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import optuna
-import psutil
 import pytest
 
 import engine.training.overnight as overnight
 from config.schema import Config, load_config
-from engine.training.overnight import Point, Search, study_name
+from engine.training.overnight import Night, study_name
 
-
-@pytest.fixture
-def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Search]:
-    monkeypatch.setattr(overnight, "CLAIM_SECONDS", 0.3)
-    storage = optuna.storages.InMemoryStorage()
-
-    def open_search(lrs=(1e-4, 5e-5), batch_sizes=(2, 4)) -> Search:
-        return Search(storage, "study", lrs, batch_sizes, tmp_path)
-
-    return open_search
-
-
-FINISHED = overnight.Result("finished", val_loss=1.0, epoch=1)
-NOBODY = 2**22 + 1  # above every process number that Linux gives
-
-
-def take_all(search: Search) -> list[Point]:
-    taken = []
-    while (trial := search.claim()) is not None:
-        taken.append(Point(**trial.params))
-        search.finish(trial, FINISHED)
-        assert len(taken) < 50
-    return taken
-
-
-class Killed(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("already_done", [0, 1, 3])
-@pytest.mark.parametrize(
-    ("owner", "name"),
-    [
-        (optuna.samplers.GridSampler, "before_trial"),
-        (optuna.samplers.GridSampler, "sample_independent"),
-        (Search, "_own"),
-        (Search, "folder_of"),
-        (Search, "_is_duplicate"),
-    ],
-    ids=["no point chosen", "point not written", "not signed", "half signed", "signed"],
-)
-def test_no_point_is_lost_when_a_script_dies_while_it_claims(
-    search: Callable[..., Search], monkeypatch: pytest.MonkeyPatch, owner: type, name: str, already_done: int
-) -> None:
-    def die(*_: object) -> None:
-        raise Killed
-
-    first = search()
-    first.owner = {"host": first.host, "pid": NOBODY, "started": 0.0}
-    for _ in range(already_done):
-        first.finish(first.claim(), FINISHED)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(owner, name, die)
-        first.claim()
-    again = search()
-    taken = take_all(again)
-    assert len(taken) == len(set(taken)) == 4 - already_done
-    assert [row.state for row in again.rows()] == ["finished"] * 4
-
-
-def test_runs_of_other_machines_are_left_alone_until_reclaimed(search: Callable[..., Search]) -> None:
-    other = search()
-    other.host, other.owner = "elsewhere", {"host": "elsewhere", "pid": 1, "started": 0.0}
-    theirs = Point(**other.claim().params)
-    here = search()
-    taken = take_all(here)
-    assert len(taken) == 3 and theirs not in taken
-    assert [row.state for row in here.rows()] == ["finished"] * 3 + ["running"]
-    assert Point(**here.claim(reclaim=["elsewhere"]).params) == theirs
-
-
-@pytest.mark.parametrize(("age", "theirs"), [(0, True), (100, False)], ids=["alive", "its number was reused"])
-def test_a_live_script_of_this_machine_is_left_alone(search: Callable[..., Search], age: float, theirs: bool) -> None:
-    other, process = search(), psutil.Process(os.getppid())
-    other.owner = {"host": other.host, "pid": process.pid, "started": process.create_time() - age}
-    point = Point(**other.claim().params)
-    taken = take_all(search())
-    assert len(taken) == len(set(taken)) and (point not in taken) == theirs
-
-
-def test_a_wider_grid_keeps_what_is_done(search: Callable[..., Search]) -> None:
-    assert len(take_all(search())) == 4
-    wider = search(lrs=(1e-4, 5e-5, 2e-5), batch_sizes=(2, 4, 8))
-    taken = take_all(wider)
-    assert len(taken) == len(set(taken)) == 5
-    assert sorted(take_all(search(lrs=(1e-4, 7e-5)))) == [Point(7e-5, 2), Point(7e-5, 4)]
-    assert len(wider.rows()) == 11, "the leaderboard shows every comparable run"
-
-
-def test_failed_points_of_an_interrupted_grid_are_retried_without_losing_others(
-    search: Callable[..., Search],
-) -> None:
-    """A retried point must not use up the number of a point that was not drawn yet."""
-    failed = overnight.Result("failed", "once")
-    first = search(lrs=(1e-4,), batch_sizes=(2,))
-    first.finish(first.claim(), failed)
-    retry = first.claim()
-    first.finish(retry, FINISHED)
-    taken = take_all(search(lrs=(1e-4, 5e-5), batch_sizes=(2, 4)))
-    assert sorted(taken) == [Point(5e-5, 2), Point(5e-5, 4), Point(1e-4, 4)]
-
-
-def test_given_up_points_are_not_offered(search: Callable[..., Search]) -> None:
-    one = search(lrs=(1e-4,), batch_sizes=(2,))
-    trial = one.claim()
-    one.finish(trial, overnight.Result("failed", "for good"))
-    assert one.claim(given_up=[Point(1e-4, 2)]) is None
-    assert one.claim() is not None
-
-
-# ---------------------------------------------------------------- which runs may be compared
+RESULT = {"val_loss": 1.0, "epoch": 1, "collapsed": False, "reason": ""}
 
 
 @pytest.fixture
@@ -132,7 +23,109 @@ def config(tmp_path: Path) -> Config:
     keys = {"caption_csv_train": "train.csv", "caption_csv_val": "val.csv", "nnunet_encoder_checkpoint": "net.pth"}
     for name in keys.values():
         (tmp_path / name).write_text(name, encoding="utf-8")
-    return load_config(None, caption_prompt_json="", **{key: str(tmp_path / name) for key, name in keys.items()})
+    paths = {key: str(tmp_path / name) for key, name in keys.items()}
+    return load_config(None, caption_prompt_json="", output_dir=str(tmp_path / "out"), **paths)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The runs in their order; each start of a run completes it."""
+    names: list[str] = []
+
+    def train(command: list[str], log: Path) -> int:
+        names.append(log.parent.name)
+        log.write_text("trained", encoding="utf-8")
+        (log.parent / overnight.FINAL_FILE).touch()
+        return 0
+
+    monkeypatch.setattr(overnight, "train", train)
+    monkeypatch.setattr(overnight, "training_processes", lambda folder: [])
+    monkeypatch.setattr(overnight, "read_result", lambda folder: RESULT)
+    monkeypatch.setattr(Night, "show_progress", lambda *_: None)
+    return names
+
+
+@pytest.fixture
+def open_night(config: Config, trained: list[str]) -> Callable[..., Night]:
+    def build(lrs: tuple[float, ...] = (1e-4, 5e-5), batch_sizes: tuple[int, ...] = (2,)) -> Night:
+        flags = {"objective": "align", "epochs": 3, "seed": 42, "config": None, "output_dir": None}
+        flags |= {"mamba_model": None, "allow_toy_model": False, "train_script": Path("train.py")}
+        return Night(argparse.Namespace(lrs=lrs, batch_sizes=batch_sizes, **flags), config)
+
+    return build
+
+
+class Killed(BaseException):
+    """Ends a trial as kill -9 does: optuna does not hear of it."""
+
+
+def die(*_: Any, **__: Any) -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (optuna.samplers.GridSampler, "before_trial"),
+        (optuna.samplers.GridSampler, "sample_independent"),
+        (Night, "run_folder"),
+        (overnight, "train"),
+    ],
+    ids=["no point chosen", "point not stored", "no heartbeat yet", "training"],
+)
+@pytest.mark.parametrize("failed_before", [False, True])
+def test_no_point_is_lost_when_a_process_dies(
+    open_night: Callable[..., Night],
+    trained: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    failed_before: bool,
+) -> None:
+    """Also where the dead process has taken a failed run from the queue."""
+    if failed_before:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(overnight, "train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            open_night().search()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, name, die)
+        patch.setattr(optuna.storages.RDBStorage, "record_heartbeat", lambda *_: None)
+        night = open_night()
+        night.search()
+        night.search()
+        die()  # a queued trial has its point already: nothing of this kind happens to it
+    night = open_night()
+    night.search()
+    assert sorted(set(trained)) == ["lr0.0001_bs2", "lr5e-05_bs2"] and len(trained) == 2
+    assert night.leaderboard()["state"].tolist() == ["finished"] * 2
+
+
+def test_a_trial_without_heartbeats_is_queued_again_and_continues_in_its_folder(
+    open_night: Callable[..., Night], trained: list[str], monkeypatch: pytest.MonkeyPatch, config: Config
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(overnight, "train", die)
+        open_night().search()
+    with sqlite3.connect(config.resolved("output_dir") / "overnight" / "overnight.db") as database:
+        database.execute("UPDATE trial_heartbeats SET heartbeat = datetime(heartbeat, '-10 minutes')")
+    night = open_night()
+    night.search()
+    dead, *_ = trials = night.study.trials
+    (again,) = [trial for trial in trials if trial.system_attrs.get("retry_history") == [dead.number]]
+    assert (dead.state.name, again.state.name) == ("FAIL", "COMPLETE") and again.params == dead.params
+    assert trained[0] == night.run_folder(**dead.params).name and len(trained) == 2, "the queued one comes first"
+
+
+def test_a_wider_grid_keeps_what_is_complete(open_night: Callable[..., Night], trained: list[str]) -> None:
+    open_night().search()
+    wider = open_night(lrs=(1e-4, 5e-5, 2e-5), batch_sizes=(2, 4))
+    wider.search()
+    assert len(trained) == len(set(trained)) == 6 and len(wider.leaderboard()) == 6
+    open_night(lrs=(5e-5,)).search()
+    assert len(trained) == 6
+
+
+# ---------------------------------------------------------------- which runs are comparable
 
 
 def test_other_settings_are_another_study(config: Config, tmp_path: Path) -> None:

@@ -1,10 +1,9 @@
-"""Going on after an interruption gives, to the last bit, what an uninterrupted run gives."""
+"""Which training state is resumed, the order of an epoch, and stopping by a signal."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import random
 import signal
 import sys
 import time
@@ -16,9 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DataLoaderConfiguration
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import nn
 
 from config.errors import InputError
 from config.nnunet_plans import Intensity, PreprocessPlan, Resampling
@@ -26,8 +23,8 @@ from config.schema import build_config
 from data.imaging.nifti import write_volume
 from data.medical_vlm_dataset import CaptionCollator
 from engine.loaders import build_loaders
-from engine.run import EpochShuffle, set_seeds
-from engine.training.optimization import build_optimizer, build_schedule, optimizer_step
+from engine.run import EpochShuffle
+from engine.training.optimization import build_optimizer, build_schedule
 from engine.training.train_state import StopRequest, TrainState, fingerprint
 
 CASES, BATCH, EPOCHS = 12, 2, 3
@@ -41,98 +38,33 @@ def fresh_accelerate():
     GradientState._reset_state()
 
 
-class Noisy(nn.Module):
-    """Draws from torch's generator (dropout) and from Python's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Dropout(0.5), nn.Linear(16, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.net(x) * (1 + random.random())).square().mean()
-
-
-class Run:
-    """One process' objects, made as the training scripts make them; ``train`` is their loop without the words."""
-
-    def __init__(self, path: Path, accumulation: int = 1, settings: dict | None = None) -> None:
-        set_seeds(0)
-        self.accelerator = Accelerator(
-            cpu=True,
-            gradient_accumulation_steps=accumulation,
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
-        )
-        self.model = Noisy()
-        data = TensorDataset(torch.randn(CASES, 4, generator=torch.Generator().manual_seed(1)))
-        self.order = EpochShuffle(CASES, seed=0)
-        loader = DataLoader(data, BATCH, sampler=self.order, generator=torch.Generator().manual_seed(0))
-        self.optimizer = build_optimizer(self.model, 0.02, 0.1)
-        self.schedule = build_schedule(self.optimizer, EPOCHS * len(loader) // accumulation, 0.2)
-        self.prepared, self.optimizer, self.loader = self.accelerator.prepare(self.model, self.optimizer, loader)
-        self.state = TrainState(
-            path, settings or {"lr": 0.02}, self.accelerator, self.model, self.optimizer, self.schedule
-        )
-        self.seen: list[float] = []
-
-    def train(self, stop_at: int | None = None) -> None:
-        progress = self.state.progress
-        while progress.epoch < EPOCHS:
-            self.order.start_epoch(progress.epoch, progress.batch * BATCH)
-            for (x,) in self.loader:
-                self.seen.append(float(x.sum()))
-                with self.accelerator.accumulate(self.prepared):
-                    loss = self.prepared(x)
-                    progress.losses.append(loss.item())
-                    self.accelerator.backward(loss)
-                    stepped = optimizer_step(
-                        self.accelerator, self.optimizer, self.schedule, self.model.parameters(), 1.0
-                    )
-                progress.batch += 1
-                progress.step += stepped
-                if stepped and progress.step == stop_at:
-                    self.state.save()
-                    return
-            progress.epoch, progress.batch = progress.epoch + 1, 0
-            progress.history.append({"epoch": progress.epoch, "loss": sum(progress.losses) / len(progress.losses)})
-            progress.losses.clear()
+def state_at(path: Path, settings: dict | None = None) -> TrainState:
+    """The state of a run that has not made a step yet."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    optimizer = build_optimizer(model, 0.02, 0.1)
+    return TrainState(
+        path, settings or {"lr": 0.02}, Accelerator(cpu=True), model, optimizer, build_schedule(optimizer, 9, 0.2)
+    )
 
 
-@pytest.mark.parametrize(("accumulation", "stop_at"), [(1, 1), (1, 4), (1, 6), (1, 7), (1, 18), (2, 2), (2, 3)])
-def test_interrupted_and_continued_equals_straight_through(tmp_path, accumulation, stop_at):
-    """In the middle of an epoch, at its end (6 and 18, or 3 with accumulation), and in the next."""
-    straight = Run(tmp_path / "straight_state.pt", accumulation)
-    straight.train()
-    drawn = torch.get_rng_state(), random.getstate()
-
-    interrupted = Run(tmp_path / "state.pt", accumulation)
-    interrupted.train(stop_at)
-    torch.manual_seed(99), random.seed(99)
-    continued = Run(tmp_path / "state.pt", accumulation)
-    with torch.no_grad():
-        for parameter in continued.model.parameters():
-            parameter.add_(1)  # what is restored must not depend on the start
-    assert continued.state.resume("auto")
-    assert continued.state.progress.step == stop_at
-    continued.train()
-
-    assert interrupted.seen + continued.seen == straight.seen, "the same cases in the same order, none twice"
-    assert vars(continued.state.progress) == vars(straight.state.progress)
-    for name, value in straight.model.state_dict().items():
-        assert torch.equal(continued.model.state_dict()[name], value), name
-    assert continued.schedule.state_dict() == straight.schedule.state_dict()
-    moments = [run.optimizer.state_dict()["state"] for run in (straight, continued)]
-    for key, values in moments[0].items():
-        assert all(torch.equal(value, moments[1][key][name]) for name, value in values.items())
-    assert torch.equal(torch.get_rng_state(), drawn[0]) and random.getstate() == drawn[1]
+def interrupted(path: Path, settings: dict | None = None) -> TrainState:
+    """The same after two steps, saved."""
+    state = state_at(path, settings)
+    for _ in range(2):
+        state.model(torch.ones(3, 4)).square().sum().backward()
+        state.optimizer.step()
+        state.progress.step += 1
+    state.save()
+    return state
 
 
-def test_a_saved_state_does_not_move_with_the_run(tmp_path):
-    run = Run(tmp_path / "state.pt")
-    run.train(stop_at=3)
+def test_a_saved_state_does_not_change_with_the_run(tmp_path):
+    run = interrupted(tmp_path / "state.pt")
     weights = {name: value.clone() for name, value in run.model.state_dict().items()}
-    run.train()
-    later = Run(tmp_path / "state.pt")
-    assert later.state.resume("auto") and later.state.progress.step == 3
+    run.model.weight.data.add_(1)
+    later = state_at(tmp_path / "state.pt")
+    assert later.resume("auto") and later.progress.step == 2
     assert all(torch.equal(value, weights[name]) for name, value in later.model.state_dict().items())
 
 
@@ -140,21 +72,21 @@ def test_a_saved_state_does_not_move_with_the_run(tmp_path):
 
 
 def test_auto_without_a_state_starts_anew_and_never_ignores_one(tmp_path):
-    run = Run(tmp_path / "state.pt")
-    assert not run.state.resume("auto")
-    run.train(stop_at=2)
-    other = Run(tmp_path / "state.pt")
-    assert not other.state.resume("never")
-    assert other.state.progress.step == 0 and (tmp_path / "state.pt").is_file()
+    run = state_at(tmp_path / "state.pt")
+    assert not run.resume("auto")
+    interrupted(tmp_path / "state.pt")
+    other = state_at(tmp_path / "state.pt")
+    assert not other.resume("never")
+    assert other.progress.step == 0 and (tmp_path / "state.pt").is_file()
 
 
 def test_auto_sets_a_state_with_other_settings_aside_and_says_so(tmp_path, capsys):
-    Run(tmp_path / "stage1_state.pt", settings={"lr": 0.02, "slices": 1}).train(stop_at=2)
+    interrupted(tmp_path / "stage1_state.pt", settings={"lr": 0.02, "slices": 1})
     content = (tmp_path / "stage1_state.pt").read_bytes()
-    other = Run(tmp_path / "stage1_state.pt", settings={"lr": 0.01, "slices": 1})
+    other = state_at(tmp_path / "stage1_state.pt", settings={"lr": 0.01, "slices": 1})
     start = {name: value.clone() for name, value in other.model.state_dict().items()}
-    assert not other.state.resume("auto")
-    assert other.state.progress.step == 0
+    assert not other.resume("auto")
+    assert other.progress.step == 0
     assert all(torch.equal(value, start[name]) for name, value in other.model.state_dict().items())
     assert not (tmp_path / "stage1_state.pt").exists()
     assert (tmp_path / "stage1_state.previous.pt").read_bytes() == content
@@ -163,17 +95,17 @@ def test_auto_sets_a_state_with_other_settings_aside_and_says_so(tmp_path, capsy
 
 
 def test_a_named_state_with_other_settings_is_refused_and_stays(tmp_path):
-    Run(tmp_path / "a.pt", settings={"lr": 0.02}).train(stop_at=2)
-    other = Run(tmp_path / "state.pt", settings={"lr": 0.01})
+    interrupted(tmp_path / "a.pt", settings={"lr": 0.02})
+    other = state_at(tmp_path / "state.pt", settings={"lr": 0.01})
     with pytest.raises(InputError, match="a.pt belongs to a run with other settings: lr 0.02 there, 0.01 now"):
-        other.state.resume(str(tmp_path / "a.pt"))
+        other.resume(str(tmp_path / "a.pt"))
     assert (tmp_path / "a.pt").is_file()
 
 
 def test_a_named_state_is_taken_from_anywhere(tmp_path):
-    Run(tmp_path / "a.pt").train(stop_at=2)
-    other = Run(tmp_path / "elsewhere" / "state.pt")
-    assert other.state.resume(str(tmp_path / "a.pt")) and other.state.progress.step == 2
+    interrupted(tmp_path / "a.pt")
+    other = state_at(tmp_path / "elsewhere" / "state.pt")
+    assert other.resume(str(tmp_path / "a.pt")) and other.progress.step == 2
 
 
 @pytest.mark.parametrize("wanted", ["auto", "path"])
@@ -182,23 +114,22 @@ def test_unreadable_and_foreign_states_are_refused(tmp_path, wanted):
     wanted = str(path) if wanted == "path" else wanted
     path.write_bytes(b"torn")
     with pytest.raises(InputError, match="not a readable training state"):
-        Run(path).state.resume(wanted)
+        state_at(path).resume(wanted)
     torch.save({"format": "mamba-ct-report"}, path)
     with pytest.raises(InputError, match="is not a training state"):
-        Run(path).state.resume(wanted)
+        state_at(path).resume(wanted)
 
 
 def test_a_named_state_that_is_missing_is_refused(tmp_path):
     with pytest.raises(InputError, match="training state not found"):
-        Run(tmp_path / "state.pt").state.resume(str(tmp_path / "absent.pt"))
+        state_at(tmp_path / "state.pt").resume(str(tmp_path / "absent.pt"))
 
 
 def test_finish_removes_the_state(tmp_path):
-    run = Run(tmp_path / "state.pt")
-    run.train(stop_at=2)
-    run.state.finish()
+    run = interrupted(tmp_path / "state.pt")
+    run.finish()
     assert list(tmp_path.iterdir()) == []
-    run.state.finish()
+    run.finish()
 
 
 def test_fingerprint_holds_what_decides_the_result_and_no_places():

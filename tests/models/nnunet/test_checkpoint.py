@@ -54,6 +54,20 @@ def test_scalars_of_numpy_1_and_2_are_read(original, tmp_path, spelling):
     assert load_nnunet_checkpoint(tmp_path / "checkpoint.pth").configuration == "2d"
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.int8, np.uint16])
+def test_scalars_of_any_width_are_read(content, tmp_path, kind):
+    content["logging"] = {"ema_fg_dice": [kind(1)]}
+    torch.save(content, tmp_path / "checkpoint.pth")
+    assert load_nnunet_checkpoint(tmp_path / "checkpoint.pth").configuration == "2d"
+
+
+def test_a_refused_scalar_is_named(content, tmp_path):
+    content["logging"] = np.complex64(1)
+    torch.save(content, tmp_path / "checkpoint.pth")
+    with pytest.raises(InputError, match=r"asks for 'numpy\.dtypes\.Complex64DType'"):
+        load_nnunet_checkpoint(tmp_path / "checkpoint.pth")
+
+
 class _Harmful:
     def __init__(self, command: str) -> None:
         self.command = command

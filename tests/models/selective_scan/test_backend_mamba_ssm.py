@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from models import selective_scan
-from models.selective_scan import BackendUnavailable, backend_mamba_ssm, backend_torch
+from models.selective_scan import BackendUnavailable, ScanInputs, backend_mamba_ssm, backend_torch
 from models.selective_scan.backend_reference import scan as reference_scan
-from models.selective_scan.selftest import expect_close
+from models.selective_scan.selftest import expect_close, results, sample_inputs
 
-NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 OPTIONAL = ("D", "z", "delta_bias")
 
 Function = Callable[..., tuple[Tensor, Tensor]]
@@ -46,7 +45,7 @@ def kernel(
     for fixed in (A, *(t for t in (D, delta_bias) if t is not None)):
         assert fixed.dtype is torch.float32
     assert A.shape[1] <= 256 and u.numel() > 0
-    y, last = reference_scan(u, delta, A, B, C, D, z, delta_bias, None, delta_softplus, False)
+    y, last = reference_scan(ScanInputs(u, delta, A, B, C, D, z, delta_bias), delta_softplus, False)
     return y, last.detach()
 
 
@@ -56,6 +55,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Function], No
     caches = (backend_mamba_ssm._kernel, backend_mamba_ssm._other, selective_scan._resolve)
     for cache in caches:
         cache.cache_clear()
+    monkeypatch.setattr(backend_mamba_ssm, "KERNEL_TOKENS", 40)  # the self-test's length follows; its speed too
 
     def put(function: Function) -> None:
         package = ModuleType("mamba_ssm")
@@ -67,41 +67,15 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Function], No
         cache.cache_clear()
 
 
-def make_inputs(dtype: torch.dtype = torch.float32, length: int = 21) -> dict[str, Tensor]:
-    random = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random)
-
-    return {
-        "u": normal(2, length, 6).to(dtype).transpose(1, 2),
-        "delta": normal(2, 6, length).to(dtype),
-        "A": -torch.exp(normal(6, 4)),
-        "B": normal(2, length, 4).to(dtype).transpose(1, 2),
-        "C": normal(2, 4, length).to(dtype),
-        "D": normal(6),
-        "z": normal(2, 6, length).to(dtype),
-        "delta_bias": normal(6) - 1,
-        "initial_state": normal(2, 6, 4),
-    }
+def inputs_of(dtype: torch.dtype = torch.float32, length: int = 21, **changed: Tensor | None) -> ScanInputs:
+    return sample_inputs(2, 6, length, 4, dtype)._replace(**changed)
 
 
-def results(scan: Function, inputs: dict[str, Tensor], reverse: bool, use_last: bool = True) -> dict[str, Tensor]:
-    leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
-    y, last = scan(*(leaves.get(name) for name in NAMES), True, reverse)
-    random = torch.Generator().manual_seed(1)
-    grad_y, grad_last = (torch.randn(t.shape, generator=random).bfloat16().to(t.dtype) for t in (y, last))
-    outputs, grads = ([y, last], [grad_y, grad_last]) if use_last else ([y], [grad_y])
-    found = torch.autograd.grad(outputs, list(leaves.values()), grads)
-    assert all(g.dtype is t.dtype for g, t in zip(found, leaves.values(), strict=True))
-    return {"y": y, "last": last, **{f"grad {k}": g for k, g in zip(leaves, found, strict=True)}}
-
-
-def assert_equal_to_reference(
-    inputs: dict[str, Tensor], reverse: bool, tolerance: float, use_last: bool = True
-) -> None:
+def assert_equal_to_reference(inputs: ScanInputs, reverse: bool, tolerance: float, use_last: bool = True) -> None:
     actual = results(backend_mamba_ssm.scan, inputs, reverse, use_last)
-    exact = {name: value.double() for name, value in inputs.items()}
+    for name, tensor in inputs._asdict().items():
+        assert tensor is None or actual[f"the gradient of {name}"].dtype is tensor.dtype
+    exact = ScanInputs(*(t if t is None else t.double() for t in inputs))
     for name, expected in results(reference_scan, exact, reverse, use_last).items():
         expect_close(name, actual[name], expected, tolerance, "cpu")
 
@@ -116,8 +90,7 @@ def test_equals_the_reference(
 ) -> None:
     """With the gradient of the last state, and with the initial state, though the kernel knows neither."""
     install(kernel)
-    inputs = {name: value for name, value in make_inputs().items() if name not in absent}
-    assert_equal_to_reference(inputs, reverse, 2e-5, use_last)
+    assert_equal_to_reference(inputs_of(**dict.fromkeys(absent)), reverse, 2e-5, use_last)
 
 
 @pytest.mark.parametrize("half", ["u", "delta", "B", "z", "all"])
@@ -125,8 +98,9 @@ def test_mixed_dtypes_are_promoted(install: Callable[[Function], None], half: st
     """y is in the dtype of u; one float32 tensor among the others is not rounded."""
     install(kernel)
     names = ("u", "delta", "B", "C", "z") if half == "all" else (half,)
-    inputs = {k: v.bfloat16() if k in names else v for k, v in make_inputs().items() if k != "initial_state"}
-    assert backend_mamba_ssm.scan(*(inputs.get(k) for k in NAMES), True, False)[0].dtype is inputs["u"].dtype
+    plain = inputs_of(initial_state=None)
+    inputs = plain._replace(**{name: getattr(plain, name).bfloat16() for name in names})
+    assert backend_mamba_ssm.scan(inputs, True, False)[0].dtype is inputs.u.dtype
     assert_equal_to_reference(inputs, False, 2e-2)
 
 
@@ -138,16 +112,15 @@ def test_what_the_kernel_cannot_do_goes_to_another_backend(
         raise AssertionError("the kernel was asked")
 
     install(never)
-    inputs = make_inputs(length=0 if unserved == "no tokens" else 21)
+    inputs = inputs_of(length=0 if unserved == "no tokens" else 21)
     if unserved != "an initial state":
-        del inputs["initial_state"]
+        inputs = inputs._replace(initial_state=None)
     if unserved == "300 states":
-        inputs.update(A=-torch.rand(6, 300), B=torch.randn(2, 300, 21), C=torch.randn(2, 300, 21))
-    tensors = [inputs.get(name) for name in NAMES]
+        inputs = inputs._replace(A=-torch.rand(6, 300), B=torch.randn(2, 300, 21), C=torch.randn(2, 300, 21))
     with caplog.at_level(logging.INFO, logger=backend_mamba_ssm.__name__):
         for _ in range(2):
-            y, last = backend_mamba_ssm.scan(*tensors, True, False)
-    expected_y, expected_last = backend_torch.scan(*tensors, True, False)
+            y, last = backend_mamba_ssm.scan(inputs, True, False)
+    expected_y, expected_last = backend_torch.scan(inputs, True, False)
     assert torch.equal(y, expected_y) and torch.equal(last, expected_last)
     (message,) = (record.message for record in caplog.records)
     assert message.startswith("selective scan on cpu: calls that mamba_ssm cannot serve go to torch (not triton: ")
@@ -157,18 +130,15 @@ def test_a_single_step_is_the_other_backend(
     install: Callable[[Function], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(kernel)
-    inputs = make_inputs()
-    state = inputs["initial_state"]
-    moving = {k: inputs[k][..., 0] for k in ("u", "delta", "B", "C", "z")}
-    arguments = (moving["u"], moving["delta"], inputs["A"], moving["B"], moving["C"], inputs["D"], moving["z"],
-                 inputs["delta_bias"], True)  # fmt: skip
+    *tensors, state = inputs_of()
+    step = ScanInputs(*(t[..., 0] if t.ndim == 3 else t for t in tensors))
     expected_state, actual_state = state.clone(), state.clone()
-    expected = selective_scan.plain_state_update(expected_state, *arguments)
-    assert torch.equal(backend_mamba_ssm.state_update(actual_state, *arguments), expected)
+    expected = selective_scan.reference_state_update(expected_state, step, True)
+    assert torch.equal(backend_mamba_ssm.state_update(actual_state, step, True), expected)
     assert torch.equal(actual_state, expected_state)
     other = SimpleNamespace(state_update=lambda *_: "fused")
     monkeypatch.setattr(backend_mamba_ssm, "_other", lambda _: other)
-    assert backend_mamba_ssm.state_update(actual_state, *arguments) == "fused"
+    assert backend_mamba_ssm.state_update(actual_state, step, True) == "fused"
 
 
 def test_memory_that_starts_at_an_odd_address_is_copied(install: Callable[[Function], None]) -> None:
@@ -177,9 +147,8 @@ def test_memory_that_starts_at_an_odd_address_is_copied(install: Callable[[Funct
         return kernel(u, *others, **options)
 
     install(strict)
-    inputs = make_inputs(length=16)
-    inputs["u"] = torch.randn(2 * 6 * 16 + 1)[1:].view(2, 6, 16)
-    backend_mamba_ssm.scan(*(inputs.get(name) for name in NAMES[:-1]), None, True, False)
+    odd = torch.randn(2 * 6 * 16 + 1)[1:].view(2, 6, 16)
+    backend_mamba_ssm.scan(inputs_of(length=16, u=odd, initial_state=None), True, False)
 
 
 def test_the_last_state_is_its_own_memory(install: Callable[[Function], None]) -> None:
@@ -192,8 +161,7 @@ def test_the_last_state_is_its_own_memory(install: Callable[[Function], None]) -
         return y, space["last"]
 
     install(sliced)
-    inputs = make_inputs()
-    _, last = backend_mamba_ssm.scan(*(inputs.get(name) for name in NAMES[:-1]), None, True, False)
+    _, last = backend_mamba_ssm.scan(inputs_of(initial_state=None), True, False)
     assert last.is_contiguous() and last.data_ptr() != space["last"].data_ptr()
 
 
@@ -266,4 +234,4 @@ def test_the_dispatcher_takes_it_first_on_a_gpu(
     check = backend_mamba_ssm.check
     monkeypatch.setattr(backend_mamba_ssm, "check", lambda device_type: check("cpu"))  # there is no GPU here
     monkeypatch.delenv(selective_scan.FORCE_VARIABLE, raising=False)
-    assert selective_scan._resolve("cuda", False, "") is backend_mamba_ssm.scan
+    assert selective_scan._resolve("cuda", False, "") is backend_mamba_ssm

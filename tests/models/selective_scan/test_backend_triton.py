@@ -19,6 +19,8 @@ import torch
 
 from config.errors import InputError
 from models import selective_scan
+from models.selective_scan import ScanInputs
+from models.selective_scan.backend_reference import scan as reference_scan
 from models.selective_scan.selftest import check_scan
 
 pytest.importorskip("triton", reason="triton is not installed; requirements.txt has it for Linux on x86-64 only")
@@ -99,20 +101,16 @@ def launches(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, states: int, f
     A, z = torch.zeros(64, states), tile if full else None
     D, bias = (per_channel, per_channel) if full else (None, None)
     first = torch.zeros(1, 64, states, requires_grad=True)
-    y, _ = backend_triton.scan(tile, tile, A, per_state, per_state, D, z, bias, first, full, not full)
-    y.sum().backward()
-    step = tile[..., 0]
-    backend_triton.state_update(
-        torch.zeros(1, 64, states), step, step, A, per_state[..., 0], per_state[..., 0],
-        D, step if full else None, bias, full,
-    )  # fmt: skip
+    inputs = ScanInputs(tile, tile, A, per_state, per_state, D, z, bias, first)
+    backend_triton.scan(inputs, full, not full)[0].sum().backward()
+    step = ScanInputs(*(t[..., 0] if t is not None and t.ndim == 3 else t for t in inputs[:-1]))
+    backend_triton.state_update(torch.zeros(1, 64, states), step, full)
     return recorders
 
 
 @pytest.mark.parametrize(
     ("capability", "dtype", "states", "full"),
     [
-        (90, torch.bfloat16, 16, True),
         (120, torch.bfloat16, 16, True),
         (120, torch.float32, 3, False),
         (90, torch.float16, 128, True),
@@ -147,10 +145,11 @@ def test_on_the_cpu_it_wants_the_interpreter(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_wrong_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a GPU compiled the kernels into something else."""
-    monkeypatch.setattr(backend_triton, "_forward", lambda inputs, *_, **__: (inputs[0], inputs[8], inputs[8]))
+    monkeypatch.setattr(
+        backend_triton, "scan", lambda inputs, *_: (1.1 * r for r in reference_scan(inputs, True, False))
+    )
+    monkeypatch.setattr(backend_triton, "INTERPRETED", True)
     with pytest.raises(selective_scan.BackendUnavailable, match="wrong numbers: y is off by") as refused:
-        monkeypatch.setattr(backend_triton, "_backward", lambda inputs, *_: (*inputs, torch.zeros(2, 35, 3)))
-        monkeypatch.setattr(backend_triton, "INTERPRETED", True)
         backend_triton.check("cpu")
     assert "\n" not in str(refused.value)
 
@@ -159,7 +158,7 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC\nor install one")
 
-    monkeypatch.setattr(backend_triton, "_forward", fail)
+    monkeypatch.setattr(backend_triton, "scan", fail)
     monkeypatch.setattr(backend_triton, "INTERPRETED", True)
     expected = "its self-test on cpu raises RuntimeError: Failed to find C compiler."
     with pytest.raises(selective_scan.BackendUnavailable, match=f"^{re.escape(expected)}$"):

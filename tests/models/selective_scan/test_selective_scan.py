@@ -23,11 +23,11 @@ from torch import Tensor
 
 from config.errors import InputError
 from models import selective_scan
-from models.selective_scan import backend_torch, selective_state_update
+from models.selective_scan import ScanInputs, backend_torch, selective_state_update
 from models.selective_scan import selective_scan as run_scan
 from models.selective_scan.backend_reference import scan as reference_scan
 
-NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+NAMES = ScanInputs._fields
 GOLDEN_NAMES = NAMES[:-1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TESTED = ("triton",) if INTERPRETED else ("numba", "torch")
@@ -86,8 +86,7 @@ def through_function(leaves: dict[str, Tensor], **options: bool) -> tuple[Tensor
 
 
 def through_reference(leaves: dict[str, Tensor], **options: bool) -> tuple[Tensor, Tensor]:
-    settings_ = {"delta_softplus": False, "reverse": False, **options}
-    return reference_scan(*(leaves.get(name) for name in NAMES), **settings_)
+    return reference_scan(ScanInputs(**leaves), options.get("delta_softplus", False), options.get("reverse", False))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -110,11 +109,11 @@ def assert_matches_reference(inputs: dict[str, Tensor], dtype: torch.dtype, seed
 
 
 @pytest.mark.parametrize("name", TESTED if INTERPRETED else ("reference", *TESTED))
-def test_official_results_and_gradients(name: str, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_official_results_and_gradients(name: str, assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name in MODULES:
         pytest.importorskip(MODULES[name])
     monkeypatch.setenv(selective_scan.FORCE_VARIABLE, name)
-    with np.load(shared / "golden" / "selective_scan.npz") as file:
+    with np.load(assets / "golden" / "selective_scan.npz") as file:
         golden = {key: torch.from_numpy(file[key]) for key in file.files}
     inputs = {key: golden[key] for key in GOLDEN_NAMES}
     actual = results(through_function, inputs, golden["grad_out"], None, delta_softplus=True)
@@ -262,7 +261,7 @@ def test_gradcheck_of_the_torch_backend(reverse: bool, monkeypatch: pytest.Monke
     inputs = {k: v.requires_grad_() for k, v in make_inputs(2, 2, 2, 5, torch.float64).items()}
 
     def scan(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return backend_torch.scan(*tensors, True, reverse)
+        return backend_torch.scan(ScanInputs(*tensors), True, reverse)
 
     assert torch.autograd.gradcheck(scan, tuple(inputs[name] for name in NAMES))
 
@@ -357,7 +356,7 @@ def test_a_single_step_equals_plain_pytorch(backend: str, dtype: torch.dtype, ab
     exact = {k: None if v is None else v.double() for k, v in given_.items()}
     expected_state = inputs["initial_state"].double()
     softplus = "delta_bias" not in absent
-    expected = selective_scan.plain_state_update(expected_state, **exact, delta_softplus=softplus)
+    expected = selective_scan.reference_state_update(expected_state, ScanInputs(**exact), softplus)
     y = selective_state_update(state, **given_, delta_softplus=softplus)
     assert y.dtype is dtype
     assert relative_error(y, expected) < TOLERANCE[dtype]
@@ -423,7 +422,7 @@ def test_without_optional_packages(
     exact = {name: value.double() for name, value in inputs.items()}
     assert relative_error(run_scan(**inputs), through_reference(exact)[0]) < 1e-5
     if "numba" in packages:
-        assert selective_scan._resolve("cpu", False, "") is backend_torch.scan
+        assert selective_scan._resolve("cpu", False, "") is backend_torch
     for name in packages:
         monkeypatch.setenv(selective_scan.FORCE_VARIABLE, name)
         reason = "it runs on cuda, not on cpu" if name == "mamba_ssm" else f"importing it fails: .*{name}"
@@ -435,7 +434,7 @@ def test_a_gpu_without_its_packages_gets_torch(without: Callable[..., None], cap
     """Which backend serves a type of device is decided without touching one."""
     without("mamba_ssm", "triton")
     with caplog.at_level(logging.INFO, logger=selective_scan.__name__):
-        assert selective_scan._resolve("cuda", False, "") is backend_torch.scan
+        assert selective_scan._resolve("cuda", False, "") is backend_torch
     (message,) = (record.message for record in caplog.records)
     assert message.startswith("selective scan on cuda: torch (not mamba_ssm: importing it fails: ")
     assert "(not triton: importing it fails: " in message and "numba" not in message

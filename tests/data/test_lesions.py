@@ -1,22 +1,12 @@
-"""Lesions of masks: boxes of known size by hand, and phantoms whose side, zone and size are known."""
+"""Lesions of masks in mm: boxes of known size by hand, and phantoms whose side, zone and size are known."""
 
 from __future__ import annotations
-
-import csv
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from config.errors import InputError
-from data.lesion_measure import (
-    LungBox,
-    count_lesions,
-    find_lungs,
-    longest_axial_diameter,
-    measure_lesions,
-    write_lesions,
-)
+from data.lesions import LungBox, find_lungs, longest_axial_diameter, measure_lesions
 from data.phantom.case import Phantom, make_case
 from data.phantom.finding import FINDING_TYPES
 
@@ -42,7 +32,7 @@ def test_components_touch_at_corners_and_small_ones_can_be_left_out() -> None:
     mask[10, 10, 10] = mask[11, 11, 11] = 1
     mask[10, 30, 30] = 1
     lesions = measure_lesions(mask, (1, 1, 1), LUNGS)
-    assert [lesion.volume_mm3 for lesion in lesions] == [2, 1] and count_lesions(lesions) == {"label 1": 2}
+    assert [lesion.volume_mm3 for lesion in lesions] == [2, 1]
     assert len(measure_lesions(mask, (1, 1, 1), LUNGS, min_volume_mm3=1.5)) == 1
     assert measure_lesions(np.zeros((3, 3, 3), np.int16), (1, 1, 1), LUNGS) == []
 
@@ -110,14 +100,3 @@ def test_what_is_no_chest_and_no_mask_is_refused() -> None:
     for mask in (np.zeros((3, 3), np.uint8), np.zeros((3, 3, 3))):
         with pytest.raises(InputError, match="3-D array of integers"):
             measure_lesions(mask, (1, 1, 1), LUNGS)
-
-
-def test_table_of_lesions(tmp_path: Path) -> None:
-    mask = np.zeros((30, 40, 40), np.uint8)
-    mask[2, 2, 2] = 1
-    lesions = measure_lesions(mask, (1, 1, 1), LUNGS, {1: "nodule"})
-    write_lesions(tmp_path / "a" / "lesions.csv", {"first": lesions, "none": []})
-    with (tmp_path / "a" / "lesions.csv").open(encoding="utf-8-sig", newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    assert [row["case"] for row in rows] == ["first", "none"]
-    assert rows[0]["side"] == "right" and rows[0]["diameter_mm"] == "1.0" and rows[1]["label"] == ""

@@ -1,0 +1,110 @@
+"""Stage 2 as a user runs it, on scans of a few voxels: adapters, lesion tokens, continuing, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from config.errors import InputError
+from config.schema import REPOSITORY
+from engine.checkpoint import load_checkpoint
+
+FINAL, BEST = "vision_bridge_vlm_final.pt", "vision_bridge_vlm_best_val.pt"
+
+
+@pytest.fixture
+def adapted(run_stage: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    run_stage("train_vlm", "--output_dir", str(tmp_path / "adapted"), "--lora_rank", "2", "--epochs", "2")
+    printed = capsys.readouterr().out
+    assert "adapters of rank 2 0.00 M (trained), language model" in printed and "(frozen)" in printed
+    return tmp_path / "adapted"
+
+
+def test_adapters_are_in_the_checkpoint_and_the_check_script_uses_them(adapted):
+    checkpoint = load_checkpoint(adapted / FINAL)
+    assert checkpoint.adapters["rank"] == 2 and len(checkpoint.adapters["layers"]) == 2
+    assert all(parts["B"].abs().sum() > 0 for parts in checkpoint.adapters["layers"].values()), "they learnt"
+    assert not any("lora" in key for key in checkpoint.model_state_dict)
+    assert json.loads((adapted / "stage2_config.json").read_text(encoding="utf-8"))["flags"]["lora_rank"] == 2
+    command = ["scripts/check_image_to_text.py", "--checkpoint", str(adapted / FINAL), "--max_new_tokens", "8"]
+    command = [sys.executable, *command, "--config", str(adapted / "stage2_config.yaml")]
+    shown = subprocess.run(command, cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=False)
+    assert shown.returncode == 0 and "生成文本: " in shown.stdout, shown.stderr
+
+
+def test_continuing_keeps_the_adapters_and_their_rank(run_stage, adapted, tmp_path):
+    start = ["--vision_checkpoint", str(adapted / FINAL), "--epochs", "1", "--output_dir", str(tmp_path / "on")]
+    with pytest.raises(InputError, match="was trained with --lora_rank 2: give the same"):
+        run_stage("train_vlm", *start)
+    run_stage("train_vlm", *start, "--lora_rank", "2")
+    before, after = (load_checkpoint(path / FINAL).adapters["layers"] for path in (adapted, tmp_path / "on"))
+    near = [(before[name]["A"] - after[name]["A"]).abs().max() for name in before]
+    assert all(0 < distance < 0.1 for distance in near), "from where they were, not from a fresh start"
+
+
+def test_the_language_model_alone_stays_frozen_without_adapters(run_stage, tmp_path, capsys):
+    run_stage("train_vlm", "--output_dir", str(tmp_path), "--epochs", "1")
+    printed = capsys.readouterr().out
+    assert "adapters" not in printed and load_checkpoint(tmp_path / FINAL).adapters is None
+    assert "loss mask checked: 16 visual" in printed and "平均 caption_loss" in printed
+    assert "最近 5 个 epoch 平均 caption_loss" in printed and "step 2/2  caption_loss" in printed
+
+
+def rows(folder: Path) -> list[tuple[str, str]]:
+    with (folder / "stage2_train_log.csv").open(encoding="utf-8", newline="") as stream:
+        return [(row["step"], row["epoch"]) for row in csv.DictReader(stream)]
+
+
+def test_continuing_keeps_the_best_and_appends_to_the_log(run_stage, tmp_path, capsys):
+    """A learning rate that makes every later epoch worse: the best so far stays, bit for bit."""
+    folder = ["--output_dir", str(tmp_path)]
+    run_stage("train_vlm", *folder, "--epochs", "2")
+    best, first = (tmp_path / BEST).read_bytes(), load_checkpoint(tmp_path / BEST)
+    capsys.readouterr()
+    run_stage("train_vlm", *folder, "--epochs", "1", "--lr", "3")
+    assert f"best so far: epoch {first.epoch}, val_loss {first.val_loss:.6f} on this table" in capsys.readouterr().out
+    assert (tmp_path / BEST).read_bytes() == best
+    final = load_checkpoint(tmp_path / FINAL)
+    assert (final.step, final.epoch) == (6, 3) and final.val_loss > first.val_loss
+    assert rows(tmp_path) == [("4", "2"), ("6", "3")]
+
+
+def test_continuing_elsewhere_takes_the_start_as_the_best_so_far(run_stage, tmp_path):
+    run_stage("train_vlm", "--output_dir", str(tmp_path / "a"), "--epochs", "1")
+    start = ["--vision_checkpoint", str(tmp_path / "a" / FINAL), "--output_dir", str(tmp_path / "b")]
+    run_stage("train_vlm", *start, "--epochs", "1", "--lr", "3")
+    started, best = load_checkpoint(tmp_path / "a" / FINAL), load_checkpoint(tmp_path / "b" / BEST)
+    assert best.epoch == started.epoch == 1
+    assert all(torch.equal(value, best.model_state_dict[key]) for key, value in started.model_state_dict.items())
+
+
+def test_a_best_of_another_training_is_kept_under_another_name(run_stage, tmp_path, capsys):
+    run_stage("train_vlm", "--output_dir", str(tmp_path), "--epochs", "1", "--lora_rank", "2")
+    other = (tmp_path / BEST).read_bytes()
+    run_stage("train_vlm", "--output_dir", str(tmp_path / "a"), "--epochs", "1")
+    shutil.copy(tmp_path / "a" / FINAL, tmp_path / FINAL)
+    run_stage("train_vlm", "--output_dir", str(tmp_path), "--epochs", "1")
+    assert (tmp_path / "vision_bridge_vlm_best_val.previous.pt").read_bytes() == other
+    assert "is of another training and is kept as" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--lora_rank", "-1"], "--lora_rank is -1, expected 0 .none. or the rank"),
+        (["--lora_rank", "2", "--llm_int8"], "--lora_rank and --llm_int8 contradict each other"),
+        (["--from_scratch", "--vision_checkpoint", "x.pt"], "contradict each other"),
+    ],
+)
+def test_what_cannot_be_is_one_line(run_stage, tmp_path, flags, named):
+    with pytest.raises(InputError, match=named) as caught:
+        run_stage("train_vlm", "--output_dir", str(tmp_path / "refused"), *flags)
+    assert "\n" not in str(caught.value)
