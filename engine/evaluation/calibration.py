@@ -115,9 +115,12 @@ def fit_logistic(features: np.ndarray, right: np.ndarray, ridge: float = 1.0) ->
 
 
 @dataclass(frozen=True)
-class Judged:
-    """N statements of one table. ``case`` (N,); ``raw`` (N,) and ``features`` (N, 5) as of ``Statement``; ``right``
-    (N,): whether its reference confirms it."""
+class Outcomes:
+    """N statements of one table with their outcome.
+
+    ``case`` (N,); ``raw`` (N,) and ``features`` (N, 5) as of ``Statement``; ``right`` (N,): whether the reference of
+    the case confirms the statement.
+    """
 
     case: np.ndarray
     raw: np.ndarray
@@ -125,7 +128,7 @@ class Judged:
     right: np.ndarray
 
     @classmethod
-    def of(cls, stated: Sequence[Sequence[Statement]], references: Sequence[Sequence[FindingMention]]) -> Judged:
+    def of(cls, stated: Sequence[Sequence[Statement]], references: Sequence[Sequence[FindingMention]]) -> Outcomes:
         rows = [
             (case, statement.raw, statement.features, is_right(statement.mention, truth))
             for case, (statements, truth) in enumerate(zip(stated, references, strict=True))
@@ -138,7 +141,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class ConfidenceScores:
-    """``calibrated``: of each statement, in the order of ``Judged``; ``before``, ``after``: reliability without and
+    """``calibrated``: of each statement, in the order of ``Outcomes``; ``before``, ``after``: reliability without and
     with calibration; ``calibrated_on``: in words. Without statements there is no reliability and no curve."""
 
     calibrated: np.ndarray
@@ -169,7 +172,7 @@ class ConfidenceScores:
         }
 
 
-def confidence_scores(judged: Judged, other: Judged | None, other_name: str) -> ConfidenceScores:
+def confidence_scores(outcomes: Outcomes, other: Outcomes | None, other_name: str) -> ConfidenceScores:
     """Calibrate on ``other``, or where there is none by cross-fitting: each fifth of the cases on the rest.
 
     With fewer than 30 statements to fit on, the raw confidence is kept, and ``calibrated_on`` has the reason.
@@ -177,16 +180,16 @@ def confidence_scores(judged: Judged, other: Judged | None, other_name: str) -> 
     fitted = None
     if other is not None and len(other.raw) >= MIN_STATEMENTS:
         fitted = fit_logistic(other.features, other.right)
-        calibrated, on = fitted(judged.features), f"{other_name} ({len(other.raw)} statements)"
-    elif other is None and len(judged.raw) >= MIN_STATEMENTS * FOLDS / (FOLDS - 1):
-        calibrated, on = _cross_fitted(judged), f"the same table, cross-fitted over {FOLDS} folds of cases"
-        fitted = fit_logistic(judged.features, judged.right)
+        calibrated, on = fitted(outcomes.features), f"{other_name} ({len(other.raw)} statements)"
+    elif other is None and len(outcomes.raw) >= MIN_STATEMENTS * FOLDS / (FOLDS - 1):
+        calibrated, on = _cross_fitted(outcomes), f"the same table, cross-fitted over {FOLDS} folds of cases"
+        fitted = fit_logistic(outcomes.features, outcomes.right)
     else:
-        calibrated, on = judged.raw, f"nothing: fewer than {MIN_STATEMENTS} statements to fit on"
+        calibrated, on = outcomes.raw, f"nothing: fewer than {MIN_STATEMENTS} statements to fit on"
     if not len(calibrated):
         return ConfidenceScores(calibrated, fitted, on)
-    before, after = (reliability(values, judged.right) for values in (judged.raw, calibrated))
-    return ConfidenceScores(calibrated, fitted, on, before, after, risk_coverage(calibrated, judged.right))
+    before, after = (reliability(values, outcomes.right) for values in (outcomes.raw, calibrated))
+    return ConfidenceScores(calibrated, fitted, on, before, after, risk_coverage(calibrated, outcomes.right))
 
 
 def thinned(*curves: np.ndarray, limit: int = 50) -> list[np.ndarray]:
@@ -196,10 +199,11 @@ def thinned(*curves: np.ndarray, limit: int = 50) -> list[np.ndarray]:
     return [curve[chosen] for curve in curves]
 
 
-def _cross_fitted(judged: Judged) -> np.ndarray:
-    calibrated = judged.raw.copy()
+def _cross_fitted(outcomes: Outcomes) -> np.ndarray:
+    calibrated, fold_of = outcomes.raw.copy(), outcomes.case % FOLDS
     for fold in range(FOLDS):
-        tested = judged.case % FOLDS == fold
-        if tested.any() and (~tested).any():
-            calibrated[tested] = fit_logistic(judged.features[~tested], judged.right[~tested])(judged.features[tested])
+        tested, fitted_on = fold_of == fold, fold_of != fold
+        if tested.any() and fitted_on.any():
+            logistic = fit_logistic(outcomes.features[fitted_on], outcomes.right[fitted_on])
+            calibrated[tested] = logistic(outcomes.features[tested])
     return calibrated

@@ -103,6 +103,7 @@ class ReportPasses:
                 bar.update(len(part))
 
     def complete(self, table: EvaluatedTable, condition: str) -> bool:
+        """Whether every row has its report under this condition."""
         return not self._missing(table, key_of(table, condition), range(len(table)))
 
     def _missing(self, table: EvaluatedTable, key: str, rows: Sequence[int]) -> list[int]:
@@ -210,5 +211,6 @@ def shuffled_order(patients: Sequence[str], seed: int) -> list[int]:
 
 
 def chunks(rows: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Consecutive parts of at most ``size`` rows."""
     for start in range(0, len(rows), size):
         yield list(rows[start : start + size])

@@ -1,4 +1,4 @@
-"""How sure a model is of what it states: statements of a report, each with the probability of its words.
+"""Statements of a report, each with the probability that the model gives its words.
 
 A statement is the clause of a finding in its sentence: words of finding, place, size, number and negation. Its raw
 confidence is the probability of the tokens of these words alone, because the phrases around them can be put in many

@@ -57,6 +57,7 @@ def loss_gap(own: Sequence[Mapping], other: Sequence[Mapping], repeats: int = RE
 
 
 def nats_per_token(records: Sequence[Mapping]) -> float:
+    """Mean loss of the true reports under one condition."""
     return sum(record["nats"] for record in records) / max(sum(record["tokens"] for record in records), 1)
 
 

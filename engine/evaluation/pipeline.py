@@ -23,7 +23,7 @@ from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from data.report_language.terms import FINDINGS
 from engine.checkpoint import Checkpoint, load_checkpoint
 from engine.cli import local_config
-from engine.evaluation.calibration import Judged, confidence_scores
+from engine.evaluation.calibration import Outcomes, confidence_scores
 from engine.evaluation.card_pages import ShownCase, card_blocks, draw_plots, write_pages
 from engine.evaluation.conditions import AUDITED, OWN, SAMPLE, EvaluatedTable, ReportPasses
 from engine.evaluation.confidence import Labeller, Statement, statements
@@ -292,18 +292,18 @@ def write_card(job: Job) -> dict[str, Any]:
     """Score everything and write the card's files."""
     references = [row.answer for row in job.table.data.rows]
     stated = table_statements(job, job.table)
-    judged = Judged.of(stated, [job.label(text) for text in references])
+    outcomes = Outcomes.of(stated, [job.label(text) for text in references])
     other = None
     if job.calibration:
         truth = [job.label(row.answer) for row in job.calibration.data.rows]
-        other = Judged.of(table_statements(job, job.calibration), truth)
+        other = Outcomes.of(table_statements(job, job.calibration), truth)
     results = TableResults(
         label=job.label,
         references=references,
         records={name: job.passes.records(job.table, name) for name in AUDITED},
         masked=masked_cases(job),
         statements=stated,
-        confidence=confidence_scores(judged, other, "the calibration table"),
+        confidence=confidence_scores(outcomes, other, "the calibration table"),
         pointing=job.row_records("maps"),
         abstain_below=job.args.abstain_below,
         lesion_inputs=job.lesion_inputs,

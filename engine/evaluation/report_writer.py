@@ -21,7 +21,7 @@ from models.medical_vlm import MedicalVLM, answer_inputs, generate_reports
 
 
 @dataclass(frozen=True)
-class Written:
+class Report:
     """A generated report. ``ids``: its tokens without the end-of-text; ``log_probs``: of each, in nats; ``ended``:
     whether it has an end-of-text and was not cut at the limit."""
 
@@ -69,7 +69,7 @@ class ReportWriter:
         return self.model.vision.tokens(*copies, question, batch["question_mask"], roi=roi)
 
     @torch.no_grad()
-    def write(self, visual: Tensor, batch: Mapping[str, Any], decoding: Decoding | None = None) -> list[Written]:
+    def write(self, visual: Tensor, batch: Mapping[str, Any], decoding: Decoding | None = None) -> list[Report]:
         """Reports for visual tokens (B, L, D); greedy unless ``decoding`` says otherwise."""
         lm, kept, end = self.model.lm, _KeepIds(), self.tokenizer.eos_token_id
         options = decoding.options() if decoding else {}
@@ -78,7 +78,7 @@ class ReportWriter:
         rows = [ids[: ids.index(end)] if end in ids else ids for ids in kept.ids.tolist()]
         ids, mask = (tensor.to(visual.device) for tensor in pad_tokens(rows))
         log_probs = answer_log_probs(lm, visual, {**batch, "answer_ids": ids, "answer_mask": mask})
-        return list(map(Written, texts, rows, [values.tolist() for values in log_probs], ended))
+        return list(map(Report, texts, rows, [values.tolist() for values in log_probs], ended))
 
     @torch.no_grad()
     def losses(self, visual: Tensor, batch: Mapping[str, Any]) -> list[tuple[float, int]]:

@@ -23,7 +23,7 @@ from config.schema import load_config
 from data.phantom.dataset import DatasetPaths, make_dataset
 from data.phantom.finding import FINDING_TYPES
 from engine.checkpoint import save_checkpoint
-from engine.evaluation.report_writer import ReportWriter, Written
+from engine.evaluation.report_writer import Report, ReportWriter
 from models.language_model.mamba_lm import lm_identity
 from models.medical_vlm import VisionBridge
 from models.nnunet.checkpoint import load_nnunet_checkpoint
@@ -127,10 +127,10 @@ def test_maps_of_true_reports_are_written_in_the_space_of_the_scan(
     with data.test_csv.open(encoding="utf-8", newline="") as stream:
         reports = [row["answer"] for row in csv.DictReader(stream)]
 
-    def write(writer: ReportWriter, visual: torch.Tensor, batch: dict, decoding: object = None) -> list[Written]:
+    def write(writer: ReportWriter, visual: torch.Tensor, batch: dict, decoding: object = None) -> list[Report]:
         rows = batch["row"].tolist() if "row" in batch else [0] * len(visual)
         written = [(reports[row % len(reports)], writer.tokenizer.encode(reports[row % len(reports)])) for row in rows]
-        return [Written(text, ids, [-0.01] * len(ids)) for text, ids in written]
+        return [Report(text, ids, [-0.01] * len(ids)) for text, ids in written]
 
     monkeypatch.setattr(ReportWriter, "write", write)
     out = evaluate("true", "--mask_labels", *LABELS, "--same_finding", "miliary=tree_in_bud")

@@ -7,7 +7,7 @@ import pytest
 from scipy.special import expit
 
 from engine.evaluation.calibration import (
-    Judged,
+    Outcomes,
     confidence_scores,
     ece_of_perfect,
     fit_logistic,
@@ -51,16 +51,16 @@ def test_risk_and_coverage_by_hand() -> None:
     assert curve.area == pytest.approx((0 + 2 / 3 + 0.5) / 4)
 
 
-def judged(n: int, seed: int) -> Judged:
+def outcomes(n: int, seed: int) -> Outcomes:
     """Statements that are right as often as 0.2 + 0.6 · p(words), whatever is said of p(size)."""
     rng = np.random.default_rng(seed)
     words = np.log(rng.uniform(0.05, 1, n))
     features = np.stack([words, *[np.zeros(n)] * 4], 1)
-    return Judged(np.arange(n) // 2, np.exp(words), features, rng.random(n) < 0.2 + 0.6 * np.exp(words))
+    return Outcomes(np.arange(n) // 2, np.exp(words), features, rng.random(n) < 0.2 + 0.6 * np.exp(words))
 
 
 def test_confidence_is_calibrated_on_other_cases() -> None:
-    found = confidence_scores(judged(4000, 1), judged(2000, 2), "validation")
+    found = confidence_scores(outcomes(4000, 1), outcomes(2000, 2), "validation")
     card = found.as_dict()
     assert card["ece_before"] > 0.05 > card["ece"] and card["calibrated_on"] == "validation (2000 statements)"
     assert card["risk_coverage"][9]["risk"] < card["risk_coverage"][-1]["risk"] - 0.05
@@ -75,12 +75,12 @@ def test_ece_of_perfect_calibration_falls_with_statements() -> None:
 
 
 def test_without_another_table_folds_of_cases_are_held_out() -> None:
-    card = confidence_scores(judged(3000, 3), None, "").as_dict()
+    card = confidence_scores(outcomes(3000, 3), None, "").as_dict()
     assert card["ece"] < 0.05 and "cross-fitted over 5 folds" in card["calibrated_on"]
 
 
 def test_too_few_statements_are_not_calibrated() -> None:
-    few = confidence_scores(judged(40, 1), judged(10, 2), "validation")
+    few = confidence_scores(outcomes(40, 1), outcomes(10, 2), "validation")
     assert few.calibrator is None and "fewer than 30" in few.calibrated_on
-    none = confidence_scores(Judged.of([], []), None, "")
+    none = confidence_scores(Outcomes.of([], []), None, "")
     assert none.as_dict()["ece"] is None and none.as_dict()["statements"] == 0

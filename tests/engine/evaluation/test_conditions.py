@@ -17,12 +17,12 @@ from data.medical_vlm_dataset import Sample
 from data.phantom.finding import Finding
 from data.phantom.report import write_report
 from data.tables.caption_table import CaptionRow
-from engine.evaluation.calibration import Judged, confidence_scores
+from engine.evaluation.calibration import Outcomes, confidence_scores
 from engine.evaluation.conditions import AUDITED, EvaluatedTable, ReportPasses, shuffled_order
 from engine.evaluation.confidence import Labeller
 from engine.evaluation.generation_store import GenerationStore
 from engine.evaluation.report_card import TableResults, report_card
-from engine.evaluation.report_writer import Written
+from engine.evaluation.report_writer import Report
 
 KINDS = ("nodule", "cavity", "consolidation", "fibrosis", "calcification")
 
@@ -72,9 +72,9 @@ class Model:
         shown = [int(value) - 1 if self.looks else -1 for value in visual]
         return [self.reports[k if k >= 0 else q] for k, q in zip(shown, asked, strict=True)]
 
-    def write(self, visual: Tensor, batch: Mapping[str, Any], decoding: object = None) -> list[Written]:
+    def write(self, visual: Tensor, batch: Mapping[str, Any], decoding: object = None) -> list[Report]:
         self.written += len(visual)
-        return [Written(text, [1], [-0.1]) for text in self._texts(visual, batch)]
+        return [Report(text, [1], [-0.1]) for text in self._texts(visual, batch)]
 
     def losses(self, visual: Tensor, batch: Mapping[str, Any]) -> list[tuple[float, int]]:
         own = [self.reports[row] for row in batch["row"]]
@@ -108,7 +108,7 @@ def audit(folder: Path, n: int, looks: bool) -> tuple[dict[str, Any], Model]:
         {name: passes.records(table, name) for name in AUDITED},
         [None] * n,
         none,
-        confidence_scores(Judged.of(none, none), None, ""),
+        confidence_scores(Outcomes.of(none, none), None, ""),
         [None] * n,
         lesion_inputs=["heights of slices", "squares of lesions"],
     )
