@@ -79,11 +79,12 @@ class Checkpoint:
     def has_cmi(self) -> bool:
         return any(key.startswith("cmi.") for key in self.model_state_dict)
 
-    def build_vision(self) -> VisionBridge:
-        """The vision part as it was saved, with its weights, strictly loaded."""
+    def build_vision(self, max_visual_tokens: int | None = None) -> VisionBridge:
+        """The vision part as it was saved, with its weights, strictly loaded; by default with its own token budget."""
         encoder = NnUNetEncoder.from_architecture(self.encoder_architecture)
         output_std = self.diagnostics["expected_std"]
-        vision = VisionBridge.build(self.config, encoder, self.llm["width"], output_std, with_cmi=self.has_cmi)
+        config = self.config.replace(max_visual_tokens=max_visual_tokens or self.config.max_visual_tokens)
+        vision = VisionBridge.build(config, encoder, self.llm["width"], output_std, with_cmi=self.has_cmi)
         load_vision_weights(vision, self)
         return vision
 
