@@ -32,8 +32,6 @@ _IMAGES = {
     "prior": "none (mean of all)",
     "squares": "mean of all, own slice heights and lesion squares",
 }
-
-
 Rows = Sequence[Sequence[str]]  # of a table, the first its head
 
 
