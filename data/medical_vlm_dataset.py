@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -116,8 +117,8 @@ class CaptionCollator:
         if self.tokenizer is not None:
             prompts = [encode_prompt(self.tokenizer, s.question, self.max_question_tokens) for s in samples]
             answers = [encode_answer(self.tokenizer, s.answer, self.max_answer_tokens)[0] for s in samples]
-            batch["question_ids"], batch["question_mask"] = _padded(prompts)
-            batch["answer_ids"], batch["answer_mask"] = _padded(answers)
+            batch["question_ids"], batch["question_mask"] = pad_tokens(prompts)
+            batch["answer_ids"], batch["answer_mask"] = pad_tokens(answers)
         return batch
 
     @staticmethod
@@ -134,11 +135,7 @@ class CaptionCollator:
         }
 
 
-def _padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    length = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
-        mask[row, : len(sequence)] = 1
-    return ids, mask
+def pad_tokens(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids (B, L) padded on the right with 0, and their mask (B, L), 1 where there is a token."""
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    return pad_sequence(rows, batch_first=True), pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)

@@ -197,14 +197,22 @@ class MambaLM(nn.Module):
         return self.model.get_input_embeddings()(ids)
 
     def answer_loss(self, inputs_embeds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the labelled tokens given everything before them.
+        """Sum of the cross-entropy of the labelled tokens in nats, and their number.
+
+        The arguments are those of :meth:`answer_log_probs`.
+        """
+        log_probs, counts = self.answer_log_probs(inputs_embeds, labels)
+        return -log_probs.sum(), counts.sum()
+
+    def answer_log_probs(self, inputs_embeds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of each labelled token given everything before it.
 
         Args:
             inputs_embeds: (B, L, D), padded on the right: a causal model needs no mask then.
             labels: (B, L) token ids, :data:`IGNORED` where nothing is to be learnt.
 
         Returns:
-            Sum of the losses in nats, and the number of labelled tokens.
+            (N,) float32, all labelled tokens row by row, and (B,) their number in each row.
         """
         hidden = self.model.backbone(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
         target = labels[:, 1:]
@@ -212,13 +220,13 @@ class MambaLM(nn.Module):
         # Only the answer's positions meet the vocabulary, and only some at a time: their logits are made again in
         # the backward pass.
         pairs = zip(hidden[:, :-1][wanted].split(LOSS_CHUNK), target[wanted].split(LOSS_CHUNK), strict=True)
-        losses = [checkpoint(self._token_loss, *pair, use_reentrant=False) for pair in pairs]
-        return torch.stack(losses).sum(), wanted.sum()
+        parts = [checkpoint(self._token_log_probs, *pair, use_reentrant=False) for pair in pairs]
+        return torch.cat(parts), wanted.sum(1)
 
-    def _token_loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+    def _token_log_probs(self, hidden: Tensor, target: Tensor) -> Tensor:
         hidden = hidden.to(self.model.get_input_embeddings().weight.dtype)  # the last norm leaves it in float32
         logits = self.model.lm_head(hidden)[:, : self.known_tokens].float()
-        return F.cross_entropy(logits, target, reduction="sum")
+        return -F.cross_entropy(logits, target, reduction="none")
 
     def checkpointing(self, wanted: bool | None) -> bool:
         """Keep only the blocks' inputs for the backward pass (None: from a billion parameters on); returns which."""
