@@ -45,7 +45,7 @@ REPORT_FILES = ("vision_bridge_overnight_best.pt", "overnight_best_summary.txt",
 STATISTICS = ("token_std", "image_std", "effective_rank")
 COLUMNS = ["lr", "batch_size", "state", "val_loss", "epoch", *STATISTICS, "seconds", "folder", "reason", "number"]
 STATES = {"COMPLETE": "finished", "PRUNED": "collapsed", "WAITING": "queued", "FAIL": "failed", "RUNNING": "running"}
-ORDER = ["finished", "collapsed", "queued", "failed", "interrupted", "running"]  # of the leaderboard
+ORDER = ["finished", "collapsed", "queued", "interrupted", "failed", "running"]  # of the leaderboard
 UNFINISHED = "not complete; the same command goes on with it"
 OBJECTIVES = {
     "align": "align (contrast of tokens and reports); lower is better agreement",
@@ -239,8 +239,8 @@ class Night:
         ended, seconds = complete.sum() + (board["state"] == "failed").sum(), board["seconds"][complete].mean()
         left = "unknown time" if pd.isna(seconds) else timedelta(seconds=round((self.count - ended) * seconds))
         elapsed = timedelta(seconds=round(time.monotonic() - self.begun))
-        result = {name: trial.user_attrs.get(name) for name in ("val_loss", "epoch", "reason")}
-        outcome = ", ".join([STATES[trial.state.name], *(f"{k} {v}" for k, v in result.items() if v not in (None, ""))])
+        result = {name: trial.user_attrs[name] for name in ("val_loss", "epoch") if name in trial.user_attrs}
+        outcome = ", ".join(filter(None, (STATES[trial.state.name], describe(result), trial.user_attrs["reason"])))
         name = self.run_folder(**trial.params).name
         print(f"[{ended}/{self.count}] {name}: {outcome}; elapsed {elapsed}, about {left} left", flush=True)
 
@@ -280,7 +280,8 @@ class Night:
                 torch.save(content | {"overnight": best}, part)
             lines += [f"best {name}: {value}" for name, value in best.items()]
             lines += [f"checkpoint: {checkpoint}", "\ngo on with Stage 2:", f"    {self.stage2_command(checkpoint)}"]
-        lines += ["\nall runs, best first:", frame.drop(columns=["folder", "reason", "number"]).to_string(na_rep="-")]
+        table = frame.drop(columns=["folder", "reason", "number"]).astype(object).fillna("-")
+        lines += ["\nall runs, best first:", table.to_string(float_format="{:.6g}".format)]
         lines += [f"{Path(row.folder).name}: {row.reason}" for row in frame.itertuples() if row.reason]
         # Excel misreads Chinese paths in a table without byte-order mark.
         for path, text in ((summary, "\n".join(lines) + "\n"), (board, "\ufeff" + frame.to_csv(lineterminator="\n"))):
