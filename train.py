@@ -95,7 +95,7 @@ def main() -> None:
     args = parse_args()
     config = config_from(args)
     accelerator, output = start_run(args, config, "stage1")
-    check_tables(config)
+    check_tables(config, "error" if args.objective == "align" else "warning")
     if config.use_cmi:
         accelerator.print("note: CMI reads the question and is trained in Stage 2; here encoder and bridge are trained")
 

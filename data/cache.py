@@ -1,17 +1,21 @@
 """Preprocessed volumes on disk: computed once, then read slice by slice.
 
-    root/<key>/image.bin    float32 (C_in, z, y, x), compressed slices (:mod:`data.slice_store`)
+    root/<key>/image.bin    float32 (C_in, z, y, x), compressed slices
     root/<key>/mask.bin     labels (z, y, x), where the case has a mask
     root/<key>/meta.json    shapes, checksums, spacing, voxel map, lesions, lesion voxels per slice
     root/files/<name>.json  digest of a source file's content, with the size and time it had
 
-The key is a digest of the files' content, the preprocessing plan and the format version: a file that is moved
-or renamed is found again, a file or a plan that changes is not mistaken for its predecessor.
+The key is a digest of the files' content, the preprocessing plan and the format version: a file that is moved or
+renamed is found again, a file or a plan that changes is not mistaken for its predecessor.
 
-An entry is written into a temporary folder and renamed into place, so it is seen whole or not at all. Of two
-processes that prepare the same case, the second finds the first one's entry and drops its own. Every slice is
-checked as it is read; a damaged entry is said aloud and prepared again, so that nothing need be forced to the
-disk when it is written: what a power cut takes is made anew.
+An entry is written into a temporary folder and renamed into place, so it is seen whole or not at all. Of two processes
+that prepare the same case, the second finds the first one's entry and drops its own. Every slice is checked as it is
+read; a damaged entry, also one lost in a crash, is reported and prepared again (:meth:`CaseCache.read`).
+
+Codec of the slices: Blosc's LZ4, level 5, after shuffling the bytes, through numcodecs. Neighbouring voxels share their
+exponents, so shuffled bytes compress where plain ones do not. Measured on preprocessed CT, on one core: size ÷ 1.56,
+writing 1.0 GB/s, reading 2.3 to 3.0 GB/s; Zstandard 1 gives ÷ 1.75 at 0.4 and 0.55 GB/s. Files are opened, read and
+closed: Windows does not replace a mapped file, and a memory map reads thirty times a slice ahead.
 """
 
 from __future__ import annotations
@@ -21,19 +25,25 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+from numcodecs import Blosc
 
+from config.errors import InputError
+from config.files import write_text
 from config.nnunet_plans import PreprocessPlan
 from data.imaging.reader import files_of, read_mask, read_volume
+from data.imaging.volume import Volume
 from data.lesions import Lesion, find_lesions
 from data.nnunet_preprocess import Preprocessed, VoxelMap, preprocess
-from data.slice_store import DamagedFile, StoredArray, write_slices
 
 logger = logging.getLogger(__name__)
 
@@ -42,37 +52,73 @@ _ABANDONED_S = 24 * 3600
 _RENAME_TRIES = 5
 _UNREADABLE = (FileNotFoundError, ValueError, KeyError, TypeError, IndexError)  # ValueError: JSON, UTF-8
 _SETTLED_NS = 2 * 10**9  # a file changed later than this may change again within one tick of its clock
+_CODEC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)
+
+Result = TypeVar("Result")
+
+
+class DamagedFile(InputError):
+    """A file of the cache is not what its writer left."""
+
+    def __init__(self, path: Path, reason: object) -> None:
+        super().__init__(f"{path}: {reason}; python scripts/prepare_data.py --verify prepares such entries again")
 
 
 class CachedArray:
-    """An array of an entry. ``shape`` and ``dtype`` as NumPy's; slices are read when asked for."""
+    """A read-only array (…, z, y, x) on disk; slices are read when asked for. Reading raises :class:`DamagedFile`."""
 
-    def __init__(self, stored: StoredArray, mend: Callable[[DamagedFile], StoredArray]) -> None:
-        self._stored, self._mend = stored, mend
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._stored.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self._stored.dtype
+    def __init__(self, path: Path, record: Mapping[str, Any]) -> None:
+        """``record``: from :func:`write_slices`. Raises DamagedFile for a file of another size than recorded."""
+        self.path = path
+        self.shape: tuple[int, ...] = tuple(record["shape"])
+        self.dtype = np.dtype(record["dtype"])
+        self._begins, self._sums = record["begins"], record["crc32"]
+        size = path.stat().st_size
+        if size != self._begins[-1] or len(self._begins) != self.shape[-3] + 1 or len(self._sums) != self.shape[-3]:
+            raise DamagedFile(path, f"it has {size} bytes, expected {self._begins[-1]}")
 
     def planes(self, first: int, last: int) -> np.ndarray:
-        """Slices ``first`` to ``last - 1``, (…, last - first, y, x); a damaged entry is prepared again."""
+        """Slices ``first`` to ``last - 1``: (…, last - first, y, x)."""
+        plane = (*self.shape[:-3], *self.shape[-2:])
+        out = np.empty((*self.shape[:-3], last - first, *self.shape[-2:]), self.dtype)
+        begin, end = self._begins[first], self._begins[last]
         try:
-            return self._stored.planes(first, last)
-        except (DamagedFile, FileNotFoundError) as error:
-            self._stored = self._mend(DamagedFile(str(error)))
-        return self._stored.planes(first, last)
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(begin)
+                block = file.read(end - begin)
+        except FileNotFoundError as error:
+            raise DamagedFile(self.path, "it is missing") from error
+        for z in range(first, last):
+            chunk = block[self._begins[z] - begin : self._begins[z + 1] - begin]
+            if zlib.crc32(chunk) != self._sums[z]:
+                raise DamagedFile(self.path, f"slice {z} changed")
+            out[..., z - first, :, :] = np.frombuffer(_CODEC.decode(chunk), self.dtype).reshape(plane)
+        return out
 
     def plane(self, index: int) -> np.ndarray:
         """One slice, (…, y, x)."""
         return self.planes(index, index + 1)[..., 0, :, :]
 
+    def check(self) -> None:
+        """Read every slice, one at a time. Raises DamagedFile."""
+        for z in range(self.shape[-3]):
+            self.planes(z, z + 1)
+
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         """The whole array, always a copy."""
         return np.asarray(self.planes(0, self.shape[-3]), dtype)
+
+
+def write_slices(path: Path, array: np.ndarray) -> dict[str, Any]:
+    """Write (…, z, y, x), one chunk per z; returns the record that :class:`CachedArray` needs."""
+    begins, sums = [0], []
+    with path.open("wb") as file:
+        for z in range(array.shape[-3]):
+            chunk = _CODEC.encode(np.ascontiguousarray(array[..., z, :, :]))
+            file.write(chunk)
+            begins.append(begins[-1] + len(chunk))
+            sums.append(zlib.crc32(chunk))
+    return {"shape": list(array.shape), "dtype": array.dtype.str, "begins": begins, "crc32": sums}
 
 
 @dataclass(frozen=True)
@@ -98,8 +144,39 @@ class CachedVolume:
         return "I" in self.axcodes and self.axcodes.index("I") == 2 - self.voxel_map.transpose_forward[0]
 
 
-class VolumeCache:
-    """Preprocessed volumes under ``root`` for one ``plan``. Picklable; safe to share between processes."""
+class CaseCache(ABC):
+    """Preprocessed cases of one ``plan`` under ``root``."""
+
+    plan: PreprocessPlan
+    root: Path
+
+    @abstractmethod
+    def get(self, image_path: Path, mask_path: Path | None = None) -> CachedVolume:
+        """The case, prepared now where it is not there.
+
+        Raises:
+            InputError: a source file is refused, or a file of the cache is damaged (:class:`DamagedFile`).
+        """
+
+    @abstractmethod
+    def ensure(self, image_path: Path, mask_path: Path | None = None, *, verify: bool = False) -> bool:
+        """Prepare the case where it is not there or is damaged; whether anything was prepared.
+
+        A missing or truncated file of an entry is always noticed; ``verify`` reads every slice too.
+        Raises InputError for source files that are refused.
+        """
+
+    def read(self, image_path: Path, mask_path: Path | None, use: Callable[[CachedVolume], Result]) -> Result:
+        """``use`` of the case. Where that meets a damaged file, the case is prepared again, and used again."""
+        try:
+            return use(self.get(image_path, mask_path))
+        except DamagedFile:
+            self.ensure(image_path, mask_path, verify=True)
+            return use(self.get(image_path, mask_path))
+
+
+class VolumeCache(CaseCache):
+    """Preprocessed volumes. Picklable; safe to share between processes."""
 
     def __init__(self, root: Path | str, plan: PreprocessPlan) -> None:
         self.root = Path(root)
@@ -108,57 +185,34 @@ class VolumeCache:
         described = {key: value for key, value in plan.to_dict().items() if key != "patch_size"}
         self._plan_text = json.dumps(described, sort_keys=True)
 
-    def get(self, image_path: Path | str, mask_path: Path | str | None = None) -> CachedVolume:
-        """The preprocessed case, from the disk where it is there and whole, else prepared now.
-
-        Raises InputError for files that :func:`data.imaging.reader.read_volume` or ``read_mask`` refuse.
-        """
-        image_path = Path(image_path)
-        mask_path = None if mask_path is None else Path(mask_path)
+    def get(self, image_path: Path, mask_path: Path | None = None) -> CachedVolume:
         entry = self.entry(image_path, mask_path)
         if not entry.exists():
             self._prepare(entry, image_path, mask_path)
-        try:
-            return self._load(entry, image_path, mask_path)
-        except DamagedFile as error:
-            damage = error
-        self._replace(entry, image_path, mask_path, damage)
-        return self._load(entry, image_path, mask_path)
+        return self._load(entry)
 
     def ensure(self, image_path: Path, mask_path: Path | None = None, *, verify: bool = False) -> bool:
-        """Prepare the case unless it is there; was anything done?
-
-        A missing or truncated file of an entry is always seen. ``verify`` reads every slice of it as well.
-        Raises InputError as :meth:`get` does.
-        """
         entry = self.entry(image_path, mask_path)
-        if not entry.exists():
-            self._prepare(entry, image_path, mask_path)
-            return True
-        try:
-            if not verify:
-                self._load(entry, image_path, mask_path)
+        if entry.exists():
+            try:
+                volume = self._load(entry)
+                for array in (volume.image, volume.mask):
+                    if verify and array is not None:
+                        array.check()
                 return False
-            records = json.loads((entry / "meta.json").read_text(encoding="utf-8"))["arrays"]
-            for name, record in records.items():
-                stored = StoredArray(entry / f"{name}.bin", record)
-                for z in range(stored.shape[-3]):
-                    stored.planes(z, z + 1)
-            self._load(entry, image_path, mask_path)
-            return False
-        except (DamagedFile, *_UNREADABLE) as error:
-            damage = error if isinstance(error, DamagedFile) else DamagedFile(f"{type(error).__name__}: {error}")
-        self._replace(entry, image_path, mask_path, damage)
+            except DamagedFile as damage:
+                logger.warning("cache entry of %s is damaged and prepared again: %s", image_path, damage)
+                discard(entry)
+        self._prepare(entry, image_path, mask_path)
         return True
 
     def entry(self, image_path: Path, mask_path: Path | None = None) -> Path:
         """The folder that holds, or will hold, this case."""
         digest = blake2b(f"{FORMAT}\n{self._plan_text}\n".encode(), digest_size=20)
         memory = self.root / "files"
-        for file in files_of(image_path):  # a series is many, also where one of its files stands for it
-            digest.update(file_digest(file, memory))
-        for file in [] if mask_path is None else files_of(mask_path):
-            digest.update(file_digest(file, memory))
+        for path in (image_path, mask_path):
+            for file in [] if path is None else files_of(Path(path)):  # all files of a series
+                digest.update(file_digest(file, memory))
         if mask_path is None:
             digest.update(b"no mask")
         return self.root / digest.hexdigest()
@@ -166,38 +220,27 @@ class VolumeCache:
     def _prepare(self, entry: Path, image_path: Path, mask_path: Path | None) -> None:
         volume = read_volume(image_path, self.plan.orientation)
         mask = None if mask_path is None else read_mask(mask_path, volume)
-        publish(partial(_write_case, preprocess(volume, self.plan, mask), image_path, volume.axcodes), entry)
+        publish(partial(_write_case, preprocess(volume, self.plan, mask), volume), entry)
 
-    def _replace(self, entry: Path, image_path: Path, mask_path: Path | None, damage: DamagedFile) -> None:
-        logger.warning("cache entry %s is damaged (%s); preparing %s again", entry, damage, image_path)
-        discard(entry)
-        self._prepare(entry, image_path, mask_path)
-
-    def _load(self, entry: Path, image_path: Path, mask_path: Path | None) -> CachedVolume:
+    def _load(self, entry: Path) -> CachedVolume:
         """Raises DamagedFile for an entry that is not what its writer left."""
-
-        def mending(name: str) -> Callable[[DamagedFile], StoredArray]:
-            def mend(damage: DamagedFile) -> StoredArray:
-                self._replace(entry, image_path, mask_path, damage)
-                return _open(entry, name)
-
-            return mend
-
         try:
             meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
-            has_mask = "mask" in meta["arrays"]
-            stored = {name: StoredArray(entry / f"{name}.bin", record) for name, record in meta["arrays"].items()}
+            arrays = {name: CachedArray(entry / f"{name}.bin", record) for name, record in meta["arrays"].items()}
+            has_mask = "mask" in arrays
             return CachedVolume(
-                image=CachedArray(stored["image"], mending("image")),
-                mask=CachedArray(stored["mask"], mending("mask")) if has_mask else None,
+                image=arrays["image"],
+                mask=arrays.get("mask"),
                 lesion_voxels=np.array(meta["lesion_voxels"], dtype=np.int64) if has_mask else None,
                 spacing=tuple(meta["spacing"]),
                 voxel_map=VoxelMap.from_dict(meta["voxel_map"]),
                 lesions=tuple(map(Lesion.from_list, meta["lesions"])) if has_mask else (),
                 axcodes=meta.get("axcodes", self.plan.orientation),
             )
+        except DamagedFile:
+            raise
         except _UNREADABLE as error:
-            raise DamagedFile(f"{type(error).__name__}: {error}") from error
+            raise DamagedFile(entry, f"{type(error).__name__}: {error}") from error
 
 
 def file_digest(path: Path, memory: Path | None = None) -> bytes:
@@ -239,17 +282,9 @@ def _content_digest(path: Path, size: int, mtime_ns: int, memory: Path | None) -
         while block := file.read(1 << 22):
             digest.update(block)
     if note is not None and time.time_ns() - mtime_ns > _SETTLED_NS:
-        memory.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_name(f".tmp-{uuid.uuid4().hex}")
         content = {"file": path.name, "size": size, "mtime_ns": mtime_ns, "digest": digest.hexdigest()}
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        temporary.replace(note)
+        write_text(note, json.dumps(content))
     return digest.digest()
-
-
-def _open(entry: Path, name: str) -> StoredArray:
-    record = json.loads((entry / "meta.json").read_text(encoding="utf-8"))["arrays"][name]
-    return StoredArray(entry / f"{name}.bin", record)
 
 
 def publish(write: Callable[[Path], None], entry: Path) -> None:
@@ -275,10 +310,15 @@ def discard(entry: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_case(case: Preprocessed, source: Path, axcodes: str, folder: Path) -> None:
+def _write_case(case: Preprocessed, source: Volume, folder: Path) -> None:
     arrays = {"image": write_slices(folder / "image.bin", case.image)}
-    meta = {"arrays": arrays, "spacing": case.spacing, "voxel_map": case.voxel_map.to_dict(), "source": source.name}
-    meta["axcodes"] = axcodes
+    meta = {
+        "arrays": arrays,
+        "spacing": case.spacing,
+        "voxel_map": case.voxel_map.to_dict(),
+        "source": source.path.name,
+    }
+    meta["axcodes"] = source.axcodes
     if case.mask is not None:
         arrays["mask"] = write_slices(folder / "mask.bin", case.mask)
         meta["lesion_voxels"] = np.count_nonzero(case.mask, axis=(1, 2)).tolist()

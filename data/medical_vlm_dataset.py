@@ -9,27 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from config.nnunet_plans import PreprocessPlan
 from config.schema import Config
 from data.augmentation import Augmentation
-from data.cache import CachedVolume
+from data.cache import CaseCache
 from data.tables.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
 from data.view_selection import EncoderGeometry, View, ViewSelection
-
-
-class Volumes(Protocol):
-    """Where preprocessed cases come from: :class:`data.cache.VolumeCache`, or one that segments them as well."""
-
-    plan: PreprocessPlan
-
-    def get(self, image_path: Path, mask_path: Path | None) -> CachedVolume: ...
 
 
 @dataclass
@@ -51,7 +43,7 @@ class MedicalVLMDataset(Dataset):
     def __init__(
         self,
         rows: Sequence[CaptionRow],
-        cache: Volumes,
+        cache: CaseCache,
         view_selection: ViewSelection,
         prompts: Sequence[str],
         seed: int,
@@ -67,7 +59,7 @@ class MedicalVLMDataset(Dataset):
 
     @classmethod
     def from_config(
-        cls, config: Config, table: Path, cache: Volumes, encoder: EncoderGeometry, seed: int, *, train: bool = False
+        cls, config: Config, table: Path, cache: CaseCache, encoder: EncoderGeometry, seed: int, *, train: bool = False
     ) -> MedicalVLMDataset:
         """``train``: with the augmentation that the configuration asks for.
 
@@ -89,7 +81,7 @@ class MedicalVLMDataset(Dataset):
 
     def _read(self, index: int) -> View:
         row = self.rows[index]
-        view = self.view_selection.select(self.cache.get(row.image_path, row.mask_path))
+        view = self.cache.read(row.image_path, row.mask_path, self.view_selection.select)
         if view.images.nbytes <= self._room:
             self._room -= view.images.nbytes
             self._kept[index] = view
@@ -125,8 +117,8 @@ class CaptionCollator:
         if self.tokenizer is not None:
             prompts = [encode_prompt(self.tokenizer, s.question, self.max_question_tokens) for s in samples]
             answers = [encode_answer(self.tokenizer, s.answer, self.max_answer_tokens)[0] for s in samples]
-            batch["question_ids"], batch["question_mask"] = _padded(prompts)
-            batch["answer_ids"], batch["answer_mask"] = _padded(answers)
+            batch["question_ids"], batch["question_mask"] = pad_tokens(prompts)
+            batch["answer_ids"], batch["answer_mask"] = pad_tokens(answers)
         return batch
 
     @staticmethod
@@ -143,11 +135,7 @@ class CaptionCollator:
         }
 
 
-def _padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    length = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
-        mask[row, : len(sequence)] = 1
-    return ids, mask
+def pad_tokens(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids (B, L) padded on the right with 0, and their mask (B, L), 1 where there is a token."""
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    return pad_sequence(rows, batch_first=True), pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)

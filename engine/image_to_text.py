@@ -189,7 +189,7 @@ def _visual_tokens(checkpoint: Checkpoint, config: Config, case: Case) -> list[T
     plan, device, tokenizer = checkpoint.preprocess_plan, best_device(), read_tokenizer(config.mamba_model)
     vision = checkpoint.build_vision(config.max_visual_tokens).eval()
     selection = ViewSelection.from_config(config, plan, vision.encoder)
-    view = selection(segmentation.open_cache(config, plan).get(case.image, case.mask))
+    view = segmentation.open_cache(config, plan).read(case.image, case.mask, selection)
     vision.to(device)
     images, position, roi = (part[None].to(device) for part in view)
     if vision.cmi is None:

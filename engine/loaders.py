@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from config.nnunet_plans import PreprocessPlan
 from config.schema import Config
-from data.checks.data_check import quick_check
+from data.checks.data_check import check_validation, quick_check
+from data.checks.problems import Level, raise_errors
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from data.tables.caption_table import read_caption_table
 from engine.run import EpochShuffle
@@ -81,13 +82,20 @@ def build_loaders(
     return *accelerator.prepare(train_loader, DataLoader(val, **options)), order
 
 
-def check_tables(config: Config) -> None:
-    """Both tables and the header of every image, in seconds: a missing file must not wait for a model to load.
+def check_tables(config: Config, validation: Level = "warning") -> None:
+    """Check both tables and the header of every image, in seconds, before a model is loaded.
+
+    ``validation``: the level of a validation table whose loss says nothing (:func:`check_validation`).
 
     Raises:
-        InputError: as :func:`read_caption_table` and :func:`quick_check` do.
+        InputError: as :func:`read_caption_table` and :func:`quick_check` do, or for that validation table.
     """
     keys = ("caption_csv_train", "caption_csv_val")
-    quick_check(
-        *(read_caption_table(config.resolved(k), image_root=config.table_root, path_map=config.path_map) for k in keys)
+    train, val = (
+        read_caption_table(config.resolved(k), image_root=config.table_root, path_map=config.path_map) for k in keys
     )
+    quick_check(train, val)
+    problems = check_validation(val, validation)
+    raise_errors(problems, config.caption_csv_val)
+    for problem in problems:
+        print(f"{problem.level}: {config.caption_csv_val}: {problem}", flush=True)

@@ -4,8 +4,8 @@
     root/segmentation/<key>/meta.json   checksums, lesions, lesion voxels per slice
 
 The key is a digest of the case's cache entry and of the nnU-Net file, so another network segments anew. It is the
-network as nnU-Net trained it, decoder and all, also where the encoder went on learning: what the model is shown does
-not change while it learns.
+network as nnU-Net trained it, decoder and all, also where the encoder is trained further: the views do not change
+during training.
 """
 
 from __future__ import annotations
@@ -26,9 +26,18 @@ from tqdm import tqdm
 from config.errors import InputError
 from config.nnunet_plans import PreprocessPlan
 from config.schema import Config
-from data.cache import CachedArray, CachedVolume, VolumeCache, discard, file_digest, publish
+from data.cache import (
+    CachedArray,
+    CachedVolume,
+    CaseCache,
+    DamagedFile,
+    VolumeCache,
+    discard,
+    file_digest,
+    publish,
+    write_slices,
+)
 from data.lesions import Lesion, find_lesions
-from data.slice_store import DamagedFile, StoredArray, write_slices
 from data.tables.caption_table import CaptionRow
 from engine.prepare import Files, fill_cache, unique_files
 from models.nnunet.checkpoint import load_nnunet_checkpoint
@@ -42,8 +51,8 @@ _SLICES = 8
 _ONE_AT_A_TIME = threading.Lock()  # of threads that prepare cases: a network fills the device by itself
 
 
-class SegmentedCache:
-    """Preprocessed cases that carry nnU-Net's own segmentation as their mask, made once and kept. Picklable."""
+class SegmentedCache(CaseCache):
+    """Preprocessed cases with nnU-Net's own segmentation as their mask, made once and kept. Picklable."""
 
     def __init__(self, volumes: VolumeCache, checkpoint: Path) -> None:
         """``checkpoint``: nnU-Net's file, which must have the plan of ``volumes``."""
@@ -54,36 +63,26 @@ class SegmentedCache:
         self.network = file_digest(checkpoint, self.root / "files").hex()
 
     def get(self, image_path: Path, mask_path: Path | None = None) -> CachedVolume:
-        """As :meth:`VolumeCache.get`, with the labels that the network gives in place of the mask."""
         volume = self.volumes.get(image_path, mask_path)
         folder = self.folder(image_path, mask_path)
         if not folder.exists():
             self._segment(folder, volume)
-        try:
-            meta, stored = _open(folder)
-        except (DamagedFile, FileNotFoundError, ValueError, KeyError, TypeError, IndexError) as error:
-            self._again(folder, volume, error)
-            meta, stored = _open(folder)
-
-        def mend(damage: DamagedFile) -> StoredArray:
-            self._again(folder, volume, damage)
-            return _open(folder)[1]
-
-        return replace(
-            volume,
-            mask=CachedArray(stored, mend),
-            lesion_voxels=np.array(meta["lesion_voxels"], dtype=np.int64),
-            lesions=tuple(map(Lesion.from_list, meta["lesions"])),
-        )
+        return self._load(folder, volume)
 
     def ensure(self, image_path: Path, mask_path: Path | None = None, *, verify: bool = False) -> bool:
-        """As :meth:`VolumeCache.ensure`; ``verify`` reads the labels too."""
-        done = self.volumes.ensure(image_path, mask_path, verify=verify)
-        done |= not self.folder(image_path, mask_path).exists()
-        mask = self.get(image_path, mask_path).mask
-        if verify:
-            np.asarray(mask)
-        return done
+        prepared = self.volumes.ensure(image_path, mask_path, verify=verify)
+        volume, folder = self.volumes.get(image_path, mask_path), self.folder(image_path, mask_path)
+        if folder.exists():
+            try:
+                labels = self._load(folder, volume).mask
+                if verify:
+                    labels.check()
+                return prepared
+            except DamagedFile as damage:
+                logger.warning("segmentation of %s is damaged and made again: %s", image_path, damage)
+                discard(folder)
+        self._segment(folder, volume)
+        return True
 
     def folder(self, image_path: Path, mask_path: Path | None = None) -> Path:
         """Where the labels of this case are, or will be."""
@@ -107,13 +106,24 @@ class SegmentedCache:
 
         publish(write, folder)
 
-    def _again(self, folder: Path, volume: CachedVolume, damage: Exception) -> None:
-        logger.warning("segmentation %s is damaged (%s); segmenting again", folder, damage)
-        discard(folder)
-        self._segment(folder, volume)
+    @staticmethod
+    def _load(folder: Path, volume: CachedVolume) -> CachedVolume:
+        """``volume`` with the stored labels in place of its mask. Raises DamagedFile."""
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            return replace(
+                volume,
+                mask=CachedArray(folder / "mask.bin", meta["array"]),
+                lesion_voxels=np.array(meta["lesion_voxels"], dtype=np.int64),
+                lesions=tuple(map(Lesion.from_list, meta["lesions"])),
+            )
+        except DamagedFile:
+            raise
+        except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise DamagedFile(folder, f"{type(error).__name__}: {error}") from error
 
 
-def open_cache(config: Config, plan: PreprocessPlan) -> VolumeCache | SegmentedCache:
+def open_cache(config: Config, plan: PreprocessPlan) -> CaseCache:
     """The cache that the configuration's slice policy needs.
 
     Raises:
@@ -137,7 +147,7 @@ def open_cache(config: Config, plan: PreprocessPlan) -> VolumeCache | SegmentedC
     return SegmentedCache(volumes, path)
 
 
-def prepare_cases(cache: VolumeCache | SegmentedCache, rows: Sequence[CaptionRow]) -> None:
+def prepare_cases(cache: CaseCache, rows: Sequence[CaptionRow]) -> None:
     """Fill the cache before the first step, and segment where the policy wants it.
 
     Raises InputError as :func:`engine.prepare.fill_cache` does.
@@ -181,8 +191,3 @@ def _network(checkpoint: Path) -> tuple[SegmentationUNet, torch.device, bool]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     regions = any(isinstance(label, list) for label in source.dataset_json.get("labels", {}).values())
     return SegmentationUNet.from_checkpoint(source).to(device).eval(), device, regions
-
-
-def _open(folder: Path) -> tuple[dict, StoredArray]:
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    return meta, StoredArray(folder / "mask.bin", meta["array"])

@@ -1,4 +1,4 @@
-"""Measure one part of the system beside its rivals and beside what the machine can do at most.
+"""Measure one part of the system beside baselines and beside what the machine can do at most.
 
     python scripts/benchmark.py scan --out outputs/benchmark
     python scripts/benchmark.py decode --size 130m
@@ -10,7 +10,6 @@ weights. ``--size tiny`` runs in seconds and only shows that the suite works. Me
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from engine.cli import run_main
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Benchmarks beside rivals and the machine's own limits")
+    parser = argparse.ArgumentParser(description="Benchmarks beside baselines and the machine's own limits")
     parser.add_argument("suite", choices=("scan", "prefill", "decode", "train_step", "scaling", "memory", "data"))
     parser.add_argument("--size", choices=("2.8b", "130m", "tiny"), default="2.8b", help="of the language model")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"), help="folder for the results")
@@ -29,16 +28,16 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    import torch
+    import torch  # after the arguments: a wrong flag is answered at once
 
+    from engine.benchmark.models import SIZES
     from engine.benchmark.report import Report
-    from engine.benchmark.sizes import SIZES
+    from engine.benchmark.suites import SUITES
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = Report(args.suite, SIZES[args.size], device)
+    report = Report(args.suite, SIZES[args.size], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if args.size == "tiny":
         report.add_note("size tiny shows that the suite runs; its numbers mean nothing")
-    importlib.import_module(f"engine.benchmark.suite_{args.suite}").run(report)
+    SUITES[args.suite](report)
     report.write(args.out)
 
 

@@ -1,9 +1,9 @@
-"""Draw what the language model is given of a slice: which part of the image each visual token stands for.
+"""Draw which part of a slice each visual token stands for.
 
     python scripts/draw_token_grid.py --out docs/token_grid.png
 
-A synthetic scan through the very framing and token budget of training: all features, the pooled overview, the centre
-crop (``roi_policy: centre``), and overview with lesion tokens (``roi_policy: lesion``).
+A synthetic scan with the view selection and token budget of training: all features, the pooled overview, the centre
+crop (``roi_policy: centre``), and the overview with lesion tokens (``roi_policy: lesion``).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def see(seed: int) -> View:
-    """The slice with most of a small lesion, framed as in training."""
+def lesion_view(seed: int) -> View:
+    """The slice that shows most of a small lesion, selected as in training."""
     source = load_nnunet_checkpoint(NETWORK)
     plan = PreprocessPlan.from_nnunet(source.plans, source.configuration)
     with tempfile.TemporaryDirectory() as name:
@@ -55,18 +55,18 @@ def see(seed: int) -> View:
         return ViewSelection(plan, STRIDE, 1, "mask").select(volume)
 
 
-def lattice(axes: Axes, box: tuple[float, float, float, float], cells: int, colour: str) -> None:
-    """``cells`` x ``cells`` within top, left, bottom, right."""
+def draw_cells(axes: Axes, box: tuple[float, float, float, float], cells: int, colour: str) -> None:
+    """Draw a grid of ``cells`` x ``cells`` within ``box``: top, left, bottom, right."""
     top, left, bottom, right = box
-    for share in np.linspace(0, 1, cells + 1):
-        row, column = top + share * (bottom - top), left + share * (right - left)
+    for fraction in np.linspace(0, 1, cells + 1):
+        row, column = top + fraction * (bottom - top), left + fraction * (right - left)
         axes.plot([left, right], [row, row], color=colour, linewidth=0.8)
         axes.plot([column, column], [top, bottom], color=colour, linewidth=0.8)
 
 
 def main() -> None:
     args = parse_args()
-    view = see(args.seed)
+    view = lesion_view(args.seed)
     image = view.images[0, 0]
     height, width = image.shape
     whole = (0.0, 0.0, float(height), float(width))
@@ -76,11 +76,11 @@ def main() -> None:
     import torch
 
     _, (row, column) = center_crop(torch.zeros(1, 1, args.grid, args.grid), ROI_SIDE)
-    share = np.array([row, column, row + ROI_SIDE, column + ROI_SIDE]) / args.grid
-    crop = tuple(share * np.array([height, width, height, width]))
+    corners = np.array([row, column, row + ROI_SIDE, column + ROI_SIDE]) / args.grid
+    crop = tuple(corners * np.array([height, width, height, width]))
     centre, extent = (v[0].numpy() for v in roi_extent(view.roi[:1], (args.grid, args.grid), ROI_SIDE))
     corners = np.concatenate([centre - extent / 2, centre + extent / 2])
-    square = tuple(corners * np.array([height, width, height, width]))
+    roi = tuple(corners * np.array([height, width, height, width]))
 
     figure = Figure(figsize=(13, 3.9), dpi=110, layout="constrained")
     panels = [
@@ -89,13 +89,13 @@ def main() -> None:
          [(whole, overview, "deepskyblue")]),
         (f"roi_policy centre, roi_side {ROI_SIDE}:\n{ROI_SIDE**2} tokens", [(crop, ROI_SIDE, "deepskyblue")]),
         (f"roi_policy lesion, roi_side {ROI_SIDE}:\n{beside} × {beside} + {ROI_SIDE} × {ROI_SIDE} = "
-         f"{beside**2 + ROI_SIDE**2} tokens", [(whole, beside, "deepskyblue"), (square, ROI_SIDE, "orange")]),
+         f"{beside**2 + ROI_SIDE**2} tokens", [(whole, beside, "deepskyblue"), (roi, ROI_SIDE, "orange")]),
     ]  # fmt: skip
     for axes, (title, grids) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         axes.imshow(image, cmap="gray")
         axes.set(xlim=(-2, width + 2), ylim=(height + 2, -2))
         for box, cells, colour in grids:
-            lattice(axes, box, cells, colour)
+            draw_cells(axes, box, cells, colour)
         axes.set_title(title, fontsize=10)
         axes.axis("off")
     args.out.parent.mkdir(parents=True, exist_ok=True)

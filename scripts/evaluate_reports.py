@@ -1,11 +1,11 @@
-"""How good are the reports of a checkpoint, do they depend on the image, how sure is each sentence, where did it look?
+"""Evaluate the reports of a checkpoint: quality, dependence on the image, confidence of each sentence, saliency maps.
 
     python scripts/evaluate_reports.py --checkpoint outputs/vision_bridge_vlm_final.pt --csv test.csv --out outputs/card
     accelerate launch scripts/evaluate_reports.py --checkpoint outputs/vision_bridge_vlm_final.pt --csv test.csv \\
         --out outputs/card
 
-Writes OUT/report_card.json, report_card.md, report_card.html (with its pictures inside), reports.csv, maps/*.png and
-maps/*.nii.gz. What was generated is kept in OUT/generations-*.jsonl: started again, it goes on where it stopped.
+Writes OUT/report_card.json, report_card.md, report_card.html (with its figures embedded), reports.csv, maps/*.png and
+maps/*.nii.gz. The generated reports are kept in OUT/generations-*.jsonl: a second start resumes from them.
 Every measure is defined in docs/evaluation.md.
 """
 

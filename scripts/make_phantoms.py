@@ -5,14 +5,13 @@ python scripts/make_phantoms.py --out outputs/phantoms --n_train 300 --n_val 40 
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import argparse
 import json
 import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
 import matplotlib
 
@@ -22,14 +21,14 @@ import nibabel as nib
 import numpy as np
 from rich.progress import Progress
 
-from config.errors import InputError
 from data.imaging.volume import LUNG_WINDOW_HU, SOFT_TISSUE_WINDOW_HU
 from data.phantom.dataset import DatasetPaths, make_dataset
 from data.phantom.finding import FINDING_TYPES
+from engine.cli import run_main
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Make synthetic chest CTs with reports")
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set; completed if begun")
     parser.add_argument("--n_train", type=int, default=300)
     parser.add_argument("--n_val", type=int, default=40)
@@ -37,14 +36,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal files")
     parser.add_argument("--language", choices=("zh", "en"), default="zh", help="of reports and questions")
     parser.add_argument("--max_findings", type=int, default=1, help="findings in an abnormal case: 1 to this many")
-    parser.add_argument("--normal_share", type=float, default=0.1, help="share of healthy chests")
+    parser.add_argument("--normal_share", type=float, default=0.1, help="fraction of healthy chests")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
     parser.add_argument("--contact_sheet", action="store_true", help="also write contact_sheet.png into --out")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 def write_contact_sheet(paths: DatasetPaths) -> Path:
-    """One case of each kind in its best slice, the mask as contour; below, a healthy chest top to bottom."""
+    """One case of each type in the slice with most of its lesion; below, a healthy chest from top to bottom."""
     cases = json.loads(paths.cases_json.read_text(encoding="utf-8"))
     shown = {(case["findings"][0]["type"] if case["findings"] else "normal"): case for case in reversed(cases)}
     columns = len(FINDING_TYPES)
@@ -79,32 +78,19 @@ def _load_case(root: Path, case_id: str) -> tuple[np.ndarray, np.ndarray]:
     return hu.transpose(2, 1, 0), mask.transpose(2, 1, 0)
 
 
-def main(argv: list[str] | None = None) -> DatasetPaths:
-    args = parse_args(argv)
+def main() -> None:
+    args = parse_args()
     total = args.n_train + args.n_val + args.n_test
     with Progress() as bar:
         task = bar.add_task("phantoms", total=total)
         paths = make_dataset(
-            args.out,
-            args.n_train,
-            args.n_val,
-            args.n_test,
-            args.seed,
-            language=args.language,
-            max_findings=args.max_findings,
-            normal_share=args.normal_share,
-            workers=args.workers,
-            progress=lambda done, _: bar.update(task, completed=done),
-        )
+            args.out, args.n_train, args.n_val, args.n_test, args.seed, args.language, args.max_findings,
+            args.normal_share, args.workers, progress=lambda done, _: bar.update(task, completed=done),
+        )  # fmt: skip
     if args.contact_sheet and total:
         print(f"contact sheet: {write_contact_sheet(paths)}")
     print(f"{total} cases in {paths.root}: train.csv, val.csv, test.csv")
-    return paths
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

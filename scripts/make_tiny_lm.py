@@ -2,9 +2,9 @@
 
     python scripts/make_tiny_lm.py --out outputs/quickstart/mamba_lm
 
-It learns "key points, question, report", that is, to write what its context says; Stage 2 then puts
-visual tokens where the key points stood. What a report may differ in is one token each (a side, a zone, a
-finding, a number), so that Stage 2 has one place where each is decided. The folder loads like any Mamba of the hub.
+It learns "key points, question, report": to write what its context states. Stage 2 then puts visual tokens in place of
+the key points. A side, a zone, a finding and a number are one token each, so that each is decided at one position. The
+folder loads like any Mamba of the hub.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ from models.language_model.mamba_lm import MambaLM
 END = "<|endoftext|>"
 KEY_POINTS = {"zh": "要点{keys}。", "en": "Key points {keys}. "}
 SIZES_MM = (4, 70)
-ANY_SIZE_SHARE = 0.2  # of the findings have a size from all of SIZES_MM, the rest one that their type has
-# Deviation of the size in the key points from that in the report. What a visual token tells of a size is uncertain
-# too; a model that had only read exact sizes answered it with one of six numbers.
+ANY_SIZE_FRACTION = 0.2  # of the findings have a size from all of SIZES_MM, the others one of their type
+# Standard deviation of the size in the key points around that in the report. A visual token is uncertain of sizes too:
+# a model trained on exact sizes answered with one of six numbers.
 KEY_ERROR_MM = 2.5
 NUMBER_SCALE = 6.0  # numbers this far apart have nearly unrelated embeddings at the start
 
 
 class ReportTexts:
-    """Endless (prompt, report) pairs about findings drawn at random."""
+    """(prompt, report) pairs about findings drawn at random, without end."""
 
     def __init__(self, language: str, max_findings: int, seed: int) -> None:
         self.language, self.max_findings = language, max_findings
@@ -75,20 +75,16 @@ class ReportTexts:
     def _finding(self) -> Finding:
         kind = self.choose.choice(LESION_TYPES)
         zone = "lower" if kind == "effusion" else self.choose.choice(ZONES)
-        low, high = SIZES_MM if self.choose.random() < ANY_SIZE_SHARE else SIZE_RANGE[kind]
+        low, high = SIZES_MM if self.choose.random() < ANY_SIZE_FRACTION else SIZE_RANGE[kind]
         size = round(math.exp(self.choose.uniform(math.log(low), math.log(high))))
         return Finding(kind, self.choose.choice(SIDES), zone, size)
-
-    def _measured(self, finding: Finding) -> Finding:
-        """The finding with an error of measurement: a size read off an image is near the report's, not equal."""
-        size = max(1, round(finding.size_mm + self.choose.gauss(0, KEY_ERROR_MM)))
-        return replace(finding, size_mm=size)
 
     def draw(self) -> tuple[str, str]:
         """Key points and question, and the report that follows them."""
         count = 0 if self.choose.random() < 0.1 else self.choose.randint(1, self.max_findings)
         findings = [self._finding() for _ in range(count)]
-        measured = [self._measured(finding) for finding in findings]
+        errors = [self.choose.gauss(0, KEY_ERROR_MM) for _ in findings]
+        measured = [replace(f, size_mm=max(1, round(f.size_mm + e))) for f, e in zip(findings, errors, strict=True)]
         keys = KEY_POINTS[self.language].format(keys=finding_keys(measured, self.language))
         question = self.choose.choice(wording(self.language).questions)
         return keys + question, write_report(findings, self.rng, self.language)
@@ -98,43 +94,33 @@ def train_tokenizer(texts: list[str], vocabulary: int, language: str) -> PreTrai
     """Byte-level BPE: any text can be encoded, whatever it was trained on."""
     tokenizer = Tokenizer(models.BPE())
     w = wording(language)
-    # Chinese has no spaces: merges would join side, zone and finding to a few hundred whole phrases, each to be
-    # learnt alone, and "left" would be nowhere by itself.
+    # Chinese has no spaces: merges would join side, zone and finding to a few hundred phrases, each learnt separately.
     words = sorted({*w.sides.values(), *w.zones.values(), *w.names.values()}, key=len, reverse=True)
     alone = Regex("|".join(["[0-9]+", *(f" ?{re.escape(word)}" for word in words)]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(alone, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
+    fixed = {"special_tokens": [END], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, **fixed)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END, bos_token=END)
 
 
 def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> MambaForCausalLM:
-    config = MambaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=args.width,
-        num_hidden_layers=args.layers,
-        state_size=16,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
-        **{STAMP: True},
+    ids = dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    size = {"hidden_size": args.width, "num_hidden_layers": args.layers, "state_size": 16}
+    return MambaForCausalLM(
+        MambaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **size, **ids, **{STAMP: True})
     )
-    return MambaForCausalLM(config)
 
 
 @torch.no_grad()
 def order_numbers(model: MambaForCausalLM, tokenizer: PreTrainedTokenizerFast, generator: torch.Generator) -> None:
-    """Start the embeddings of whole numbers as a smooth curve, so that what is learnt of 17 mm helps with 18 mm.
+    """Initialise the embeddings of whole numbers as a smooth curve, so that training on 17 mm helps with 18 mm.
 
-    Random Fourier features of the value (Rahimi & Recht 2007): the similarity of two numbers falls with their
-    distance like a Gaussian of width :data:`NUMBER_SCALE`.
+    Random Fourier features of the value (Rahimi & Recht 2007): the similarity of two numbers falls with their distance
+    like a Gaussian of width :data:`NUMBER_SCALE`.
     """
     table = model.get_input_embeddings().weight
     frequency = torch.randn(table.shape[1], generator=generator) / NUMBER_SCALE
@@ -147,7 +133,7 @@ def order_numbers(model: MambaForCausalLM, tokenizer: PreTrainedTokenizerFast, g
 
 
 def make_batch(source: ReportTexts, tokenizer: PreTrainedTokenizerFast, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels (B, L), padded on the right; every token but the padding is learnt."""
+    """Token ids and labels (B, L), padded on the right; every token except the padding is a target."""
     rows = []
     for _ in range(size):
         prompt, report = source.draw()

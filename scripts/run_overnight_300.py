@@ -58,13 +58,10 @@ def main() -> int:
         night.write_report()
         raise Interrupted("finished runs are kept; the same command goes on from here") from None
     best, summary = night.write_report()
-    if best is None:
+    if not best:
         print(f"error: no run ended with a usable checkpoint; {summary} has the reasons", file=sys.stderr, flush=True)
         return 1
-    print(
-        f"best: lr {best['lr']!r} batch_size {best['batch_size']} val_loss {best['val_loss']:.6g}; {summary}",
-        flush=True,
-    )
+    print(f"best: {best}; {summary}", flush=True)
     return 0
 
 

@@ -82,3 +82,17 @@ def test_equal_reports_are_refused_in_one_line(run_stage, small_training, tmp_pa
     with pytest.raises(InputError, match="all reports are the same text"):
         run_stage("train", "--epochs", "1", "--output_dir", str(tmp_path / "out"), config=config)
     assert not (tmp_path / "out" / "vision_bridge_final.pt").exists()
+
+
+def test_one_validation_case_is_refused_and_a_warning_where_the_loss_means_something(
+    run_stage, small_training, tmp_path, capsys
+):
+    header, row, *_ = (small_training / "table.csv").read_text(encoding="utf-8").splitlines()
+    row = row.replace("0.nii.gz,", f"{small_training}/0.nii.gz,").replace(",0_mask", f",{small_training}/0_mask")
+    (tmp_path / "val.csv").write_text(f"{header}\n{row}\n", encoding="utf-8")
+    config = config_with(small_training, tmp_path, caption_csv_val=str(tmp_path / "val.csv"))
+    flags = ["--epochs", "1", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(InputError, match="val.csv: the validation table has a single case, so val_loss says nothing"):
+        run_stage("train", *flags, config=config)
+    run_stage("train", *flags, "--objective", "proxy_l2", config=config)
+    assert "warning: " in capsys.readouterr().out

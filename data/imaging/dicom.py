@@ -1,9 +1,9 @@
 """DICOM CT series: the slices of one series in a folder, sorted by position, as one image in HU.
 
 pydicom reads headers and plain pixels; slices that are compressed (JPEG, JPEG 2000, JPEG-LS) are unpacked by
-SimpleITK. Both are imported on first use, so that names can be told apart without them. Slices lie along the normal
-of their plane, in equal steps, or the series is refused: nothing is interpolated. The notes of an image name what
-was left out (scouts, secondary captures, objects without pixels) and which tags an anonymised export lacks.
+SimpleITK. Both are imported on first use; suffixes and the DICOM mark are known without them. Slices must lie along
+the normal of their plane in equal steps; nothing is interpolated. The notes of an image name what was left out
+(scouts, secondary captures, objects without pixels) and which tags an anonymised export lacks.
 
 Source: DICOM PS3.3, C.7.6.2 (image plane: position, orientation, spacing) and C.11.1 (rescale slope, intercept).
 """
@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -28,47 +28,45 @@ if TYPE_CHECKING:
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _MAX_FILES = 20_000
+_GEOMETRY = {
+    "ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2, "Rows": 1, "Columns": 1,
+    "RescaleSlope": 1, "RescaleIntercept": 1,
+}  # fmt: skip
 _TAGS = [
-    "SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "Modality", "ImageType",
-    "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns", "SamplesPerPixel",
-    "BitsAllocated", "NumberOfFrames", "RescaleSlope", "RescaleIntercept",
+    "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "Modality", "ImageType", "SamplesPerPixel",
+    "BitsAllocated", "NumberOfFrames", *_GEOMETRY,
 ]  # fmt: skip
 _STEP_TOLERANCE = 0.05  # of the distance between slices
-_UNCOMPRESSED = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2"}
-_RLE = "1.2.840.10008.1.2.5"
+_PLAIN_SYNTAXES = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
+_READ_BY_PYDICOM = (*_PLAIN_SYNTAXES, "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5")  # deflated, run lengths
 
 logging.getLogger("pydicom").setLevel(logging.ERROR)
 
 
-@dataclass(frozen=True)
-class Slice:
-    """One file. ``position`` and ``axes`` (along a row, along a column) are LPS+: mm, and unit vectors (2, 3).
-
-    ``spacing``: between rows, between columns, in mm; ``shape``: rows, columns; ``packed``: pydicom cannot unpack it.
-    """
+class Slice(NamedTuple):
+    """One file's pixels: HU = slope * pixel + intercept. ``shape``: rows, columns."""
 
     path: Path
-    position: np.ndarray
-    axes: np.ndarray
-    spacing: np.ndarray
     shape: tuple[int, int]
     slope: float
     intercept: float
-    packed: bool
 
 
 @dataclass(frozen=True)
 class Series:
     """The files of one series. ``problem``: why it is no CT volume, or empty."""
 
-    number: str
-    description: str
     files: tuple[Path, ...]
     headers: tuple[Dataset, ...]
     problem: str
 
+    @property
+    def number(self) -> str:
+        return _text(self.headers[0], "SeriesNumber")
+
     def __str__(self) -> str:
-        name = f"'{self.description}' " if self.description else ""
+        description = _text(self.headers[0], "SeriesDescription")
+        name = f"'{description}' " if description else ""
         return f"{self.number or '?'} {name}({len(self.files)} images, first {self.files[0].name})"
 
 
@@ -107,8 +105,7 @@ def series_in(folder: Path) -> list[Series]:
     found = []
     for _, members in sorted(grouped.items()):
         files, headers = zip(*members, strict=True)
-        number, description = (_text(headers[0], tag) for tag in ("SeriesNumber", "SeriesDescription"))
-        found.append(Series(number, description, files, headers, _why_no_volume(headers)))
+        found.append(Series(files, headers, _why_no_volume(headers)))
     return sorted(found, key=lambda series: (len(series.number), series.number))
 
 
@@ -193,52 +190,52 @@ def _read_geometry(path: Path) -> tuple[ImageHeader, list[Slice]]:
     if not path.exists():
         raise InputError(f"{path}: file not found")
     series, notes = choose_series(path)
-    slices = [_slice(file, header) for file, header in zip(series.files, series.headers, strict=True)]
-    if len(slices) < 2:
+    if len(series.files) < 2:
         raise InputError(f"{path}: series {series} is a single image, expected a volume")
-    first = slices[0]
-    for other in slices:
-        same = other.shape == first.shape and np.allclose(other.spacing, first.spacing, rtol=1e-3)
-        if not same or not np.allclose(other.axes, first.axes, atol=1e-3):
-            raise InputError(
-                f"{other.path}: size, spacing or direction differ from {first.path.name} of the same series; "
-                "keep the slices of one volume"
-            )
-    normal = np.cross(*first.axes)
-    slices.sort(key=lambda piece: float(piece.position @ normal))
-    step = _step(path, slices, normal)
-    in_plane = (first.axes * first.spacing[::-1, None]).T
-    drift = (slices[-1].position - slices[0].position) / (len(slices) - 1)
-    check_affine(path, affine_from_lps(np.column_stack([in_plane, drift]), slices[0].position))  # a tilted gantry
-    affine = affine_from_lps(np.column_stack([in_plane, normal * step]), slices[0].position)
-    rows, columns = first.shape
-    shape = (columns, rows, len(slices))
-    if columns * rows * len(slices) > volume.MAX_VOXELS:
+    tags = np.array([_geometry_tags(*pair) for pair in zip(series.files, series.headers, strict=True)])
+    position, axes, spacing, size, rescale = np.split(tags, [3, 9, 11, 13], axis=1)
+    same = np.isclose(spacing, spacing[0], rtol=1e-3).all(1) & np.isclose(axes, axes[0], atol=1e-3).all(1)
+    same &= (size == size[0]).all(1)
+    if not same.all():
+        raise InputError(
+            f"{series.files[int(same.argmin())]}: size, spacing or direction differ from {series.files[0].name} of the "
+            "same series; keep the slices of one volume"
+        )
+    in_plane = axes[0].reshape(2, 3)
+    normal = np.cross(*in_plane)
+    order = np.argsort(position @ normal, kind="stable")
+    files, position = [series.files[index] for index in order], position[order]
+    step = _step(path, files, position @ normal)
+    columns_rows = (in_plane * spacing[0, ::-1, None]).T
+    drift = (position[-1] - position[0]) / (len(files) - 1)
+    check_affine(path, affine_from_lps(np.column_stack([columns_rows, drift]), position[0]))  # a tilted gantry
+    affine = affine_from_lps(np.column_stack([columns_rows, normal * step]), position[0])
+    rows, columns = (int(length) for length in size[0])
+    shape = (columns, rows, len(files))
+    if columns * rows * len(files) > volume.MAX_VOXELS:
         raise InputError(f"{path}: headers announce {shape} voxels, more than a CT has; they are damaged")
+    slices = [Slice(file, (rows, columns), *numbers) for file, numbers in zip(files, rescale[order], strict=True)]
     return ImageHeader(path, shape, np.dtype(np.float32), affine, check_affine(path, affine), tuple(notes)), slices
 
 
-def _slice(path: Path, header: Dataset) -> Slice:
+def _geometry_tags(path: Path, header: Dataset) -> np.ndarray:
+    """(15,) position, direction of rows and columns (LPS+), spacing, rows and columns, slope and intercept, checked."""
     with refusing(path, "its header is damaged", "copy it again"):
-        position = _numbers(path, header, "ImagePositionPatient", 3)
-        axes = _numbers(path, header, "ImageOrientationPatient", 6).reshape(2, 3)
-        spacing = _numbers(path, header, "PixelSpacing", 2)
-        [slope], [intercept] = (_numbers(path, header, f"Rescale{name}", 1) for name in ("Slope", "Intercept"))
-        rows, columns = (int(_numbers(path, header, tag, 1)[0]) for tag in ("Rows", "Columns"))
+        tags = np.concatenate([_numbers(path, header, tag, count) for tag, count in _GEOMETRY.items()])
         bits = int(header.get("BitsAllocated") or 16)
-        syntax = str(header.file_meta.TransferSyntaxUID)
+        packed = str(header.file_meta.TransferSyntaxUID) not in _PLAIN_SYNTAXES
+    axes, (rows, columns, slope) = tags[3:9].reshape(2, 3), tags[11:14]
     if not np.allclose(axes @ axes.T, np.eye(2), atol=1e-2):
         raise InputError(f"{path}: image orientation {axes.ravel().tolist()} is no pair of axes, header is damaged")
     if slope == 0:
         raise InputError(f"{path}: rescale slope is 0, so every voxel is one value; export the original CT series")
-    packed = syntax not in _UNCOMPRESSED
-    held = path.stat().st_size * (volume.MAX_DEFLATE_RATIO if packed or syntax.endswith(".99") else 1)
+    held = path.stat().st_size * (volume.MAX_DEFLATE_RATIO if packed else 1)
     if min(rows, columns) < 1 or rows * columns * max(bits // 8, 1) > held:
         raise InputError(
-            f"{path}: header announces {rows} x {columns} pixels, more than a file of {path.stat().st_size} bytes "
-            "holds; it is truncated or its header is damaged"
+            f"{path}: header announces {rows:.0f} x {columns:.0f} pixels, more than a file of {path.stat().st_size} "
+            "bytes holds; it is truncated or its header is damaged"
         )
-    return Slice(path, position, axes, spacing, (rows, columns), slope, intercept, packed and syntax != _RLE)
+    return tags
 
 
 def _numbers(path: Path, header: Dataset, tag: str, count: int) -> np.ndarray:
@@ -251,15 +248,14 @@ def _numbers(path: Path, header: Dataset, tag: str, count: int) -> np.ndarray:
     return numbers
 
 
-def _step(path: Path, slices: list[Slice], normal: np.ndarray) -> float:
-    """Distance between neighbouring slices in mm. Raises InputError where it is not one distance."""
-    along = np.array([piece.position for piece in slices]) @ normal
+def _step(path: Path, files: list[Path], along: np.ndarray) -> float:
+    """Distance between slices that lie ``along`` the normal, in mm. Raises InputError where it is not one distance."""
     steps = np.diff(along)
     if steps.min() < 1e-3:
         index = int(steps.argmin())
         raise InputError(
-            f"{path}: two slices lie at {along[index]:.2f} mm ({slices[index].path.name}, "
-            f"{slices[index + 1].path.name}); keep one reconstruction and one phase"
+            f"{path}: two slices lie at {along[index]:.2f} mm ({files[index].name}, "
+            f"{files[index + 1].name}); keep one reconstruction and one phase"
         )
     if steps.max() - steps.min() > _STEP_TOLERANCE * steps.min():
         index = int(steps.argmax())
@@ -274,7 +270,7 @@ def _step(path: Path, slices: list[Slice], normal: np.ndarray) -> float:
             f"{path}: slices are {steps.min():.2f} to {steps.max():.2f} mm apart, expected one distance; "
             "resample the series where it was made"
         )
-    return float(along[-1] - along[0]) / (len(slices) - 1)
+    return float(along[-1] - along[0]) / (len(files) - 1)
 
 
 def _pixels(piece: Slice) -> np.ndarray:
@@ -283,12 +279,12 @@ def _pixels(piece: Slice) -> np.ndarray:
     import SimpleITK
 
     with refusing(piece.path, "pixels cannot be read", "copy it again"):
-        if piece.packed:
+        data = pydicom.dcmread(piece.path)
+        if data.file_meta.TransferSyntaxUID in _READ_BY_PYDICOM:
+            pixels = data.pixel_array.astype(np.float32) * np.float32(piece.slope) + np.float32(piece.intercept)
+        else:
             image = SimpleITK.ReadImage(piece.path, SimpleITK.sitkFloat32, "GDCMImageIO")
             pixels = SimpleITK.GetArrayFromImage(image)[0]
-        else:
-            pixels = pydicom.dcmread(piece.path).pixel_array.astype(np.float32)
-            pixels = pixels * np.float32(piece.slope) + np.float32(piece.intercept)
     if pixels.shape != piece.shape:
         raise InputError(f"{piece.path}: pixels are {pixels.shape}, the header says {piece.shape}; copy it again")
     return pixels

@@ -1,8 +1,8 @@
 """MetaImage (``.mha``, ``.mhd`` with its ``.raw`` or ``.zraw``) and NRRD (``.nrrd``), read by SimpleITK.
 
-Both begin with a header of text. Of it, SimpleITK does not tell where the voxels lie, how they are packed and whether
-a direction is given. These keys are read here, so that a header which promises more than the file holds is refused
-before anything is allocated, and one that names other files is refused by name.
+Both begin with a header of text. SimpleITK parses it, but does not give the voxel file, the compression and whether a
+direction is stated. These keys are read here: a header that promises more than the file holds is refused before
+anything is allocated, and one that names other files is refused by name.
 """
 
 from __future__ import annotations
@@ -14,16 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from config.errors import InputError
+from data.imaging import volume
 from data.imaging.nifti import sibling
-from data.imaging.volume import (
-    MAX_DEFLATE_RATIO,
-    ImageHeader,
-    StoredImage,
-    affine_from_lps,
-    check_affine,
-    check_shape,
-    refusing,
-)
+from data.imaging.volume import ImageHeader, StoredImage, check_shape, refusing
 
 SUFFIXES = (".mha", ".mhd", ".nrrd")
 _MAX_HEADER = 1 << 16
@@ -40,18 +33,20 @@ def read_header(path: Path) -> ImageHeader:
     voxels = _voxel_file(path, fields)
     held = voxels.stat().st_size - (start if voxels == path else 0)
     if fields.get("compresseddata", "").lower() == "true" or fields.get("encoding", "raw").lower() not in _PLAIN:
-        held *= MAX_DEFLATE_RATIO
+        held *= volume.MAX_DEFLATE_RATIO
     key = "sizes" if path.name.lower().endswith(".nrrd") else "dimsize"
     if not re.fullmatch(r"-?\d+(\s+-?\d+)*", fields.get(key, "")):
         raise InputError(f"{path}: not a readable image (no '{key}' in its header); copy it again")
     shape = tuple(int(length) for length in fields[key].split())
+    if len(shape) != 3:
+        raise InputError(f"{path}: image has shape {shape}, expected three axes; extract one 3D volume")
     check_shape(voxels, shape, np.dtype(np.uint8), held)  # first: SimpleITK's integers cannot hold every length
     if not _METAIMAGE_TYPE.fullmatch(kind := fields.get("elementtype", "met_char")):
         raise InputError(f"{path}: voxels are of type '{kind}', expected integers or floats in HU")
     reader = _reader(path)
     with refusing(path, "not a readable image", "copy it again"):
         reader.ReadImageInformation()
-        pixel = SimpleITK.Image([1] * reader.GetDimension(), reader.GetPixelID(), reader.GetNumberOfComponents())
+        pixel = SimpleITK.Image([1] * 3, reader.GetPixelID(), reader.GetNumberOfComponents())
         dtype = SimpleITK.GetArrayViewFromImage(pixel).dtype
     if reader.GetNumberOfComponents() != 1:
         raise InputError(f"{path}: voxels are colours or vectors, expected one HU value each; export the CT itself")
@@ -59,8 +54,8 @@ def read_header(path: Path) -> ImageHeader:
         raise InputError(f"{path}: header says {shape} voxels, read {reader.GetSize()}; the header is damaged")
     check_shape(voxels, shape, dtype, held)
     zooms = np.array(reader.GetSpacing())
-    affine = affine_from_lps(np.reshape(reader.GetDirection(), (3, 3)) * zooms, reader.GetOrigin())
-    check_affine(path, affine)
+    affine = volume.affine_from_lps(np.reshape(reader.GetDirection(), (3, 3)) * zooms, reader.GetOrigin())
+    volume.check_affine(path, affine)
     given = any(key in fields for key in _DIRECTIONS)
     notes = () if given else ("header gives no direction; voxels are taken as stored in LPS order",)
     return ImageHeader(path, shape, dtype, affine, zooms, notes)

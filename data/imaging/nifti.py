@@ -82,6 +82,8 @@ def write_volume(
         raise ValueError(f"expected a 3D int16, uint8 or float32 array, got {array.dtype} with shape {array.shape}")
     if affine is None:
         affine = np.diag([-spacing[2], -spacing[1], spacing[0], 1.0])
+    elif not np.allclose(nib.affines.voxel_sizes(affine)[::-1], spacing, rtol=1e-3):
+        raise ValueError(f"spacing {spacing} (z, y, x) contradicts the affine {affine.tolist()}")
     image = nib.Nifti1Image(array.transpose(2, 1, 0), affine)
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code="scanner")

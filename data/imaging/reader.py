@@ -62,5 +62,5 @@ def _format_of(path: Path) -> ModuleType:
         return dicom
     raise InputError(
         f"{path}: expected .nii.gz, .nii, .hdr + .img, .mha, .mhd + .raw, .nrrd, or the folder of a DICOM series; "
-        "pictures and text are no CT"
+        "of a .raw file name the .mhd; pictures and text are no CT"
     )

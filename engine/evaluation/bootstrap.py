@@ -1,4 +1,4 @@
-"""Intervals over cases: every score of a set of reports is given with what it would be on other cases.
+"""A score with its 95 % interval over cases.
 
 Percentile bootstrap (Efron 1979): cases are drawn with replacement, as often as there are cases.
 """
@@ -6,7 +6,8 @@ Percentile bootstrap (Efron 1979): cases are drawn with replacement, as often as
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ class Score:
     Attributes:
         value: on all cases.
         low, high: 2.5 and 97.5 % points over resampled cases; NaN where they are not defined.
-        n: number of cases.
+        n: number of cases, or of what the score counts.
         what: definition: tokenisation, library and version, scale.
     """
 
@@ -31,11 +32,13 @@ class Score:
     n: int
     what: str = ""
 
-    def as_dict(self) -> dict[str, float | int | str]:
-        return asdict(self)
+    @property
+    def bounds(self) -> list[float]:
+        return [self.low, self.high]
 
-    def __str__(self) -> str:
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+    def as_dict(self) -> dict[str, Any]:
+        """As the report card holds it."""
+        return {"value": self.value, "interval": self.bounds, "n": self.n, "what": self.what}
 
 
 def case_weights(n: int, repeats: int = REPEATS, seed: int = 0) -> np.ndarray:
@@ -53,10 +56,30 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """``above / below``; NaN where ``below`` is 0."""
+    return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0)
+
+
+def ratio_score(
+    above: Sequence[float], below: Sequence[float], what: str = "", repeats: int = REPEATS, seed: int = 0
+) -> Score:
+    """Σ ``above`` / Σ ``below``, each with one value per case; NaN where Σ ``below`` is 0."""
+    parts = np.array([above, below], float)  # [2, cases]
+    drawn = case_weights(parts.shape[1], repeats, seed) @ parts.T
+    return Score(float(ratio(*parts.sum(1))), *interval(ratio(*drawn.T)), parts.shape[1], what)
+
+
 def mean_score(values: Sequence[float], what: str = "", repeats: int = REPEATS, seed: int = 0) -> Score:
-    """Mean of one value per case."""
-    held = np.asarray(values, float)
-    if not len(held):
-        return Score(float("nan"), float("nan"), float("nan"), 0, what)
-    low, high = interval(case_weights(len(held), repeats, seed) @ held / len(held))
-    return Score(float(held.mean()), low, high, len(held), what)
+    """Mean of one value per case; NaN without a case."""
+    return ratio_score(values, np.ones(len(values)), what, repeats, seed)
+
+
+def hit_score(hits: Sequence[tuple[int, bool]], cases: int, what: str, repeats: int = REPEATS, seed: int = 0) -> Score:
+    """Fraction of hits, which are (case, hit or miss), several or none per case; ``n`` is their number."""
+    right, total = np.zeros(cases), np.zeros(cases)
+    for case, hit in hits:
+        right[case] += hit
+        total[case] += 1
+    score = ratio_score(right, total, what, repeats, seed)
+    return Score(score.value, score.low, score.high, len(hits), what)

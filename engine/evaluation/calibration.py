@@ -1,25 +1,25 @@
-"""How far a stated confidence can be trusted, and what to do with sentences that have little of it.
+"""Calibration of the confidence of statements, its expected calibration error, and selective prediction.
 
-Confidences are in [0, 1], outcomes are right (True) or wrong. Calibrators are fitted on validation cases,
-never on those that are reported.
+The calibrator is a logistic regression on the features of a statement, fitted on other cases than those reported.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
-from scipy.optimize import isotonic_regression, minimize
-from scipy.special import expit, logit
+from scipy.optimize import minimize
+from scipy.special import expit
 
-from config.errors import InputError
+from data.report_language.labeller import FindingMention
+from engine.evaluation.bootstrap import ratio
+from engine.evaluation.confidence import Statement, is_right
 
-TO_CHECK = {"zh": "【待核实】", "en": "[to be verified]"}
-_SENTENCE = re.compile(r"[^。；;!！\n.]*(?:\.(?=\d)[^。；;!！\n.]*)*(?:[。；;!！\n.]+|$)")
-_EPSILON = 1e-6
+MIN_STATEMENTS = 30  # to fit six numbers on
+FOLDS = 5
+FEATURES = 5
 
 
 @dataclass(frozen=True)
@@ -40,142 +40,27 @@ class Reliability:
     count: np.ndarray
 
 
-def reliability(confidences: Sequence[float], right: Sequence[bool], bins: int = 10) -> Reliability:
-    """ECE with bins of equal width; a confidence on an edge belongs to the bin above it, 1 to the last.
-
-    Raises:
-        InputError: no pair, lists of different length, or a confidence outside [0, 1].
-    """
-    c, r = _checked(confidences, right)
+def reliability(confidences: np.ndarray, right: np.ndarray, bins: int = 10) -> Reliability:
+    """ECE with bins of equal width of N ≥ 1 confidences in [0, 1]; one on an edge belongs to the bin above it."""
     edges = np.linspace(0, 1, bins + 1)
-    where = np.clip(np.searchsorted(edges, c, side="right") - 1, 0, bins - 1)
+    where = np.clip(np.searchsorted(edges, confidences, side="right") - 1, 0, bins - 1)
     count = np.bincount(where, minlength=bins)
-    with np.errstate(invalid="ignore"):
-        confidence = np.bincount(where, c, bins) / count
-        accuracy = np.bincount(where, r, bins) / count
+    confidence, accuracy = (ratio(np.bincount(where, values, bins), count) for values in (confidences, right))
     gaps = np.where(count > 0, np.abs(accuracy - confidence), 0)
-    return Reliability(float((gaps * count).sum() / len(c)), edges, confidence, accuracy, count)
+    return Reliability(float((gaps * count).sum() / len(where)), edges, confidence, accuracy, count)
 
 
-def draw_reliability(held: Reliability, path: Path, title: str = "") -> None:
-    """Write the reliability diagram as an image; the format is that of the file's name."""
-    from matplotlib.figure import Figure  # without pyplot: no display and no global state
-
-    figure = Figure(figsize=(4, 4.6), layout="constrained")
-    top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    width = np.diff(held.edges)
-    top.bar(held.edges[:-1], np.nan_to_num(held.accuracy), width, align="edge", color="#4c78a8", edgecolor="white")
-    top.plot([0, 1], [0, 1], "--", color="#555555", linewidth=1)
-    top.plot(held.confidence, held.accuracy, "o", color="#f58518", markersize=4)
-    top.set(ylabel="share right", ylim=(0, 1), title=f"{title}  ECE {held.ece:.3f}".strip())
-    below.bar(held.edges[:-1], held.count, width, align="edge", color="#9d9d9d", edgecolor="white")
-    below.set(xlabel="confidence", ylabel="count", xlim=(0, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-
-
-def draw_risk_coverage(held: RiskCoverage, path: Path, title: str = "") -> None:
-    """Write the curve as an image: the error among the statements that are kept, by how many are kept."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4, 3), layout="constrained")
-    axis = figure.subplots()
-    axis.step(held.coverage, held.risk, where="post", color="#4c78a8")
-    axis.set(xlabel="share of statements kept, the surest first", ylabel="share of them wrong", xlim=(0, 1))
-    axis.set_ylim(0, max(0.05, 1.15 * float(held.risk.max())))
-    axis.set_title(f"{title}  area {held.area:.3f}".strip())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-
-
-@dataclass(frozen=True)
-class Isotonic:
-    """Monotone step calibration; between fitted points linear, beyond them constant."""
-
-    x: np.ndarray
-    y: np.ndarray
-
-    def __call__(self, confidences: Sequence[float]) -> np.ndarray:
-        return np.interp(np.asarray(confidences, float), self.x, self.y)
-
-
-@dataclass(frozen=True)
-class Platt:
-    """Logistic calibration on the confidence's log-odds: σ(slope · logit(c) + offset)."""
-
-    slope: float
-    offset: float
-
-    def __call__(self, confidences: Sequence[float]) -> np.ndarray:
-        return expit(self.slope * _log_odds(np.asarray(confidences, float)) + self.offset)
-
-
-def fit_isotonic(confidences: Sequence[float], right: Sequence[bool]) -> Isotonic:
-    """Least squares under monotonicity (pool adjacent violators); equal confidences share one value."""
-    c, r = _checked(confidences, right)
-    x, inverse, weight = np.unique(c, return_inverse=True, return_counts=True)
-    return Isotonic(x, isotonic_regression(np.bincount(inverse, r) / weight, weights=weight).x)
-
-
-def fit_platt(confidences: Sequence[float], right: Sequence[bool]) -> Platt:
-    """Maximum likelihood with Platt's smoothed targets (Platt 1999), so that separable data stay finite."""
-    c, r = _checked(confidences, right)
-    good, bad = r.sum(), len(r) - r.sum()
-    target = np.where(r > 0, (good + 1) / (good + 2), 1 / (bad + 2))
-    z = _log_odds(c)
-
-    def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
-        a = theta[0] * z + theta[1]
-        error = expit(a) - target
-        return float((np.logaddexp(0, a) - target * a).sum()), np.array([(error * z).sum(), error.sum()])
-
-    found = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B")
-    return Platt(float(found.x[0]), float(found.x[1]))
-
-
-@dataclass(frozen=True)
-class Logistic:
-    """Logistic regression on several signs: σ(signs · weights + offset)."""
-
-    weights: tuple[float, ...]
-    offset: float
-
-    def __call__(self, signs: np.ndarray) -> np.ndarray:
-        """Probabilities (N,) of signs (N, F)."""
-        return expit(np.asarray(signs, float) @ np.array(self.weights) + self.offset)
-
-
-def fit_logistic(signs: np.ndarray, right: Sequence[bool], ridge: float = 1.0) -> Logistic:
-    """Maximum likelihood with Platt's smoothed targets and a small penalty on the weights; a sign that does not vary
-    has weight 0.
-
-    Args:
-        signs: (N, F). right: (N,).
-        ridge: half of it times the squared weights of the standardised signs is added to the sum of all losses: few
-            statements are held to little, many are free.
-    """
-    x, r = np.asarray(signs, float), np.asarray(right, float)
-    if x.ndim != 2 or len(x) != len(r) or not len(r):
-        raise InputError(f"signs of shape {x.shape} and {len(r)} outcomes; give one row per outcome, at least 1")
-    good, bad = r.sum(), len(r) - r.sum()
-    target = np.where(r > 0, (good + 1) / (good + 2), 1 / (bad + 2))
-    middle, spread = x.mean(0), x.std(0)
-    z = (x - middle) / np.where(spread > 0, spread, 1)
-
-    def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
-        a = z @ theta[:-1] + theta[-1]
-        error = expit(a) - target
-        value = (np.logaddexp(0, a) - target * a).sum() + ridge * (theta[:-1] ** 2).sum() / 2
-        return float(value), np.append(z.T @ error + ridge * theta[:-1], error.sum())
-
-    theta = minimize(loss, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B").x
-    weights = np.where(spread > 0, theta[:-1] / np.where(spread > 0, spread, 1), 0)
-    return Logistic(tuple(float(w) for w in weights), float(theta[-1] - middle @ weights))
+def ece_of_perfect(confidences: np.ndarray, draws: int = 200, seed: int = 0) -> float:
+    """Mean ECE of perfectly calibrated statements with these confidences: what chance alone leaves."""
+    rng = np.random.default_rng(seed)
+    values = [reliability(confidences, rng.random(len(confidences)) < confidences).ece for _ in range(draws)]
+    return float(np.mean(values))
 
 
 @dataclass(frozen=True)
 class RiskCoverage:
-    """Error among the most confident share: ``risk[k]`` at ``coverage[k]``; ``area`` is its mean (AURC)."""
+    """Error among the most confident fraction: ``risk[k]`` at ``coverage[k]``, of the statements whose confidence
+    reaches ``threshold[k]``; ``area`` is its mean (AURC)."""
 
     coverage: np.ndarray
     risk: np.ndarray
@@ -183,54 +68,142 @@ class RiskCoverage:
     area: float
 
 
-def risk_coverage(confidences: Sequence[float], right: Sequence[bool]) -> RiskCoverage:
-    """The curve of selective prediction (Geifman and El-Yaniv 2017); ties are taken together."""
-    c, r = _checked(confidences, right)
-    order = np.argsort(-c, kind="stable")
-    wrong = np.cumsum(1 - r[order])
-    taken = np.arange(1, len(c) + 1)
-    last = np.append(c[order][1:] != c[order][:-1], True)
-    risk = (wrong / taken)[last]
-    size = np.diff(np.append(0, taken[last]))
-    return RiskCoverage(taken[last] / len(c), risk, c[order][last], float((risk * size).sum() / len(c)))
+def risk_coverage(confidences: np.ndarray, right: np.ndarray) -> RiskCoverage:
+    """The curve of selective prediction (Geifman and El-Yaniv 2017); equal confidences are one point."""
+    threshold, where, size = np.unique(-confidences, return_inverse=True, return_counts=True)
+    kept = size.cumsum()
+    risk = np.bincount(where, 1 - np.asarray(right, float)).cumsum() / kept
+    return RiskCoverage(kept / kept[-1], risk, -threshold, float((risk * size).sum() / kept[-1]))
 
 
-def split_sentences(text: str) -> list[str]:
-    """Pieces of a text, each with its stop and what blank space follows none; joined they are the text."""
-    return [piece for piece in _SENTENCE.findall(text) if piece]
+@dataclass(frozen=True)
+class Logistic:
+    """Logistic regression on several features: σ(features · weights + offset)."""
+
+    weights: tuple[float, ...]
+    offset: float
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Probabilities (N,) of features (N, F)."""
+        return expit(np.asarray(features, float) @ np.array(self.weights) + self.offset)
 
 
-def mark_unsure(text: str, confidences: Sequence[float], threshold: float, language: str = "zh") -> str:
-    """Put 【待核实】 behind every sentence whose confidence is below the threshold; nothing is taken out.
+def fit_logistic(features: np.ndarray, right: np.ndarray, ridge: float = 1.0) -> Logistic:
+    """Maximum likelihood with Platt's smoothed targets (Platt 1999) and a ridge penalty.
 
     Args:
-        text: a report.
-        confidences: one per piece of :func:`split_sentences`.
-        threshold: in [0, 1].
-        language: of the mark.
-
-    Raises:
-        InputError: another number of confidences than of sentences.
+        features: (N, F) with N ≥ 1; one that does not vary gets weight 0.
+        right: (N,).
+        ridge: half of it times the squared weights of the standardised features is added to the sum of all losses.
     """
-    pieces = split_sentences(text)
-    if len(pieces) != len(confidences):
-        raise InputError(f"{len(confidences)} confidences for {len(pieces)} sentences; give one per sentence")
-    marked = []
-    for piece, confidence in zip(pieces, confidences, strict=True):
-        body = piece.rstrip()
-        unsure = confidence < threshold and body
-        marked.append(body + TO_CHECK[language] + piece[len(body) :] if unsure else piece)
-    return "".join(marked)
+    right = np.asarray(right, float)
+    good, bad = right.sum(), len(right) - right.sum()
+    target = np.where(right > 0, (good + 1) / (good + 2), 1 / (bad + 2))
+    mean, deviation = features.mean(0), features.std(0)
+    scale = np.where(deviation > 0, deviation, np.inf)
+    z = (features - mean) / scale
+
+    def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        a = z @ theta[:-1] + theta[-1]
+        error = expit(a) - target
+        value = (np.logaddexp(0, a) - target * a).sum() + ridge * (theta[:-1] ** 2).sum() / 2
+        return float(value), np.append(z.T @ error + ridge * theta[:-1], error.sum())
+
+    theta = minimize(loss, np.zeros(features.shape[1] + 1), jac=True, method="L-BFGS-B").x
+    weights = theta[:-1] / scale
+    return Logistic(tuple(weights.tolist()), float(theta[-1] - mean @ weights))
 
 
-def _log_odds(confidences: np.ndarray) -> np.ndarray:
-    return logit(np.clip(confidences, _EPSILON, 1 - _EPSILON))
+@dataclass(frozen=True)
+class Outcomes:
+    """N statements of one table with their outcome.
+
+    ``case`` (N,); ``raw`` (N,) and ``features`` (N, 5) as of ``Statement``; ``right`` (N,): whether the reference of
+    the case confirms the statement.
+    """
+
+    case: np.ndarray
+    raw: np.ndarray
+    features: np.ndarray
+    right: np.ndarray
+
+    @classmethod
+    def of(cls, stated: Sequence[Sequence[Statement]], references: Sequence[Sequence[FindingMention]]) -> Outcomes:
+        rows = [
+            (case, statement.raw, statement.features, is_right(statement.mention, truth))
+            for case, (statements, truth) in enumerate(zip(stated, references, strict=True))
+            for statement in statements
+        ]
+        case, raw, features, right = zip(*rows, strict=True) if rows else ((), (), (), ())
+        features = np.array(features, float).reshape(-1, FEATURES)
+        return cls(np.array(case, int), np.array(raw, float), features, np.array(right, bool))
 
 
-def _checked(confidences: Sequence[float], right: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
-    c, r = np.asarray(confidences, float), np.asarray(right, float)
-    if c.shape != r.shape or c.ndim != 1 or not len(c):
-        raise InputError(f"{c.size} confidences and {r.size} outcomes; give as many of each, at least 1")
-    if not ((c >= 0) & (c <= 1)).all():
-        raise InputError("a confidence lies outside 0 to 1; give probabilities")
-    return c, r
+@dataclass(frozen=True)
+class ConfidenceScores:
+    """``calibrated``: of each statement, in the order of ``Outcomes``; ``before``, ``after``: reliability without and
+    with calibration; ``calibrated_on``: in words. Without statements there is no reliability and no curve."""
+
+    calibrated: np.ndarray
+    calibrator: Logistic | None
+    calibrated_on: str
+    before: Reliability | None = None
+    after: Reliability | None = None
+    curve: RiskCoverage | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As the report card holds it."""
+        found: dict[str, Any] = {
+            "ece": self.after and self.after.ece,
+            "ece_before": self.before and self.before.ece,
+            "statements": len(self.calibrated),
+            "calibrated_on": self.calibrated_on,
+            "calibrator": self.calibrator and asdict(self.calibrator),
+        }
+        if self.after is None or self.curve is None:
+            return found
+        bins = zip(self.after.edges[:-1], self.after.confidence, self.after.accuracy, self.after.count, strict=True)
+        points = zip(*thinned(self.curve.coverage, self.curve.risk, self.curve.threshold), strict=True)
+        return found | {
+            "area_under_risk_coverage": self.curve.area,
+            "ece_of_perfect": ece_of_perfect(self.calibrated),
+            "reliability": [dict(zip(("from", "confidence", "right", "count"), row, strict=True)) for row in bins],
+            "risk_coverage": [dict(zip(("coverage", "risk", "threshold"), row, strict=True)) for row in points],
+        }
+
+
+def confidence_scores(outcomes: Outcomes, other: Outcomes | None, other_name: str) -> ConfidenceScores:
+    """Calibrate on ``other``, or where there is none by cross-fitting: each fifth of the cases on the rest.
+
+    With fewer than 30 statements to fit on, the raw confidence is kept, and ``calibrated_on`` has the reason.
+    """
+    fitted = None
+    if other is not None and len(other.raw) >= MIN_STATEMENTS:
+        fitted = fit_logistic(other.features, other.right)
+        calibrated, on = fitted(outcomes.features), f"{other_name} ({len(other.raw)} statements)"
+    elif other is None and len(outcomes.raw) >= MIN_STATEMENTS * FOLDS / (FOLDS - 1):
+        calibrated, on = _cross_fitted(outcomes), f"the same table, cross-fitted over {FOLDS} folds of cases"
+        fitted = fit_logistic(outcomes.features, outcomes.right)
+    else:
+        calibrated, on = outcomes.raw, f"nothing: fewer than {MIN_STATEMENTS} statements to fit on"
+    if not len(calibrated):
+        return ConfidenceScores(calibrated, fitted, on)
+    before, after = (reliability(values, outcomes.right) for values in (outcomes.raw, calibrated))
+    return ConfidenceScores(calibrated, fitted, on, before, after, risk_coverage(calibrated, outcomes.right))
+
+
+def thinned(*curves: np.ndarray, limit: int = 50) -> list[np.ndarray]:
+    """At most ``limit`` points of each curve, spread evenly, the first and the last among them."""
+    size = len(curves[0])
+    chosen = np.unique(np.linspace(0, size - 1, min(limit, size)).round().astype(int))
+    return [curve[chosen] for curve in curves]
+
+
+def _cross_fitted(outcomes: Outcomes) -> np.ndarray:
+    calibrated, fold_of = outcomes.raw.copy(), outcomes.case % FOLDS
+    for fold in range(FOLDS):
+        tested, fitted_on = fold_of == fold, fold_of != fold
+        if tested.any() and fitted_on.any():
+            logistic = fit_logistic(outcomes.features[fitted_on], outcomes.right[fitted_on])
+            calibrated[tested] = logistic(outcomes.features[tested])
+    return calibrated

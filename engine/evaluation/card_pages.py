@@ -1,6 +1,6 @@
-"""The report card for people: Markdown, and one HTML file that holds its pictures.
+"""The report card for people: Markdown, one HTML file that holds its figures, and the plots of confidence.
 
-Both are made of the same blocks, so they say the same.
+A block is one part of the card in both formats, so they have the same content.
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.evaluation.calibration import TO_CHECK
+import numpy as np
+
+from config.files import write_text
+from data.report_language.sections import SECTIONS
+from engine.evaluation.calibration import ConfidenceScores, Reliability, RiskCoverage
+from engine.evaluation.conditions import AUDITED, OWN
+from engine.evaluation.confidence import TO_CHECK
 
 _STYLE = """body{font:15px/1.55 sans-serif;margin:2em auto;max-width:1150px;padding:0 1em}
 table{border-collapse:collapse;margin:.6em 0}td,th{border:1px solid #bbb;padding:.25em .6em;text-align:left;
 vertical-align:top}th{background:#eee}img{max-width:100%}.verdict{font-size:1.25em;font-weight:bold;padding:.5em .8em;
 border-left:6px solid #888;background:#f4f4f4}.depends{border-color:#2a8f3c}.independent{border-color:#b00020}
 .partly,.unclear{border-color:#c77d00}mark{background:#ffd9a0}"""
-AUDITED = ("own", "shuffled", "blank", "prior", "squares")
 _IMAGES = {
     "own": "the case's own",
     "shuffled": "another patient's",
@@ -27,109 +32,154 @@ _IMAGES = {
     "prior": "none (mean of all)",
     "squares": "mean of all, own slice heights and lesion squares",
 }
+Rows = Sequence[Sequence[str]]  # of a table, the first its head
 
 
 @dataclass(frozen=True)
 class Block:
-    """``kind``: h2, text, verdict, list, table (rows, the first its head), picture (path and caption)."""
+    """One part of the card in both formats."""
 
-    kind: str
-    content: Any
-    extra: str = ""
+    markdown: str
+    html: str
 
 
 @dataclass(frozen=True)
 class ShownCase:
-    """A report as the card shows it; ``picture``: where the model looked, or None."""
+    """A report as the card shows it; ``figure``: its saliency maps, or None."""
 
     name: str
     reference: str
     marked: str
-    picture: Path | None
+    figure: Path | None
 
 
 def card_blocks(card: Mapping[str, Any], plots: Sequence[tuple[Path, str]], cases: Sequence[ShownCase]) -> list[Block]:
     """The whole card."""
-    audit = card["audit"]
+    audit, mask = card["audit"], card["mask"]
+    places = [["measure", "value", "of", "what"], *_score_rows(card["places"])]
+    for who in ("reports", "references"):
+        places += _score_rows(mask[who] or {}, f"mask, {who}: ")
     blocks = [
-        Block("text", f"{card['cases']} cases of {card['csv']}, checkpoint {card['checkpoint']}. In brackets: the 95 % "
+        _text(f"{card['cases']} cases of {card['csv']}, checkpoint {card['checkpoint']}. In brackets: the 95 % "
               "interval over cases. Definitions: docs/evaluation.md."),
-        Block("h2", "Does it look at the image?"),
-        Block("verdict", audit["verdict"], audit["verdict_code"]),
-        Block("list", audit["reasons"]),
-        Block("table", _audit_rows(audit)),
-        Block("text", _audit_text(audit)),
-        Block("h2", "Findings"),
-        Block("text", _findings_text(card)),
-        Block("table", _finding_rows(card["findings"]["by_finding"])),
-        Block("h2", "Side, height and size"),
-        Block("table", [["measure", "value", "of", "what"], *(_score_row(k, v) for k, v in card["places"].items()),
-                        *_mask_rows(card["mask"])]),
-        *([Block("list", card["mask"]["problems"])] if card["mask"]["problems"] else []),
-        Block("h2", "Confidence"),
-        Block("text", _confidence_text(card["confidence"])),
-        *(Block("picture", path, caption) for path, caption in plots),
-        Block("h2", "Where it looked"),
-        Block("text", _pointing_text(card["pointing"])),
-        Block("h2", "Language"),
-        Block("table", _language_rows(card["language"])),
-        *([Block("list", card["language"]["not_computed"])] if card["language"]["not_computed"] else []),
-        Block("h2", "Sections and text"),
-        Block("table", _section_rows(card["sections"])),
-        Block("text", _text_text(card["text"])),
-        Block("h2", "Reports"),
+        _heading("Does it look at the image?"),
+        Block(f"**{audit['verdict']}**", f"<p class='verdict {audit['verdict_code']}'>{audit['verdict']}</p>"),
+        _list(audit["reasons"]),
+        _table(_audit_rows(audit)),
+        _text(_audit_text(audit)),
+        _heading("Findings"),
+        _text(_findings_text(card["findings"])),
+        _table(_finding_rows(card["findings"]["by_finding"])),
+        _heading("Side, height and size"),
+        _table(places),
+        *([_list(mask["problems"])] if mask["problems"] else []),
+        _heading("Confidence"),
+        _text(_confidence_text(card["confidence"])),
+        *(_figure(path, caption) for path, caption in plots),
+        _heading("Where it looked"),
+        _text(_pointing_text(card["pointing"])),
+        _heading("Language"),
+        _table(_language_rows(card["language"])),
+        _heading("Sections and text"),
+        _table(_section_rows(card["sections"])),
+        _text(_faults_text(card["text"])),
+        _heading("Reports"),
     ]  # fmt: skip
     for case in cases:
-        blocks.append(Block("table", [["case", case.name], ["reference", case.reference], ["generated", case.marked]]))
-        if case.picture is not None:
-            blocks.append(Block("picture", case.picture, f"{case.name}: where it looked; the lesion outlined"))
+        blocks.append(_table([["case", case.name], ["reference", case.reference], ["generated", case.marked]]))
+        if case.figure is not None:
+            blocks.append(_figure(case.figure, f"{case.name}: where it looked; the lesion outlined", "maps/"))
     return blocks
 
 
-def write_markdown(path: Path, blocks: Sequence[Block]) -> None:
-    """Pictures are linked by their path from the file's folder."""
-    parts = ["# Report card"]
-    for block in blocks:
-        if block.kind == "h2":
-            parts.append(f"## {block.content}")
-        elif block.kind == "list":
-            parts.append("\n".join(f"- {line}" for line in block.content))
-        elif block.kind == "verdict":
-            parts.append(f"**{block.content}**")
-        elif block.kind == "picture":
-            parts.append(f"![{block.extra}]({block.content.relative_to(path.parent).as_posix()})")
-        elif block.kind == "table":
-            rows = [[_cell(cell) for cell in row] for row in block.content]
-            rule = ["---"] * len(rows[0])
-            parts.append("\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])))
-        else:
-            parts.append(str(block.content))
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+def write_pages(folder: Path, blocks: Sequence[Block]) -> None:
+    """Write ``report_card.md``, which links its figures, and ``report_card.html``, which holds them."""
+    write_text(folder / "report_card.md", "\n\n".join(["# Report card", *(block.markdown for block in blocks)]) + "\n")
+    head = f"<!doctype html><html><head><meta charset='utf-8'><title>Report card</title><style>{_STYLE}</style></head>"
+    body = ["<body><h1>Report card</h1>", *(block.html for block in blocks), "</body></html>"]
+    write_text(folder / "report_card.html", "\n".join([head, *body]))
 
 
-def write_html(path: Path, blocks: Sequence[Block]) -> None:
-    """One file: pictures are embedded."""
-    parts = [
-        f"<!doctype html><html><head><meta charset='utf-8'><title>Report card</title><style>{_STYLE}</style></head>"
-    ]
-    parts.append("<body><h1>Report card</h1>")
-    for block in blocks:
-        if block.kind == "h2":
-            parts.append(f"<h2>{html.escape(block.content)}</h2>")
-        elif block.kind == "list":
-            parts.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in block.content) + "</ul>")
-        elif block.kind == "verdict":
-            parts.append(f"<p class='verdict {block.extra}'>{html.escape(block.content)}</p>")
-        elif block.kind == "picture":
-            held = base64.b64encode(block.content.read_bytes()).decode("ascii")
-            caption = html.escape(block.extra)
-            parts.append(f"<figure><img alt='{caption}' src='data:image/png;base64,{held}'><figcaption>{caption}"
-                         "</figcaption></figure>")  # fmt: skip
-        elif block.kind == "table":
-            parts.append(_html_table(block.content))
-        else:
-            parts.append(f"<p>{html.escape(str(block.content))}</p>")
-    path.write_text("\n".join([*parts, "</body></html>"]), encoding="utf-8")
+def draw_plots(folder: Path, scores: ConfidenceScores) -> list[tuple[Path, str]]:
+    """Write the reliability diagram and the risk-coverage curve; none where there are no statements."""
+    if scores.after is None or scores.curve is None:
+        return []
+    plots = [(folder / "reliability.png", "Reliability"), (folder / "risk_coverage.png", "Risk and coverage")]
+    draw_reliability(scores.after, plots[0][0])
+    draw_risk_coverage(scores.curve, plots[1][0])
+    return plots
+
+
+def draw_reliability(bins: Reliability, path: Path) -> None:
+    """Accuracy of each bin against its confidence, and how many statements it holds."""
+    from matplotlib.figure import Figure  # without pyplot: no display and no global state
+
+    figure = Figure(figsize=(4, 4.6), layout="constrained")
+    top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    width = np.diff(bins.edges)
+    top.bar(bins.edges[:-1], np.nan_to_num(bins.accuracy), width, align="edge", color="#4c78a8", edgecolor="white")
+    top.plot([0, 1], [0, 1], "--", color="#555555", linewidth=1)
+    top.plot(bins.confidence, bins.accuracy, "o", color="#f58518", markersize=4)
+    top.set(ylabel="fraction right", ylim=(0, 1), title=f"statements  ECE {bins.ece:.3f}")
+    below.bar(bins.edges[:-1], bins.count, width, align="edge", color="#9d9d9d", edgecolor="white")
+    below.set(xlabel="confidence", ylabel="count", xlim=(0, 1))
+    figure.savefig(path, dpi=150)
+
+
+def draw_risk_coverage(curve: RiskCoverage, path: Path) -> None:
+    """Error among the statements that are kept, by how many are kept."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 3), layout="constrained")
+    axis = figure.subplots()
+    axis.step(curve.coverage, curve.risk, where="post", color="#4c78a8")
+    axis.set(xlabel="fraction of statements kept, the surest first", ylabel="fraction of them wrong", xlim=(0, 1))
+    axis.set(ylim=(0, max(0.05, 1.15 * float(curve.risk.max()))), title=f"statements  area {curve.area:.3f}")
+    figure.savefig(path, dpi=150)
+
+
+# ---------------------------------------------------------------------------- blocks
+
+
+def _heading(text: str) -> Block:
+    return Block(f"## {text}", f"<h2>{html.escape(text)}</h2>")
+
+
+def _text(text: str) -> Block:
+    return Block(text, f"<p>{html.escape(text)}</p>")
+
+
+def _list(lines: Sequence[str]) -> Block:
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return Block("\n".join(f"- {line}" for line in lines), f"<ul>{items}</ul>")
+
+
+def _figure(path: Path, caption: str, folder: str = "") -> Block:
+    """``folder``: of the figure, from the card's."""
+    content = base64.b64encode(path.read_bytes()).decode("ascii")
+    escaped = html.escape(caption)
+    image = f"<img alt='{escaped}' src='data:image/png;base64,{content}'>"
+    return Block(f"![{caption}]({folder}{path.name})", f"<figure>{image}<figcaption>{escaped}</figcaption></figure>")
+
+
+def _table(rows: Rows) -> Block:
+    cells = [[cell.replace("|", "\\|").replace("\n", "<br>") for cell in row] for row in rows]
+    cells.insert(1, ["---"] * len(rows[0]))
+    lines = []
+    for number, row in enumerate(rows):
+        tag = "td" if number else "th"
+        marked = (_marked(html.escape(cell).replace("\n", "<br>")) for cell in row)
+        lines.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in marked) + "</tr>")
+    return Block("\n".join(f"| {' | '.join(row)} |" for row in cells), f"<table>{''.join(lines)}</table>")
+
+
+def _marked(cell: str) -> str:
+    for mark in TO_CHECK.values():
+        cell = cell.replace(mark, f"<mark>{mark}</mark>")
+    return cell
+
+
+# ---------------------------------------------------------------------------- content
 
 
 def show(value: Any, digits: int = 3) -> str:
@@ -139,33 +189,35 @@ def show(value: Any, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
-def with_interval(value: float | None, interval: Sequence[float | None]) -> str:
+def _with_interval(value: float | None, interval: Sequence[float | None]) -> str:
     return show(value) if value is None or None in interval else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
-def _scored(score: Mapping[str, Any]) -> str:
-    return with_interval(score["value"], score["interval"])
+def _named(values: Mapping[str, Any], name: str) -> str:
+    """The value of a key with its interval, which has a key of its own."""
+    return _with_interval(values[name], values[f"{name}_interval"])
 
 
-def _score_row(name: str, score: Mapping[str, Any]) -> list[str]:
-    return [name, _scored(score), str(score["n"]), score["what"]]
+def _scored(score: Mapping[str, Any] | None, absent: str = "") -> str:
+    return _with_interval(score["value"], score["interval"]) if score else absent
+
+
+def _score_rows(scores: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
+    return [[prefix + name, _scored(score), str(score["n"]), score["what"]] for name, score in scores.items()]
 
 
 def _audit_rows(audit: Mapping[str, Any]) -> list[list[str]]:
-    head = ["image", "macro-F1", "side and height", "size within 3 mm", "nats per token", "loss gap", "same reports"]
-    rows = []
+    rows = [["image", "macro-F1", "side and height", "size within 3 mm", "nats per token", "loss gap", "same reports"]]
     for name in AUDITED:
         one = audit[name]
-        gap, same = one.get("loss_gap"), one.get("same_reports")
-        values = [_IMAGES[name], with_interval(one["macro_f1"], one["macro_f1_interval"]), show(one["location_acc"])]
-        values += [show(one["size_within_3mm"]), show(one["nats_per_token"]), _scored(gap) if gap else "", show(same) if
-                   gap else ""]  # fmt: skip
-        rows.append(values)
-    return [head, *rows]
+        numbers = [show(one[key]) for key in ("location_acc", "size_within_3mm", "nats_per_token")]
+        same = show(one["same_reports"]) if name != OWN else ""
+        rows.append([_IMAGES[name], _named(one, "macro_f1"), *numbers, _scored(one.get("loss_gap")), same])
+    return rows
 
 
 def _audit_text(audit: Mapping[str, Any]) -> str:
-    normal = with_interval(audit["normal_false_finding_rate"], audit["normal_false_finding_interval"])
+    normal = _with_interval(audit["normal_false_finding_rate"], audit["normal_false_finding_interval"])
     return (
         f"Normal cases with a false finding: {normal} of {audit['normal_cases']}. Duplicate or near-duplicate reports: "
         f"{show(audit['duplicate_rate'])} (of the references: {show(audit['duplicate_rate_of_references'])}); the most "
@@ -173,89 +225,58 @@ def _audit_text(audit: Mapping[str, Any]) -> str:
     )
 
 
-def _findings_text(card: Mapping[str, Any]) -> str:
-    found = card["findings"]
+def _findings_text(found: Mapping[str, Any]) -> str:
     return (
-        f"Macro-F1 {with_interval(found['macro_f1'], found['macro_f1_interval'])}; by chance (reports dealt to other "
-        f"cases) {with_interval(found['chance'], found['chance_interval'])}, p = {show(found['p_value'])}. Micro: F1 "
-        f"{_scored(found['micro_f1'])}, precision {_scored(found['micro_precision'])}, recall "
-        f"{_scored(found['micro_recall'])}."
+        f"Macro-F1 {_named(found, 'macro_f1')}; by chance (reports dealt to other cases) {_named(found, 'chance')}, "
+        f"p = {show(found['p_value'])}. Micro: F1 {_scored(found['micro_f1'])}, precision "
+        f"{_scored(found['micro_precision'])}, recall {_scored(found['micro_recall'])}."
     )
 
 
 def _finding_rows(findings: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    rows = [["finding", "in references", "in reports", "precision", "recall", "F1"]]
-    for one in findings:
-        f1 = with_interval(one["f1"], one["f1_interval"])
-        counts = [one["finding"], str(one["references"]), str(one["reports"])]
-        rows.append([*counts, show(one["precision"]), show(one["recall"]), f1])
-    return rows
+    keys = ("finding", "references", "reports", "precision", "recall")
+    rows = [[*(show(one[key]) for key in keys), _named(one, "f1")] for one in findings]
+    return [["finding", "in references", "in reports", "precision", "recall", "F1"], *rows]
 
 
-def _mask_rows(mask: Mapping[str, Any]) -> list[list[str]]:
-    rows = []
-    for who in ("reports", "references"):
-        rows += [_score_row(f"mask, {who}: {name}", score) for name, score in (mask[who] or {}).items()]
-    return rows
-
-
-def _confidence_text(held: Mapping[str, Any]) -> str:
+def _confidence_text(found: Mapping[str, Any]) -> str:
     return (
-        f"Expected calibration error {show(held['ece'])} of {held['statements']} statements (before calibration "
-        f"{show(held['ece_before'])}; of perfect calibration, by chance, {show(held.get('ece_of_perfect'))}); "
-        f"calibrated on {held['calibrated_on']}. Below {held['abstain_below']} a sentence is marked {TO_CHECK['zh']}: "
-        f"{show(held['statements_marked'])} of the statements, in {show(held['reports_with_marks'])} of the reports. "
-        f"Area under the risk-coverage curve: {show(held.get('area_under_risk_coverage'))}."
+        f"Expected calibration error {show(found['ece'])} of {found['statements']} statements (before calibration "
+        f"{show(found['ece_before'])}; of perfect calibration, by chance, {show(found.get('ece_of_perfect'))}); "
+        f"calibrated on {found['calibrated_on']}. Below {found['abstain_below']} a sentence is marked "
+        f"{TO_CHECK['zh']}: {show(found['statements_marked'])} of the statements, in "
+        f"{show(found['reports_with_marks'])} of the reports. Area under the risk-coverage curve: "
+        f"{show(found.get('area_under_risk_coverage'))}."
     )
 
 
-def _pointing_text(held: Mapping[str, Any]) -> str:
-    if not held["n"]:
+def _pointing_text(found: Mapping[str, Any]) -> str:
+    if not found["n"]:
         return "Pointing game: not played, no sentence about a lesion of a mask that the model was shown."
-    why = "; ".join(f"{reason}: {count}" for reason, count in held["not_played"].items())
-    text = f"Pointing game: {_scored(held)} of {held['n']} sentences; by chance {show(held['chance'])}."
+    why = "; ".join(f"{reason}: {count}" for reason, count in found["not_played"].items())
+    text = f"Pointing game: {_scored(found)} of {found['n']} sentences; by chance {show(found['chance'])}."
     return text + (f" Not played: {why}." if why else "")
 
 
-def _language_rows(held: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["metric", "value", "definition"]]
-    return rows + [
-        [name, with_interval(held[name], held["intervals"][name]), what] for name, what in held["definitions"].items()
-    ]
+def _language_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    metrics = found["definitions"].items()
+    rows = [[name, _with_interval(found[name], found["intervals"][name]), what] for name, what in metrics]
+    return [["metric", "value", "definition"], *rows]
 
 
-def _section_rows(held: Mapping[str, Any]) -> list[list[str]]:
+def _section_rows(found: Mapping[str, Any]) -> list[list[str]]:
     rows = [["section", "in reports", "in references", "BLEU-4", "ROUGE-L", "chrF"]]
-    for name, one in held.items():
-        if isinstance(one, Mapping) and "in_reports" in one:
-            scores = [_scored(one[key]) if key in one else "—" for key in ("BLEU-4", "ROUGE-L", "chrF")]
-            rows.append([name, show(one["in_reports"]), show(one["in_references"]), *scores])
-    return [*rows, ["all four", _scored(held["all_four"]), "", "", "", ""]]
+    for name in SECTIONS:
+        one = found[name]
+        scores = [_scored(one.get(key), "—") for key in ("BLEU-4", "ROUGE-L", "chrF")]
+        rows.append([name, show(one["in_reports"]), show(one["in_references"]), *scores])
+    return [*rows, ["all four", _scored(found["all_four"]), "", "", "", ""]]
 
 
-def _text_text(held: Mapping[str, Any]) -> str:
+def _faults_text(found: Mapping[str, Any]) -> str:
     return (
-        f"Loops: {_scored(held['looping'])} of the reports; garbled: {_scored(held['garbled'])}; empty: "
-        f"{show(held['empty'])}; cut at the limit of tokens: {show(held['cut_at_limit'])}. Distinct 4-grams: "
-        f"{show(held['distinct_4grams'])}; mean length {show(held['mean_characters'], 0)} characters. Measured only: "
+        f"Loops: {_scored(found['looping'])} of the reports; garbled: {_scored(found['garbled'])}; empty: "
+        f"{show(found['empty'])}; cut at the limit of tokens: {show(found['cut_at_limit'])}. Distinct 4-grams: "
+        f"{show(found['distinct_4grams'])}; mean length {show(found['mean_characters'], 0)} characters. Measured only: "
         "the reports stand as the model wrote them."
     )
-
-
-def _cell(text: str) -> str:
-    return str(text).replace("|", "\\|").replace("\n", "<br>")
-
-
-def _html_table(rows: Sequence[Sequence[str]]) -> str:
-    lines = []
-    for number, row in enumerate(rows):
-        tag = "th" if number == 0 else "td"
-        cells = (html.escape(str(cell)).replace("\n", "<br>") for cell in row)
-        lines.append("<tr>" + "".join(f"<{tag}>{_marked(cell)}</{tag}>" for cell in cells) + "</tr>")
-    return f"<table>{''.join(lines)}</table>"
-
-
-def _marked(cell: str) -> str:
-    for mark in TO_CHECK.values():
-        cell = cell.replace(mark, f"<mark>{mark}</mark>")
-    return cell

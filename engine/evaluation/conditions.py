@@ -3,21 +3,21 @@
 =========  ===========================================================================================
 own        the case's image
 shuffled   the image of another patient
-blank      an image without structure: every voxel the mean of CT normalisation, slices at mean height
-prior      no image: the visual tokens are those of the mean features and mean slice height of all cases
-squares    the mean features with the case's own slice heights and lesion squares: what a mask gives away by itself
+blank      an image without structure: every voxel the mean of CT normalisation, slices at mean position
+prior      no image: the visual tokens are those of the mean features and mean slice positions of all cases
+squares    the mean features with the case's own slice positions and lesion boxes: what a mask gives away alone
 sample1…   the case's image, sampled at temperature 1
 =========  ===========================================================================================
 
-The prior keeps as many visual tokens as ever. Leaving them out would measure how the language model takes a prompt
-that it was never trained on; the mean is what it sees of every patient, and nothing of this one.
+The prior keeps the number of visual tokens. A prompt without them is one that the language model was never trained
+on; the mean image is in distribution and holds nothing of the patient.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -33,12 +33,13 @@ from models.language_model.decoding import Decoding
 OWN, SHUFFLED, BLANK, PRIOR, SQUARES, SAMPLE = "own", "shuffled", "blank", "prior", "squares", "sample"
 AUDITED = (OWN, SHUFFLED, BLANK, PRIOR, SQUARES)
 _BASELINE_CASES = 256  # that the mean image is made of
+Record = dict[str, Any]
+Maker = Callable[[list[int]], list[Record]]  # records of these rows
 
 
 @dataclass
 class EvaluatedTable:
-    """A table with its samples. ``name``: of its content, stands in the records; ``cases``: digests of image and mask
-    by row."""
+    """A table with its samples. ``name``: a digest of its file; ``cases``: digests of image and mask by row."""
 
     name: str
     data: MedicalVLMDataset
@@ -54,77 +55,64 @@ class EvaluatedTable:
 
 @dataclass(frozen=True)
 class MeanImage:
-    """What the images of a table have in common. ``features``: (K, C, T, T); ``position``: (K,)."""
+    """Mean over the images of a table. ``features``: (K, C, T, T); ``position``: (K,)."""
 
     features: Tensor
     position: Tensor
 
 
+@dataclass
 class ReportPasses:
-    """Fills a store with the reports of a table, condition by condition; every process does its share of rows."""
+    """Fills a store with the reports of a table, condition by condition; each process takes its own rows."""
 
-    def __init__(
-        self,
-        writer: ReportWriter,
-        collator: CaptionCollator,
-        store: GenerationStore,
-        *,
-        batch_size: int,
-        seed: int,
-        process: int = 0,
-        processes: int = 1,
-    ) -> None:
-        self.writer, self.collator, self.store = writer, collator, store
-        self.batch_size, self.seed = batch_size, seed
-        self.process, self.processes = process, processes
+    writer: ReportWriter
+    collator: CaptionCollator
+    store: GenerationStore
+    batch_size: int
+    seed: int
+    process: int = 0
+    processes: int = 1
 
     def run(self, table: EvaluatedTable, condition: str, mean: MeanImage | None = None) -> None:
-        """Write what is missing. ``mean`` is needed by ``blank``, ``prior`` and ``squares``."""
-        kept = kept_as(table, condition)
-        mine = [row for row in self._missing(table, condition) if row % self.processes == self.process]
-        if not mine:
-            return
+        """Generate what is missing. ``mean`` is needed by ``blank``, ``prior`` and ``squares``."""
         order = list(range(len(table)))
         if condition == SHUFFLED:
             order = shuffled_order([row.patient or str(row.image_path) for row in table.data.rows], self.seed)
-        known: dict[tuple, dict[str, Any]] = {}
-        bar = tqdm(total=len(mine), desc=condition, unit="case", dynamic_ncols=True, disable=None)
-        for rows in chunks(mine, self.batch_size):
+        known: dict[tuple, Record] = {}
+
+        def make(rows: list[int]) -> list[Record]:
             samples = [self._sample(table, row, order[row], condition, mean) for row in rows]
             batch = self.batch(samples)
-            visual = self._visual(batch, condition, mean)
-            records = self._records(visual, batch, samples, condition, known)
-            identified = zip(rows, records, strict=True)
-            named = [{"table": table.name, "condition": kept, "row": r, "case": table.cases[r]} | record
-                     for r, record in identified]  # fmt: skip
-            self.store.add(named)
-            bar.update(len(rows))
-        bar.close()
+            return self._records(self._visual(batch, condition, mean), batch, samples, condition, known)
+
+        self._fill(table, key_of(table, condition), range(len(table)), self.batch_size, make)
+
+    def run_rows(self, table: EvaluatedTable, key: str, rows: Sequence[int], make: Callable[[int], Record]) -> None:
+        """Make what is missing of these rows' records, one at a time."""
+        self._fill(table, key, rows, 1, lambda row: [make(*row)])
+
+    def _fill(self, table: EvaluatedTable, key: str, rows: Sequence[int], size: int, make: Maker) -> None:
+        """Make and store the records of the missing rows, ``size`` at a time."""
+        mine = [row for row in self._missing(table, key, rows) if row % self.processes == self.process]
+        with tqdm(total=len(mine), desc=key, unit="case", dynamic_ncols=True, disable=None if mine else True) as bar:
+            for part in chunks(mine, size):
+                self.store.add(
+                    {"table": table.name, "condition": key, "row": row, "case": table.cases[row]} | record
+                    for row, record in zip(part, make(part), strict=True)
+                )
+                bar.update(len(part))
 
     def complete(self, table: EvaluatedTable, condition: str) -> bool:
-        return not self._missing(table, condition)
+        """Whether every row has its report under this condition."""
+        return not self._missing(table, key_of(table, condition), range(len(table)))
 
-    def _missing(self, table: EvaluatedTable, condition: str) -> list[int]:
-        kept = kept_as(table, condition)
-        return [r for r in range(len(table)) if self.store.get(table.name, kept, r, table.cases[r]) is None]
+    def _missing(self, table: EvaluatedTable, key: str, rows: Sequence[int]) -> list[int]:
+        return [row for row in rows if self.store.get(table.name, key, row, table.cases[row]) is None]
 
-    def run_rows(
-        self, table: EvaluatedTable, condition: str, rows: Sequence[int], make: Callable[[int], dict[str, Any]]
-    ) -> None:
-        """Make and keep what is missing of these rows' own records, one at a time; each process its share."""
-        mine = [r for r in rows if r % self.processes == self.process]
-        mine = [r for r in mine if self.store.get(table.name, condition, r, table.cases[r]) is None]
-        bar = tqdm(total=len(mine), desc=condition, unit="case", dynamic_ncols=True, disable=None)
-        for row in mine:
-            record = {"table": table.name, "condition": condition, "row": row, "case": table.cases[row]}
-            self.store.add([record | make(row)])
-            bar.update()
-        bar.close()
-
-    def records(self, table: EvaluatedTable, condition: str) -> list[dict[str, Any]]:
+    def records(self, table: EvaluatedTable, condition: str) -> list[Record]:
         """Of every row, in order. Call ``store.reload()`` first where other processes have written."""
-        kept = kept_as(table, condition)
-        found = [self.store.get(table.name, kept, row, case) for row, case in enumerate(table.cases)]
+        key = key_of(table, condition)
+        found = [self.store.get(table.name, key, row, case) for row, case in enumerate(table.cases)]
         if None in found:
             raise RuntimeError(f"{found.count(None)} reports of {table.name}/{condition} are missing")
         return found
@@ -140,15 +128,14 @@ class ReportPasses:
     def mean_image(self, table: EvaluatedTable) -> MeanImage:
         """Mean features and slice positions of up to 256 cases, spread evenly over the table."""
         step = max(1, -(-len(table) // _BASELINE_CASES))
-        total, positions, count = None, 0, 0
-        for rows in chunks(range(0, len(table), step), self.batch_size):
+        chosen = range(0, len(table), step)
+        features, position = 0, 0
+        for rows in chunks(chosen, self.batch_size):
             batch = self.batch([table.data[row] for row in rows])
             with torch.no_grad():
-                features = self.writer.model.vision.features(batch["images"]).float().sum(0)
-            total = features if total is None else total + features
-            positions = positions + batch["slice_position"].sum(0)
-            count += len(rows)
-        return MeanImage(total / count, positions / count)
+                features = features + self.writer.model.vision.features(batch["images"]).float().sum(0)
+            position = position + batch["slice_position"].sum(0)
+        return MeanImage(features / len(chosen), position / len(chosen))
 
     def _sample(self, table: EvaluatedTable, row: int, image_of: int, condition: str, mean: MeanImage | None) -> Sample:
         sample = table.data[image_of]
@@ -167,26 +154,22 @@ class ReportPasses:
 
     def _records(
         self, visual: Tensor, batch: Mapping[str, Any], samples: Sequence[Sample], condition: str, known: dict
-    ) -> list[dict[str, Any]]:
+    ) -> list[Record]:
         if condition.startswith(SAMPLE):
             torch.manual_seed(self.seed * 1_000_003 + samples[0].row * 101 + int(condition.removeprefix(SAMPLE)))
-            written = self.writer.write(visual, batch, Decoding(temperature=1.0))
-            return [{"text": one.text} for one in written]
+            return [{"text": one.text} for one in self.writer.write(visual, batch, Decoding(temperature=1.0))]
         losses = [{"nats": nats, "tokens": tokens} for nats, tokens in self.writer.losses(visual, batch)]
         if condition in (BLANK, PRIOR):
             texts = self._shared_texts(visual, batch, samples, known)
         else:
             written = self.writer.write(visual, batch)
-            texts = [
-                {"text": one.text, "ids": one.ids, "log_probs": one.log_probs, "ended": one.ended} for one in written
-            ]
-            texts = texts if condition == OWN else [{"text": one["text"]} for one in texts]
+            texts = [asdict(one) if condition == OWN else {"text": one.text} for one in written]
         return [text | loss for text, loss in zip(texts, losses, strict=True)]
 
     def _shared_texts(
         self, visual: Tensor, batch: Mapping[str, Any], samples: Sequence[Sample], known: dict
-    ) -> list[dict[str, Any]]:
-        """Without an image of its own a report depends on the question alone: each is answered once."""
+    ) -> list[Record]:
+        """Reports that depend on the question alone: each question is answered once."""
         keys = [(sample.question, tuple(sample.images.shape)) for sample in samples]
         new = {key: b for b, key in enumerate(keys) if key not in known}
         if new:
@@ -197,13 +180,13 @@ class ReportPasses:
         return [known[key] for key in keys]
 
 
-def kept_as(table: EvaluatedTable, condition: str) -> str:
-    """Name of a condition in the store: shuffling and means depend on how many rows there are."""
+def key_of(table: EvaluatedTable, condition: str) -> str:
+    """Key of a condition in the store: the shuffled order and the mean image depend on the number of rows."""
     return f"{condition}/{len(table)}" if condition in (SHUFFLED, BLANK, PRIOR, SQUARES) else condition
 
 
 def shuffled_order(patients: Sequence[str], seed: int) -> list[int]:
-    """For each case another one whose image it gets: a permutation, and never an image of the same patient.
+    """For each case the case whose image it gets: a permutation that gives no case an image of its own patient.
 
     Raises:
         InputError: impossible, because one patient has more than half of the cases.
@@ -214,7 +197,7 @@ def shuffled_order(patients: Sequence[str], seed: int) -> list[int]:
             f"{most} of {len(patients)} cases are of one patient or image: images cannot be shuffled between patients; "
             "evaluate a table of more patients (at least 2 cases)"
         )
-    # Patients in blocks; everything moved on by the largest block leaves no one in its own.
+    # The cases of each patient form a block; a rotation by the largest block moves every case out of its own.
     drawn = list(range(len(patients)))
     random.Random(seed).shuffle(drawn)
     first: dict[str, int] = {}
@@ -228,5 +211,6 @@ def shuffled_order(patients: Sequence[str], seed: int) -> list[int]:
 
 
 def chunks(rows: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Consecutive parts of at most ``size`` rows."""
     for start in range(0, len(rows), size):
         yield list(rows[start : start + size])

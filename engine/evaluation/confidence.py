@@ -1,16 +1,15 @@
-"""How sure a model is of what it states: from the probabilities of the words that carry it.
+"""Statements of a report, each with the probability that the model gives its words.
 
-A report is cut into statements: the clause of a finding (words of finding, place, size, number, negation) in its
-sentence. Its raw confidence is the probability of those words' tokens, not of the phrases around them, which may be
-put in many ways. What it is worth is learnt on cases that are not reported (``confidence_scores``), from
-the probabilities of the finding's words, of its place and of its size, and, where several reports were sampled, the
-share of them that state the same.
+A statement is the clause of a finding in its sentence: words of finding, place, size, number and negation. Its raw
+confidence is the probability of the tokens of these words alone, because the phrases around them can be put in many
+ways. :mod:`engine.evaluation.calibration` turns its features into a calibrated confidence.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,26 +17,14 @@ from config.errors import InputError
 from data.report_language.labeller import LANGUAGES, FindingMention, label_report
 from data.report_language.lexer import Lexer, Token, normal_form, sentences
 from data.report_language.terms import FINDINGS
-from engine.evaluation.calibration import split_sentences
-from engine.evaluation.finding_metrics import DIAGNOSTIC_SECTIONS
-from engine.evaluation.localisation import SIZE_TOLERANCE_MM
+from engine.evaluation.finding_metrics import DIAGNOSTIC_SECTIONS, STATED
+from engine.evaluation.localisation import sizes_agree
 
-_CONTENT = (
-    "term",
-    "head",
-    "organ",
-    "place",
-    "size",
-    "count",
-    "negate",
-    "denied",
-    "maybe",
-    "maybe_before",
-    "maybe_after",
-)
-_STATED = ("present", "uncertain")
+TO_CHECK = {"zh": "【待核实】", "en": "[to be verified]"}
+_SENTENCE = re.compile(r"[^。；;!！\n.]*(?:\.(?=\d)[^。；;!！\n.]*)*(?:[。；;!！\n.]+|$)")
+_MAYBE = ("maybe", "maybe_before", "maybe_after")
+_CONTENT = ("term", "head", "organ", "place", "size", "count", "negate", "denied", *_MAYBE)
 _LEAST = math.log(1e-6)
-SIGNS = 5
 Span = tuple[int, int]
 
 
@@ -64,18 +51,17 @@ class Statement:
     Attributes:
         mention: as the labeller reads it.
         sentence: number of its piece in ``split_sentences``.
-        words: stretches of the text that carry it.
+        words: spans of the text that carry it.
         raw: probability of the words, 0 to 1: the confidence before calibration.
-        signs: what the calibration learns from: log-probability of the finding's words, of its place and of its size
-            (0 without such words), whether there is a size, and the share of sampled reports that agree (0 without
-            samples).
+        features: for the calibration: log-probability of the finding's words, of its place and of its size (0 without
+            such words), whether there is a size, and the fraction of sampled reports that agree (0 without samples).
     """
 
     mention: FindingMention
     sentence: int
     words: tuple[Span, ...]
     raw: float
-    signs: tuple[float, float, float, float, float]
+    features: tuple[float, float, float, float, float]
 
 
 def statements(
@@ -88,40 +74,40 @@ def statements(
         log_probs: of each token.
         samples: other reports of the same image.
     """
-    ends, at = [], 0
-    for piece in split_sentences(text):
-        at += len(piece)
-        ends.append(at)
+    numbers = [number for number, piece in enumerate(split_sentences(text)) for _ in piece]  # of each character
     clauses = content_words(text, label.language)
     others = [label(sample) for sample in samples]
     made = []
     for mention in label(text):
         if mention.section not in DIAGNOSTIC_SECTIONS:
             continue
-        words = next((c for c in clauses if any(w.start <= mention.start < w.end for w in c)), ())
-        plain = [(w.start, w.end) for w in words if w.kind != "size"] or [(mention.start, mention.end)]
-        sizes = [(w.start, w.end) for w in words if w.kind == "size"]
-        places = [(w.start, w.end) for w in words if w.kind == "place"]
-        finding = [span for span in plain if span not in places] or [(mention.start, mention.end)]
+        clause = next((c for c in clauses if any(w.start <= mention.start < w.end for w in c)), ())
+        words = {kind: [(w.start, w.end) for w in clause if w.kind == kind] for kind in ("size", "place")}
+        plain = [(w.start, w.end) for w in clause if w.kind != "size"] or [(mention.start, mention.end)]
+        finding = [span for span in plain if span not in words["place"]] or [(mention.start, mention.end)]
         of_finding = log_probability(finding, spans, log_probs)
-        of_place, of_size = (log_probability(w, spans, log_probs) if w else 0.0 for w in (places, sizes))
-        agree = sum(any(agrees(mention, other) for other in sample) for sample in others) / max(len(others), 1)
-        sentence = next(k for k, end in enumerate(ends) if mention.start < end)
-        raw = math.exp(log_probability([*plain, *sizes], spans, log_probs))
-        signs = (of_finding, of_place, of_size, float(bool(sizes)), agree)
-        made.append(Statement(mention, sentence, tuple([*plain, *sizes]), raw, signs))
+        of_place, of_size = (
+            log_probability(words[kind], spans, log_probs) if words[kind] else 0.0 for kind in ("place", "size")
+        )
+        agreeing = sum(any(agrees(mention, other) for other in sample) for sample in others) / max(len(others), 1)
+        features = (of_finding, of_place, of_size, float(bool(words["size"])), agreeing)
+        carrying = (*plain, *words["size"])
+        raw = math.exp(log_probability(carrying, spans, log_probs))
+        made.append(Statement(mention, numbers[mention.start], carrying, raw, features))
     return made
 
 
 def log_probability(words: Sequence[Span], spans: Sequence[Span], log_probs: Sequence[float]) -> float:
-    """Sum over the tokens that touch the words; a very small one where there are none (a text that was cut)."""
-    held = [p for (a, b), p in zip(spans, log_probs, strict=True) if any(a < end and b > start for start, end in words)]
-    return sum(held) if held else _LEAST
+    """Sum over the tokens that touch the words; log(1e-6) where there are none (a text that was cut)."""
+    touching = [
+        p for (a, b), p in zip(spans, log_probs, strict=True) if any(a < end and b > start for start, end in words)
+    ]
+    return sum(touching) if touching else _LEAST
 
 
 def content_words(text: str, language: str) -> list[list[Token]]:
-    """The words of each clause that states something; a clause without a finding belongs to the one before it, or
-    at the start of a sentence to the one after."""
+    """The words of each clause with a finding. A clause without one belongs to the clause before it, or at the start of
+    a sentence to the clause after it."""
     normal = normal_form(text)
     found: list[list[Token]] = []
     for start, end in sentences(normal, 0, len(normal)):
@@ -137,42 +123,61 @@ def content_words(text: str, language: str) -> list[list[Token]]:
             if any(token.kind in ("term", "head") for token in clause):
                 groups.append([*waiting, *clause])
                 waiting = []
-            elif groups:
-                groups[-1] += clause
             else:
-                waiting += clause
+                (groups[-1] if groups else waiting).extend(clause)
         found += groups
     return found
 
 
 def is_right(mention: FindingMention, truth: Sequence[FindingMention]) -> bool:
-    """Whether a reference bears a statement out: the finding with its place and size, or for a denial its absence."""
-    stated = [m for m in truth if m.polarity in _STATED and m.section in DIAGNOSTIC_SECTIONS]
+    """Whether a reference confirms a statement: the finding with its place and size, or for a denial its absence."""
+    stated = [m for m in truth if m.polarity in STATED and m.section in DIAGNOSTIC_SECTIONS]
     if mention.polarity == "absent":
         return all(m.finding != mention.finding for m in stated)
     same = [m for m in stated if agrees(mention, m, size=False)]
-    # An impression without sizes does not bear a size out that the findings contradict.
+    # An impression without sizes does not confirm a size that the findings contradict.
     sized = [m for m in same if m.size_mm is not None]
     return any(agrees(mention, m) for m in sized) if mention.size_mm is not None and sized else bool(same)
 
 
 def agrees(one: FindingMention, other: FindingMention, size: bool = True) -> bool:
-    """Same finding, both stated or both denied, and no contradiction in side, height and size."""
-    if one.finding != other.finding or (one.polarity in _STATED) != (other.polarity in _STATED):
+    """Same finding, both stated or both denied, and no contradiction in side, level and size."""
+    if one.finding != other.finding or (one.polarity in STATED) != (other.polarity in STATED):
         return False
     pairs = ((one.side, other.side), (one.level, other.level))
     if any(a is not None and b is not None and a != b for a, b in pairs):
         return False
     both = size and one.size_mm is not None and other.size_mm is not None
-    return not both or abs(one.size_mm - other.size_mm) <= SIZE_TOLERANCE_MM + 1e-9
+    return not both or sizes_agree(one.size_mm, other.size_mm)
 
 
-def sentence_confidences(text: str, said: Sequence[Statement], calibrated: Sequence[float]) -> list[float]:
-    """One per sentence, that of its least sure statement; 1 for a sentence that states no finding."""
+def split_sentences(text: str) -> list[str]:
+    """Sentences of a text, each with its stop and the line ends behind it; joined they are the text."""
+    return [piece for piece in _SENTENCE.findall(text) if piece]
+
+
+def sentence_confidences(text: str, stated: Sequence[Statement], calibrated: Sequence[float]) -> list[float]:
+    """The lowest confidence of the statements of each sentence; 1 for a sentence that states no finding."""
     values = [1.0] * len(split_sentences(text))
-    for statement, value in zip(said, calibrated, strict=True):
+    for statement, value in zip(stated, calibrated, strict=True):
         values[statement.sentence] = min(values[statement.sentence], float(value))
     return values
+
+
+def mark_unsure(text: str, confidences: Sequence[float], threshold: float, language: str = "zh") -> str:
+    """Put 【待核实】 behind every sentence whose confidence is below the threshold; nothing is removed.
+
+    Args:
+        confidences: one per piece of :func:`split_sentences`.
+        threshold: in [0, 1].
+        language: of the mark.
+    """
+    marked = []
+    for piece, confidence in zip(split_sentences(text), confidences, strict=True):
+        body = piece.rstrip()
+        unsure = confidence < threshold and body
+        marked.append(body + TO_CHECK[language] + piece[len(body) :] if unsure else piece)
+    return "".join(marked)
 
 
 @functools.cache

@@ -1,16 +1,16 @@
-"""Generated reports on disk, one JSON line each, written as they come: an evaluation that was stopped goes on.
+"""Generated reports on disk, one JSON line each, written as they come, so that a stopped evaluation resumes.
 
-    OUT/generations-<identity>-<process>.jsonl     first line: what the identity stands for
+    OUT/generations-<identity>-<process>.jsonl     first line: what the identity is a digest of
 
-The identity is a digest of checkpoint, tables, language model and settings. Lines of another identity are never
-read, so a folder can hold the generations of several checkpoints. Every process writes a file of its own and reads
-all of them, so the number of processes may change between two starts.
+The identity is a digest of checkpoint, language model and settings. Files of another identity are not read, so a
+folder can hold the generations of several checkpoints. Every process writes its own file and reads all of them, so the
+number of processes may change between two starts.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,12 @@ class GenerationStore:
                     self._records[record["table"], record["condition"], record["row"]] = record
 
     def get(self, table: str, condition: str, row: int, case: str) -> dict[str, Any] | None:
-        """The record of a row whose image and mask still have the content that ``case`` stands for."""
+        """The record of a row; None where it has none, or its image or mask has changed since (``case``: digest)."""
         record = self._records.get((table, condition, row))
         return record if record is not None and record["case"] == case else None
 
-    def add(self, records: list[dict[str, Any]]) -> None:
-        """Append records, each with table, condition, row and case, and flush them."""
+    def add(self, records: Iterable[dict[str, Any]]) -> None:
+        """Append records, each with table, condition, row and case, to the process's file."""
         new = not self._path.is_file() or not self._path.stat().st_size
         # A line that a crash cut short must not swallow the next one.
         torn = not new and not self._path.read_bytes().endswith(b"\n")
@@ -66,7 +66,7 @@ class GenerationStore:
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of the lines that are whole; one that a crash cut short is generated again."""
+    """Records of the complete lines; one that a crash cut short is generated again."""
     for line in path.read_bytes().split(b"\n"):
         try:
             yield json.loads(line)

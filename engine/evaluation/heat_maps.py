@@ -1,9 +1,9 @@
-"""Maps of the encoder's feature grid, laid over the scan: its own voxels, its own file's space.
+"""Maps of the encoder's feature grid on the grid of the scan and of its file.
 
-    map [K, T, T] → framing (slices, padding, patch) → preprocessing (crop, resampling) → scan [z, y, x] → file
+    map [K, T, T] → view selection (slices, padding, patch) → preprocessing (crop, resampling) → scan [z, y, x] → file
 
-The three steps are separable: along each axis a voxel has a weight for each cell. A map has the resolution of the
-feature grid; between the centres of its cells it is interpolated.
+The steps are separable: along each axis a voxel has a weight for each cell. A map has the resolution of the feature
+grid; between the centres of its cells it is interpolated.
 """
 
 from __future__ import annotations
@@ -28,13 +28,11 @@ class FramedGrid:
     """Where the cells of a feature map lie in the scan.
 
     Attributes:
-        weights: per axis of the preprocessed volume (voxels of the scan, cells): how much of each cell a voxel has;
-            rows of zeros are voxels that the model did not see.
-        cells: per axis, the cell that each voxel lies in, -1 for one that the model did not see.
+        weights: per axis of the preprocessed volume (voxels of the scan, cells): the weight of each cell in a voxel;
+            rows of zeros are voxels outside of the model's input.
+        cells: per axis, the cell of each voxel, -1 outside of the model's input.
         axes: of the scan, in the order of the preprocessed volume.
-        orientation: that the preprocessing reads scans in.
-
-    Volumes that go in and come out are (z, y, x) in LPS, whatever that orientation is.
+        orientation: that the preprocessing reads scans in. The methods take and return (z, y, x) in LPS.
     """
 
     weights: tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -44,39 +42,39 @@ class FramedGrid:
 
     @classmethod
     def of(
-        cls, framing: ViewSelection, cached: CachedVolume, grid: tuple[int, int, int], orientation: str = "LPS"
+        cls, selection: ViewSelection, cached: CachedVolume, grid: tuple[int, int, int], orientation: str = "LPS"
     ) -> FramedGrid:
-        """The grid (K, T, T) of what ``framing`` cuts out of a preprocessed case."""
+        """The grid (K, T, T) of the views that ``selection`` takes of a preprocessed case."""
         voxel_map = cached.voxel_map
-        starts, sizes = framing.box(cached)
-        lead = framing.offset_fractions(sizes)
-        axes = [_axis(voxel_map, axis, starts[axis], sizes[axis], grid[axis], lead[axis]) for axis in range(3)]
-        if len(framing.patch_size) == 2:
-            axes[0] = _chosen_slices(voxel_map, framing.chosen_slices(cached))
+        starts, sizes = selection.box(cached)
+        offsets = selection.offset_fractions(sizes)
+        axes = [_axis(voxel_map, axis, starts[axis], sizes[axis], grid[axis], offsets[axis]) for axis in range(3)]
+        if len(selection.patch_size) == 2:
+            axes[0] = _chosen_slices(voxel_map, selection.chosen_slices(cached))
         weights, cells = zip(*axes, strict=True)
         return cls(weights, cells, tuple(voxel_map.transpose_forward), orientation)
 
     def lay_over(self, heat: np.ndarray) -> np.ndarray:
-        """A map (K, T, T) as float32 (z, y, x) on the scan's grid; 0 where the model did not see."""
+        """A map (K, T, T) as float32 (z, y, x) on the scan's grid; 0 outside of the model's input."""
         volume = heat.astype(np.float32)
         for axis, weight in enumerate(self.weights):
             volume = np.moveaxis(np.tensordot(weight.astype(np.float32), volume, (1, axis)), 0, axis)
         return np.ascontiguousarray(turned(volume.transpose(np.argsort(self.axes)), self.orientation, "LPS"))
 
     def cells_of(self, solid: np.ndarray) -> np.ndarray:
-        """Which cells (K, T, T) hold a voxel of a boolean (z, y, x) on the scan's grid: it counts to the cell whose
-        feature looks nearest to it."""
+        """Which cells (K, T, T) hold a voxel of a boolean (z, y, x) on the scan's grid: those whose receptive field is
+        centred nearest to a voxel."""
         solid = turned(solid, "LPS", self.orientation)
-        held = np.zeros([weight.shape[1] for weight in self.weights], bool)
+        found = np.zeros([weight.shape[1] for weight in self.weights], bool)
         points = [index[axis_points] for index, axis_points in zip(
             self.cells, np.nonzero(solid.transpose(self.axes)), strict=True
         )]  # fmt: skip
         seen = np.logical_and.reduce([axis >= 0 for axis in points])
-        held[tuple(axis[seen] for axis in points)] = True
-        # A slice that was shown twice holds the same both times.
-        along_z = self.weights[0]
-        alike = (along_z[:, :, None] == along_z[:, None]).all(axis=0)  # (K, K)
-        return np.einsum("kj,jyx->kyx", alike, held)
+        found[tuple(axis[seen] for axis in points)] = True
+        # Copies of one slice hold the same voxels.
+        weights_z = self.weights[0]
+        alike = (weights_z[:, :, None] == weights_z[:, None]).all(axis=0)  # (K, K)
+        return np.einsum("kj,jyx->kyx", alike, found)
 
 
 def turned(array: np.ndarray, there: str, here: str) -> np.ndarray:
@@ -101,7 +99,7 @@ def write_heat(path: Path, heat: np.ndarray, volume: Volume) -> None:
 def draw_heat(
     path: Path, volume: Volume, heats: Sequence[np.ndarray], titles: Sequence[str], lesion: np.ndarray | None
 ) -> None:
-    """Write a picture: for each map the slice of its peak, in lung window, patient's right on the left.
+    """Write a figure: for each map the slice of its peak, in lung window, patient's right on the left.
 
     Args:
         heats: (z, y, x) each, on the canonical grid.
@@ -137,14 +135,14 @@ def draw_heat(
 
 
 def _axis(
-    voxel_map: VoxelMap, axis: int, start: int, size: int, cells: int, lead: float
+    voxel_map: VoxelMap, axis: int, start: int, size: int, cells: int, offset: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (voxels of the scan, cells) and cell of each voxel, along one axis of the preprocessed volume: the cell
-    whose feature sees the voxel best. ``lead``: of the features, as a share of the input."""
+    """Weights (voxels of the scan, cells) and cell of each voxel, along one axis of the preprocessed volume.
+    ``offset``: receptive-field offset of the features, as a fraction of the input."""
     inner, seen = _preprocessed(voxel_map, axis)
     at = (inner - start + 0.5) / size * cells
     seen = seen & (at >= 0) & (at < cells)
-    at = np.clip(at + lead * cells, 0, np.nextafter(cells, 0))  # k to k + 1 is cell k
+    at = np.clip(at + offset * cells, 0, np.nextafter(cells, 0))  # k to k + 1 is cell k
     weights = np.zeros((len(at), cells))
     left = np.clip(at - 0.5, 0, cells - 1)
     low = np.minimum(left.astype(int), max(cells - 2, 0))
@@ -155,7 +153,7 @@ def _axis(
 
 
 def _chosen_slices(voxel_map: VoxelMap, chosen: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Along z of a 2-D framing: each slice that the model saw, and no other; one seen twice has its first cell."""
+    """Along z of 2-D views: the chosen slices and no others; one that is chosen twice has its first cell."""
     inner, seen = _preprocessed(voxel_map, 0)
     nearest = np.clip(np.floor(inner + 0.5).astype(int), 0, voxel_map.shape[0] - 1)
     cell_of = {index: cell for cell, index in reversed(list(enumerate(chosen)))}

@@ -1,4 +1,4 @@
-"""Sides, heights and sizes that reports state: against their references, and against lesions measured on masks.
+"""Sides, craniocaudal levels and sizes that reports state: against their references, and against the lesions of masks.
 
 Only what a report describes counts: its findings section, or where it has no headings the text before them, or
 failing both its impression. Statements are those of :mod:`data.report_language.labeller` that are present.
@@ -6,84 +6,77 @@ failing both its impression. Statements are those of :mod:`data.report_language.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from config.errors import InputError
 from data.imaging.reader import read_mask, read_volume
 from data.lesions import MeasuredLesion, find_lungs, measure_lesions
 from data.report_language.labeller import FindingMention, states_normal
 from data.report_language.sections import PREAMBLE
-from engine.evaluation.bootstrap import REPEATS, Score, case_weights, interval
-from engine.evaluation.report_checks import find_garble
+from engine.evaluation.bootstrap import Score, hit_score
+from engine.evaluation.finding_metrics import Mentions
+from engine.evaluation.report_checks import is_garbled
 
 SIZE_TOLERANCE_MM = 3.0
 WHOLE_REPORT_TOLERANCE_MM = 4.0
 _MIN_LESION_MM3 = 20.0  # smaller components are specks of a mask
 _DEPTHS = ("effusion", "pleural_thickening")  # their stated size is a depth, not a diameter
-Hits = list[tuple[int, bool]]  # case, right or wrong
 
 
 def described(mentions: Sequence[FindingMention]) -> list[FindingMention]:
     """The findings that a report describes as present, one for each place."""
     present = [m for m in mentions if m.polarity == "present"]
-    for section in ("findings", PREAMBLE, "impression"):
-        if own := [m for m in present if m.section == section]:
-            return own
-    return []
+    sections = ([m for m in present if m.section == name] for name in ("findings", PREAMBLE, "impression"))
+    return next(filter(None, sections), [])
 
 
 def same_place(truth: FindingMention, stated: FindingMention) -> bool:
-    """Same side, and same height where the reference says one."""
-    return truth.side == stated.side and (truth.level is None or truth.level == stated.level)
+    """Same side, and the same level where the reference has one."""
+    return truth.side == stated.side and truth.level in (None, stated.level)
 
 
-def place_scores(
-    references: Sequence[Sequence[FindingMention]], generated: Sequence[Sequence[FindingMention]]
-) -> dict[str, Score]:
+def place_scores(references: Mentions, generated: Mentions) -> dict[str, Score]:
     """Reports against references. True and stated findings of a case are paired one to one, greedily: the pair that
-    agrees in most of finding, side and height first, then the smaller difference in size. A true finding without a
+    agrees in most of finding, side and level first, then the smaller difference in size. A true finding without a
     partner is wrong.
 
     Returns:
-        ``location_acc``: true findings with a side whose partner has the same side and height.
-        ``location_acc_found``: the same among pairs of the same finding.
+        ``location_acc``: true findings with a side whose partner has the same side, and the same level where the
+        reference has one.
         ``size_within_3mm``: true findings with a size whose partner is within 3 mm.
-        ``size_within_3mm_found``: the same among pairs of the same finding.
+        ``location_acc_found``, ``size_within_3mm_found``: the same among pairs of the same finding.
     """
-    place, place_found, size, size_found = [], [], [], []
+    place, size, place_found, size_found = [], [], [], []
     for case, (truth, stated) in enumerate(zip(references, generated, strict=True)):
-        for a, b in pair(described(truth), described(stated), _mention_distance):
+        for a, b in pair(described(truth), described(stated)):
             found = b is not None and a.finding == b.finding
             if a.side is not None:
-                place.append((case, b is not None and same_place(a, b)))
-                place_found += [place[-1]] if found else []
+                same = b is not None and same_place(a, b)
+                place.append((case, same))
+                place_found += [(case, same)] if found else []
             if a.size_mm is not None:
-                size.append((case, b is not None and _within(a.size_mm, b.size_mm)))
-                size_found += [size[-1]] if found else []
+                same = b is not None and sizes_agree(a.size_mm, b.size_mm)
+                size.append((case, same))
+                size_found += [(case, same)] if found else []
     n = len(references)
     return {
-        "location_acc": share(place, n, "true findings whose statement has their side and height"),
-        "location_acc_found": share(place_found, n, "the same, of findings named rightly"),
-        "size_within_3mm": share(size, n, "true findings whose statement is within 3 mm of their size"),
-        "size_within_3mm_found": share(size_found, n, "the same, of findings named rightly"),
+        "location_acc": hit_score(place, n, "true findings whose statement has their side and height"),
+        "location_acc_found": hit_score(place_found, n, "the same, of findings named rightly"),
+        "size_within_3mm": hit_score(size, n, "true findings whose statement is within 3 mm of their size"),
+        "size_within_3mm_found": hit_score(size_found, n, "the same, of findings named rightly"),
     }
 
 
 def stated_in_full(mentions: Sequence[FindingMention]) -> list[FindingMention]:
-    """The described findings with side, height and size. A free effusion is dependent: its zone is the lower one."""
+    """The described findings with side, level and size. A free effusion is dependent: its zone is the lower one."""
     found = [replace(m, zone="lower") if m.finding == "effusion" else m for m in described(mentions)]
     return [m for m in found if m.side and m.level and m.size_mm]
 
 
 def whole_report_scores(
-    references: Sequence[Sequence[FindingMention]],
-    generated: Sequence[Sequence[FindingMention]],
-    texts: Sequence[str],
-    language: str,
+    references: Mentions, generated: Mentions, texts: Sequence[str], language: str
 ) -> dict[str, Score]:
     """Whole reports against references that state every finding in full, as synthetic ones do; cases with another
     reference are left out. Findings are paired as in :func:`place_scores`.
@@ -92,7 +85,7 @@ def whole_report_scores(
         generated, texts: mentions and text of each report.
 
     Returns:
-        ``location_acc``: true findings whose partner has the same side and height.
+        ``location_acc``: true findings whose partner has the same side and level.
         ``type_acc``: true findings whose partner is the same finding, and normal cases whose report states none.
         ``size_within_4mm``: true findings whose partner's size is within 4 mm.
         ``exact_acc``: cases with as many findings as true ones and every pair right in all of this.
@@ -104,13 +97,13 @@ def whole_report_scores(
         truth, stated = stated_in_full(reference), stated_in_full(mentions)
         if len(truth) < len(described(reference)):
             continue
-        unreadable = find_garble(text).garbled or not (stated or states_normal(text, language))
+        unreadable = is_garbled(text) or not (stated or states_normal(text, language))
         garbled.append((case, unreadable))
         right = [
             (False, False, False)
             if b is None or unreadable
             else (same_place(a, b), a.finding == b.finding, abs(a.size_mm - b.size_mm) <= WHOLE_REPORT_TOLERANCE_MM)
-            for a, b in pair(truth, stated, _mention_distance)
+            for a, b in pair(truth, stated)
         ]
         place += [(case, hit) for hit, _, _ in right]
         kind += [(case, hit) for _, hit, _ in right] if truth else [(case, not stated and not unreadable)]
@@ -118,11 +111,11 @@ def whole_report_scores(
         exact.append((case, not unreadable and len(stated) == len(truth) and all(map(all, right))))
     n = len(references)
     return {
-        "location_acc": share(place, n, "true findings whose statement has their side and height"),
-        "type_acc": share(kind, n, "true findings named rightly, and normal cases reported as normal"),
-        "size_within_4mm": share(size, n, "true findings whose statement is within 4 mm of their size"),
-        "exact_acc": share(exact, n, "reports right in number, place, name and size of their findings"),
-        "garbled_rate": share(garbled, n, "reports that cannot be read"),
+        "location_acc": hit_score(place, n, "true findings whose statement has their side and height"),
+        "type_acc": hit_score(kind, n, "true findings named rightly, and normal cases reported as normal"),
+        "size_within_4mm": hit_score(size, n, "true findings whose statement is within 4 mm of their size"),
+        "exact_acc": hit_score(exact, n, "reports right in number, place, name and size of their findings"),
+        "garbled_rate": hit_score(garbled, n, "reports that cannot be read"),
     }
 
 
@@ -135,7 +128,7 @@ class MaskedCase:
 
 
 def measure_case(image: Path, mask: Path, names: Mapping[int, str] | None) -> MaskedCase:
-    """Lesions of a mask by side, height and diameter; a scan whose lungs cannot be found is a problem, not an end."""
+    """Lesions of a mask by side, zone and diameter. A scan whose lungs are not found has a problem and no lesion."""
     volume = read_volume(image)
     labels = read_mask(mask, volume)
     if not labels.any():
@@ -147,11 +140,11 @@ def measure_case(image: Path, mask: Path, names: Mapping[int, str] | None) -> Ma
     return MaskedCase(measure_lesions(labels, volume.spacing, lungs, names, _MIN_LESION_MM3))
 
 
-def mask_scores(cases: Sequence[MaskedCase | None], reports: Sequence[Sequence[FindingMention]]) -> dict[str, Score]:
+def mask_scores(cases: Sequence[MaskedCase | None], reports: Mentions) -> dict[str, Score]:
     """What reports describe against their masks; cases without a mask count for nothing.
 
     A statement is compared with the lesion that agrees best in finding (where the mask's labels have names), side
-    and height, then size. Several statements may mean the same lesion.
+    and zone, then size. Several statements may mean the same lesion.
 
     Returns:
         ``side_acc``, ``zone_acc``: statements with a side (a zone) that their lesion has.
@@ -159,32 +152,30 @@ def mask_scores(cases: Sequence[MaskedCase | None], reports: Sequence[Sequence[F
         and pleural thickening, whose size is a depth, are left out.
     """
     side, zone, size = [], [], []
-    for case, (held, mentions) in enumerate(zip(cases, reports, strict=True)):
-        if held is None or held.problem:
+    for case, (masked, mentions) in enumerate(zip(cases, reports, strict=True)):
+        if masked is None or masked.problem:
             continue
         for stated in described(mentions):
-            lesion = min(held.lesions, key=lambda x: _lesion_distance(stated, x), default=None)
+            lesion = min(masked.lesions, key=lambda x: _lesion_distance(stated, x), default=None)
             if stated.side is not None:
-                side.append((case, lesion is not None and stated.side in (lesion.side, "bilateral")))
+                side.append((case, lesion is not None and side_agrees(stated, lesion)))
             if stated.zone is not None:
-                zone.append((case, lesion is not None and stated.zone == lesion.zone))
+                zone.append((case, lesion is not None and zone_agrees(stated, lesion)))
             if stated.size_mm is not None and stated.finding not in _DEPTHS:
-                size.append((case, lesion is not None and _within(lesion.diameter_mm, stated.size_mm)))
+                size.append((case, lesion is not None and sizes_agree(lesion.diameter_mm, stated.size_mm)))
     n = len(reports)
     return {
-        "side_acc": share(side, n, "statements with the side of a lesion of the mask"),
-        "zone_acc": share(zone, n, "statements with the zone of that lesion"),
-        "size_within_3mm": share(size, n, "statements within 3 mm of that lesion's longest axial diameter"),
+        "side_acc": hit_score(side, n, "statements with the side of a lesion of the mask"),
+        "zone_acc": hit_score(zone, n, "statements with the zone of that lesion"),
+        "size_within_3mm": hit_score(size, n, "statements within 3 mm of that lesion's longest axial diameter"),
     }
 
 
 def pair(
-    truth: Sequence[FindingMention],
-    stated: Sequence[FindingMention],
-    distance: Callable[[FindingMention, FindingMention], tuple[float, ...]],
+    truth: Sequence[FindingMention], stated: Sequence[FindingMention]
 ) -> list[tuple[FindingMention, FindingMention | None]]:
     """Each true finding with its partner, or None; the nearest pair first."""
-    order = sorted((distance(a, b), i, j) for i, a in enumerate(truth) for j, b in enumerate(stated))
+    order = sorted((_mention_distance(a, b), i, j) for i, a in enumerate(truth) for j, b in enumerate(stated))
     partner: dict[int, int] = {}
     for _, i, j in order:
         if i not in partner and j not in partner.values():
@@ -192,18 +183,19 @@ def pair(
     return [(a, stated[partner[i]] if i in partner else None) for i, a in enumerate(truth)]
 
 
-def share(hits: Hits, cases: int, what: str, repeats: int = REPEATS, seed: int = 0) -> Score:
-    """Share of right ones with its interval over cases; NaN where there are none. ``n`` counts the hits' cases."""
-    if not hits:
-        return Score(float("nan"), float("nan"), float("nan"), 0, what)
-    right, total = np.zeros(cases), np.zeros(cases)
-    for case, hit in hits:
-        right[case] += hit
-        total[case] += 1
-    weights = case_weights(cases, repeats, seed)
-    below = weights @ total
-    drawn = np.divide(weights @ right, below, out=np.full(repeats, np.nan), where=below > 0)
-    return Score(float(right.sum() / total.sum()), *interval(drawn), len(hits), what)
+def side_agrees(stated: FindingMention, lesion: MeasuredLesion) -> bool:
+    """Whether a statement has no side, or one that its lesion lies in."""
+    return stated.side in (None, lesion.side, "bilateral")
+
+
+def zone_agrees(stated: FindingMention, lesion: MeasuredLesion) -> bool:
+    """Whether a statement has no zone, or that of its lesion."""
+    return stated.zone in (None, lesion.zone)
+
+
+def sizes_agree(a: float, b: float | None) -> bool:
+    """Whether two sizes in mm differ by at most 3 mm."""
+    return b is not None and abs(a - b) <= SIZE_TOLERANCE_MM + 1e-9
 
 
 def _mention_distance(a: FindingMention, b: FindingMention) -> tuple[float, ...]:
@@ -214,11 +206,5 @@ def _mention_distance(a: FindingMention, b: FindingMention) -> tuple[float, ...]
 def _lesion_distance(stated: FindingMention, lesion: MeasuredLesion) -> tuple[float, ...]:
     named = not lesion.name.startswith("label ")
     differing = 2 * (named and lesion.name != stated.finding)
-    differing += (stated.side is not None and stated.side not in (lesion.side, "bilateral")) + (
-        stated.zone is not None and stated.zone != lesion.zone
-    )
+    differing += (not side_agrees(stated, lesion)) + (not zone_agrees(stated, lesion))
     return differing, abs((stated.size_mm or lesion.diameter_mm) - lesion.diameter_mm), -lesion.volume_mm3
-
-
-def _within(a: float, b: float | None) -> bool:
-    return b is not None and abs(a - b) <= SIZE_TOLERANCE_MM + 1e-9

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from config.errors import InputError
+from config.files import write_text
 from config.schema import Config
 from config.toy_models import check_toy_models
 from data.cache import file_digest
@@ -22,16 +23,15 @@ from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from data.report_language.terms import FINDINGS
 from engine.checkpoint import Checkpoint, load_checkpoint
 from engine.cli import local_config
-from engine.evaluation.calibration import draw_reliability, draw_risk_coverage
-from engine.evaluation.card_pages import ShownCase, card_blocks, write_html, write_markdown
-from engine.evaluation.conditions import AUDITED, OWN, SAMPLE, EvaluatedTable, MeanImage, ReportPasses
+from engine.evaluation.calibration import Outcomes, confidence_scores
+from engine.evaluation.card_pages import ShownCase, card_blocks, draw_plots, write_pages
+from engine.evaluation.conditions import AUDITED, OWN, SAMPLE, EvaluatedTable, ReportPasses
 from engine.evaluation.confidence import Labeller, Statement, statements
-from engine.evaluation.confidence_scores import Judged, confidence_scores
 from engine.evaluation.generation_store import GenerationStore
 from engine.evaluation.localisation import MaskedCase, measure_case
-from engine.evaluation.report_card import Evaluated, language_of, marked_reports, report_card
+from engine.evaluation.report_card import TableResults, language_of, marked_reports, report_card
 from engine.evaluation.report_writer import ReportWriter, token_spans
-from engine.evaluation.saliency import look_at_case, save_maps
+from engine.evaluation.saliency import map_case, save_maps
 from engine.run import environment, jsonable, set_seeds
 from engine.segmentation import open_cache, prepare_cases
 from models.language_model.mamba_lm import MambaLM
@@ -53,21 +53,31 @@ class Job:
     label: Labeller
 
     @property
-    def told(self) -> list[str]:
-        """What the model is told of lesions beside the image."""
+    def lesion_inputs(self) -> list[str]:
+        """What the model is given of lesions beside the image, in words."""
         by_lesion = self.table.data.view_selection.policy in ("mask", "nnunet")
-        squares = self.passes.writer.model.vision.bridge.local_side > 0
+        squares = self.passes.writer.model.vision.bridge.spec.lesion_side > 0
         return [*(["heights of slices"] if by_lesion else []), *(["squares of lesions"] if squares else [])]
+
+    @property
+    def sampled(self) -> list[str]:
+        """Conditions of the sampled reports."""
+        return [f"{SAMPLE}{k}" for k in range(1, self.args.samples + 1)]
 
     @property
     def maps(self) -> Path:
         return self.args.out / "maps"
 
-    def kept_as(self, name: str) -> str:
-        """Name in the store of what depends on the mask's labels and on how maps are made."""
+    def key(self, name: str) -> str:
+        """Key in the store of what depends on the mask's labels and on how maps are made."""
         settings = [self.args.attribution, self.names and sorted(self.names.items()), self.label.merged, self.args.maps]
         digest = blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
         return f"{name}/{digest}/{len(self.table)}"
+
+    def row_records(self, name: str) -> list[dict[str, Any] | None]:
+        """Records under :meth:`key` by row of the table; None where a row has none."""
+        store, key = self.passes.store, self.key(name)
+        return [store.get(self.table.name, key, row, case) for row, case in enumerate(self.table.cases)]
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -81,7 +91,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     set_seeds(args.seed)
     job = prepare(args, accelerator)
     generate(job, accelerator)
-    look(job, accelerator)
+    measure_lesions_and_maps(job, accelerator)
     job.passes.store.reload()
     card: dict[str, Any] = {}
     if accelerator.is_main_process:
@@ -144,9 +154,8 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         )
     config = resolve(args, checkpoint)
     vision = checkpoint.build_vision().to(accelerator.device).eval()
-    names = read_mask_labels(args.mask_labels)
 
-    def load(path: Path, limit: int | None) -> EvaluatedTable:
+    def load(path: Path, limit: int | None = None) -> EvaluatedTable:
         data = MedicalVLMDataset.from_config(
             config, path, open_cache(config, checkpoint.preprocess_plan), vision.encoder, args.seed
         )
@@ -156,11 +165,8 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         return EvaluatedTable.of(file_digest(path).hex()[:12], data)
 
     table = load(args.csv, args.limit)
-    other = args.calibration_csv or (Path(config.caption_csv_val) if config.caption_csv_val else None)
-    same = other is not None and other.is_file() and file_digest(other) == file_digest(args.csv)
-    if other is not None and not other.is_file() and args.calibration_csv:
-        raise InputError(f"--calibration_csv not found: {other}")
-    calibration = load(other, None) if other is not None and other.is_file() and not same else None
+    other = calibration_csv(args, config)
+    calibration = load(other) if other else None
     lm = MambaLM.load(
         config.mamba_model, dtype=config.mamba_dtype, device=accelerator.device, adapters=checkpoint.adapters
     )
@@ -169,17 +175,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
             f"mamba_model '{config.mamba_model}' has width {lm.width}, {args.checkpoint} was trained for width "
             f"{checkpoint.llm['width']}: use that model"
         )
-    described = {
-        "checkpoint": file_digest(args.checkpoint).hex(),
-        "prompts": file_digest(Path(config.caption_prompt_json)).hex() if config.caption_prompt_json else None,
-        "language_model": weights_fingerprint(lm.model),
-        "framing": [config.slices, config.slice_policy, config.roi_policy, config.max_visual_tokens],
-        "cut_at": [config.max_question_tokens, config.max_answer_tokens],
-        "max_new_tokens": args.max_new_tokens,
-        "seed": args.seed,
-        "format": 3,  # raise it when the same checkpoint would be shown something else
-    }
-    store = GenerationStore(args.out, described, accelerator.process_index)
+    store = GenerationStore(args.out, generated_from(args, config, lm), accelerator.process_index)
     collator = CaptionCollator(lm.tokenizer, config.max_question_tokens, config.max_answer_tokens)
     passes = ReportPasses(
         ReportWriter(MedicalVLM(vision, lm).eval(), args.max_new_tokens), collator, store, batch_size=args.batch_size,
@@ -190,7 +186,30 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         where = f"{len(calibration)} cases to calibrate on" if calibration else "no other table to calibrate on"
         print(f"evaluation: {len(table)} cases, {where}, reports in {language}, device {accelerator.device}, "
               f"{accelerator.num_processes} process(es), generations {store.identity}", flush=True)  # fmt: skip
-    return Job(args, passes, table, calibration, names, Labeller(language, read_merged(args.same_finding)))
+    label = Labeller(language, read_merged(args.same_finding))
+    return Job(args, passes, table, calibration, read_mask_labels(args.mask_labels), label)
+
+
+def calibration_csv(args: argparse.Namespace, config: Config) -> Path | None:
+    """The table to calibrate confidence on; None where it is absent or the evaluated table itself."""
+    if args.calibration_csv and not args.calibration_csv.is_file():
+        raise InputError(f"--calibration_csv not found: {args.calibration_csv}")
+    path = args.calibration_csv or Path(config.caption_csv_val or "")
+    return path if path.is_file() and file_digest(path) != file_digest(args.csv) else None
+
+
+def generated_from(args: argparse.Namespace, config: Config, lm: MambaLM) -> dict[str, Any]:
+    """What the generations depend on; the store's identity is its digest."""
+    return {
+        "checkpoint": file_digest(args.checkpoint).hex(),
+        "prompts": file_digest(Path(config.caption_prompt_json)).hex() if config.caption_prompt_json else None,
+        "language_model": weights_fingerprint(lm.model),
+        "framing": [config.slices, config.slice_policy, config.roi_policy, config.max_visual_tokens],
+        "cut_at": [config.max_question_tokens, config.max_answer_tokens],
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed,
+        "format": 4,  # raise it when the same checkpoint would be shown something else, or a record has other keys
+    }
 
 
 def resolve(args: argparse.Namespace, checkpoint: Checkpoint) -> Config:
@@ -206,11 +225,10 @@ def resolve(args: argparse.Namespace, checkpoint: Checkpoint) -> Config:
 
 def generate(job: Job, accelerator: Accelerator) -> None:
     """All reports: of the calibration table with its own images, of the table in every condition."""
-    sampled = [f"{SAMPLE}{k}" for k in range(1, job.args.samples + 1)]
     if job.calibration:
-        for condition in (OWN, *sampled):
+        for condition in (OWN, *job.sampled):
             job.passes.run(job.calibration, condition)
-    wanted = [condition for condition in (*AUDITED, *sampled) if not job.passes.complete(job.table, condition)]
+    wanted = [condition for condition in (*AUDITED, *job.sampled) if not job.passes.complete(job.table, condition)]
     mean = job.passes.mean_image(job.table) if wanted else None
     for condition in wanted:
         job.passes.run(job.table, condition, mean)
@@ -218,135 +236,114 @@ def generate(job: Job, accelerator: Accelerator) -> None:
     job.passes.store.reload()
 
 
-def said_in(job: Job, table: EvaluatedTable) -> list[list[Statement]]:
+def table_statements(job: Job, table: EvaluatedTable) -> list[list[Statement]]:
     """Statements of all reports of a table, with their raw confidence."""
-    records = job.passes.records(table, OWN)
-    samples = [job.passes.records(table, f"{SAMPLE}{k}") for k in range(1, job.args.samples + 1)]
-    return [
-        statements(
-            record["text"], job.label, token_spans(job.passes.writer.tokenizer, record["ids"]), record["log_probs"],
-            [other[row]["text"] for other in samples],
-        )
-        for row, record in enumerate(records)
-    ]  # fmt: skip
+    samples = [[record["text"] for record in job.passes.records(table, condition)] for condition in job.sampled]
+    found = []
+    for row, record in enumerate(job.passes.records(table, OWN)):
+        spans = token_spans(job.passes.writer.tokenizer, record["ids"])
+        others = [texts[row] for texts in samples]
+        found.append(statements(record["text"], job.label, spans, record["log_probs"], others))
+    return found
 
 
-def look(job: Job, accelerator: Accelerator) -> None:
-    """Lesions of the masks, then maps of the reports and the pointing game; each process its share."""
+def measure_lesions_and_maps(job: Job, accelerator: Accelerator) -> None:
+    """Lesions of the masks, then maps of the reports and the pointing game; each process takes its own rows."""
     rows = job.table.data.rows
     with_mask = [r for r, row in enumerate(rows) if row.mask_path is not None]
     job.passes.run_rows(
-        job.table, job.kept_as("lesions"), with_mask,
+        job.table, job.key("lesions"), with_mask,
         lambda r: asdict(measure_case(rows[r].image_path, rows[r].mask_path, job.names)),
     )  # fmt: skip
-    played = with_mask if job.args.pointing_cases is None else with_mask[: job.args.pointing_cases]
-    wanted = sorted({*range(min(job.args.maps, len(rows))), *played})
-    kept, store = job.kept_as("looked"), job.passes.store
-    if any(store.get(job.table.name, kept, r, job.table.cases[r]) is None for r in wanted):
-        mean = job.passes.mean_image(job.table)
-        records, said = job.passes.records(job.table, OWN), said_in(job, job.table)
-        job.passes.run_rows(job.table, kept, wanted, lambda r: look_at_row(job, r, records[r], said[r], mean))
+    wanted = sorted({*range(min(job.args.maps, len(rows))), *with_mask[: job.args.pointing_cases]})
+    known = job.row_records("maps")
+    if any(known[r] is None for r in wanted):
+        make_maps(job, wanted)
     accelerator.wait_for_everyone()
 
 
-def look_at_row(
-    job: Job, row: int, record: Mapping[str, Any], said: Sequence[Statement], mean: MeanImage
-) -> dict[str, Any]:
-    """The record of one case; its maps are saved where they are asked for."""
-    batch = job.passes.batch([job.table.data[row]])
-    case = look_at_case(
-        job.passes.writer, job.table, row, batch, record, said, masked_case(job, row), job.names, mean.features,
-        job.args.attribution,
-    )  # fmt: skip
-    picture = None
-    if row < job.args.maps:
-        picture = save_maps(job.maps, f"case{row:04d}", case, job.table.data.rows[row].image_path)
-    sentences = [
-        {"sentence": one.sentence, "hit": one.hit, "chance": one.chance, "why": one.why} for one in case.looked
+def make_maps(job: Job, rows: Sequence[int]) -> None:
+    """The pointing game of these rows; the maps of the first ``--maps`` rows are saved."""
+    mean, masked = job.passes.mean_image(job.table), masked_cases(job)
+    records, stated = job.passes.records(job.table, OWN), table_statements(job, job.table)
+
+    def make(row: int) -> dict[str, Any]:
+        case = map_case(
+            job.passes.writer, job.table, row, job.passes.batch([job.table.data[row]]), records[row], stated[row],
+            masked[row], job.names, mean.features, job.args.attribution,
+        )  # fmt: skip
+        figure = None
+        if row < job.args.maps:
+            figure = save_maps(job.maps, f"case{row:04d}", case, job.table.data.rows[row].image_path)
+        return {"sentences": [one.record() for one in case.sentences], "figure": figure and figure.name}
+
+    job.passes.run_rows(job.table, job.key("maps"), rows, make)
+
+
+def masked_cases(job: Job) -> list[MaskedCase | None]:
+    """Lesions by row of the table, None for a row without a mask."""
+    return [
+        record and MaskedCase([MeasuredLesion(**lesion) for lesion in record["lesions"]], record["problem"])
+        for record in job.row_records("lesions")
     ]
-    return {"sentences": sentences, "picture": picture and picture.name}
-
-
-def masked_case(job: Job, row: int) -> MaskedCase | None:
-    record = job.passes.store.get(job.table.name, job.kept_as("lesions"), row, job.table.cases[row])
-    return record and MaskedCase([MeasuredLesion(**lesion) for lesion in record["lesions"]], record["problem"])
 
 
 def write_card(job: Job) -> dict[str, Any]:
     """Score everything and write the card's files."""
-    rows = job.table.data.rows
-    references = [row.answer for row in rows]
-    said = said_in(job, job.table)
-    judged = Judged.of(said, [job.label(text) for text in references])
+    references = [row.answer for row in job.table.data.rows]
+    stated = table_statements(job, job.table)
+    outcomes = Outcomes.of(stated, [job.label(text) for text in references])
     other = None
     if job.calibration:
         truth = [job.label(row.answer) for row in job.calibration.data.rows]
-        other = Judged.of(said_in(job, job.calibration), truth)
-    held = Evaluated(
+        other = Outcomes.of(table_statements(job, job.calibration), truth)
+    results = TableResults(
         label=job.label,
         references=references,
         records={name: job.passes.records(job.table, name) for name in AUDITED},
-        masked=[masked_case(job, row) for row in range(len(rows))],
-        statements=said,
-        confidence=confidence_scores(judged, other, "the calibration table"),
-        looked=[
-            job.passes.store.get(job.table.name, job.kept_as("looked"), row, case)
-            for row, case in enumerate(job.table.cases)
-        ],
+        masked=masked_cases(job),
+        statements=stated,
+        confidence=confidence_scores(outcomes, other, "the calibration table"),
+        pointing=job.row_records("maps"),
         abstain_below=job.args.abstain_below,
-        told=job.told,
+        lesion_inputs=job.lesion_inputs,
     )
-    card = {"checkpoint": str(job.args.checkpoint), "csv": str(job.args.csv)} | report_card(held)
+    card = {"checkpoint": str(job.args.checkpoint), "csv": str(job.args.csv)} | report_card(results)
     card |= {"run": {"flags": jsonable(vars(job.args)), **environment()}}
     out = job.args.out
-    (out / "report_card.json").write_text(json.dumps(card, ensure_ascii=False, indent=1), encoding="utf-8")
-    marked = marked_reports(held)
-    write_reports(out / "reports.csv", job, held, marked)
-    blocks = card_blocks(card, draw_plots(out, held), shown_cases(job, held, marked))
-    write_markdown(out / "report_card.md", blocks)
-    write_html(out / "report_card.html", blocks)
+    write_text(out / "report_card.json", json.dumps(card, ensure_ascii=False, indent=1))
+    marked = marked_reports(results)
+    write_reports(out / "reports.csv", job, results, marked)
+    write_pages(out, card_blocks(card, draw_plots(out, results.confidence), shown_cases(job, results, marked)))
     audit = card["audit"]
-    print(f"macro-F1 {held_out(card['findings']['macro_f1'])} (chance {held_out(card['findings']['chance'])}), "
-          f"shuffled {held_out(audit['shuffled']['macro_f1'])}, blank {held_out(audit['blank']['macro_f1'])}; "
-          f"ECE {held_out(card['confidence']['ece'])}; pointing game {held_out(card['pointing_game'])}")  # fmt: skip
+    print(f"macro-F1 {printed(card['findings']['macro_f1'])} (chance {printed(card['findings']['chance'])}), "
+          f"shuffled {printed(audit['shuffled']['macro_f1'])}, blank {printed(audit['blank']['macro_f1'])}; "
+          f"ECE {printed(card['confidence']['ece'])}; pointing game {printed(card['pointing_game'])}")  # fmt: skip
     print(f"verdict: {audit['verdict']}")
     print(f"report card: {out / 'report_card.html'}", flush=True)
     return card
 
 
-def held_out(value: float | None) -> str:
+def printed(value: float | None) -> str:
     return "none" if value is None else f"{value:.3f}"
 
 
-def draw_plots(out: Path, held: Evaluated) -> list[tuple[Path, str]]:
-    """Reliability and risk-coverage, where there are statements."""
-    scores = held.confidence
-    if scores.after is None or scores.curve is None:
-        return []
-    draw_reliability(scores.after, out / "reliability.png", "statements")
-    draw_risk_coverage(scores.curve, out / "risk_coverage.png", "statements")
-    return [(out / "reliability.png", "Reliability"), (out / "risk_coverage.png", "Risk and coverage")]
-
-
-def shown_cases(job: Job, held: Evaluated, marked: Sequence[str]) -> list[ShownCase]:
+def shown_cases(job: Job, results: TableResults, marked: Sequence[str]) -> list[ShownCase]:
+    """The first cases of the table, with their figure where it is there."""
     shown = []
-    for row in range(min(_SHOWN, len(marked))):
-        record = held.looked[row]
-        picture = job.maps / record["picture"] if record and record["picture"] else None
+    for row, text in enumerate(marked[:_SHOWN]):
+        record = results.pointing[row]
+        figure = job.maps / record["figure"] if record and record["figure"] else None
         name = f"{row}: {job.table.data.rows[row].image_path.name}"
-        there = picture if picture and picture.is_file() else None
-        shown.append(ShownCase(name, held.references[row], marked[row], there))
+        shown.append(ShownCase(name, results.references[row], text, figure if figure and figure.is_file() else None))
     return shown
 
 
-def write_reports(path: Path, job: Job, held: Evaluated, marked: Sequence[str]) -> None:
-    """Every report as the model wrote it, and with its marks. The mark at the start lets Excel read UTF-8."""
+def write_reports(path: Path, job: Job, results: TableResults, marked: Sequence[str]) -> None:
+    """Every report as generated, and with its marks; the byte order mark lets Excel read UTF-8."""
     with path.open("w", encoding="utf-8-sig", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["row", "image_path", "question", "reference", "generated", "marked"])
-        data = job.table.data
-        for row, text in enumerate(held.texts()):
-            caption = data.rows[row]
-            writer.writerow(
-                [caption.number, caption.image_path, data.questions[row], caption.answer, text, marked[row]]
-            )
+        questions, texts = job.table.data.questions, results.texts()
+        for row, question, text, mark in zip(job.table.data.rows, questions, texts, marked, strict=True):
+            writer.writerow([row.number, row.image_path, question, row.answer, text, mark])

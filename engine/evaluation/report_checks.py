@@ -1,7 +1,4 @@
-"""Faults of generated text as measurements: loops, garbled characters, reports that are all the same.
-
-Nothing here changes a text; a report is shown as the model wrote it.
-"""
+"""Faults of generated text as measurements: loops, garbled characters, duplicates. No text is changed."""
 
 from __future__ import annotations
 
@@ -17,7 +14,6 @@ from scipy import sparse
 SHINGLE = 5  # characters
 NEAR = 0.9  # Jaccard similarity of shingles from which two reports are near-duplicates
 MIN_REPEATS = 3  # of a piece in a row, to be a loop
-# Runs of the same short unit that are no fault: rulers, dots, digits of a number.
 _LOOP = re.compile(rf"(?s)(?=(\S.{{0,79}}?)\1{{{MIN_REPEATS - 1},}})")
 _MOJIBAKE = re.compile(r"锟斤拷|烫烫|屯屯|ï»¿|Ã[\x80-ÿ]|â€|ä¸|å[\x80-¿]|Ġ|Ċ|<0x[0-9A-F]{2}>|\\x[0-9a-f]{2}")
 # Greek: β, γ of markers; the micro sign µ is no Greek letter, nor the º of degrees; 々 is no CJK ideograph.
@@ -32,7 +28,7 @@ class Repetition:
     Attributes:
         piece: what is repeated; "" where nothing is.
         times: in a row.
-        share: of the text's characters in the loop.
+        share: fraction of the text's characters in the loop.
         distinct_4grams: distinct by all 4-grams of characters; 1 where there is none.
     """
 
@@ -48,40 +44,17 @@ class Repetition:
 
 
 @dataclass(frozen=True)
-class Garble:
-    """Characters that no report holds.
-
-    Attributes:
-        replacements: U+FFFD, left by bytes that were no text.
-        controls: control, private, unassigned and surrogate code points.
-        mojibake: pieces of text decoded with a wrong encoding, or of tokens not decoded at all.
-        foreign: letters of scripts other than Chinese, Latin and Greek.
-    """
-
-    replacements: int
-    controls: int
-    mojibake: int
-    foreign: int
-
-    @property
-    def garbled(self) -> bool:
-        return bool(self.replacements or self.controls or self.mojibake or self.foreign)
-
-
-@dataclass(frozen=True)
 class Duplicates:
     """How alike a set of reports is.
 
     Attributes:
-        exact_share: of reports that have the same text (but for white space) as another one.
-        near_share: of reports with another one at Jaccard similarity 0.9 of 5-character shingles, exact ones too.
-        distinct: number of different texts.
-        most_common: share of the most frequent text.
+        exact_share: fraction of reports that equal another one but for white space.
+        near_share: fraction with another one at Jaccard similarity 0.9 of 5-character shingles, equal ones too.
+        most_common: fraction of the most frequent text.
     """
 
     exact_share: float
     near_share: float
-    distinct: int
     most_common: float
 
 
@@ -104,30 +77,29 @@ def find_repetition(text: str) -> Repetition:
     return Repetition(best[0], best[1], best[2] / len(text) if text else 0.0, distinct)
 
 
-def find_garble(text: str) -> Garble:
-    """Count what cannot be part of a Chinese or English report."""
-    controls = foreign = 0
-    for char in text:
-        category = unicodedata.category(char)
-        if category[0] == "C" and char not in _ALLOWED_CONTROLS and category != "Cf":
-            controls += 1
-        elif category[0] == "L" and not char.isascii():
-            name = unicodedata.name(char, "")
-            foreign += not any(script in name for script in _SCRIPTS)
-    return Garble(text.count("\ufffd"), controls, len(_MOJIBAKE.findall(text)), foreign)
+def is_garbled(text: str) -> bool:
+    """Whether a text holds what no Chinese or English report does: lost bytes (U+FFFD), control, private or unassigned
+    code points, pieces of a wrong encoding or of undecoded tokens, letters of other scripts."""
+    return "\ufffd" in text or _MOJIBAKE.search(text) is not None or any(map(_is_foreign, text))
+
+
+def _is_foreign(char: str) -> bool:
+    category = unicodedata.category(char)
+    if category[0] == "C":
+        return char not in _ALLOWED_CONTROLS and category != "Cf"
+    name = unicodedata.name(char, "")
+    return category[0] == "L" and not char.isascii() and not any(script in name for script in _SCRIPTS)
 
 
 def find_duplicates(texts: Sequence[str]) -> Duplicates:
-    """Exact and near-duplicate shares; all NaN for no text. Memory grows with the pairs that share a shingle."""
-    if not texts:
-        return Duplicates(float("nan"), float("nan"), 0, float("nan"))
+    """Exact and near-duplicates of at least one text. Memory grows with the pairs that have a shingle in common."""
     plain = ["".join(text.split()) for text in texts]
     counts = Counter(plain)
     distinct = list(counts)
     near = _near(distinct)
     exact = sum(counts[text] for text in distinct if counts[text] > 1)
     alike = sum(counts[text] for text, has in zip(distinct, near, strict=True) if has or counts[text] > 1)
-    return Duplicates(exact / len(texts), alike / len(texts), len(distinct), max(counts.values()) / len(texts))
+    return Duplicates(exact / len(texts), alike / len(texts), max(counts.values()) / len(texts))
 
 
 def _near(texts: Sequence[str]) -> list[bool]:

@@ -1,7 +1,20 @@
-"""For each sentence that states a finding: the map of where the model looked, and whether that is the lesion.
+"""Saliency maps of a report's sentences on the encoder's feature grid, and the pointing game against the mask.
 
-The pointing game (Zhang et al. 2018): the largest value of a map lies in a cell of the feature grid that holds voxels
-of the lesion, or not. Only sentences about a lesion that is there, and that the model was shown, are played.
+    features [1, K, C, T, T] → bridge → (CMI) → Mamba → Σ log p(tokens of the span) → map [K, T, T]
+
+All methods compare the image with a baseline, the mean features of many cases.
+
+``integrated``: integrated gradients (Sundararajan et al. 2017), summed over channels. The values of a map add up to the
+change that the image makes; a positive value supports the span.
+
+``evidence``, the default: the positive integrated gradients of single channels, summed, then smoothed by a Gaussian
+whose standard deviation is the extent of one feature, because its receptive field is much larger than its cell.
+
+``occlusion``: the fall of the log-probability when the features of a cell are replaced by the baseline's (Zeiler &
+Fergus 2014).
+
+The pointing game (Zhang et al. 2018): a map hits where its maximum lies in a cell that holds voxels of the lesion that
+the sentence states. Sentences about a lesion that is not there, or that the model was not shown, are not played.
 """
 
 from __future__ import annotations
@@ -12,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import ndimage
 from torch import Tensor
 
@@ -19,19 +33,22 @@ from data.imaging.reader import read_mask, read_volume
 from data.imaging.volume import Volume
 from data.lesions import MeasuredLesion
 from data.report_language.labeller import FindingMention
-from engine.evaluation.attribution import attribution_maps
-from engine.evaluation.calibration import split_sentences
 from engine.evaluation.conditions import EvaluatedTable
-from engine.evaluation.confidence import Statement
+from engine.evaluation.confidence import Statement, split_sentences
 from engine.evaluation.heat_maps import FramedGrid, draw_heat, write_heat
-from engine.evaluation.localisation import MaskedCase
-from engine.evaluation.report_writer import ReportWriter, token_spans
+from engine.evaluation.localisation import MaskedCase, side_agrees, zone_agrees
+from engine.evaluation.report_writer import ReportWriter, answer_log_probs, token_spans
+from models.medical_vlm import MedicalVLM
+from models.nnunet.encoder import NnUNetEncoder
+
+METHODS = ("evidence", "integrated", "occlusion")
+STEPS = 8
 
 
 @dataclass(frozen=True)
-class Looked:
-    """One sentence. ``hit``: None where the game is not played, then ``why`` says so; ``chance``: share of cells that
-    hold the lesion; ``heat``: (K, T, T)."""
+class SentenceMap:
+    """One sentence. ``heat``: (K, T, T); ``hit``: None where the game is not played, ``why`` then has the reason;
+    ``chance``: fraction of cells that hold the lesion."""
 
     sentence: int
     text: str
@@ -40,47 +57,51 @@ class Looked:
     chance: float
     why: str = ""
 
+    def record(self) -> dict[str, Any]:
+        """For the store, without text and map."""
+        return {"sentence": self.sentence, "hit": self.hit, "chance": self.chance, "why": self.why}
+
 
 @dataclass(frozen=True)
-class LookedCase:
-    """What is needed to play and to draw one case."""
+class CaseMaps:
+    """The maps of one case, with its scan and mask (None without a mask), which they are drawn over."""
 
     volume: Volume | None
     labels: np.ndarray | None
     grid: FramedGrid
-    looked: list[Looked]
+    sentences: list[SentenceMap]
 
 
-def look_at_case(
+def map_case(
     writer: ReportWriter,
     table: EvaluatedTable,
     row: int,
     batch: Mapping[str, Any],
     record: Mapping[str, Any],
-    said: Sequence[Statement],
+    stated: Sequence[Statement],
     masked: MaskedCase | None,
     names: Mapping[int, str] | None,
     baseline: Tensor,
     method: str,
-) -> LookedCase:
+) -> CaseMaps:
     """Maps of the sentences of one report that state a finding as present or possible.
 
     Args:
         batch: of this case alone.
         record: of its report, with ``ids``.
-        said: its statements.
+        stated: its statements.
         masked: its lesions, where it has a mask.
         names: of the mask's labels, where they are known.
         baseline: mean features (K, C, T, T).
     """
     caption = table.data.rows[row]
-    stated = [s for s in said if s.mention.polarity != "absent" and s.mention.section != "impression"]
-    stated = stated or [s for s in said if s.mention.polarity != "absent"]
-    numbers = sorted({s.sentence for s in stated})
+    present = [s for s in stated if s.mention.polarity != "absent"]
+    present = [s for s in present if s.mention.section != "impression"] or present
+    numbers = sorted({s.sentence for s in present})
     spans = token_spans(writer.tokenizer, record["ids"])
-    words = [[w for s in stated if s.sentence == n for w in s.words] for n in numbers]
-    touched = [[k for k, (a, b) in enumerate(spans) if any(a < end and b > start for start, end in w)] for w in words]
-    maps = attribution_maps(writer.model, batch, record["ids"], touched, baseline, method).numpy()
+    words = [[w for s in present if s.sentence == n for w in s.words] for n in numbers]
+    tokens = [[k for k, (a, b) in enumerate(spans) if any(a < end and b > start for start, end in w)] for w in words]
+    maps = attribution_maps(writer.model, batch, record["ids"], tokens, baseline, method).numpy()
     cached = table.data.cache.get(caption.image_path, caption.mask_path)
     shape = tuple(baseline.shape[i] for i in (0, 2, 3))
     grid = FramedGrid.of(table.data.view_selection, cached, shape, cached.axcodes)
@@ -89,26 +110,133 @@ def look_at_case(
         volume = read_volume(caption.image_path)
         labels = read_mask(caption.mask_path, volume)
     pieces = split_sentences(record["text"])
-    looked = []
+    sentences = []
     for number, heat in zip(numbers, maps, strict=True):
-        mentions = [s.mention for s in stated if s.sentence == number]
-        hit, chance, why = _point(heat, mentions, masked, labels, names, grid, volume)
-        looked.append(Looked(number, pieces[number].strip(), heat, hit, chance, why))
-    return LookedCase(volume, labels, grid, looked)
+        mentions = [s.mention for s in present if s.sentence == number]
+        hit, chance, why = _point(heat, mentions, masked, labels, names, grid)
+        sentences.append(SentenceMap(number, pieces[number].strip(), heat, hit, chance, why))
+    return CaseMaps(volume, labels, grid, sentences)
 
 
-def save_maps(folder: Path, name: str, case: LookedCase, image: Path) -> Path | None:
-    """Write ``NAME_sentence1.nii.gz`` … and ``NAME.png``; the picture, or None where the report states nothing."""
-    if not case.looked:
+def save_maps(folder: Path, name: str, case: CaseMaps, image: Path) -> Path | None:
+    """Write ``NAME_sentence1.nii.gz`` … and ``NAME.png``; returns the figure, None where the report states nothing."""
+    if not case.sentences:
         return None
     volume = case.volume or read_volume(image)
-    heats = [case.grid.lay_over(one.heat) for one in case.looked]
+    heats = [case.grid.lay_over(one.heat) for one in case.sentences]
     for number, heat in enumerate(heats, 1):
         write_heat(folder / f"{name}_sentence{number}.nii.gz", heat, volume)
     marks = {True: "hit", False: "miss", None: "not played"}
-    titles = [f"{one.text[:24]}\n{marks[one.hit]}" for one in case.looked]
+    titles = [f"{one.text[:24]}\n{marks[one.hit]}" for one in case.sentences]
     draw_heat(folder / f"{name}.png", volume, heats, titles, case.labels)
     return folder / f"{name}.png"
+
+
+# ---------------------------------------------------------------------------- attribution
+
+
+def attribution_maps(
+    model: MedicalVLM,
+    batch: Mapping[str, Any],
+    ids: Sequence[int],
+    spans: Sequence[Sequence[int]],
+    baseline: Tensor,
+    method: str = METHODS[0],
+    *,
+    steps: int = STEPS,
+    chunk: int = 8,
+) -> Tensor:
+    """Maps (S, K, T, T), float32 on the CPU, one for each of S spans of one report.
+
+    Args:
+        batch: of one case: ``images``, ``slice_position``, ``roi``, ``question_ids``, ``question_mask``.
+        ids: tokens of the report.
+        spans: positions in ``ids``.
+        baseline: (K, C, T, T), the mean features of many cases.
+        method: one of ``METHODS``.
+        steps: points between baseline and image at which the gradient is taken.
+        chunk: copies of the case in one forward pass.
+    """
+    report = ReportLikelihood(model, batch, ids)
+    K, _, T, U = report.features.shape
+    if not spans:
+        return torch.zeros(0, K, T, U)
+    baseline = baseline.to(report.features)
+    if method == "occlusion":
+        return _occlusion(report, spans, baseline, chunk)
+    gradients = _integrated(report, spans, baseline, steps, chunk)
+    if method == "integrated":
+        return gradients.sum(2)
+    width = feature_width(model.vision.encoder, batch["images"], (T, U))
+    return torch.stack([smoothed(heat, width) for heat in gradients.clamp(min=0).sum(2)])
+
+
+class ReportLikelihood:
+    """Log-probabilities of one report's tokens as a function of the image's features. ``features``: (K, C, T, T)."""
+
+    def __init__(self, model: MedicalVLM, batch: Mapping[str, Any], ids: Sequence[int]) -> None:
+        with torch.no_grad():
+            self.features = model.vision.features(batch["images"])[0]
+        answer = torch.tensor([list(ids)], dtype=torch.long, device=self.features.device)
+        self.case = {**batch, "answer_ids": answer, "answer_mask": torch.ones_like(answer)}
+        self.model = model
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(B, tokens) for features (B, K, C, T, T)."""
+        names = ("slice_position", "roi", "question_ids", "question_mask", "answer_ids", "answer_mask")
+        copies = {name: self.case[name].expand(len(features), *self.case[name].shape[1:]) for name in names}
+        question = self.model.lm.embed(copies["question_ids"]).float()
+        visual = self.model.vision.tokens(
+            features, copies["slice_position"], question, copies["question_mask"], roi=copies["roi"]
+        )
+        return torch.stack(answer_log_probs(self.model.lm, visual, copies))
+
+
+def feature_width(
+    encoder: NnUNetEncoder, images: Tensor | Sequence[Tensor], grid: tuple[int, int]
+) -> tuple[float, float]:
+    """Extent of one feature of the encoder's stage, (rows, columns), in cells of the ``grid`` it is pooled to."""
+    axes = zip(encoder.total_stride[-2:], grid, images[0].shape[-2:], strict=True)
+    rows, columns = (stride * cells / extent for stride, cells, extent in axes)
+    return rows, columns
+
+
+def smoothed(heat: Tensor, width: tuple[float, float]) -> Tensor:
+    """(K, T, U) under an in-plane Gaussian of standard deviations ``width`` in cells; the border is replicated."""
+    return torch.from_numpy(ndimage.gaussian_filter(heat.numpy(), (0, *width), mode="nearest"))
+
+
+def _integrated(
+    report: ReportLikelihood, spans: Sequence[Sequence[int]], baseline: Tensor, steps: int, chunk: int
+) -> Tensor:
+    """Integrated gradients (S, K, C, T, T), float32 on the CPU."""
+    difference = report.features - baseline
+    total = torch.zeros(len(spans), *difference.shape, device=difference.device)
+    for part in ((torch.arange(steps, device=difference.device) + 0.5) / steps).split(chunk):
+        points = (baseline + part.to(difference)[:, None, None, None, None] * difference).requires_grad_()
+        log_probs = report(points)
+        for number, positions in enumerate(spans):
+            kept = number + 1 < len(spans)
+            (gradient,) = torch.autograd.grad(log_probs[:, list(positions)].sum(), points, retain_graph=kept)
+            total[number] += gradient.sum(0) / steps
+    return (total * difference).float().cpu()
+
+
+@torch.no_grad()
+def _occlusion(report: ReportLikelihood, spans: Sequence[Sequence[int]], baseline: Tensor, chunk: int) -> Tensor:
+    K, _, T, U = baseline.shape
+    falls = []
+    for cells in torch.arange(K * T * U).split(chunk):
+        copies = report.features.repeat(len(cells), 1, 1, 1, 1)
+        for copy, cell in zip(copies, cells.tolist(), strict=True):
+            k, i, j = cell // (T * U), cell // U % T, cell % U
+            copy[k, :, i, j] = baseline[k, :, i, j]
+        falls.append(report(copies))
+    fall = report(report.features[None]) - torch.cat(falls)  # (cells, tokens)
+    return torch.stack([fall[:, list(positions)].sum(1).view(K, T, U).float().cpu() for positions in spans])
+
+
+# ---------------------------------------------------------------------------- pointing game
 
 
 def _point(
@@ -118,37 +246,34 @@ def _point(
     labels: np.ndarray | None,
     names: Mapping[int, str] | None,
     grid: FramedGrid,
-    volume: Volume | None,
 ) -> tuple[bool | None, float, str]:
-    """Hit or miss, share of cells that would hit, and why the game is not played."""
-    if masked is None or labels is None or volume is None:
+    """Hit or miss, fraction of cells that would hit, and why the game is not played."""
+    if masked is None or labels is None:
         return None, float("nan"), "no mask"
     if masked.problem:
         return None, float("nan"), "the lesions could not be measured"
-    meant = [lesion for lesion in masked.lesions if any(_means(m, lesion, names) for m in mentions)]
-    if not meant:
+    stated = [lesion for lesion in masked.lesions if any(_agree(m, lesion, names) for m in mentions)]
+    if not stated:
         return None, float("nan"), "the lesion that it states is not in the mask"
-    cells = grid.cells_of(_solid(labels, meant))
+    cells = grid.cells_of(_voxels(labels, stated))
     if not cells.any():
         return None, float("nan"), "the lesion lies in no slice that the model was shown"
     return bool(cells.flat[int(heat.argmax())]), float(cells.mean()), ""
 
 
-def _means(mention: FindingMention, lesion: MeasuredLesion, names: Mapping[int, str] | None) -> bool:
-    if names and lesion.label in names and names[lesion.label] != mention.finding:
-        return False
-    side = mention.side is None or mention.side in (lesion.side, "bilateral")
-    return side and (mention.zone is None or mention.zone == lesion.zone)
+def _agree(mention: FindingMention, lesion: MeasuredLesion, names: Mapping[int, str] | None) -> bool:
+    named = (names or {}).get(lesion.label, mention.finding)
+    return named == mention.finding and side_agrees(mention, lesion) and zone_agrees(mention, lesion)
 
 
-def _solid(labels: np.ndarray, lesions: Sequence[MeasuredLesion]) -> np.ndarray:
-    """Voxels of the components that hold these lesions."""
-    solid = np.zeros(labels.shape, bool)
+def _voxels(labels: np.ndarray, lesions: Sequence[MeasuredLesion]) -> np.ndarray:
+    """Voxels of the components that hold these lesions, bool of the shape of ``labels``."""
+    found = np.zeros(labels.shape, bool)
     for label in {lesion.label for lesion in lesions}:
         parts, count = ndimage.label(labels == label, np.ones((3, 3, 3), bool))
         centres = ndimage.center_of_mass(labels == label, parts, range(1, count + 1))
         wanted = [(x.z, x.y, x.x) for x in lesions if x.label == label]
         for number, centre in enumerate(centres, 1):
             if any(np.allclose(centre, other, atol=1e-3) for other in wanted):
-                solid |= parts == number
-    return solid
+                found |= parts == number
+    return found

@@ -88,12 +88,13 @@ def read_result(folder: Path) -> dict[str, Any]:
         return {"reason": str(error)}
     if not (checkpoint.collapsed or best.is_file()):
         return {"reason": f"{best} is missing"}
-    reason = (
-        "" if checkpoint.epoch else "epoch 0 is the untrained bridge; no trained epoch was better and non-collapsed"
-    )
-    result = {name: checkpoint.diagnostics.get(name) for name in (*STATISTICS, "collapsed")}
-    result |= {"val_loss": checkpoint.val_loss, "epoch": checkpoint.epoch}
-    return result | {"reason": f"{checkpoint.path.name} is stamped as collapsed" if checkpoint.collapsed else reason}
+    reason = ""
+    if checkpoint.collapsed:
+        reason = f"{checkpoint.path.name} is stamped as collapsed"
+    elif checkpoint.epoch == 0:
+        reason = "epoch 0 is the untrained bridge; no trained epoch was better and non-collapsed"
+    statistics = {name: checkpoint.diagnostics.get(name) for name in (*STATISTICS, "collapsed")}
+    return {"val_loss": checkpoint.val_loss, "epoch": checkpoint.epoch, "reason": reason, **statistics}
 
 
 def training_processes(folder: Path) -> list[psutil.Process]:
@@ -127,6 +128,10 @@ def train(command: list[str], log: Path) -> int:
     if interrupted:
         raise KeyboardInterrupt
     return process.returncode
+
+
+def describe(run: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in run.items())
 
 
 class Night:
@@ -218,10 +223,10 @@ class Night:
         frame["seconds"] = pd.to_timedelta(frame.pop("duration")).dt.total_seconds().round()
         frame = frame.astype({"lr": float, "batch_size": int, "epoch": "Int64", "seconds": "Int64", "number": int})
         frame["folder"] = [str(self.run_folder(*point)) for point in zip(frame["lr"], frame["batch_size"], strict=True)]
+        frame["reason"] = frame["reason"].fillna("")
         interrupted = frame["state"].eq("FAIL") & frame["reason"].eq(UNFINISHED)
-        frame["state"] = pd.Categorical(
-            frame["state"].map(STATES).mask(interrupted, "interrupted"), ORDER, ordered=True
-        )
+        states = frame["state"].map(STATES).mask(interrupted, "interrupted")
+        frame["state"] = pd.Categorical(states, ORDER, ordered=True)
         frame = frame.sort_values(["state", "val_loss", "epoch", "number"], ascending=[True, True, False, False])
         frame = frame.drop_duplicates(["lr", "batch_size"], ignore_index=True)
         return frame.set_index(frame.index.rename("rank") + 1)
@@ -229,14 +234,15 @@ class Night:
     def show_progress(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Write the report and print how the trial ended, how many runs have, and the time left."""
         self.write_report()
-        frame = self.leaderboard()
-        ended = frame[frame["state"].isin(["finished", "collapsed", "failed"])]
-        seconds = time.monotonic() - self.begun, (self.count - len(ended)) * ended["seconds"].mean()
-        elapsed, left = (timedelta(seconds=round(value)) for value in seconds)
-        outcome = f"{self.run_folder(**trial.params).name}: {STATES[trial.state.name]}"
-        for name in ("val_loss", "epoch", "reason"):
-            outcome += f", {name} {trial.user_attrs[name]}" if trial.user_attrs.get(name) not in (None, "") else ""
-        print(f"[{len(ended)}/{self.count}] {outcome}; elapsed {elapsed}, about {left} left", flush=True)
+        board = self.leaderboard()
+        complete = board["state"].isin(["finished", "collapsed"])
+        ended, seconds = complete.sum() + (board["state"] == "failed").sum(), board["seconds"][complete].mean()
+        left = "unknown time" if pd.isna(seconds) else timedelta(seconds=round((self.count - ended) * seconds))
+        elapsed = timedelta(seconds=round(time.monotonic() - self.begun))
+        result = {name: trial.user_attrs.get(name) for name in ("val_loss", "epoch", "reason")}
+        outcome = ", ".join([STATES[trial.state.name], *(f"{k} {v}" for k, v in result.items() if v not in (None, ""))])
+        name = self.run_folder(**trial.params).name
+        print(f"[{ended}/{self.count}] {name}: {outcome}; elapsed {elapsed}, about {left} left", flush=True)
 
     def report_paths(self) -> tuple[list[Path], str]:
         """Best checkpoint, summary and leaderboard; beside those of a longer night, and then a line that says so."""
@@ -244,17 +250,16 @@ class Night:
         if not paths[0].is_file():
             return paths, ""
         content = read_torch_file(paths[0], "checkpoint")
-        made_by = content.get("overnight") or {
-            "epochs": content.get("epoch", 0)
-        }  # older versions stored the best epoch only
+        # Older versions did not store the epochs; the best epoch is their lower bound.
+        made_by = content.get("overnight") or {"epochs": content.get("epoch", 0)}
         if made_by["epochs"] <= epochs:
             return paths, ""
-        described = ", ".join(f"{key} {value}" for key, value in made_by.items())
         beside = [path.with_stem(f"{path.stem}_{epochs}epochs") for path in paths]
-        return beside, f"note: {paths[0]} is of a longer night ({described}) and is kept; see {beside[0].name}\n"
+        note = f"note: {paths[0]} is of a longer night ({describe(made_by)}) and is kept; see {beside[0].name}\n"
+        return beside, note
 
-    def write_report(self) -> tuple[dict[str, Any] | None, Path]:
-        """Write best checkpoint, summary and leaderboard. Returns the best run, and where the summary is."""
+    def write_report(self) -> tuple[str, Path]:
+        """Write best checkpoint, summary and leaderboard. Returns the best run ("": none) and the summary's path."""
         frame, ((checkpoint, summary, board), kept) = self.leaderboard(), self.report_paths()
         finished = frame[frame["state"] == "finished"].to_dict("records")
         missing = [row["folder"] for row in finished if not (Path(row["folder"]) / BEST_FILE).is_file()]
@@ -276,16 +281,14 @@ class Night:
             lines += [f"best {name}: {value}" for name, value in best.items()]
             lines += [f"checkpoint: {checkpoint}", "\ngo on with Stage 2:", f"    {self.stage2_command(checkpoint)}"]
         lines += ["\nall runs, best first:", frame.drop(columns=["folder", "reason", "number"]).to_string(na_rep="-")]
-        lines += [
-            f"{Path(row.folder).name}: {row.reason}" for row in frame.fillna({"reason": ""}).itertuples() if row.reason
-        ]
+        lines += [f"{Path(row.folder).name}: {row.reason}" for row in frame.itertuples() if row.reason]
         # Excel misreads Chinese paths in a table without byte-order mark.
         for path, text in ((summary, "\n".join(lines) + "\n"), (board, "\ufeff" + frame.to_csv(lineterminator="\n"))):
             try:
                 write_text(path, text)
             except PermissionError:  # Windows: a spreadsheet holds it open; that must not end the night
                 print(f"note: {path.name} is open in another program and was not updated; close it", flush=True)
-        return best, summary
+        return describe(best or {}), summary
 
     def stage2_command(self, checkpoint: Path) -> str:
         args = self.args

@@ -3,12 +3,13 @@ them one by one from Python takes longer than running them.
 
     ids [B, 1], states of all layers → one step on buffers that never move → logits [B, 1, V], states updated
 
-``generate`` stays Hugging Face's: while it runs, the model's ``forward`` sends single-token steps here, and all else
-(the prompt) where it always went. A graph is used only after its first replay gave what plain execution gives.
+``generate`` stays Hugging Face's: while it runs, the model's ``forward`` sends single-token steps here and the prompt
+to the original forward. A graph is used only if its first replay equals eager execution.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import os
@@ -19,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import MambaForCausalLM
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.models.mamba.modeling_mamba import MambaCausalLMOutput
 
 logger = logging.getLogger(__name__)
 
 SWITCH = "MAMBA_CUDA_GRAPH"  # environment variable; 0 decodes without graphs
-MIN_STEPS = 16  # capturing costs about five plain steps
+MIN_STEPS = 16  # capturing costs about five eager steps
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest value
 
 
@@ -34,26 +35,21 @@ class GraphUnusable(Exception):
 
 
 class DecodeStep:
-    """One step on buffers of its own, computed plainly: the reference of the graph, and its whole on a CPU."""
+    """One step on buffers of its own, computed without a graph: the reference of the graph."""
 
-    def __init__(self, model: MambaForCausalLM, forward: Callable[..., Any], cache: Cache) -> None:
+    def __init__(self, forward: Callable[..., Any], cache: Cache) -> None:
         """
         Args:
             forward: the model's own forward.
             cache: states after a prompt, of B rows; they are copied.
         """
         self.forward = forward
-        self.cache = DynamicCache(config=model.config)
-        for index, layer in enumerate(cache.layers):
-            conv = layer.conv_states[0]
-            self.cache.update_conv_state(conv, index, conv_kernel_size=conv.shape[-1])
-            self.cache.update_recurrent_state(layer.recurrent_states[0], index)
-        rows = cache.layers[0].conv_states[0]
-        self.ids = torch.zeros(rows.shape[0], 1, dtype=torch.long, device=rows.device)
+        self.cache = copy.deepcopy(cache)
+        self.ids = torch.zeros(len(self.states[0]), 1, dtype=torch.long, device=self.states[0].device)
 
-    def load(self, cache: Cache) -> None:
-        """Begin with the states of another prompt."""
-        for own, other in zip(self.states, _states(cache), strict=True):
+    def load(self, states: list[Tensor]) -> None:
+        """Begin with these states, as after another prompt."""
+        for own, other in zip(self.states, states, strict=True):
             own.copy_(other)
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -79,21 +75,21 @@ class CudaGraphStep(DecodeStep):
         GraphUnusable: it cannot be captured, or its replay gives something else.
     """
 
-    def __init__(self, model: MambaForCausalLM, forward: Callable[..., Any], cache: Cache) -> None:
-        super().__init__(model, forward, cache)
+    def __init__(self, forward: Callable[..., Any], cache: Cache) -> None:
+        super().__init__(forward, cache)
         before = [state.clone() for state in self.states]
         expected = [self.compute().clone(), *(state.clone() for state in self.states)]
         try:
             self._capture()
         except RuntimeError as error:
             raise GraphUnusable(f"the step cannot be captured ({str(error).strip().splitlines()[0][:160]})") from error
-        self._restore(before)
+        self.load(before)
         found = [self.run(), *self.states]
         for number, (one, other) in enumerate(zip(found, expected, strict=True)):
             if not _close(one, other):
                 what = "logits" if number == 0 else f"states of layer {(number - 1) // 2}"
-                raise GraphUnusable(f"its replay gives other {what} than plain execution")
-        self._restore(before)
+                raise GraphUnusable(f"its replay gives other {what} than eager execution")
+        self.load(before)
 
     def run(self) -> Tensor:
         self.graph.replay()
@@ -112,16 +108,12 @@ class CudaGraphStep(DecodeStep):
         with torch.cuda.device(device), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.logits = self.compute()
 
-    def _restore(self, states: list[Tensor]) -> None:
-        for own, kept in zip(self.states, states, strict=True):
-            own.copy_(kept)
-
 
 @contextmanager
 def static_steps(
     model: MambaForCausalLM, new_tokens: int, beams: int = 1, make: type[DecodeStep] | None = None
 ) -> Iterator[None]:
-    """While it lasts, ``model.generate`` decodes by captured steps, where that is possible; why not is logged.
+    """Inside it ``model.generate`` decodes by captured steps where that is possible; the log says why not.
 
     A cache that enters a generation is read after the prompt and not advanced any more.
 
@@ -161,7 +153,7 @@ def _why_not(model: MambaForCausalLM, new_tokens: int, beams: int) -> str | None
 
 
 class _Router:
-    """Stands for the model's ``forward`` during one generation."""
+    """Replaces the model's ``forward`` during one generation."""
 
     def __init__(self, model: MambaForCausalLM, forward: Callable[..., Any], make: type[DecodeStep]) -> None:
         self.model, self.forward, self.make = model, forward, make
@@ -182,14 +174,14 @@ class _Router:
         return MambaCausalLMOutput(logits=self.step(input_ids), cache_params=cache_params)
 
     def _step_for(self, cache: Cache) -> DecodeStep:
-        """The step captured by an earlier generation of as many rows, if the weights still lie where they lay."""
+        """The step captured by an earlier generation of the same batch size, if the weights have not moved."""
         weights = self.model.get_input_embeddings().weight
         key = (self.make, weights.data_ptr(), _states(cache)[0].shape[0])
         kept: tuple[object, DecodeStep] | None = vars(self.model).get("_decode_step")
         if kept is not None and kept[0] == key:
-            kept[1].load(cache)
+            kept[1].load(_states(cache))
             return kept[1]
-        step = self.make(self.model, self.forward, cache)
+        step = self.make(self.forward, cache)
         self.model._decode_step = (key, step)
         return step
 

@@ -1,6 +1,6 @@
-"""How a report is written: greedy, sampled or by beams; where it ends; how it appears while it is written.
+"""Settings of decoding, stop strings and streaming.
 
-Search and sampling are those of Hugging Face's ``generate``; here are its settings, checked, and what it lacks:
+Search and sampling are those of Hugging Face's ``generate``. This module checks its settings and adds what it lacks:
 stop strings on decoded text, and a stream of whole characters (a byte-level BPE token may hold half of one).
 """
 
@@ -57,10 +57,10 @@ class Decoding:
             raise InputError("--num_beams searches, --temperature samples: give one of them")
 
     def options(self) -> dict[str, object]:
-        """Keyword arguments of HF ``generate``. Greedy without penalties is the empty set, as ever."""
+        """Keyword arguments of HF ``generate``. Greedy decoding without penalties needs none."""
         options: dict[str, object] = {}
         if self.temperature > 0:
-            # HF keeps the 50 likeliest tokens by default; nobody asked for that.
+            # HF would keep only the 50 likeliest tokens.
             options |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         if self.num_beams > 1:
             # Rows without a token are masked after the softmax of a beam: the rest must sum to one again.
@@ -73,7 +73,7 @@ class Decoding:
 
 
 class StopRule:
-    """Where a text ends, apart from the end-of-text token: it cuts, and changes nothing before the cut."""
+    """Where a text ends apart from the end-of-text token; what comes before the cut stays as it is."""
 
     def __init__(self, strings: Sequence[str] = (), *, at_restart: bool = False) -> None:
         """
@@ -129,7 +129,7 @@ def _overlap(text: str, string: str) -> int:
 
 
 def plain_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | Tensor) -> str:
-    """Exactly what the tokens say, special tokens apart: no space is tidied away."""
+    """The decoded text without special tokens; no space is cleaned up."""
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
@@ -146,7 +146,7 @@ class StopAtText(StoppingCriteria):
 
 
 class FirstTokenClock(StoppingCriteria):
-    """Never stops anything; keeps the seconds from its making to the first token. Works for beams, as no streamer."""
+    """Measures the seconds from its creation to the first token; stops nothing. Works with beams, unlike a streamer."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -160,10 +160,10 @@ class FirstTokenClock(StoppingCriteria):
 
 
 class CharacterStream(BaseStreamer):
-    """Hands out a text while it is generated, in whole characters; in the end exactly the text without streaming.
+    """Writes a text while it is generated, in whole characters; in total exactly the text without streaming.
 
-    What may still be cut by ``rule``, and bytes that are no whole character yet, are held back; bytes that never
-    became one are handed out at the end as the decoder shows them.
+    It holds back what ``rule`` may still cut and the bytes of an unfinished character; bytes that never become one
+    are written at the end as the decoder shows them.
     """
 
     def __init__(
@@ -176,9 +176,7 @@ class CharacterStream(BaseStreamer):
         self.shown = 0
 
     def put(self, value: Tensor) -> None:
-        if value.dim() == 2:  # the prompt: generation from embeddings begins with an empty one
-            if value.numel():
-                raise ValueError("CharacterStream is for generation from embeddings, whose prompt has no ids")
+        if value.dim() == 2:  # the prompt's ids: none, because it is given as embeddings
             return
         if len(value) != 1:
             raise ValueError(f"only one text can be streamed, not {len(value)}")

@@ -25,20 +25,17 @@ def load_embedding_table(name: str) -> Tensor:
     Raises:
         InputError: no weight file, or none that holds the table.
     """
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        path = _file(name, index)
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        shard: str | None = file
+        index = _file(name, f"{file}.index.json")
+        if index is not None:
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shard = next((shards[key] for key in TABLE_NAMES if key in shards), None)
+        path = None if shard is None else _file(name, shard)
         if path is not None:
-            where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            key = next((key for key in TABLE_NAMES if key in where), None)
-            if key is not None:
-                shard = _file(name, where[key])
-                if shard is None:
-                    raise InputError(f"mamba_model '{name}': {index} names {where[key]}, which is missing")
-                return _read(shard, key)
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        path = _file(name, single)
-        if path is not None:
-            return _read(path, None)
+            return _read(path)
+        if index is not None and shard is not None:
+            raise InputError(f"mamba_model '{name}': {file}.index.json names {shard}, which is missing")
     raise InputError(
         f"mamba_model '{name}' has no weights with an embedding table ({' or '.join(TABLE_NAMES)}): "
         "expected model.safetensors or pytorch_model.bin, whole or in shards with their index"
@@ -56,15 +53,13 @@ def _file(name: str, file: str) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _read(path: Path, key: str | None) -> Tensor:
+def _read(path: Path) -> Tensor:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as tensors:
-            key = key or next((name for name in TABLE_NAMES if name in tensors.keys()), None)  # noqa: SIM118
-            if key is not None:
+            for key in set(TABLE_NAMES) & set(tensors.keys()):
                 return tensors.get_tensor(key).float()
     else:
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        key = key or next((name for name in TABLE_NAMES if name in weights), None)
-        if key is not None:
+        for key in set(TABLE_NAMES) & set(weights):
             return weights[key].float()
     raise InputError(f"{path} holds no embedding table ({' or '.join(TABLE_NAMES)})")

@@ -5,34 +5,102 @@
 ``transformers`` 5.23 falls back to a Python loop over L that materialises every state where no CUDA
 kernels are installed. Everything around the mixer (hub, weights, cache, ``generate``) stays theirs.
 The channels are the last axis throughout: as the projections read and write them, so nothing is transposed.
+
+Without gradients, a sequence longer than a chunk is read chunk by chunk, the state carried in the cache: the memory
+of the layers does not grow with L. With gradients and checkpointing, each block keeps its input alone and is computed
+again in the backward pass (Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import MambaForCausalLM
-from transformers.cache_utils import Cache
-from transformers.models.mamba.modeling_mamba import MambaMixer
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.models.mamba.modeling_mamba import MambaBlock, MambaMixer, MambaModel, MambaOutput
 
-from models.language_model.mamba_backbone import run_in_blocks
+from models.language_model import cpu_decode
 from models.selective_scan import selective_scan, selective_state_update
 
-
-def use_our_scan(model: MambaForCausalLM) -> int:
-    """Replace the forward of every mixer in place, and how the backbone runs them; returns how many there were."""
-    mixers = [module for module in model.modules() if isinstance(module, MambaMixer)]
-    for mixer in mixers:
-        mixer.forward = MethodType(_mixer_forward, mixer)
-    run_in_blocks(model)
-    return len(mixers)
+PREFILL_CHUNK = 512  # tokens; from a few hundred on, matrix products are as fast as they get
 
 
-def _masked(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    return hidden if mask is None else hidden * mask[:, :, None].to(hidden.dtype)
+def use_our_scan(model: MambaForCausalLM) -> None:
+    """Replace in place the forward of the backbone, of its blocks and of their mixers; freeze the linear layers."""
+    cpu_decode.freeze_linear_layers(model)
+    for module in model.modules():
+        if isinstance(module, MambaMixer):
+            module.forward = MethodType(_mixer_forward, module)
+        elif isinstance(module, MambaBlock):
+            module.recompute, module.step_plan = False, None
+            module.forward = MethodType(_block_forward, module)
+        elif isinstance(module, MambaModel):
+            module.forward = MethodType(_backbone_forward, module)
+
+
+def recompute_blocks(model: nn.Module, wanted: bool) -> None:
+    """Whether blocks keep only their input for the backward pass; they cost a second forward pass then."""
+    for module in model.modules():
+        if isinstance(module, MambaBlock):
+            module.recompute = wanted
+
+
+def read_in_chunks(
+    backbone: MambaModel, inputs_embeds: Tensor, mask: Tensor | None, cache: Cache, chunk: int
+) -> Iterator[Tensor]:
+    """Chunk by chunk, the hidden states (B, ≤chunk, D) after all blocks and the norm; ``cache`` is updated."""
+    for first in range(0, inputs_embeds.shape[1], chunk):
+        span = slice(first, first + chunk)
+        part = None if mask is None else mask[:, span]
+        hidden = inputs_embeds[:, span]
+        for block in backbone.layers:
+            hidden = block(hidden, cache_params=cache, attention_mask=part)
+        yield backbone.norm_f(hidden)
+
+
+def _backbone_forward(
+    self: MambaModel,
+    input_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    cache_params: Cache | None = None,
+    use_cache: bool | None = None,
+    output_hidden_states: bool | None = None,
+    return_dict: bool | None = None,
+    attention_mask: Tensor | None = None,
+    **rest: object,
+) -> tuple | MambaOutput:
+    """Same contract as ``MambaModel.forward``."""
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    if attention_mask is not None and bool(attention_mask.all()):
+        attention_mask = None  # two products per layer less
+    keeps_all = output_hidden_states or self.config.output_hidden_states or return_dict is False
+    if given is None or torch.is_grad_enabled() or keeps_all or given.shape[1] <= PREFILL_CHUNK:
+        options = (use_cache, output_hidden_states, return_dict, attention_mask)
+        return MambaModel.forward(self, input_ids, inputs_embeds, cache_params, *options, **rest)
+    embeds = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+    cache = DynamicCache(config=self.config) if cache_params is None else cache_params
+    hidden = torch.cat(list(read_in_chunks(self, embeds, attention_mask, cache, PREFILL_CHUNK)), dim=1)
+    return_cache = self.config.use_cache if use_cache is None else use_cache
+    return MambaOutput(last_hidden_state=hidden, cache_params=cache if return_cache else None)
+
+
+def _block_forward(
+    self: MambaBlock,
+    hidden_states: Tensor,
+    cache_params: Cache | None = None,
+    attention_mask: Tensor | None = None,
+    **_: object,
+) -> Tensor:
+    if (stepped := cpu_decode.step(self, hidden_states, cache_params, attention_mask)) is not None:
+        return stepped
+    if self.recompute and torch.is_grad_enabled() and cache_params is None:
+        return checkpoint(MambaBlock.forward, self, hidden_states, None, attention_mask, use_reentrant=False)
+    return MambaBlock.forward(self, hidden_states, cache_params, attention_mask)
 
 
 def _mixer_forward(
@@ -46,44 +114,28 @@ def _mixer_forward(
     L, dtype = hidden_states.shape[1], hidden_states.dtype
     state = None if cache_params is None else cache_params.get_recurrent_state(self.layer_idx)
     x, z = self.in_proj(_masked(hidden_states, attention_mask)).chunk(2, dim=-1)  # (B, L, E)
-    before = _remember(self, x, cache_params)
+    before = _conv_inputs(self, x, cache_params)
     x = _masked(causal_conv_silu(x, self.conv1d.weight[:, 0], self.conv1d.bias, before), attention_mask)
 
     dt, B, C = self.x_proj(x).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
     delta, bias = _project_delta(self.dt_proj, dt)
-    A, skip = -torch.exp(self.A_log.float()), self.D.float()
+    A, fixed = -torch.exp(self.A_log.float()), {"D": self.D.float(), "delta_bias": bias, "delta_softplus": True}
 
     if state is not None and L == 1:
-        y = selective_state_update(
-            state,
-            x[:, 0],
-            delta[:, 0],
-            A,
-            B[:, 0],
-            C[:, 0],
-            D=skip,
-            z=z[:, 0],
-            delta_bias=bias,
-            delta_softplus=True,
-        )[:, None]
-        return self.out_proj(y.to(dtype))
+        y = selective_state_update(state, x[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], z=z[:, 0], **fixed)
+        return self.out_proj(y[:, None].to(dtype))
 
+    first = None if state is None else state.float()
     y, last_state = selective_scan(
-        x.transpose(1, 2),
-        delta.transpose(1, 2),
-        A,
-        B.transpose(1, 2),
-        C.transpose(1, 2),
-        D=skip,
-        z=z.transpose(1, 2),
-        delta_bias=bias,
-        delta_softplus=True,
-        initial_state=None if state is None else state.float(),
-        return_last_state=True,
+        x.mT, delta.mT, A, B.mT, C.mT, z=z.mT, initial_state=first, return_last_state=True, **fixed
     )
     if cache_params is not None:
         cache_params.update_recurrent_state(last_state, self.layer_idx)
-    return self.out_proj(y.transpose(1, 2).to(dtype))
+    return self.out_proj(y.mT.to(dtype))
+
+
+def _masked(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    return hidden if mask is None else hidden * mask[:, :, None].to(hidden.dtype)
 
 
 def _project_delta(dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -95,8 +147,8 @@ def _project_delta(dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor | Non
     return F.linear(dt.flatten(0, 1), dt_proj.weight).unflatten(0, dt.shape[:2]), bias
 
 
-def _remember(mixer: MambaMixer, x: Tensor, cache_params: Cache | None) -> Tensor | None:
-    """The K - 1 inputs of the convolution before ``x`` (B, K-1, E), if any; the cache then ends with ``x``."""
+def _conv_inputs(mixer: MambaMixer, x: Tensor, cache_params: Cache | None) -> Tensor | None:
+    """The K - 1 inputs of the convolution before ``x`` (B, K-1, E), if any; ``x`` enters the cache."""
     if cache_params is None:
         return None
     kernel = mixer.conv_kernel_size

@@ -10,7 +10,6 @@ Source: Hu et al. 2021 (arXiv 2106.09685); peft, ``inject_adapter_in_model``.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,55 +21,48 @@ from config.errors import InputError
 
 TARGET = "in_proj"
 ALPHA_PER_RANK = 2  # α = 2 r: the learning rate need not change with the rank
-_PART = ".lora_{}.default.weight"
 
 
 class Adapters(nn.Module):
-    """The trained matrices of a language model that they have been put into, under their layers' names."""
+    """The trained low-rank matrices inside a language model, by the names of their layers."""
 
     def __init__(self, model: MambaForCausalLM, rank: int) -> None:
-        """Put fresh adapters into ``model``, in float32 whatever its weights are in.
-
-        Raises:
-            InputError: peft is not installed.
-        """
+        """Put fresh adapters into ``model``, in float32 whatever its weights are in."""
         super().__init__()
-        if importlib.util.find_spec("peft") is None:
-            raise InputError("--lora_rank needs peft, which is not installed: pip install -r requirements.txt")
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig, inject_adapter_in_model  # slow to import, and needed in training alone
 
         inject_adapter_in_model(
             LoraConfig(r=rank, lora_alpha=ALPHA_PER_RANK * rank, target_modules=[TARGET], lora_dropout=0.0), model
         )
         self.rank = rank
-        matrices = {name: p for name, p in model.named_parameters() if ".lora_" in name}
-        self.names = list(matrices)
-        for parameter in matrices.values():
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
-        self.matrices = nn.ParameterList(matrices.values())  # the very parameters of the model
+        self.layers: dict[str, dict[str, nn.Parameter]] = {
+            name: {part: getattr(layer, f"lora_{part}")["default"].weight for part in "AB"}
+            for name, layer in model.named_modules()
+            if hasattr(layer, "lora_A")
+        }
+        # The very parameters of the model.
+        self.matrices = nn.ParameterList(matrix for parts in self.layers.values() for matrix in parts.values())
+        self.matrices.float().requires_grad_(True)
 
     def to_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the rank, and each layer's A and B under its name in the plain model."""
-        named = dict(zip(self.names, self.matrices, strict=True))
-        layers = sorted(name.removesuffix(_PART.format("A")) for name in named if name.endswith(_PART.format("A")))
-        weights = {
-            layer: {part: named[layer + _PART.format(part)].detach().cpu().clone() for part in "AB"} for layer in layers
+        """What a checkpoint keeps: the rank, and each layer's A and B under the layer's name in the language model."""
+        layers = {
+            name: {part: matrix.detach().cpu().clone() for part, matrix in parts.items()}
+            for name, parts in self.layers.items()
         }
-        return {"rank": self.rank, "layers": weights}
+        return {"rank": self.rank, "layers": layers}
 
+    @torch.no_grad()
     def load(self, stored: Mapping[str, Any]) -> None:
-        """Take over the matrices of :meth:`to_dict`; the rank and the layers must be the same."""
-        own = dict(zip(self.names, self.matrices, strict=True))
-        with torch.no_grad():
-            for layer, parts in stored["layers"].items():
-                for part, value in parts.items():
-                    own[layer + _PART.format(part)].copy_(value)
+        """Copy the matrices of :meth:`to_dict`; the rank and the layers must be the same."""
+        for layer, parts in stored["layers"].items():
+            for part, value in parts.items():
+                self.layers[layer][part].copy_(value)
 
 
 @torch.no_grad()
 def merge(model: MambaForCausalLM, stored: Mapping[str, Any]) -> None:
-    """Add the adapters of a checkpoint to the weights of a plain ``model``, in place.
+    """Add the adapters of a checkpoint to the weights of a ``model`` without adapters, in place.
 
     Raises:
         InputError: they belong to a model of another shape.

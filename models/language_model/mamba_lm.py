@@ -2,8 +2,8 @@
 
     inputs_embeds [B, L, D] → hidden [B, L, D] → logits [B, L, V]
 
-``V`` counts embedding rows (50,280 for Mamba-2.8B), the tokenizer knows fewer (50,277): rows that
-no token stands for are masked, or garbage is sampled from them.
+``V`` counts embedding rows (50,280 for Mamba-2.8B); the tokenizer has fewer tokens (50,277). Rows
+without a token are masked, so that they are never generated.
 """
 
 from __future__ import annotations
@@ -20,22 +20,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    LogitsProcessor,
-    LogitsProcessorList,
     MambaConfig,
     MambaForCausalLM,
     PreTrainedTokenizerBase,
     StoppingCriteria,
-    StoppingCriteriaList,
 )
 from transformers.cache_utils import Cache, DynamicCache
 
 from config.errors import InputError
 from models.language_model.cuda_graph_decode import static_steps
 from models.language_model.decoding import StopAtText, StopRule, plain_text
-from models.language_model.hf_patch import use_our_scan
+from models.language_model.hf_patch import PREFILL_CHUNK, read_in_chunks, recompute_blocks, use_our_scan
 from models.language_model.lora import merge
-from models.language_model.mamba_backbone import PREFILL_CHUNK, read_in_chunks, recompute_blocks
 from models.language_model.quantisation import CONTRADICTION, bitsandbytes_options, quantise_int8
 
 IGNORED = -100  # label of a position that the loss skips
@@ -49,17 +45,6 @@ class _Mamba(MambaForCausalLM):
     _keep_in_fp32_modules_strict = {"A_log", "mixer.D"}
 
 
-class KnownTokensOnly(LogitsProcessor):
-    """Sets the logits of embedding rows without a token to −∞, so that they are never generated."""
-
-    def __init__(self, known: int) -> None:
-        self.known = known
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores[:, self.known :] = -torch.inf
-        return scores
-
-
 @dataclass(frozen=True)
 class LMIdentity:
     """What a checkpoint remembers of its language model, to notice a different one later."""
@@ -69,6 +54,10 @@ class LMIdentity:
     layers: int
     vocabulary: int
     tokens: int
+
+    @classmethod
+    def of(cls, name: str, config: MambaConfig, tokenizer: PreTrainedTokenizerBase) -> LMIdentity:
+        return cls(name, config.hidden_size, config.num_hidden_layers, config.vocab_size, len(tokenizer))
 
     def to_dict(self) -> dict[str, str | int]:
         return dict(vars(self))
@@ -116,8 +105,7 @@ def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def lm_identity(name: str) -> LMIdentity:
     """Raises: InputError as :func:`read_lm_config` and :func:`read_tokenizer` do."""
-    config, tokenizer = read_lm_config(name), read_tokenizer(name)
-    return LMIdentity(name, config.hidden_size, config.num_hidden_layers, config.vocab_size, len(tokenizer))
+    return LMIdentity.of(name, read_lm_config(name), read_tokenizer(name))
 
 
 class MambaLM(nn.Module):
@@ -161,8 +149,8 @@ class MambaLM(nn.Module):
             raise InputError(CONTRADICTION)
         if load_in_8bit and adapters:
             raise InputError(
-                "--llm_8bit: this checkpoint has adapters (--lora_rank), which bitsandbytes' weights do not take up; "
-                "use --llm_int8"
+                "--llm_8bit: this checkpoint has adapters (--lora_rank), which bitsandbytes' weights cannot be "
+                "merged with; use --llm_int8"
             )
         config, tokenizer = read_lm_config(name), read_tokenizer(name)
         device = torch.device(device)
@@ -192,10 +180,7 @@ class MambaLM(nn.Module):
 
     @property
     def identity(self) -> LMIdentity:
-        config = self.model.config
-        return LMIdentity(
-            self.name, config.hidden_size, config.num_hidden_layers, config.vocab_size, len(self.tokenizer)
-        )
+        return LMIdentity.of(self.name, self.model.config, self.tokenizer)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, L) token ids → (B, L, D).
@@ -212,14 +197,22 @@ class MambaLM(nn.Module):
         return self.model.get_input_embeddings()(ids)
 
     def answer_loss(self, inputs_embeds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the labelled tokens given everything before them.
+        """Sum of the cross-entropy of the labelled tokens in nats, and their number.
+
+        The arguments are those of :meth:`answer_log_probs`.
+        """
+        log_probs, counts = self.answer_log_probs(inputs_embeds, labels)
+        return -log_probs.sum(), counts.sum()
+
+    def answer_log_probs(self, inputs_embeds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of each labelled token given everything before it.
 
         Args:
             inputs_embeds: (B, L, D), padded on the right: a causal model needs no mask then.
             labels: (B, L) token ids, :data:`IGNORED` where nothing is to be learnt.
 
         Returns:
-            Sum of the losses in nats, and the number of labelled tokens.
+            (N,) float32, all labelled tokens row by row, and (B,) their number in each row.
         """
         hidden = self.model.backbone(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
         target = labels[:, 1:]
@@ -227,13 +220,13 @@ class MambaLM(nn.Module):
         # Only the answer's positions meet the vocabulary, and only some at a time: their logits are made again in
         # the backward pass.
         pairs = zip(hidden[:, :-1][wanted].split(LOSS_CHUNK), target[wanted].split(LOSS_CHUNK), strict=True)
-        losses = [checkpoint(self._token_loss, *pair, use_reentrant=False) for pair in pairs]
-        return torch.stack(losses).sum(), wanted.sum()
+        parts = [checkpoint(self._token_log_probs, *pair, use_reentrant=False) for pair in pairs]
+        return torch.cat(parts), wanted.sum(1)
 
-    def _token_loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+    def _token_log_probs(self, hidden: Tensor, target: Tensor) -> Tensor:
         hidden = hidden.to(self.model.get_input_embeddings().weight.dtype)  # the last norm leaves it in float32
         logits = self.model.lm_head(hidden)[:, : self.known_tokens].float()
-        return F.cross_entropy(logits, target, reduction="sum")
+        return -F.cross_entropy(logits, target, reduction="none")
 
     def checkpointing(self, wanted: bool | None) -> bool:
         """Keep only the blocks' inputs for the backward pass (None: from a billion parameters on); returns which."""
@@ -298,8 +291,8 @@ class MambaLM(nn.Module):
                 max_new_tokens=max_new_tokens,
                 eos_token_id=self.tokenizer.eos_token_id,
                 pad_token_id=self.tokenizer.pad_token_id,
-                logits_processor=LogitsProcessorList([KnownTokensOnly(self.known_tokens)]),
-                stopping_criteria=StoppingCriteriaList(criteria),
+                suppress_tokens=list(range(self.known_tokens, self.model.config.vocab_size)) or None,
+                stopping_criteria=criteria,
                 **{"do_sample": False, **options},
             )
         texts = [plain_text(self.tokenizer, row) for row in ids]

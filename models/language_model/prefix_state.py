@@ -9,7 +9,6 @@ continues from a copy of it: no vision pass, no prefill of the visual tokens.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,18 +18,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from config.errors import InputError
+from config.files import atomic_path
 from models.language_model.mamba_lm import LMIdentity, MambaLM
 
 FORMAT = "mamba-ct-image-state"
 VERSION = 1
 _SAMPLED = 1024  # values of each weight that enter its fingerprint
 
-# What is compared between a saved state and the program that is to use it, in the words of the message.
+# The compared fields, and how the message names a difference.
 _COMPARED = {
     "lm_size": "another language model",
     "lm_weights": "other weights or another precision of the language model",
@@ -135,17 +135,12 @@ class PrefixState:
         return cache
 
     def save(self, path: Path, identity: PrefixIdentity) -> None:
-        """Write a safetensors file beside the target, then rename it into place."""
+        """Write a safetensors file, atomically."""
         head = {"format": FORMAT, "version": str(VERSION), "visual_tokens": str(self.visual_tokens)}
         head["identity"] = json.dumps(asdict(identity), ensure_ascii=False)
         tensors = {"conv": self.conv.cpu().contiguous(), "recurrent": self.recurrent.cpu().contiguous()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            part.write_bytes(save(tensors, metadata=head))
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with atomic_path(path) as part:
+            save_file(tensors, part, metadata=head)
 
     @classmethod
     def load(cls, path: Path) -> tuple[PrefixState, PrefixIdentity]:
@@ -199,7 +194,7 @@ def answer_from_state(
 def _level(lm: MambaLM, state: PrefixState, questions: list[Tensor]) -> tuple[PrefixState, list[Tensor]]:
     """Read all but the last token of each question, those of equal length together.
 
-    Padding would not do: between a state and the question it would decay the one and shift the convolution.
+    Padding between a state and the question would decay the state and shift the convolution.
     """
     conv, recurrent = torch.empty_like(state.conv), torch.empty_like(state.recurrent)
     for length in {len(question) for question in questions}:

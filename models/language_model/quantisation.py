@@ -1,38 +1,45 @@
-"""Which layers of the language model become int8, and what that does to its logits.
+"""The language model's large matrices in int8, and what that does to its logits.
 
-Ours (``--llm_int8``) works on every device; bitsandbytes (``--llm_8bit``) needs a GPU and its own installation.
+    W [O, I] ≈ q [O, I] int8 · scale [O] float32        scale[o] = max_i |W[o, i]| / 127
+
+Half the bytes of bfloat16: decoding is bound by memory bandwidth. Each output row has its own scale, symmetric around
+zero, as the vector-wise scheme of LLM.int8() has it for weights (Dettmers et al., arXiv 2208.07339); activations stay
+as they are. Few rows on a CPU meet the int8 weights in our compiled product, all else meets them widened, a block at a
+time. The reference is ``F.linear(x, layer.dequantised(), layer.bias)``. Ours (``--llm_int8``) works on every device;
+bitsandbytes (``--llm_8bit``) needs a GPU and its own installation.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import MambaForCausalLM
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from config.errors import InputError
-from models.language_model.int8_linear import Int8Head, Int8Linear
+from models.language_model.cpu_decode import FrozenLinear
 
 QUANTISED = ("in_proj", "out_proj")
+LEVELS = 127
+# Weights widened at a time: a block that fits a core's cache, and on a GPU one that occupies it.
+BLOCK = {"cpu": 1 << 20, "other": 1 << 24}
 CHUNK = 256  # positions whose logits exist at a time
 CONTRADICTION = "--llm_8bit and --llm_int8 are two ways to the same thing: give one of them"
 
 
-class HasModel(Protocol):
-    model: MambaForCausalLM
-
-
 class Quality(NamedTuple):
-    """Logits of the quantised model against the plain one's, and its perplexity over the plain one's."""
+    """Differences of a quantised model's logits from the original's, and the ratio of the perplexities."""
 
     max_difference: float
     mean_difference: float
     perplexity_ratio: float
-    deviation: float  # of the plain model's logits: what the differences are small or large against
+    standard_deviation: float  # of the original's logits over the vocabulary, the scale of the differences
 
 
 @torch.no_grad()
@@ -51,30 +58,31 @@ def quantise_int8(model: MambaForCausalLM) -> int:
 
 
 @torch.no_grad()
-def quantisation_quality(plain: HasModel, quantised: HasModel, ids: Tensor) -> Quality:
-    """Compare two language models on a text.
+def quantisation_quality(original: nn.Module, quantised: nn.Module, ids: Tensor) -> Quality:
+    """Compare two language models (``MambaLM``) on a text.
 
     Args:
         ids: (B, L) token ids, L at least 2.
 
     Returns:
-        Largest and mean absolute difference of the logits over all positions and embedding rows, and the ratio of the
-        perplexities, 1 where nothing is lost.
+        Largest and mean absolute difference of the logits over all positions and embedding rows; quantised over
+        original perplexity, 1 where nothing is lost; the standard deviation of the original's logits.
     """
-    hidden, other = (lm.model.backbone(input_ids=ids, use_cache=False).last_hidden_state for lm in (plain, quantised))
-    hidden, other = hidden[:, :-1].flatten(0, 1), other[:, :-1].flatten(0, 1)
+    backbones = original.model.backbone, quantised.model.backbone
+    states = [one(input_ids=ids, use_cache=False).last_hidden_state for one in backbones]
+    hidden, other = (state[:, :-1].flatten(0, 1) for state in states)
     largest, total, lost, squares = 0.0, 0.0, 0.0, 0.0
     pairs = zip(hidden.split(CHUNK), other.split(CHUNK), ids[:, 1:].flatten().split(CHUNK), strict=True)
     for one, two, target in pairs:
-        logits, changed = _logits(plain.model, one), _logits(quantised.model, two)
+        logits, changed = _logits(original.model, one), _logits(quantised.model, two)
         difference = (logits - changed).abs()
         largest, total = max(largest, float(difference.max())), total + float(difference.double().sum())
         squares += float(logits.double().var(dim=1, correction=0).sum())
         worse = F.cross_entropy(changed, target, reduction="sum") - F.cross_entropy(logits, target, reduction="sum")
         lost += float(worse)
     positions = len(hidden)
-    mean, deviation = total / (positions * logits.shape[1]), math.sqrt(squares / positions)
-    return Quality(largest, mean, math.exp(lost / positions), deviation)
+    mean = total / (positions * logits.shape[1])
+    return Quality(largest, mean, math.exp(lost / positions), math.sqrt(squares / positions))
 
 
 def _logits(model: MambaForCausalLM, hidden: Tensor) -> Tensor:
@@ -102,3 +110,115 @@ def bitsandbytes_options(device: torch.device) -> dict[str, object]:
             "--llm_8bit needs a CUDA device: add --llm_device auto, or use --llm_int8, which works on every device"
         )
     return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
+
+
+def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(O, I) → int8 (O, I) and scale (O,) float32; a row of zeros stays zeros. No float copy of the whole is made.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
+    whole = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
+    scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    for rows in _spans(*weight.shape, weight.device):
+        part = weight.detach()[rows].float()
+        largest = part.abs().amax(dim=1)
+        if not bool(largest.isfinite().all()):
+            raise ValueError("weights that are not finite cannot be quantised")
+        scale[rows] = largest / LEVELS
+        whole[rows] = (part / scale[rows].clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round()
+    return whole, scale
+
+
+class Int8Linear(FrozenLinear):
+    """A frozen linear layer whose ``weight`` (O, I) is int8, with ``scale`` (O,) float32 and a float bias.
+
+    All three are parameters without gradients, so that they are counted, moved and left out of distributed
+    gradients as other frozen weights are.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+        nn.Module.__init__(self)  # nn.Linear would make a float matrix first
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> Int8Linear:
+        """The int8 copy of a linear layer; its bias is shared."""
+        return cls(*quantise_rows(layer.weight), layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (compiled := self.compiled(x)) is not None:
+            return compiled
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        return _Widened.apply(rows, self.weight, self.scale, bias).reshape(*x.shape[:-1], self.out_features)
+
+    def stored(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.scale
+
+    def dequantised(self) -> Tensor:
+        """The weights (O, I) in float32: the reference that tests compare with."""
+        return self.weight * self.scale[:, None]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        # The scale stays float32 when the model's dtype changes: its rounding error would affect whole rows.
+        scale = self.scale.data
+        super()._apply(fn, recurse)
+        if self.scale.dtype is not torch.float32:
+            self.scale.data = scale.to(self.scale.device)
+        return self
+
+
+class Int8Head(nn.Linear):
+    """A head that multiplies with an int8 copy of its ``weight``, which may be the embedding table.
+
+    ``weight`` stays as it was: a token reads one row of the table, and transformers looks up its dtype.
+    """
+
+    def __init__(self, head: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = head.weight.shape
+        self.weight, self.bias = head.weight, head.bias
+        self.narrow = Int8Linear.of(head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.narrow(x)
+
+
+class _Widened(torch.autograd.Function):
+    """x (R, I) · (weight · scale)ᵀ + bias → (R, O) in the dtype of x, which the widened blocks have too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, scale)  # int8: nothing widened waits for the backward pass
+        parts = [
+            F.linear(x, _widen(weight[rows], scale[rows], x.dtype), None if bias is None else bias[rows])
+            for rows in _spans(*weight.shape, weight.device)
+        ]
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, scale = ctx.saved_tensors
+        # Columns at a time: each is one whole sum, none is rounded on the way.
+        spans = _spans(*weight.T.shape, weight.device)
+        parts = [grad @ _widen(weight[:, columns], scale, grad.dtype) for columns in spans]
+        return torch.cat(parts, dim=1), None, None, None
+
+
+def _widen(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiplied in float32, rounded once."""
+    return torch.mul(weight, scale[:, None], out=torch.empty(weight.shape, dtype=dtype, device=weight.device))
+
+
+def _spans(length: int, width: int, device: torch.device) -> list[slice]:
+    """``length`` lines of ``width`` values, so many at a time that a block is no larger than :data:`BLOCK`."""
+    step = max(1, BLOCK.get(device.type, BLOCK["other"]) // max(1, width))
+    return [slice(first, min(length, first + step)) for first in range(0, length, step)]

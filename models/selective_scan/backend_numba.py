@@ -1,7 +1,7 @@
 """The selective scan on CPU: the numba kernels' autograd function and their threads.
 
 Letters: B batch, E channels, L tokens, N state.
-A task is one sample × one block of LANES channels. Tasks are spread over plain Python threads (the kernels
+A task is one sample × one block of LANES channels. Tasks are spread over Python threads (the kernels
 release the interpreter lock); unlike numba's own threading layers these may be used by several callers at
 once and after a fork. Each range of tasks sums dB and dC into buffers of its own, so there are no races and
 results repeat exactly for a given ``torch.get_num_threads()``.
@@ -85,13 +85,13 @@ def backward(
     for samples, part_B, part_C in _over_threads(run, batch * blocks):
         grad_B[samples] += part_B
         grad_C[samples] += part_C
-    step = -1 if reverse else 1
+    grad_B, grad_C = (torch.from_numpy(g).flip(-1) if reverse else torch.from_numpy(g) for g in (grad_B, grad_C))
     return (
         grad_u.to(u.dtype),
         grad_delta.to(delta.dtype),
         grad_A.sum(0).to(A.dtype),
-        torch.from_numpy(np.ascontiguousarray(grad_B[:, :, ::step])).to(B.dtype),
-        torch.from_numpy(np.ascontiguousarray(grad_C[:, :, ::step])).to(C.dtype),
+        grad_B.to(B.dtype),
+        grad_C.to(C.dtype),
         None if D is None else grad_D.sum(0).to(D.dtype),
         None if z is None else grad_z.to(z.dtype),
         None if delta_bias is None else grad_bias.sum(0).to(delta_bias.dtype),

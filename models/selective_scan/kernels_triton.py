@@ -44,7 +44,7 @@ def _softplus(x):
 
 @triton.jit
 def _follow(decay_a, state_a, decay_b, state_b):
-    """Stretch a, then b: (product of the decays, state at the end if it was zero at the start)."""
+    """Span a, then b: (product of the decays, state at the end if it was zero at the start)."""
     return decay_a * decay_b, decay_b * state_a + state_b
 
 
@@ -56,7 +56,7 @@ def _follow_kept(decay_a, kept_a, input_a, decay_b, kept_b, input_b):
 
 @triton.jit
 def _precede(reach_a, adjoint_a, decay_a, reach_b, adjoint_b, decay_b):
-    """Stretch b comes before a in the walk; the adjoint runs from a to b.
+    """Span b comes before a in the walk; the adjoint runs from a to b.
 
     (product of the decays after the first token, adjoint at the first token, decay of the first token).
     """

@@ -16,10 +16,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 
+import optuna
 import psutil
 import pytest
 import yaml
 
+import engine.training.overnight as overnight
 from config.nnunet_plans import PreprocessPlan
 from config.schema import load_config
 from engine.checkpoint import save_checkpoint
@@ -78,6 +80,8 @@ class Night:
             (root / name).write_text(name, encoding="utf-8")
         content = {key: str(root / name) for key, name in keys.items()} | {"output_dir": str(self.out)}
         self.config.write_text(yaml.safe_dump(content), encoding="utf-8")
+        storage = optuna.storages.InMemoryStorage()  # faster than a database, which start() needs
+        monkeypatch.setattr(overnight, "RDBStorage", lambda *args, **options: storage)
         for number, name in enumerate(NAMES):
             self.plan(name, val_loss=0.1 * (number + 1))
 
@@ -99,6 +103,7 @@ class Night:
     def start(self, *flags: str) -> BaseProcess:
         """As a process of its own, to be killed."""
         self.set_flags(*flags)
+        self.monkeypatch.setattr(overnight, "RDBStorage", optuna.storages.RDBStorage)
         process = CONTEXT.Process(target=runpy.run_path, args=(str(SCRIPT),), kwargs={"run_name": "__main__"})
         process.start()
         return process

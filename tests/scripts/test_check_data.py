@@ -35,7 +35,8 @@ def folder(tmp_path_factory) -> Path:
     lines = [f"{seed}.nii.gz,{seed}_mask.nii.gz,P{seed},Q?,{REPORT}" for seed in range(2)]
     (folder / "train.csv").write_text("\n".join(["影像,掩膜,患者,问题,报告", *lines, ""]), encoding="gbk")
     (folder / "good.csv").write_text(f"影像,掩膜,患者,问题,报告\n{lines[0]}\n", encoding="utf-8")
-    (folder / "val.csv").write_text(f"影像,掩膜,患者,问题,报告\n2.nii.gz,,P0,Q?,{REPORT}\n", encoding="utf-8")
+    val = f"影像,掩膜,患者,问题,报告\n2.nii.gz,,P0,Q?,{REPORT}\n2.nii.gz,,P0,Nodules?,结论：未见结节。\n"
+    (folder / "val.csv").write_text(val, encoding="utf-8")
     write_config(configuration(folder, folder / "train.csv"), folder / "paths.yaml")
     return folder
 
@@ -62,8 +63,7 @@ def test_one_pass_reports_everything_and_shows_what_the_model_sees(folder):
     assert done.returncode == 1, done.stderr
     problems = listed(out)
     assert list(problems[0])[:4] == ["row", "image", "problem", "remedy"]
-    error, validation = [p for p in problems if p["level"] == "error"]
-    assert validation["table"] == "val" and "a single case" in validation["problem"]
+    [error] = [p for p in problems if p["level"] == "error"]
     assert error["row"] == "3" and error["image"].endswith("1.nii.gz") and "copy it again" in error["remedy"]
     assert any("patient 'P0' is in the training table too (row 2)" in p["problem"] for p in problems)
     assert "error: train, row 3" in done.stdout and "read as GBK" in done.stdout
@@ -79,8 +79,11 @@ def test_one_pass_reports_everything_and_shows_what_the_model_sees(folder):
 
 
 def test_quick_reads_headers_only_and_a_good_table_returns_zero(folder, tmp_path):
-    bad = run(folder, "--csv", str(folder / "train.csv"), "--quick", "--out", str(tmp_path))
-    assert bad.returncode == 1 and "row 3" in bad.stdout and [p.name for p in tmp_path.iterdir()] == ["problems.csv"]
+    tables = ("--csv", str(folder / "train.csv"), "--val_csv", str(folder / "good.csv"))
+    bad = run(folder, *tables, "--quick", "--out", str(tmp_path))
+    assert bad.returncode == 1 and "error: train, row 3" in bad.stdout
+    assert "error: val, the validation table has a single case" in bad.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["problems.csv"]
     good = run(folder, "--csv", str(folder / "good.csv"), "--quick", "--out", str(tmp_path))
     assert good.returncode == 0 and "0 errors" in good.stdout
 

@@ -1,5 +1,4 @@
-"""The evaluation from end to end on a random model and phantoms: all files, all keys, and a second start that adds
-nothing."""
+"""The evaluation end to end on a random model and phantoms: files, keys, and a second start that adds nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ from config.schema import load_config
 from data.phantom.dataset import DatasetPaths, make_dataset
 from data.phantom.finding import FINDING_TYPES
 from engine.checkpoint import save_checkpoint
-from engine.evaluation.report_writer import ReportWriter, Written
+from engine.evaluation.report_writer import Report, ReportWriter
 from models.language_model.mamba_lm import lm_identity
 from models.medical_vlm import VisionBridge
 from models.nnunet.checkpoint import load_nnunet_checkpoint
@@ -46,9 +45,8 @@ def write_language_model(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
     torch.manual_seed(0)
-    MambaForCausalLM(MambaConfig(vocab_size=257, hidden_size=16, num_hidden_layers=2, state_size=4)).save_pretrained(
-        folder
-    )
+    config = MambaConfig(vocab_size=257, hidden_size=16, num_hidden_layers=2, state_size=4)
+    MambaForCausalLM(config).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +104,7 @@ def test_a_random_model_from_end_to_end(
         for key in name.split("."):
             value = value[key]
     assert card["cases"] == 6 and card["findings"]["macro_f1"] == 0 and card["audit"]["verdict_code"] == "unclear"
+    assert card["text"]["cut_at_limit"] == 1, "a random model does not end in 12 tokens"
     assert card["pointing_game"] is None and card["mask"]["references"]["side_acc"]["value"] == 1
     page = (out / "report_card.html").read_text(encoding="utf-8")
     assert "too few cases" in page and not re.search(r"(src|href)=['\"](?!data:)", page)
@@ -120,26 +119,20 @@ def test_a_random_model_from_end_to_end(
     assert read_card(again) == card
 
 
-class Knowing:
-    """Writes the reference of every image, as if it had seen it."""
-
-    def __init__(self, data: DatasetPaths) -> None:
-        with data.test_csv.open(encoding="utf-8", newline="") as stream:
-            self.reports = [row["answer"] for row in csv.DictReader(stream)]
-
-    def __call__(self, writer: ReportWriter, visual: torch.Tensor, batch: dict, decoding: object = None) -> list:
-        rows = batch["row"].tolist() if "row" in batch else [0] * len(visual)
-        texts = [self.reports[row % len(self.reports)] for row in rows]
-        written = [(text, writer.tokenizer.encode(text)) for text in texts]
-        return [Written(text, ids, [-0.01] * len(ids)) for text, ids in written]
-
-
 def test_maps_of_true_reports_are_written_in_the_space_of_the_scan(
     evaluate: Callable[..., Path], desk: tuple[Path, DatasetPaths], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, data = desk
-    knowing = Knowing(data)
-    monkeypatch.setattr(ReportWriter, "write", lambda *given: knowing(*given))
+    """Of a writer that is given the reference of every image, as if it had recognised it."""
+    _, data = desk
+    with data.test_csv.open(encoding="utf-8", newline="") as stream:
+        reports = [row["answer"] for row in csv.DictReader(stream)]
+
+    def write(writer: ReportWriter, visual: torch.Tensor, batch: dict, decoding: object = None) -> list[Report]:
+        rows = batch["row"].tolist() if "row" in batch else [0] * len(visual)
+        written = [(reports[row % len(reports)], writer.tokenizer.encode(reports[row % len(reports)])) for row in rows]
+        return [Report(text, ids, [-0.01] * len(ids)) for text, ids in written]
+
+    monkeypatch.setattr(ReportWriter, "write", write)
     out = evaluate("true", "--mask_labels", *LABELS, "--same_finding", "miliary=tree_in_bud")
     card = read_card(out)
     assert card["findings"]["macro_f1"] == 1 and card["location_acc"] == 1 and card["size_within_3mm"] == 1
@@ -154,7 +147,7 @@ def test_maps_of_true_reports_are_written_in_the_space_of_the_scan(
         assert heat.shape == scan.shape and np.allclose(heat.affine, scan.affine)
         assert np.abs(heat.get_fdata()).any((0, 1)).sum() == 1  # the one slice that the model was shown
     page = (out / "report_card.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") >= 4
+    assert page.count("data:image/png;base64,") == 4 + 2, "maps, reliability, risk and coverage"
 
 
 def test_more_cases_keep_what_was_generated(evaluate: Callable[..., Path]) -> None:

@@ -22,16 +22,14 @@ def script(monkeypatch: pytest.MonkeyPatch):
     return importlib.import_module
 
 
-def test_its_configuration_is_valid_and_points_into_its_folder(script, tmp_path: Path) -> None:
-    config = load_config(script("quickstart").write_paths_yaml(tmp_path))
+def test_its_configuration_is_valid_and_every_command_names_a_script(script, tmp_path: Path) -> None:
+    path = script("quickstart").write_paths_yaml(tmp_path)
+    config = load_config(path)
     for key in ("caption_csv_train", "nnunet_encoder_checkpoint", "cache_dir", "output_dir"):
         assert Path(getattr(config, key)).is_relative_to(tmp_path)
-
-
-def test_every_command_names_a_script(script, tmp_path: Path) -> None:
-    for step in script("quickstart").plan(tmp_path, tmp_path / "paths.yaml", 7):
+    for step in script("quickstart").plan(tmp_path, path, 7):
         assert (SCRIPTS.parent / step.command[0]).is_file()
-        assert "7" in step.command[step.command.index("--seed") :]
+        assert step.command[-2:] == ["--seed", "7"]
 
 
 def test_a_step_is_kept_only_for_the_same_command(script, tmp_path: Path) -> None:
@@ -85,31 +83,34 @@ def test_small_lesions_count_as_much_as_large_ones(script) -> None:
     assert loss(torch.where(share > 0, 50.0, 0.0), share) < 1e-3
 
 
+def tokenizer_of(make_tiny_lm, language: str, texts: int = 400, vocabulary: int = 1200):
+    source = make_tiny_lm.ReportTexts(language, 1, seed=0)
+    return make_tiny_lm.train_tokenizer(["\n".join(source.draw()) for _ in range(texts)], vocabulary, language)
+
+
 def test_tiny_tokenizer_gives_every_text_back(script) -> None:
-    make_tiny_lm = script("make_tiny_lm")
-    source = make_tiny_lm.ReportTexts("zh", 1, seed=0)
-    tokenizer = make_tiny_lm.train_tokenizer(["\n".join(source.draw()) for _ in range(50)], 400, "zh")
+    tokenizer = tokenizer_of(script("make_tiny_lm"), "zh", 50, 400)
     for text in ("所见：右肺上野见12mm结节。", "unseen words, 未见过的字 ✓"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_what_reports_differ_in_is_one_token_each(script) -> None:
-    make_tiny_lm = script("make_tiny_lm")
-    for language, text, words in (
+@pytest.mark.parametrize(
+    ("language", "text", "words"),
+    [
         ("zh", "考虑左肺上野空洞，约27mm", ("左", "上", "空洞", "27")),
         ("en", "A 27 mm cavity in the left upper lung zone", ("27", " cavity", " left", " upper")),
-    ):
-        source = make_tiny_lm.ReportTexts(language, 1, seed=0)
-        tokenizer = make_tiny_lm.train_tokenizer(["\n".join(source.draw()) for _ in range(400)], 1200, language)
-        pieces = [tokenizer.decode([token]) for token in tokenizer.encode(text)]
-        assert "".join(pieces) == text
-        assert [word for word in words if word not in pieces] == []
+    ],
+)
+def test_what_reports_differ_in_is_one_token_each(script, language: str, text: str, words: tuple[str, ...]) -> None:
+    tokenizer = tokenizer_of(script("make_tiny_lm"), language)
+    pieces = [tokenizer.decode([token]) for token in tokenizer.encode(text)]
+    assert "".join(pieces) == text
+    assert [word for word in words if word not in pieces] == []
 
 
 def test_embeddings_of_near_numbers_start_alike(script) -> None:
     make_tiny_lm = script("make_tiny_lm")
-    source = make_tiny_lm.ReportTexts("zh", 1, seed=0)
-    tokenizer = make_tiny_lm.train_tokenizer(["\n".join(source.draw()) for _ in range(400)], 1200, "zh")
+    tokenizer = tokenizer_of(make_tiny_lm, "zh")
     model = make_tiny_lm.build_model(argparse.Namespace(width=192, layers=1), tokenizer)
     before = model.get_input_embeddings().weight.detach().clone()
     make_tiny_lm.order_numbers(model, tokenizer, torch.Generator().manual_seed(0))

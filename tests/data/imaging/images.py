@@ -50,15 +50,15 @@ def store_as(path: Path, array_zyx: np.ndarray, axcodes: str, spacing: tuple[flo
 
 def dicom_slice(
     pixels: np.ndarray, z: float, *, series: str = "1.2.3.1", number: int = 2, slope: float = 1,
-    intercept: float = -1024, spacing: tuple[float, float] = SPACING[1:], **tags: object,
+    intercept: float = -1024, spacing: tuple[float, float] = SPACING[1:], kind: str = CTImageStorage, **tags: object,
 ) -> FileDataset:  # fmt: skip
     """One axial slice: ``pixels`` (row, column) int16 or uint16, as stored; ``tags`` override or, if None, remove."""
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = CTImageStorage
+    meta.MediaStorageSOPClassUID = kind
     meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid(entropy_srcs=[series, str(z), str(pixels.sum())])
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     data = FileDataset("slice", {}, file_meta=meta, preamble=b"\0" * 128)
-    data.SOPClassUID, data.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+    data.SOPClassUID, data.SOPInstanceUID = kind, meta.MediaStorageSOPInstanceUID
     data.SeriesInstanceUID, data.StudyInstanceUID = series, "1.2.3"
     data.SeriesNumber, data.SeriesDescription, data.Modality = number, "Chest", "CT"
     data.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]

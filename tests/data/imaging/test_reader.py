@@ -17,16 +17,17 @@ from tests.data.imaging.images import ORIENTATIONS, SPACING, marked, store_as
 
 INTEGERS = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
 FLOATS = [np.float32, np.float64]
+REFUSED = {
+    "19_float_nan_inf.nii.gz": "20224 voxels are NaN and 5056 infinite",
+    "90_truncated.nii.gz": "truncated",
+    "93_empty.nii.gz": r"empty \(0 bytes\)",
+}
 
 
 def itk_image(array: np.ndarray, axcodes: str = "LPS") -> SimpleITK.Image:
     image = SimpleITK.GetImageFromArray(array)
     image.SetSpacing(SPACING[::-1])
     return SimpleITK.DICOMOrient(image, axcodes)
-
-
-def test_there_are_48_orientations():
-    assert len(ORIENTATIONS) == len(set(ORIENTATIONS)) == 48
 
 
 @pytest.mark.parametrize("axcodes", ORIENTATIONS)
@@ -37,7 +38,12 @@ def test_left_back_top_is_found_whatever_the_stored_order(tmp_path, axcodes):
     assert np.array_equal(volume.array, marked()) and volume.spacing == pytest.approx(SPACING)
     assert volume.stored_axcodes == header.axcodes == axcodes
     assert header.spacing == volume.spacing and header.extent_mm == pytest.approx((12, 10, 9))
-    assert np.allclose(volume.affine @ [5, 4, 3, 1], [-7.5, -8, 9, 1])
+    ras = read_volume(path, "RAS")
+    assert np.array_equal(ras.array, marked()[:, ::-1, ::-1])
+    # Both affines put the bright voxel at the same place in the world.
+    assert np.allclose(volume.affine @ [5, 4, 3, 1], [-7.5, -8, 9, 1]) and np.allclose(
+        ras.affine @ [0, 0, 3, 1], [-7.5, -8, 9, 1]
+    )
 
 
 @pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
@@ -96,12 +102,6 @@ def test_a_pair_in_other_capitals_is_found(tmp_path):
     assert files_of(tmp_path / "scan.hdr")[1].name == "scan.IMG"
 
 
-def test_plain_analyze_does_not_know_left_from_right(tmp_path):
-    nib.save(nib.AnalyzeImage(marked().transpose(2, 1, 0), np.diag([-1.5, -2, 3, 1])), tmp_path / "scan.hdr")
-    with pytest.raises(InputError, match="which side is left"):
-        read_volume(tmp_path / "scan.hdr")
-
-
 # ---------------------------------------------------------------- the reference files
 
 
@@ -109,8 +109,12 @@ def test_headers_of_the_reference_files_say_what_the_manifest_says(shared):
     manifest = json.loads((shared / "nifti" / "manifest.json").read_text(encoding="utf-8"))
     for name, expected in manifest.items():
         path = shared / "nifti" / name
+        if name in REFUSED:
+            with pytest.raises(InputError, match=REFUSED[name]) as refusal:
+                read_volume(path)
+            assert name in str(refusal.value) and "\n" not in str(refusal.value)
         if "shape" not in expected:
-            with pytest.raises(InputError, match="truncated" if "truncated" in name else "empty"):
+            with pytest.raises(InputError, match=REFUSED[name]):
                 read_header(path)
             continue
         header = read_header(path)
@@ -198,11 +202,3 @@ def test_a_header_that_promises_more_than_the_universe_is_refused_before_allocat
     for read in (read_header, read_volume):
         with pytest.raises(InputError, match="more than a file of"):
             read(path)
-
-
-def test_values_beyond_float32_are_refused(tmp_path):
-    array = np.zeros((3, 3, 3))
-    array[1, 1, 1] = 1e300
-    nib.save(nib.Nifti1Image(array, np.eye(4), dtype=np.float64), tmp_path / "scan.nii.gz")
-    with pytest.raises(InputError, match="1 infinite"):
-        read_volume(tmp_path / "scan.nii.gz")

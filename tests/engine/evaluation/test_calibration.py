@@ -1,34 +1,27 @@
-"""Calibration: ECE by hand, calibrators that find the truth, risk and coverage, marks that change no word."""
+"""Calibration: ECE and risk by hand, a calibrator that finds the truth, folds and tables that are held out."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.special import expit, logit
+from scipy.special import expit
 
-from config.errors import InputError
 from engine.evaluation.calibration import (
-    TO_CHECK,
-    draw_reliability,
-    fit_isotonic,
-    fit_platt,
-    mark_unsure,
+    Outcomes,
+    confidence_scores,
+    ece_of_perfect,
+    fit_logistic,
     reliability,
     risk_coverage,
-    split_sentences,
 )
 
 
 def test_ece_by_hand() -> None:
-    held = reliability([0.15, 0.15, 0.95, 0.85, 1.0], [False, True, True, False, True])
+    bins = reliability(np.array([0.15, 0.15, 0.95, 0.85, 1.0]), np.array([0, 1, 1, 0, 1]))
     # Bins of a tenth: 0.1 (n 2, confidence .15, accuracy .5), 0.8 (n 1, .85, 0), 0.9 (n 2, .975, 1).
-    assert held.count.tolist() == [0, 2, 0, 0, 0, 0, 0, 0, 1, 2]
-    assert held.ece == pytest.approx((2 * 0.35 + 0.85 + 2 * 0.025) / 5)
-    assert np.isnan(held.accuracy[0]) and held.accuracy[1] == 0.5
+    assert bins.count.tolist() == [0, 2, 0, 0, 0, 0, 0, 0, 1, 2]
+    assert bins.ece == pytest.approx((2 * 0.35 + 0.85 + 2 * 0.025) / 5)
+    assert np.isnan(bins.accuracy[0]) and bins.accuracy[1] == 0.5
 
 
 def test_outcomes_that_come_as_often_as_said_are_calibrated() -> None:
@@ -38,75 +31,56 @@ def test_outcomes_that_come_as_often_as_said_are_calibrated() -> None:
     assert reliability(confidence, rng.random(20_000) < confidence**3).ece > 0.15
 
 
-@pytest.mark.parametrize("fit", [fit_platt, fit_isotonic])
-def test_calibrators_mend_overconfidence_on_cases_not_seen(fit) -> None:
-    rng = np.random.default_rng(1)
-    said = rng.uniform(0.02, 0.98, 4000)
-    right = rng.random(4000) < expit(0.5 * logit(said) - 0.7)
-    calibrator = fit(said[:2000], right[:2000])
-    before, after = reliability(said[2000:], right[2000:]).ece, reliability(calibrator(said[2000:]), right[2000:]).ece
-    assert before > 0.1 and after < 0.04
-    assert (np.diff(calibrator(np.linspace(0, 1, 50))) >= -1e-12).all()
-
-
-def test_platt_finds_slope_and_offset_and_stays_finite() -> None:
+def test_logistic_regression_finds_weights_and_offset_and_stays_finite() -> None:
     rng = np.random.default_rng(2)
-    said = rng.uniform(0.01, 0.99, 50_000)
-    found = fit_platt(said, rng.random(50_000) < expit(0.6 * logit(said) + 0.4))
-    assert (found.slope, found.offset) == pytest.approx((0.6, 0.4), abs=0.05)
-    separable = fit_platt([0.1, 0.2, 0.8, 0.9], [False, False, True, True])
-    assert np.isfinite(separable([0.0, 0.5, 1.0])).all()
-    one_sided = fit_platt([0.5, 0.6], [True, True])([0.5])[0]
+    features = np.stack([rng.normal(0, 2, 50_000), rng.normal(5, 0.5, 50_000), np.full(50_000, 3.0)], 1)
+    found = fit_logistic(features, rng.random(50_000) < expit(features @ [0.6, -1.0, 0] + 4.4))
+    assert found.weights == pytest.approx((0.6, -1.0, 0), abs=0.05) and found.weights[2] == 0
+    assert found.offset == pytest.approx(4.4, abs=0.25)
+    separable = fit_logistic(np.array([[0.1], [0.2], [0.8], [0.9]]), np.array([0, 0, 1, 1]))
+    assert np.isfinite(separable(np.array([[0.0], [1.0]]))).all()
+    one_sided = fit_logistic(np.array([[0.5], [0.6]]), np.array([1, 1]))(np.array([[0.5]]))[0]
     assert 0.5 < one_sided < 1
 
 
-def test_equal_confidences_share_a_value() -> None:
-    calibrator = fit_isotonic([0.5, 0.5, 0.5, 0.9], [True, False, False, True])
-    assert calibrator([0.5])[0] == pytest.approx(1 / 3) and calibrator([0.99])[0] == 1
-
-
 def test_risk_and_coverage_by_hand() -> None:
-    curve = risk_coverage([0.9, 0.8, 0.8, 0.1], [True, True, False, False])
+    curve = risk_coverage(np.array([0.9, 0.8, 0.8, 0.1]), np.array([True, True, False, False]))
     assert curve.coverage.tolist() == [0.25, 0.75, 1.0]
     assert curve.risk.tolist() == pytest.approx([0, 1 / 3, 0.5])
     assert curve.threshold.tolist() == [0.9, 0.8, 0.1]
     assert curve.area == pytest.approx((0 + 2 / 3 + 0.5) / 4)
 
 
-def test_bad_confidences_are_refused() -> None:
-    for confidences, right, message in (
-        ([], [], "0 confidences"),
-        ([0.5], [True, False], "1 confidences and 2 outcomes"),
-        ([1.5], [True], "outside 0 to 1"),
-        ([float("nan")], [True], "outside 0 to 1"),
-    ):
-        with pytest.raises(InputError, match=message):
-            reliability(confidences, right)
+def outcomes(n: int, seed: int) -> Outcomes:
+    """Statements that are right as often as 0.2 + 0.6 · p(words), whatever is said of p(size)."""
+    rng = np.random.default_rng(seed)
+    words = np.log(rng.uniform(0.05, 1, n))
+    features = np.stack([words, *[np.zeros(n)] * 4], 1)
+    return Outcomes(np.arange(n) // 2, np.exp(words), features, rng.random(n) < 0.2 + 0.6 * np.exp(words))
 
 
-def test_sentences_end_at_stops_but_not_within_numbers() -> None:
-    assert split_sentences("大小3.5cm。未见积液；\n结论：结节") == ["大小3.5cm。", "未见积液；\n", "结论：结节"]
-    assert split_sentences("A 3.5 cm nodule. No effusion.") == ["A 3.5 cm nodule.", " No effusion."]
-    assert split_sentences("") == []
+def test_confidence_is_calibrated_on_other_cases() -> None:
+    found = confidence_scores(outcomes(4000, 1), outcomes(2000, 2), "validation")
+    card = found.as_dict()
+    assert card["ece_before"] > 0.05 > card["ece"] and card["calibrated_on"] == "validation (2000 statements)"
+    assert card["risk_coverage"][9]["risk"] < card["risk_coverage"][-1]["risk"] - 0.05
+    assert card["risk_coverage"][-1]["coverage"] == 1 and sum(b["count"] for b in card["reliability"]) == 4000
+    assert card["calibrator"]["weights"][1:] == (0, 0, 0, 0)
 
 
-@given(st.text(alphabet="右肺结节。；.!\n 3a", max_size=40))
-def test_sentences_are_the_text_and_marks_take_nothing_out(text: str) -> None:
-    pieces = split_sentences(text)
-    assert "".join(pieces) == text
-    marked = mark_unsure(text, [0.0] * len(pieces), 0.5)
-    assert marked.replace(TO_CHECK["zh"], "") == text
-    assert mark_unsure(text, [1.0] * len(pieces), 0.5) == text
+def test_ece_of_perfect_calibration_falls_with_statements() -> None:
+    few, many = (ece_of_perfect(np.random.default_rng(0).random(n)) for n in (100, 10_000))
+    assert 0.08 < few < 0.13 and many < 0.015
+    assert ece_of_perfect(np.ones(50)) == 0
 
 
-def test_only_the_unsure_sentence_is_marked() -> None:
-    text = "右肺结节。左侧胸腔积液。\n结论：结节。"
-    assert mark_unsure(text, [0.9, 0.2, 0.9], 0.5) == "右肺结节。左侧胸腔积液。【待核实】\n结论：结节。"
-    assert mark_unsure("A nodule. An effusion.", [0.1, 0.9], 0.5, "en") == "A nodule.[to be verified] An effusion."
-    with pytest.raises(InputError, match="1 confidences for 3 sentences"):
-        mark_unsure(text, [0.9], 0.5)
+def test_without_another_table_folds_of_cases_are_held_out() -> None:
+    card = confidence_scores(outcomes(3000, 3), None, "").as_dict()
+    assert card["ece"] < 0.05 and "cross-fitted over 5 folds" in card["calibrated_on"]
 
 
-def test_reliability_diagram_is_drawn(tmp_path: Path) -> None:
-    draw_reliability(reliability([0.2, 0.9, 0.7], [False, True, True]), tmp_path / "a" / "b.png", "test")
-    assert (tmp_path / "a" / "b.png").read_bytes()[:4] == b"\x89PNG"
+def test_too_few_statements_are_not_calibrated() -> None:
+    few = confidence_scores(outcomes(40, 1), outcomes(10, 2), "validation")
+    assert few.calibrator is None and "fewer than 30" in few.calibrated_on
+    none = confidence_scores(Outcomes.of([], []), None, "")
+    assert none.as_dict()["ece"] is None and none.as_dict()["statements"] == 0

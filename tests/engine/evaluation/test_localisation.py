@@ -1,4 +1,4 @@
-"""Sides, heights and sizes by hand, and confidence of statements from made-up token probabilities."""
+"""Sides, craniocaudal levels and sizes by hand, against references and against masks."""
 
 from __future__ import annotations
 
@@ -7,24 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from config.errors import InputError
 from data.lesions import MeasuredLesion
 from data.phantom.finding import Finding
 from data.phantom.report import write_report
 from data.report_language.labeller import label_report
-from engine.evaluation.calibration import split_sentences
-from engine.evaluation.confidence import (
-    Labeller,
-    content_words,
-    is_right,
-    log_probability,
-    sentence_confidences,
-    statements,
-)
-from engine.evaluation.confidence_scores import Judged, confidence_scores, ece_of_perfect
 from engine.evaluation.localisation import MaskedCase, described, mask_scores, place_scores, whole_report_scores
-
-ZH = Labeller("zh")
 
 
 def places(references: list[str], reports: list[str]) -> dict[str, float]:
@@ -64,7 +51,7 @@ def report(*found: Finding) -> str:
 
 
 def whole(references: list[str], reports: list[str]) -> dict[str, float]:
-    labels = ([ZH(text) for text in texts] for texts in (references, reports))
+    labels = ([label_report(text) for text in texts] for texts in (references, reports))
     return {name: score.value for name, score in whole_report_scores(*labels, reports, "zh").items()}
 
 
@@ -135,110 +122,3 @@ def test_statements_against_masks_by_hand() -> None:
     assert all(score.n == 0 and math.isnan(score.value) for score in unmeasured.values())
     empty = mask_scores([MaskedCase([])], reports)
     assert empty["side_acc"].value == 0
-
-
-# ------------------------------------------------------------------ confidence
-
-TEXT = "所见：右肺上野见12mm结节，边缘光滑。左侧胸腔积液。结论：结节可能性大。建议：随访结节。"
-
-
-def characters(text: str) -> list[tuple[int, int]]:
-    return [(k, k + 1) for k in range(len(text))]
-
-
-def test_only_the_words_of_a_statement_count() -> None:
-    log_probs = np.zeros(len(TEXT))
-    at = TEXT.index("光滑")
-    log_probs[at : at + 2] = -5  # how a margin is put says nothing of whether the nodule is there
-    said = statements(TEXT, ZH, characters(TEXT), log_probs.tolist())
-    assert [s.mention.finding for s in said] == ["nodule", "effusion", "nodule"]
-    assert [s.sentence for s in said] == [0, 1, 2] and [s.raw for s in said] == [1, 1, 1]
-    log_probs[TEXT.index("12")] = math.log(0.3)
-    log_probs[TEXT.index("右")] = math.log(0.5)
-    log_probs[TEXT.index("积液")] = math.log(0.2)
-    said = statements(TEXT, ZH, characters(TEXT), log_probs.tolist())
-    assert [s.raw for s in said] == pytest.approx([0.15, 0.2, 1.0])
-    assert said[0].signs == pytest.approx((0, math.log(0.5), math.log(0.3), 1, 0)), "finding, place, size"
-    assert said[1].signs == pytest.approx((math.log(0.2), 0, 0, 0, 0))
-
-
-def test_samples_that_agree() -> None:
-    samples = ["所见：右肺上野见13mm结节。", "所见：右肺上野见30mm结节。", "所见：左肺空洞。", "双肺未见异常。"]
-    said = statements(TEXT, ZH, characters(TEXT), [0.0] * len(TEXT), samples)
-    assert said[0].signs[4] == 0.25 and said[1].signs[4] == 0 and said[2].signs[4] == 0.5
-
-
-def test_clauses_without_a_finding_belong_to_their_neighbour() -> None:
-    groups = content_words("右肺上叶，见结节，大小约12mm；左肺未见空洞，积液。", "zh")
-    words = [["右肺上叶，见结节，大小约12mm；左肺未见空洞，积液。"[w.start : w.end] for w in g] for g in groups]
-    assert len(words) == 3 and "右肺上叶" in "".join(words[0]) and "12mm" in words[0]
-    assert "未见" in words[1]
-    assert log_probability([], [], []) < -10
-
-
-@pytest.mark.parametrize(
-    ("stated", "right"),
-    [
-        ("所见：右肺上野见13mm结节。", True),
-        ("所见：右肺上野见16mm结节。", False),  # the impression without a size does not bear it out
-        ("所见：右肺见结节。", True),
-        ("所见：左肺上野见12mm结节。", False),
-        ("所见：空洞。", False),
-        ("所见：未见空洞。", True),
-        ("所见：未见结节。", False),
-        ("所见：结节可能。", True),
-    ],
-)
-def test_which_statements_are_right(stated: str, right: bool) -> None:
-    truth = ZH("所见：右肺上野见12mm结节。结论：右肺上野结节。建议：随访空洞。")
-    assert is_right(ZH(stated)[0], truth) is right
-
-
-def test_findings_counted_as_one() -> None:
-    label = Labeller("zh", {"miliary": "nodule"})
-    assert [m.finding for m in label("粟粒样小结节。")] == ["nodule"]
-    with pytest.raises(InputError, match="'tumour' is no finding"):
-        Labeller("zh", {"miliary": "tumour"})
-
-
-def test_a_sentence_is_as_sure_as_its_least_sure_statement() -> None:
-    said = statements(TEXT, ZH, characters(TEXT), [0.0] * len(TEXT))
-    assert sentence_confidences(TEXT, said, [0.9, 0.3, 0.6]) == [0.9, 0.3, 0.6, 1.0]
-    both = "右肺结节，左肺空洞。未见异常。"
-    said = statements(both, ZH, characters(both), [0.0] * len(both))
-    assert sentence_confidences(both, said, [0.9, 0.4]) == [0.4, 1.0] and len(split_sentences(both)) == 2
-
-
-def judged(n: int, seed: int) -> Judged:
-    """Statements that are right as often as 0.2 + 0.6 · p(words), whatever is said of p(size)."""
-    rng = np.random.default_rng(seed)
-    words = np.log(rng.uniform(0.05, 1, n))
-    signs = np.stack([words, *[np.zeros(n)] * 4], 1)
-    return Judged(np.arange(n) // 2, np.exp(words), signs, rng.random(n) < 0.2 + 0.6 * np.exp(words))
-
-
-def test_confidence_is_calibrated_on_other_cases() -> None:
-    found = confidence_scores(judged(4000, 1), judged(2000, 2), "validation")
-    card = found.as_dict()
-    assert card["ece_before"] > 0.05 > card["ece"] and card["calibrated_on"] == "validation (2000 statements)"
-    assert card["risk_coverage"][9]["risk"] < card["risk_coverage"][-1]["risk"] - 0.05
-    assert card["risk_coverage"][-1]["coverage"] == 1 and sum(b["count"] for b in card["reliability"]) == 4000
-    assert card["calibrator"]["weights"][1:] == [0, 0, 0, 0]
-
-
-def test_ece_of_perfect_calibration_falls_with_statements() -> None:
-    few, many = (ece_of_perfect(np.random.default_rng(0).random(n)) for n in (100, 10_000))
-    assert 0.08 < few < 0.13 and many < 0.015
-    assert ece_of_perfect(np.ones(50)) == 0
-
-
-def test_without_another_table_folds_of_cases_are_held_out() -> None:
-    card = confidence_scores(judged(3000, 3), None, "").as_dict()
-    assert card["ece"] < 0.05 and "cross-fitted over 5 folds" in card["calibrated_on"]
-
-
-def test_too_few_statements_are_not_calibrated() -> None:
-    few = confidence_scores(judged(40, 1), judged(10, 2), "validation")
-    assert few.calibrator is None and "fewer than 30" in few.calibrated_on
-    none = confidence_scores(Judged.of([], []), None, "")
-    assert none.as_dict()["ece"] is None and none.as_dict()["statements"] == 0

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 
 from data.phantom.dataset import _DECK
 from data.phantom.finding import Finding
 from data.phantom.report import write_report
-from engine.evaluation.report_checks import find_duplicates, find_garble, find_repetition
+from engine.evaluation.report_checks import find_duplicates, find_repetition, is_garbled
 
 CLEAN = (
     "所见：右肺上叶见12×8mm结节，CT值约35HU，边缘光滑；余肺野清晰。\n结论：右肺上叶结节。建议：3个月后复查。",
@@ -46,25 +44,17 @@ def test_share_and_distinct_4grams() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "field"),
-    [
-        ("右肺\ufffd结节", "replacements"),
-        ("右肺\x07结节", "controls"),
-        ("锟斤拷结节", "mojibake"),
-        ("å³è结节 Ã¥", "mojibake"),
-        ("ĠnoduleĠin", "mojibake"),
-        ("右肺結節ですよ", "foreign"),
-        ("узелок", "foreign"),
-    ],
+    "text",
+    ["右肺\ufffd结节", "右肺\x07结节", "锟斤拷结节", "å³è结节 Ã¥", "ĠnoduleĠin", "右肺結節ですよ", "узелок"],
+    ids=["lost byte", "control", "GBK as UTF-8", "UTF-8 as Latin-1", "token", "kana", "Cyrillic"],
 )
-def test_garble_is_found(text: str, field: str) -> None:
-    found = find_garble(text)
-    assert found.garbled and getattr(found, field) > 0
+def test_garble_is_found(text: str) -> None:
+    assert is_garbled(text)
 
 
 @pytest.mark.parametrize("text", [*CLEAN, "", "肺野…“清晰”℃±①Ⅱ"])
 def test_clean_text_is_not_garbled(text: str) -> None:
-    assert not find_garble(text).garbled
+    assert not is_garbled(text)
 
 
 def test_reports_of_phantoms_are_clean() -> None:
@@ -73,7 +63,7 @@ def test_reports_of_phantoms_are_clean() -> None:
         for kind, side, zone in _DECK * 2:
             others = [Finding("nodule", "left", "upper", 9), Finding("cavity", "right", "middle", 31)]
             text = write_report([Finding(kind, side, zone, 20), *others][: rng.integers(0, 4)], rng, language)
-            assert not find_garble(text).garbled and not find_repetition(text).looping, text
+            assert not is_garbled(text) and not find_repetition(text).looping, text
 
 
 def test_duplicates_by_hand() -> None:
@@ -82,10 +72,9 @@ def test_duplicates_by_hand() -> None:
     )
     near = base.replace("12mm", "13mm", 1)
     found = find_duplicates([base, " " + base, near, "双肺未见异常。"])
-    assert found.exact_share == 0.5 and found.distinct == 3 and found.most_common == 0.5
+    assert found.exact_share == 0.5 and found.most_common == 0.5
     assert found.near_share == 0.75 if _jaccard(base, near) >= 0.9 else 0.5
     assert find_duplicates(["甲", "乙"]).near_share == 0
-    assert math.isnan(find_duplicates([]).exact_share)
 
 
 def _jaccard(a: str, b: str) -> float:

@@ -1,183 +1,110 @@
-"""A map lies where the model looked: what is marked in the encoder's input is marked at the same place in the file."""
+"""Attribution maps against their definitions, and the pointing game."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
-
-import nibabel as nib
-import numpy as np
 import pytest
-from nibabel.affines import apply_affine
-from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+import torch
+from torch import Tensor
 
-from config.nnunet_plans import PreprocessPlan
-from data.cache import VolumeCache
-from data.imaging.reader import read_mask, read_volume
-from data.view_selection import ViewSelection
-from engine.evaluation.heat_maps import FramedGrid, draw_heat, write_heat
-from models.nnunet.checkpoint import load_nnunet_checkpoint
-
-SHAPE = (60, 66, 24)  # x, y, z where the file stores them in that order
+from engine.evaluation.saliency import METHODS, ReportLikelihood, attribution_maps, feature_width, smoothed
+from models.medical_vlm import MedicalVLM
 
 
-def plan_of(assets: Path, kind: str, **changes: object) -> PreprocessPlan:
-    source = load_nnunet_checkpoint(assets / "nnunet_tiny" / kind / "fold_0" / "checkpoint_best.pth")
-    return replace(PreprocessPlan.from_nnunet(source.plans, source.configuration), **changes)
+@pytest.fixture(scope="module")
+def case(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value[:1, :3] if name == "question_ids" else value[:1] for name, value in batch.items()} | {
+        "question_mask": batch["question_mask"][:1, :3]
+    }
 
 
-def write_marked(
-    folder: Path, order: str, oblique: bool, marked: tuple[int, int, int]
-) -> tuple[Path, Path, np.ndarray]:
-    """A scan of noise with zeros around, and a bright 3 x 3 x 1 block; returns image, mask, the block in world mm."""
-    rng = np.random.default_rng(0)
-    array = rng.normal(-700, 30, SHAPE)
-    array[:7] = array[:, :4] = array[:, :, :2] = 0  # what nnU-Net crops away
-    mask = np.zeros(SHAPE, np.uint8)
-    x, y, z = marked
-    mask[x - 1 : x + 2, y - 1 : y + 2, z] = 1
-    array[mask > 0] = 3000
-    affine = np.diag([1.5, 1.2, 5.0, 1.0])
-    affine[:3, 3] = (-40, 25, -300)
-    if oblique:
-        angle = 0.15
-        turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
-        affine[:3, :3] = turn @ affine[:3, :3]
-    world = apply_affine(affine, marked)
-    turn = ornt_transform(io_orientation(affine), axcodes2ornt(order))
-    stored = affine @ inv_ornt_aff(turn, SHAPE)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / "image.nii.gz", folder / "mask.nii.gz"
-    for path, values in zip(paths, (array.astype(np.int16), mask), strict=True):
-        nib.save(nib.Nifti1Image(nib.orientations.apply_orientation(values, turn), stored), path)
-    return *paths, world
+@pytest.fixture(scope="module")
+def baseline(model: MedicalVLM, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model.vision.features(batch["images"]).mean(0)
 
 
-def centre_of_peak(path: Path) -> np.ndarray:
-    """World mm of the centre of all voxels within a thousandth of the largest value."""
-    image = nib.load(path)
-    values = image.get_fdata()
-    top = np.argwhere(values > 0.999 * values.max())
-    return apply_affine(image.affine, top.mean(0))
+IDS = [70, 71, 72, 73]
 
 
-@pytest.mark.parametrize("order", ["RAS", "LPS", "SAL", "PIR"])
-@pytest.mark.parametrize("orientation", ["LPS", "RAS"])
-@pytest.mark.parametrize("kind", ["2d_plain", "3d_plain", "3d_padded"])
-def test_a_marked_voxel_lands_where_it_was(
-    assets: Path, tmp_path: Path, kind: str, orientation: str, order: str
+def whole(model: MedicalVLM, case: dict[str, Tensor], features: Tensor) -> Tensor:
+    with torch.no_grad():
+        return ReportLikelihood(model, case, IDS)(features)[0]
+
+
+def test_integrated_maps_add_up_to_what_the_image_changes(
+    model: MedicalVLM, case: dict[str, Tensor], baseline: Tensor
 ) -> None:
-    """With as many cells as voxels the encoder's own input, taken as the map, must peak at the marked place."""
-    marked = (41, 22, 15)
-    image, mask, world = write_marked(tmp_path, order, order == "SAL", marked)
-    spacing = (5.0, 1.0, 1.0)[-2 if kind == "2d_plain" else -3 :]
-    patch = {"2d_plain": (96, 64), "3d_plain": (16, 48, 64), "3d_padded": (48, 96, 128)}[kind]
-    plan = plan_of(assets, kind.replace("padded", "plain"), orientation=orientation, spacing=spacing, patch_size=patch)
-    cached = VolumeCache(tmp_path / "cache", plan).get(image, mask)
-    framing = ViewSelection(plan, (16, 16), 3 if kind == "2d_plain" else patch[0], "mask")
-    images, *_ = framing(cached)
-    shown = images[:, 0] if kind == "2d_plain" else images[0]
-    grid = FramedGrid.of(framing, cached, tuple(shown.shape), orientation)
-    heat = np.where(shown.numpy() > 0.5 * float(shown.max()), 1.0, 0.0)
-    heat[np.unravel_index(int(shown.argmax()), shown.shape)] += 1e-6
-    volume = read_volume(image)
-    write_heat(tmp_path / "heat.nii.gz", grid.lay_over(heat), volume)
-    source, written = nib.load(image), nib.load(tmp_path / "heat.nii.gz")
-    assert written.shape == source.shape
-    np.testing.assert_allclose(written.affine, source.affine, atol=1e-4)
-    assert written.header.get_sform(coded=True)[1] == 1
-    distance = np.abs(apply_affine(np.linalg.inv(source.affine), centre_of_peak(tmp_path / "heat.nii.gz"))
-                      - apply_affine(np.linalg.inv(source.affine), world))  # fmt: skip
-    assert distance.max() <= 0.6, distance
-    labels = read_mask(mask, volume)
-    cells = grid.cells_of(labels > 0)
-    assert 6 <= cells.sum() <= 20
-    assert shown.numpy()[cells].mean() > 0.4 * float(shown.max())  # at its rim the block is blurred by resampling
-
-
-@pytest.mark.parametrize("kind", ["2d_plain", "3d_plain"])
-def test_cells_of_a_coarse_grid_hold_their_voxels(assets: Path, tmp_path: Path, kind: str) -> None:
-    marked = (30, 40, 12)
-    image, mask, world = write_marked(tmp_path, "LPS", False, marked)
-    plan = plan_of(assets, kind)
-    cached = VolumeCache(tmp_path / "cache", plan).get(image, mask)
-    framing = ViewSelection(plan, (16, 16), 2, "mask")
-    grid = FramedGrid.of(framing, cached, (2, 4, 4), plan.orientation)
-    volume = read_volume(image)
-    labels = read_mask(mask, volume)
-    held = grid.cells_of(labels > 0)
-    assert 1 <= held.sum() <= 4
-    heat = grid.lay_over(held.astype(float))
-    assert heat[labels > 0].mean() > 0.5
-    # What the model did not see has no value: a map of ones is one where it looked and zero elsewhere.
-    seen = grid.lay_over(np.ones((2, 4, 4)))
-    assert set(np.unique(np.round(seen, 5))) == {0.0, 1.0}
-    if kind == "2d_plain":
-        assert (seen.any((1, 2))).sum() == 2
-    assert not grid.cells_of(np.zeros(labels.shape, bool)).any()
-
-
-@pytest.mark.parametrize("lead", [(0.0, 0.0), (1.5, 0.5), (7.5, 7.5)])
-def test_a_voxel_lies_in_the_cell_whose_feature_sees_it_best(assets: Path, tmp_path: Path, lead: tuple) -> None:
-    """With the scan's own voxels as the encoder's input, by distance to what each feature sees the middle of."""
-    image, _, _ = write_marked(tmp_path, "LPS", False, (30, 40, 12))
-    volume = read_volume(image)
-    plan = plan_of(assets, "2d_plain", spacing=volume.spacing[1:], patch_size=(96, 96))
-    cached = VolumeCache(tmp_path / "cache", plan).get(image)
-    framing = ViewSelection(plan, (16, 16), 1, "middle", receptive_field_offset=lead)
-    grid = FramedGrid.of(framing, cached, (1, 6, 6), plan.orientation)
-    (middle,) = np.flatnonzero(grid.lay_over(np.ones((1, 6, 6))).any((1, 2)))
-    starts, _ = framing.box(cached)
-    first = [
-        cached.voxel_map.bbox[axis][0] + starts[axis] for axis in (1, 2)
-    ]  # voxel of the scan at the input's corner
-    kept = np.array(cached.voxel_map.bbox)[1:].T  # without what nnU-Net crops away
-    for y, x in np.random.default_rng(0).integers(*kept, (40, 2)):
-        one = np.zeros(volume.array.shape, bool)
-        one[middle, y, x] = True
-        (cell,) = np.argwhere(grid.cells_of(one))
-        for at, origin, ahead, found in zip((y, x), first, lead, cell[1:], strict=True):
-            seen = origin + 16 * np.arange(6) + 7.5 - ahead  # the voxel about which each feature sees
-            assert abs(seen[found] - at) == np.abs(seen - at).min()
-    # Laid over the scan, the map of one feature is highest there.
-    heat = np.zeros((1, 6, 6))
-    heat[0, 2, 3] = 1
-    peak = np.argwhere((over := grid.lay_over(heat)) == over.max()).mean(0)
-    expected = [first[0] + 16 * 2 + 7.5 - lead[0], first[1] + 16 * 3 + 7.5 - lead[1]]
-    np.testing.assert_allclose(peak[1:], expected, atol=0.5)
-
-
-def test_of_a_thinned_volume_the_lead_is_in_planes_that_were_kept(assets: Path, tmp_path: Path) -> None:
-    """16 planes of a volume twice as deep in 4 cells: a lead of one plane is a quarter of a cell, two slices."""
-    image, _, _ = write_marked(tmp_path, "LPS", False, (30, 40, 12))
-    plan = plan_of(assets, "3d_plain", spacing=(3.5, 1.2, 1.5), patch_size=(16, 96, 96))
-    cached = VolumeCache(tmp_path / "cache", plan).get(image)
-    depth = cached.image.shape[1]
-    assert depth > 2 * 14
-    seen = {}
-    for lead in (0.0, 1.0):
-        framing = ViewSelection(plan, (16, 16, 16), 4, "uniform", receptive_field_offset=(lead, 0.0, 0.0))
-        grid = FramedGrid.of(framing, cached, (4, 4, 4), plan.orientation)
-        seen[lead] = [int((grid.cells[0] == cell).sum()) for cell in range(4)]
-    moved = round(len(grid.cells[0][grid.cells[0] >= 0]) / 16)
-    assert (
-        moved >= 1 and abs(seen[0.0][0] - seen[1.0][0] - moved) <= 1 and abs(seen[1.0][3] - seen[0.0][3] - moved) <= 1
+    spans = [[0, 1], [2, 3], [3]]
+    maps = attribution_maps(model, case, IDS, spans, baseline, "integrated", steps=200, chunk=64)
+    assert maps.shape == (3, 2, 4, 4)
+    with torch.no_grad():
+        features = model.vision.features(case["images"])
+    change = whole(model, case, features) - whole(model, case, baseline[None])
+    expected = torch.stack([change[span].sum() for span in spans])
+    assert expected.abs().min() > 1e-3
+    torch.testing.assert_close(maps.sum((1, 2, 3)), expected, rtol=0.02, atol=0.01)
+    in_parts, at_once = (
+        attribution_maps(model, case, IDS, spans, baseline, "integrated", steps=6, chunk=chunk) for chunk in (4, 6)
     )
+    torch.testing.assert_close(in_parts, at_once, rtol=1e-3, atol=1e-4)
 
 
-def test_padding_has_cells_but_no_voxels(assets: Path, tmp_path: Path) -> None:
-    image, mask, _ = write_marked(tmp_path, "LPS", False, (30, 40, 12))
-    plan = plan_of(assets, "2d_plain", spacing=(2.0, 2.0), patch_size=(128, 128))
-    cached = VolumeCache(tmp_path / "cache", plan).get(image, mask)
-    grid = FramedGrid.of(ViewSelection(plan, (16, 16), 1, "mask"), cached, (1, 8, 8), plan.orientation)
-    everything = grid.cells_of(np.ones(read_volume(image).array.shape, bool))
-    assert everything[0, 3:5, 3:5].all() and not everything[0, 0].any() and not everything[0, :, 7].any()
+def test_evidence_is_what_speaks_for_a_span_channel_by_channel(
+    model: MedicalVLM, case: dict[str, Tensor], baseline: Tensor
+) -> None:
+    """Against the definition, one step and one channel at a time; images of 64 voxels, stride 16, in 4 cells."""
+    steps = 3
+    maps = attribution_maps(model, case, IDS, [[0, 1], [3]], baseline, steps=steps)
+    with torch.no_grad():
+        features = model.vision.features(case["images"])
+    difference, likelihood = features - baseline, ReportLikelihood(model, case, IDS)
+    for got, positions in zip(maps, ([0, 1], [3]), strict=True):
+        mean = torch.zeros_like(features)
+        for step in range(steps):
+            at = (baseline + (step + 0.5) / steps * difference).requires_grad_()
+            (gradient,) = torch.autograd.grad(likelihood(at)[0, positions].sum(), at)
+            mean += gradient / steps
+        expected = torch.zeros(2, 4, 4)
+        for channel in range(features.shape[2]):
+            part = (mean * difference)[0, :, channel]
+            expected += torch.where(part > 0, part, 0.0)
+        assert expected.max() > 1e-4
+        width = feature_width(model.vision.encoder, case["images"], (4, 4))
+        torch.testing.assert_close(got, smoothed(expected, width), rtol=1e-3, atol=1e-6)
+    assert maps.min() >= 0
 
 
-def test_picture(assets: Path, tmp_path: Path) -> None:
-    image, mask, _ = write_marked(tmp_path, "LPS", False, (30, 40, 12))
-    volume = read_volume(image)
-    heat = np.zeros(volume.array.shape, np.float32)
-    heat[3, 10:20, 10:20] = 1
-    draw_heat(tmp_path / "a" / "b.png", volume, [heat, -heat], ["结节", "effusion"], read_mask(mask, volume))
-    assert (tmp_path / "a" / "b.png").read_bytes()[:4] == b"\x89PNG"
+def test_a_map_is_smoothed_by_the_extent_of_one_feature(model: MedicalVLM) -> None:
+    """Pooled to half as many cells, a feature is half a cell wide."""
+    encoder, images = model.vision.encoder, torch.zeros(1, 2, 1, 64, 96)
+    stride = encoder.total_stride[-1]
+    assert feature_width(encoder, images, (64 // stride, 96 // stride)) == (1, 1)
+    assert feature_width(encoder, [images[0]], (32 // stride, 96 // stride)) == (0.5, 1)
+    heat = torch.zeros(2, 9, 9)
+    heat[0, 4, 4] = 1
+    blurred = smoothed(heat, (1.0, 0.5))
+    assert blurred[1].abs().max() == 0, "slices do not mix"
+    assert blurred[0].argmax() == 4 * 9 + 4 and float(blurred.sum()) == pytest.approx(1, abs=1e-4)
+    assert blurred[0, 5, 4] / blurred[0, 4, 4] == pytest.approx(0.6065, abs=1e-3)  # exp(-1/2)
+    assert blurred[0, 4, 5] < blurred[0, 5, 4]
+    assert torch.equal(smoothed(torch.ones(1, 5, 5), (2.0, 2.0)), torch.ones(1, 5, 5)), "also at the border"
+
+
+def test_occlusion_is_the_fall_for_each_cell(model: MedicalVLM, case: dict[str, Tensor], baseline: Tensor) -> None:
+    maps = attribution_maps(model, case, IDS, [[0, 1], [3]], baseline, "occlusion", chunk=5)
+    with torch.no_grad():
+        features = model.vision.features(case["images"])
+    full = whole(model, case, features)
+    for k, i, j in ((0, 0, 0), (1, 2, 3), (1, 3, 0)):
+        hidden = features.clone()
+        hidden[0, k, :, i, j] = baseline[k, :, i, j]
+        fall = full - whole(model, case, hidden)
+        torch.testing.assert_close(maps[:, k, i, j], torch.stack([fall[:2].sum(), fall[3]]), rtol=1e-3, atol=1e-4)
+
+
+def test_the_baseline_itself_has_an_empty_map(model: MedicalVLM, case: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        own = model.vision.features(case["images"])[0]
+    for method in METHODS:
+        assert attribution_maps(model, case, IDS, [[0]], own, method).abs().max() < 1e-4
+    assert attribution_maps(model, case, IDS, [], own).shape == (0, 2, 4, 4)

@@ -12,6 +12,7 @@ import optuna
 import pytest
 
 import engine.training.overnight as overnight
+from config.errors import InputError
 from config.schema import Config, load_config
 from engine.training.overnight import Night, study_name
 
@@ -38,6 +39,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (log.parent / overnight.FINAL_FILE).touch()
         return 0
 
+    storage = optuna.storages.InMemoryStorage()  # faster than a database
+    monkeypatch.setattr(overnight, "RDBStorage", lambda *args, **options: storage)
     monkeypatch.setattr(overnight, "train", train)
     monkeypatch.setattr(overnight, "training_processes", lambda folder: [])
     monkeypatch.setattr(overnight, "read_result", lambda folder: RESULT)
@@ -68,10 +71,9 @@ def die(*_: Any, **__: Any) -> None:
     [
         (optuna.samplers.GridSampler, "before_trial"),
         (optuna.samplers.GridSampler, "sample_independent"),
-        (Night, "run_folder"),
         (overnight, "train"),
     ],
-    ids=["no point chosen", "point not stored", "no heartbeat yet", "training"],
+    ids=["no point chosen", "point not stored", "training"],
 )
 @pytest.mark.parametrize("failed_before", [False, True])
 def test_no_point_is_lost_when_a_process_dies(
@@ -89,11 +91,7 @@ def test_no_point_is_lost_when_a_process_dies(
             open_night().search()
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(owner, name, die)
-        patch.setattr(optuna.storages.RDBStorage, "record_heartbeat", lambda *_: None)
-        night = open_night()
-        night.search()
-        night.search()
-        die()  # a queued trial has its point already: nothing of this kind happens to it
+        open_night().search()
     night = open_night()
     night.search()
     assert sorted(set(trained)) == ["lr0.0001_bs2", "lr5e-05_bs2"] and len(trained) == 2
@@ -103,6 +101,7 @@ def test_no_point_is_lost_when_a_process_dies(
 def test_a_trial_without_heartbeats_is_queued_again_and_continues_in_its_folder(
     open_night: Callable[..., Night], trained: list[str], monkeypatch: pytest.MonkeyPatch, config: Config
 ) -> None:
+    monkeypatch.setattr(overnight, "RDBStorage", optuna.storages.RDBStorage)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(overnight, "train", die)
         open_night().search()
@@ -116,30 +115,15 @@ def test_a_trial_without_heartbeats_is_queued_again_and_continues_in_its_folder(
     assert trained[0] == night.run_folder(**dead.params).name and len(trained) == 2, "the queued one comes first"
 
 
-def test_a_wider_grid_keeps_what_is_complete(open_night: Callable[..., Night], trained: list[str]) -> None:
-    open_night().search()
-    wider = open_night(lrs=(1e-4, 5e-5, 2e-5), batch_sizes=(2, 4))
-    wider.search()
-    assert len(trained) == len(set(trained)) == 6 and len(wider.leaderboard()) == 6
-    open_night(lrs=(5e-5,)).search()
-    assert len(trained) == 6
-
-
 # ---------------------------------------------------------------- which runs are comparable
 
 
 def test_other_settings_are_another_study(config: Config, tmp_path: Path) -> None:
-    name = study_name(config, "proxy_l2", 3, 42)
-    others = [
-        study_name(config, "align", 3, 42),
-        study_name(config, "proxy_l2", 4, 42),
-        study_name(config, "proxy_l2", 3, 43),
-        study_name(config.replace(bridge_depth=3), "proxy_l2", 3, 42),
-        study_name(config.replace(mamba_model="another/model"), "proxy_l2", 3, 42),
-    ]
+    names = {study_name(config, *others) for others in (("proxy_l2", 3, 42), ("align", 3, 42), ("align", 4, 42))}
+    names |= {study_name(config.replace(bridge_depth=3), "align", 3, 42), study_name(config, "align", 3, 43)}
+    names |= {study_name(config.replace(mamba_model="another/model"), "align", 3, 42)}
     (tmp_path / "train.csv").write_text("one more row", encoding="utf-8")
-    others.append(study_name(config, "proxy_l2", 3, 42))
-    assert len({name, *others}) == 7
+    assert len(names | {study_name(config, "align", 3, 42)}) == 7
 
 
 def test_the_place_of_the_data_is_no_setting(config: Config, tmp_path: Path) -> None:
@@ -147,3 +131,10 @@ def test_the_place_of_the_data_is_no_setting(config: Config, tmp_path: Path) -> 
     moved.write_bytes((tmp_path / "train.csv").read_bytes())
     there = config.replace(caption_csv_train=str(moved), output_dir=str(tmp_path / "b"), cache_dir="c", num_workers=3)
     assert study_name(config, "align", 3, 42) == study_name(there, "align", 3, 42)
+
+
+@pytest.mark.parametrize("missing", ["train.csv", "val.csv", "net.pth"])
+def test_missing_files_are_reported_before_the_night(config: Config, tmp_path: Path, missing: str) -> None:
+    (tmp_path / missing).unlink()
+    with pytest.raises(InputError, match=missing):
+        study_name(config, "align", 3, 42)

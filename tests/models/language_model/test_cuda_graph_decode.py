@@ -10,35 +10,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from models.language_model import cuda_graph_decode
 from models.language_model.cuda_graph_decode import CudaGraphStep, DecodeStep, static_steps
 from models.language_model.decoding import Decoding, StopRule
 from models.language_model.mamba_lm import MambaLM
 from models.language_model.prefix_state import PrefixState, answer_from_state
+from tests.models.language_model.tiny import sharp_lm
 
 STEPS = 24
 
 
 def make_lm(device: str = "cpu", dtype: torch.dtype = torch.float32) -> MambaLM:
-    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, "<|endoftext|>": 256}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    end = "<|endoftext|>"
-    torch.manual_seed(0)
-    config = MambaConfig(vocab_size=264, hidden_size=64, num_hidden_layers=3, state_size=16, tie_word_embeddings=False)
-    model = MambaForCausalLM(config).eval()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(40)
-        for layer in model.backbone.layers:  # as drawn, a random model hardly remembers what it read
-            for part in (layer.mixer.in_proj, layer.mixer.x_proj, layer.mixer.conv1d):
-                part.weight.mul_(3)
-    model.to(device, dtype)
-    return MambaLM(model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end), "random")
+    return sharp_lm(hidden_size=64, state_size=16).to(device, dtype)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +98,7 @@ def test_answers_from_an_image_state(lm: MambaLM, counted: type[Counted]) -> Non
 def test_logits_and_states_step_by_step(lm: MambaLM) -> None:
     with torch.no_grad():
         plain = lm.model(inputs_embeds=prompts(2), use_cache=True)
-        step = DecodeStep(lm.model, lm.model.forward, plain.cache_params)
+        step = DecodeStep(lm.model.forward, plain.cache_params)
         addresses = [state.data_ptr() for state in step.states]
         for token in range(5):
             ids = torch.tensor([[token], [token + 7]])

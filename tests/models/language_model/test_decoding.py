@@ -7,40 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from config.errors import InputError
 from models.language_model.decoding import INCOMPLETE, CharacterStream, Decoding, FirstTokenClock, StopRule, plain_text
 from models.language_model.mamba_lm import MambaLM
+from tests.models.language_model.tiny import byte_tokenizer, sharp_lm
 
 REPORT = "所见：右肺上叶见结节，大小约12mm。\n结论：右肺上叶结节，建议随访。😀 The end."
 
 
-def byte_tokenizer() -> PreTrainedTokenizerBase:
-    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, "<|endoftext|>": 256}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
-
-
-def random_lm(tokenizer: PreTrainedTokenizerBase, vocabulary: int, sharpness: float = 1.0) -> MambaLM:
-    """A random model; ``sharpness`` spreads its logits, which are nearly equal otherwise."""
-    torch.manual_seed(3)
-    config = MambaConfig(
-        vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, state_size=8, tie_word_embeddings=False
-    )
-    model = MambaForCausalLM(config).eval()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(sharpness)
-    return MambaLM(model, tokenizer, "random")
+def random_lm(tokenizer: PreTrainedTokenizerBase | None = None, **options: object) -> MambaLM:
+    return sharp_lm(tokenizer, seed=3, memory=1.0, num_hidden_layers=2, **options)
 
 
 @pytest.fixture(scope="module")
 def lm() -> MambaLM:
-    return random_lm(byte_tokenizer(), 264, sharpness=40.0)
+    return random_lm()
 
 
 def prompt(seed: int, length: int = 7) -> Tensor:
@@ -93,15 +77,15 @@ def test_sampling_is_repeated_by_its_seed_and_no_other(lm: MambaLM) -> None:
     assert sample(1) != sample(2)
 
 
-def test_a_tiny_nucleus_is_greedy_even_where_a_row_without_a_token_is_likeliest(lm: MambaLM) -> None:
-    """The rows without a token are masked before the nucleus is chosen, not after: they would fill it."""
+@pytest.mark.parametrize("settings", [Decoding(), Decoding(temperature=1.0, top_p=1e-6)], ids=str)
+def test_rows_without_a_token_are_never_generated(lm: MambaLM, settings: Decoding) -> None:
+    """They are masked before a nucleus is chosen, not after: the likeliest would fill it."""
     greedy = lm.generate(prompt(0), torch.ones(1, 7), 12)
     bias = torch.zeros(264)
     bias[260] = 1e3
     hook = lm.model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + bias)
     try:
-        options = Decoding(temperature=1.0, top_p=1e-6).options()
-        assert lm.generate(prompt(0), torch.ones(1, 7), 12, **options) == greedy
+        assert lm.generate(prompt(0), torch.ones(1, 7), 12, **settings.options()) == greedy
     finally:
         hook.remove()
 
@@ -133,7 +117,7 @@ def beams_without_cache(lm: MambaLM, embeds: Tensor, beams: int, length: int) ->
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_beam_search_reorders_the_states(seed: int) -> None:
-    lm = random_lm(byte_tokenizer(), 257, sharpness=8.0)
+    lm = random_lm(sharpness=8.0, vocab_size=257)
     lm.model.lm_head.weight[256] = 0.0  # hardly ever ends, so that both searches have one length
     expected = beams_without_cache(lm, prompt(seed), 4, 9)
     found = generate_ids(lm, prompt(seed), 9, num_beams=4, do_sample=False)[0].tolist()
@@ -255,7 +239,7 @@ def test_streamed_random_tokens_are_the_text_without_streaming(seed: int, neox: 
 
 
 def test_a_random_model_streams_what_it_returns(neox: PreTrainedTokenizerBase) -> None:
-    lm = random_lm(neox, 50280, sharpness=40.0)
+    lm = random_lm(neox, vocab_size=50280)
     whole = lm.generate(prompt(5), torch.ones(1, 7), 40)[0]
     rule = StopRule([whole[len(whole) // 2 :][:2]])
     for stop in (None, rule):

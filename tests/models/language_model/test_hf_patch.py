@@ -7,36 +7,33 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor
+from transformers import MambaForCausalLM
 from transformers.models.mamba.modeling_mamba import MambaBlock
 
-from models.language_model import mamba_backbone, mamba_lm
-from models.language_model.hf_patch import causal_conv_silu, use_our_scan
-from models.language_model.mamba_backbone import recompute_blocks
+from models.language_model import hf_patch, mamba_lm
+from models.language_model.hf_patch import causal_conv_silu, recompute_blocks, use_our_scan
 from models.language_model.mamba_lm import IGNORED, MambaLM
-from tests.models.language_model.test_mamba_lm import byte_tokenizer
+from tests.models.language_model.tiny import byte_tokenizer, random_mamba
 
 
-def random_mamba(**options: object) -> MambaForCausalLM:
-    torch.manual_seed(0)
-    config = MambaConfig(vocab_size=264, hidden_size=32, num_hidden_layers=3, state_size=8, **options)
-    model = MambaForCausalLM(config).eval().requires_grad_(False)
+def frozen_mamba() -> MambaForCausalLM:
+    model = random_mamba().requires_grad_(False)
     for block in model.backbone.layers:  # as trained ones, not the zeros of a fresh model
         block.mixer.conv1d.bias.normal_()
     return model
 
 
-def ours(**options: object) -> MambaForCausalLM:
-    model = random_mamba(**options)
+def ours() -> MambaForCausalLM:
+    model = frozen_mamba()
     use_our_scan(model)
     return model
 
 
 @pytest.fixture
 def lm() -> MambaLM:
-    tokenizer: PreTrainedTokenizerFast = byte_tokenizer()
-    return MambaLM(random_mamba(), tokenizer, "random")
+    return MambaLM(frozen_mamba(), byte_tokenizer(), "random")
 
 
 def embeddings(B: int, L: int, seed: int = 1) -> Tensor:
@@ -88,7 +85,7 @@ def test_long_prompts_are_read_in_chunks(left_padding: int, monkeypatch: pytest.
     mask[0, :left_padding] = 0
     with torch.no_grad():
         whole = model(inputs_embeds=embeds, attention_mask=mask, use_cache=True)
-        monkeypatch.setattr(mamba_backbone, "PREFILL_CHUNK", 5)
+        monkeypatch.setattr(hf_patch, "PREFILL_CHUNK", 5)
         lengths: list[int] = []
         hook = model.backbone.layers[1].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
         chunked = model(inputs_embeds=embeds, attention_mask=mask, use_cache=True)
@@ -101,7 +98,7 @@ def test_long_prompts_are_read_in_chunks(left_padding: int, monkeypatch: pytest.
 
 
 def test_chunks_only_without_gradients_and_caches_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mamba_backbone, "PREFILL_CHUNK", 5)
+    monkeypatch.setattr(hf_patch, "PREFILL_CHUNK", 5)
     model, embeds = ours(), embeddings(1, 12)
     with torch.no_grad():
         assert model.backbone(inputs_embeds=embeds, use_cache=False).cache_params is None
@@ -131,7 +128,7 @@ def test_generation_from_a_long_prompt_is_the_same(lm: MambaLM, monkeypatch: pyt
     embeds, mask = embeddings(2, 19), torch.ones(2, 19)
     mask[0, :7] = 0
     texts = [lm.generate(embeds, mask, 9, num_beams=beams) for beams in (1, 3)]
-    monkeypatch.setattr(mamba_backbone, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(hf_patch, "PREFILL_CHUNK", 4)
     assert [lm.generate(embeds, mask, 9, num_beams=beams) for beams in (1, 3)] == texts
 
 
@@ -198,36 +195,12 @@ def test_no_answer_gives_no_loss(lm: MambaLM) -> None:
 # ------------------------------------------------------------------ adapters
 
 
-class LowRank(nn.Module):
-    """What an adapter library puts in the place of a linear layer, its ``weight`` shown as before."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base_layer = base
-        self.A = nn.Parameter(torch.randn(2, base.in_features) / 4)
-        self.B = nn.Parameter(torch.randn(base.out_features, 2) / 4)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x) + x @ self.A.T @ self.B.T
-
-
-@pytest.mark.parametrize("name", ["in_proj", "x_proj", "dt_proj", "out_proj"])
+@pytest.mark.parametrize("name", ["in_proj", "x_proj", "dt_proj"])  # peft refuses out_proj
 def test_adapters_take_part_and_get_gradients(name: str) -> None:
-    adapted = ours()
-    for block in adapted.backbone.layers:
-        setattr(block.mixer, name, LowRank(getattr(block.mixer, name)))
-    merged = random_mamba()
+    adapted, merged = ours(), frozen_mamba()
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=[name], init_lora_weights=False), adapted)
     for block, other in zip(merged.backbone.layers, adapted.backbone.layers, strict=True):
-        adapter = getattr(other.mixer, name)
-        getattr(block.mixer, name).weight += (adapter.B @ adapter.A).detach()
+        getattr(block.mixer, name).weight += getattr(other.mixer, name).get_delta_weight("default").detach()
     ids = torch.randint(0, 256, (2, 13))
     torch.testing.assert_close(adapted(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-3, atol=1e-4)
     with torch.no_grad():
@@ -235,8 +208,8 @@ def test_adapters_take_part_and_get_gradients(name: str) -> None:
         step = adapted(input_ids=ids[:, -1:], cache_params=out.cache_params, use_cache=True).logits
         torch.testing.assert_close(step[:, 0], merged(input_ids=ids).logits[:, -1], rtol=1e-3, atol=1e-4)
     adapted(input_ids=ids, use_cache=False).logits.square().mean().backward()
-    adapter = getattr(adapted.backbone.layers[0].mixer, name)
-    assert adapter.A.grad.abs().sum() > 0 and adapter.B.grad.abs().sum() > 0
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    assert len(trained) == 2 * 3 and all(p.grad.abs().sum() > 0 for p in trained)
 
 
 def test_the_model_can_be_copied() -> None:

@@ -6,29 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers import models as token_models
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from config.errors import InputError
 from models.language_model.lora import Adapters, merge
 from models.language_model.mamba_lm import MambaLM
+from tests.models.language_model.tiny import byte_tokenizer, random_mamba
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    torch.manual_seed(0)
-    config = MambaConfig(vocab_size=12, hidden_size=32, num_hidden_layers=2, state_size=8, eos_token_id=11)
-    model = MambaForCausalLM(config)
+    model = random_mamba(num_hidden_layers=2)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
-    words = {f"w{k}": k for k in range(11)} | {"<|endoftext|>": 11}
-    tokenizer = Tokenizer(token_models.WordLevel(words, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -53,8 +47,9 @@ def test_fresh_adapters_change_nothing_and_alone_are_trained(folder):
     with torch.no_grad():
         torch.testing.assert_close(lm.model(IDS).logits, plain.model(IDS).logits)
     before = {name: p.clone() for name, p in lm.model.named_parameters() if ".lora_" not in name}
-    assert {name for name, p in lm.model.named_parameters() if p.requires_grad} == set(adapters.names)
-    assert len(adapters.names) == 4 and all("in_proj.lora_" in name for name in adapters.names)
+    assert {name for name, p in lm.model.named_parameters() if p.requires_grad} == {
+        f"backbone.layers.{k}.mixer.in_proj.lora_{part}.default.weight" for k in range(2) for part in "AB"
+    }
     optimizer = torch.optim.SGD(adapters.parameters(), lr=1.0)
     losses = []
     for _ in range(3):
@@ -109,9 +104,9 @@ def test_int8_after_merging(folder):
 
 def test_adapters_of_another_model_are_refused(folder):
     _, adapters = trained(folder)
-    other = MambaForCausalLM(MambaConfig(vocab_size=12, hidden_size=16, num_hidden_layers=2, state_size=8))
+    other = random_mamba(hidden_size=16, num_hidden_layers=2)
     with pytest.raises(InputError, match=r"adapter of layer 'backbone.layers.0.mixer.in_proj' fits no layer"):
         merge(other, adapters.to_dict())
-    shallow = MambaForCausalLM(MambaConfig(vocab_size=12, hidden_size=32, num_hidden_layers=1, state_size=8))
+    shallow = random_mamba(num_hidden_layers=1)
     with pytest.raises(InputError, match=r"layers.1.mixer.in_proj' fits no layer"):
         merge(shallow, adapters.to_dict())

@@ -9,42 +9,44 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
-from tokenizers import models as token_models
 from torch import Tensor, nn
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache
 
 from config.errors import InputError
-from models.language_model import int8_linear, mamba_backbone
+from models.language_model import cpu_decode, quantisation
 from models.language_model.cpu_decode import frozen_linear
-from models.language_model.int8_linear import Int8Head, Int8Linear, quantise_rows
 from models.language_model.mamba_lm import MambaLM
 from models.language_model.prefix_state import PrefixIdentity, PrefixState
-from models.language_model.quantisation import CONTRADICTION, QUANTISED, quantisation_quality, quantise_int8
-
-END = "<|endoftext|>"
+from models.language_model.quantisation import (
+    CONTRADICTION,
+    Int8Head,
+    Int8Linear,
+    quantisation_quality,
+    quantise_int8,
+    quantise_rows,
+)
+from tests.models.language_model.tiny import byte_tokenizer, random_mamba
 
 
 @pytest.fixture(params=[True, False], ids=["kernels", "plain"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Everything here holds with our compiled products and, as on a machine without numba, without them."""
-    if request.param and frozen_linear.product is None:
-        pytest.skip("numba does not import here")
-    if not request.param:
+    if request.param:
+        pytest.importorskip("numba")
+    else:
         without_kernels(monkeypatch)
     return request.param
 
 
 def without_kernels(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(frozen_linear, "product", None)
-    patch.setattr(mamba_backbone, "step", None)
+    patch.setattr(frozen_linear, "few_rows", lambda *_: False)
+    patch.setattr(cpu_decode, "step", lambda *_: None)
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks, and a last one that is not full, also in a small layer."""
-    monkeypatch.setattr(int8_linear, "BLOCK", {"cpu": 150, "other": 150})
+    monkeypatch.setattr(quantisation, "BLOCK", {"cpu": 150, "other": 150})
 
 
 def layer(outputs: int = 37, inputs: int = 50, *, bias: bool = True) -> nn.Linear:
@@ -57,20 +59,11 @@ def reference(narrow: Int8Linear, x: Tensor) -> Tensor:
     return F.linear(x.float(), narrow.weight.float() * narrow.scale[:, None], bias)
 
 
-def byte_model(path: Path | None = None, dtype: torch.dtype = torch.float32) -> MambaLM:
-    torch.manual_seed(0)
-    end = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(token_models.WordLevel({END: 0, **{f"w{i}": i for i in range(1, 60)}}, END)),
-        eos_token=END, pad_token=END, unk_token=END,
-    )  # fmt: skip
-    config = MambaConfig(vocab_size=64, hidden_size=48, num_hidden_layers=3, state_size=8, tie_word_embeddings=True)
-    model = MambaForCausalLM(config).eval()
+def make_lm(dtype: torch.dtype = torch.float32) -> MambaLM:
+    model = random_mamba(vocab_size=264, hidden_size=48, tie_word_embeddings=True)
     with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(10)  # logits that say something
-    if path is not None:
-        model.save_pretrained(path)
-        end.save_pretrained(path)
-    return MambaLM(model.to(dtype), end, "random")
+        model.get_input_embeddings().weight.mul_(10)  # logits that differ
+    return MambaLM(model.to(dtype), byte_tokenizer(), "random")
 
 
 def int8_twin(lm: MambaLM) -> MambaLM:
@@ -81,7 +74,9 @@ def int8_twin(lm: MambaLM) -> MambaLM:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
-    byte_model(tmp_path / "lm")
+    lm = make_lm()
+    lm.model.save_pretrained(tmp_path / "lm")
+    lm.tokenizer.save_pretrained(tmp_path / "lm")
     return str(tmp_path / "lm")
 
 
@@ -128,13 +123,6 @@ def test_outputs_equal_the_dequantised_reference(kernels: bool, dtype: torch.dty
         torch.testing.assert_close(actual[..., 5].float(), plain.bias[5].expand(shape[:-1]), rtol=1e-2, atol=1e-3)
 
 
-def test_as_a_layer_it_is_near_the_one_it_was_made_from() -> None:
-    plain = layer(64, 256)
-    x = torch.randn(20, 256)
-    expected = plain(x)
-    assert 0 < (Int8Linear.of(plain)(x) - expected).abs().mean() < 0.01 * expected.abs().mean()
-
-
 @pytest.mark.usefixtures("kernels", "small_blocks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 50), (2, 30, 50)])
@@ -159,10 +147,10 @@ def test_nothing_widened_is_kept_for_the_backward_pass() -> None:
 
 
 def test_a_block_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8_linear, "BLOCK", {"cpu": 200, "other": 200})
+    monkeypatch.setattr(quantisation, "BLOCK", {"cpu": 200, "other": 200})
     sizes: list[int] = []
-    real = int8_linear._widen
-    monkeypatch.setattr(int8_linear, "_widen", lambda w, *rest: sizes.append(w.numel()) or real(w, *rest))
+    real = quantisation._widen
+    monkeypatch.setattr(quantisation, "_widen", lambda w, *rest: sizes.append(w.numel()) or real(w, *rest))
     x = torch.randn(20, 50, requires_grad=True)
     Int8Linear.of(layer())(x).sum().backward()
     assert sum(sizes) == 2 * 37 * 50 and max(sizes) <= 200
@@ -170,8 +158,8 @@ def test_a_block_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_autocast_computes_and_widens_in_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     dtypes: set[torch.dtype] = set()
-    real = int8_linear._widen
-    monkeypatch.setattr(int8_linear, "_widen", lambda w, s, dtype: dtypes.add(dtype) or real(w, s, dtype))
+    real = quantisation._widen
+    monkeypatch.setattr(quantisation, "_widen", lambda w, s, dtype: dtypes.add(dtype) or real(w, s, dtype))
     narrow = Int8Linear.of(layer())
     x = torch.randn(20, 50, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -204,7 +192,7 @@ def test_copies_casts_and_files_keep_it(tmp_path: Path) -> None:
 
 
 def test_the_large_matrices_become_int8_and_the_table_stays() -> None:
-    lm = byte_model()
+    lm = make_lm()
     table = lm.model.get_input_embeddings().weight
     assert quantise_int8(lm.model) == 3 * 2 + 1
     for block in lm.model.backbone.layers:
@@ -229,26 +217,15 @@ def decode(lm: MambaLM, rows: int, tokens: int = 4) -> tuple[Tensor, list[Tensor
     return torch.cat(logits, 1), [t for one in cache.layers for t in (one.conv_states[0], one.recurrent_states[0])]
 
 
-@pytest.mark.parametrize(
-    ("rows", "dtype", "layers"),
-    [
-        (1, torch.float32, QUANTISED),
-        (5, torch.float32, QUANTISED),
-        (1, torch.bfloat16, QUANTISED),
-        (3, torch.bfloat16, QUANTISED),
-        (2, torch.float32, ("in_proj", "x_proj", "dt_proj", "out_proj")),
-    ],
-)
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.float32), (5, torch.float32), (1, torch.bfloat16)])
 def test_decoding_through_the_compiled_step_equals_plain(
-    rows: int, dtype: torch.dtype, layers: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if mamba_backbone.step is None:
-        pytest.skip("numba does not import here")
-    monkeypatch.setattr("models.language_model.quantisation.QUANTISED", layers)
-    lm = int8_twin(byte_model(dtype=dtype))
+    pytest.importorskip("numba")
+    lm = int8_twin(make_lm(dtype=dtype))
     served: list[bool] = []
-    real = mamba_backbone.step
-    monkeypatch.setattr(mamba_backbone, "step", lambda *a: served.append((out := real(*a)) is not None) or out)
+    real = cpu_decode.step
+    monkeypatch.setattr(cpu_decode, "step", lambda *a: served.append((out := real(*a)) is not None) or out)
     actual, states = decode(lm, rows)
     assert served[-12:] == [rows <= 4] * 12
     without_kernels(monkeypatch)
@@ -260,7 +237,7 @@ def test_decoding_through_the_compiled_step_equals_plain(
 
 
 def test_a_step_notices_a_changed_scale() -> None:
-    lm = int8_twin(byte_model())
+    lm = int8_twin(make_lm())
     before, _ = decode(lm, 1)
     lm.model.backbone.layers[0].mixer.in_proj.scale.mul_(2)
     assert not torch.allclose(decode(lm, 1)[0], before, rtol=1e-3)
@@ -269,17 +246,17 @@ def test_a_step_notices_a_changed_scale() -> None:
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_model_says_nearly_the_same(dtype: torch.dtype) -> None:
-    lm = byte_model(dtype=dtype)
+    lm = make_lm(dtype=dtype)
     ids = torch.randint(1, 60, (2, 40), generator=torch.Generator().manual_seed(0))
     quality = quantisation_quality(lm, int8_twin(lm), ids)
-    assert 0 < quality.mean_difference < 0.05 * quality.deviation
-    assert quality.mean_difference < quality.max_difference < 0.5 * quality.deviation
+    assert 0 < quality.mean_difference < 0.05 * quality.standard_deviation
+    assert quality.mean_difference < quality.max_difference < 0.5 * quality.standard_deviation
     assert quality.perplexity_ratio == pytest.approx(1, abs=0.02) and quality.perplexity_ratio != 1
     assert quantisation_quality(lm, lm, ids)[:3] == (0, 0, 1)
 
 
 def test_quality_is_what_the_models_own_forwards_give() -> None:
-    lm, ids = byte_model(), torch.randint(1, 60, (2, 300))  # more positions than have logits at a time
+    lm, ids = make_lm(), torch.randint(1, 60, (2, 300))  # more positions than have logits at a time
     twin = int8_twin(lm)
     with torch.no_grad():
         logits, changed = (m.model(input_ids=ids).logits[:, :-1].flatten(0, 1) for m in (lm, twin))
@@ -288,20 +265,6 @@ def test_quality_is_what_the_models_own_forwards_give() -> None:
     difference = (logits - changed).abs()
     expected = (difference.max(), difference.mean(), ratio, logits.var(1, correction=0).mean().sqrt())
     assert quantisation_quality(lm, twin, ids) == pytest.approx([float(value) for value in expected], rel=1e-4)
-
-
-def test_training_reaches_what_comes_before_the_model() -> None:
-    lm = byte_model()
-    twin, grads = int8_twin(lm), []
-    ids = torch.randint(1, 60, (2, 12))
-    for one in (lm, twin):
-        one.checkpointing(True)
-        embeds = lm.embed(ids).detach().requires_grad_()
-        total, count = one.answer_loss(embeds, ids)
-        (total / count).backward()
-        grads.append(embeds.grad)
-    assert all(p.grad is None for p in twin.parameters())
-    assert F.cosine_similarity(grads[0].flatten(), grads[1].flatten(), dim=0) > 0.99
 
 
 # ------------------------------------------------------------------ loading, states, flags
@@ -315,8 +278,7 @@ def test_loaded_in_int8_and_written_with(folder: str) -> None:
         assert lm.model.lm_head.weight is lm.model.get_input_embeddings().weight
         assert lm.model.lm_head.weight.dtype is getattr(torch, dtype)
         embeds = lm.embed(torch.tensor([[1, 2, 3]]))
-        [text] = lm.generate(embeds, torch.ones(1, 3, dtype=torch.long), 5, min_new_tokens=5)
-        assert len(text.split()) == 5
+        assert lm.generate(embeds, torch.ones(1, 3, dtype=torch.long), 5, min_new_tokens=5)[0]
 
 
 @pytest.mark.parametrize("made_in_int8", [True, False])

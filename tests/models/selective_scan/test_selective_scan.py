@@ -89,8 +89,9 @@ def through_reference(leaves: dict[str, Tensor], **options: bool) -> tuple[Tenso
     return reference_scan(ScanInputs(**leaves), options.get("delta_softplus", False), options.get("reverse", False))
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    scale = expected.double().norm().clamp_min(1e-6)
+def relative_error(actual: Tensor, expected: Tensor, smallest: float = 1e-6) -> float:
+    """Norm of the difference over the norm of ``expected``, or over ``smallest`` if that is larger."""
+    scale = expected.double().norm().clamp_min(smallest)
     return float((actual.double() - expected.double()).norm() / scale)
 
 
@@ -102,8 +103,11 @@ def assert_matches_reference(inputs: dict[str, Tensor], dtype: torch.dtype, seed
     exact_inputs = {name: value.double() for name, value in inputs.items()}
     expected = results(through_reference, exact_inputs, grad_y.double(), grad_last.double(), **options)
     assert actual["y"].dtype is dtype
+    # Gradients summed over tokens may cancel; their error is that of the terms.
+    terms = 0.1 * float(torch.stack([expected["grad u"].norm(), expected["grad delta"].norm()]).max())
     for name, value in expected.items():
-        assert relative_error(actual[name], value) < TOLERANCE[dtype], name
+        smallest = terms if name in ("grad A", "grad D", "grad delta_bias") else 1e-6
+        assert relative_error(actual[name], value, smallest) < TOLERANCE[dtype], name
     for name, value in inputs.items():
         assert actual[f"grad {name}"].dtype is value.dtype, name
 
@@ -137,39 +141,34 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     return tensor
 
 
+SIZES = st.tuples(
+    st.integers(1, 2 if INTERPRETED else 3),  # batch
+    st.integers(1, 40),  # channels
+    st.integers(1, 5 if INTERPRETED else 19),  # states
+    st.integers(1, 70 if INTERPRETED else 300),  # length
+)
+OPTIONS = st.fixed_dictionaries({"delta_softplus": st.booleans(), "reverse": st.booleans()})
+
+
 @settings(
     max_examples=12 if INTERPRETED else 40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    batch=st.integers(1, 2 if INTERPRETED else 3),
-    channels=st.integers(1, 40),
-    states=st.integers(1, 5 if INTERPRETED else 19),
-    length=st.integers(1, 70 if INTERPRETED else 300),
+    sizes=SIZES,
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     absent=st.sets(st.sampled_from(["D", "z", "delta_bias", "initial_state"])),
     layouts=st.fixed_dictionaries({k: st.sampled_from(LAYOUTS) for k in ("u", "delta", "B", "C", "z")}),
-    softplus=st.booleans(),
-    reverse=st.booleans(),
+    options=OPTIONS,
     seed=st.integers(0, 999),
 )
 def test_any_shape_dtype_and_stride(
-    backend: str,
-    batch: int,
-    channels: int,
-    states: int,
-    length: int,
-    dtype: torch.dtype,
-    absent: set[str],
-    layouts: dict[str, str],
-    softplus: bool,
-    reverse: bool,
-    seed: int,
+    backend: str, sizes: tuple, dtype: torch.dtype, absent: set[str], layouts: dict, options: dict, seed: int
 ) -> None:
-    inputs = make_inputs(batch, channels, states, length, dtype, seed)
-    if not softplus:  # a negative step size makes the state grow without bound
+    inputs = make_inputs(*sizes, dtype, seed)
+    if not options["delta_softplus"]:  # a negative step size makes the state grow without bound
         inputs["delta"], inputs["delta_bias"] = inputs["delta"].abs() * 0.1, inputs["delta_bias"].abs() * 0.1
     inputs = {k: laid_out(v, layouts.get(k, "plain")) for k, v in inputs.items() if k not in absent}
-    assert_matches_reference(inputs, dtype, seed, delta_softplus=softplus, reverse=reverse)
+    assert_matches_reference(inputs, dtype, seed, **options)
 
 
 def extreme(delta: Tensor, softplus: bool, seed: int) -> Tensor:
@@ -182,28 +181,30 @@ def extreme(delta: Tensor, softplus: bool, seed: int) -> Tensor:
 @given(
     channels=st.integers(1, 20),
     states=st.integers(1, 3 if INTERPRETED else 16),
-    length=st.integers(1, 70) if INTERPRETED else st.integers(1, 2000),
-    softplus=st.booleans(),
-    reverse=st.booleans(),
+    length=st.integers(1, 70 if INTERPRETED else 2000),
+    options=OPTIONS,
     calm=st.booleans(),
     seed=st.integers(0, 999),
 )
 def test_long_sequences_and_extreme_step_sizes(
-    backend: str, channels: int, states: int, length: int, softplus: bool, reverse: bool, calm: bool, seed: int
+    backend: str, channels: int, states: int, length: int, options: dict[str, bool], calm: bool, seed: int
 ) -> None:
     """``calm`` sequences only remember for long: the extremes forget everything again and again."""
     inputs = make_inputs(1, channels, states, length, seed=seed)
     if calm:
         inputs["delta_bias"] -= 4
+        options["delta_softplus"] = True
     else:
-        inputs["delta"] = extreme(inputs["delta"], softplus, seed)
+        inputs["delta"] = extreme(inputs["delta"], options["delta_softplus"], seed)
         inputs["delta_bias"] = torch.zeros(channels)
-    assert_matches_reference(inputs, torch.float32, seed, delta_softplus=softplus or calm, reverse=reverse)
+    assert_matches_reference(inputs, torch.float32, seed, **options)
 
 
-def test_many_tokens(backend: str) -> None:
-    inputs = make_inputs(1, 18, 2, 500) if INTERPRETED else make_inputs(1, 18, 16, 2000)
-    assert_matches_reference(inputs, torch.float32, 0, delta_softplus=True)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("length", [1, 500 if INTERPRETED else 2000])
+def test_one_token_and_many(backend: str, length: int, reverse: bool) -> None:
+    inputs = make_inputs(1, 18, 2 if INTERPRETED else 16, length)
+    assert_matches_reference(inputs, torch.float32, 0, delta_softplus=True, reverse=reverse)
 
 
 def test_mixed_precision_inputs_keep_their_own_gradient_dtypes(backend: str) -> None:

@@ -1,4 +1,4 @@
-"""Compiled pieces of decoding on CPU: few rows of activations times a frozen matrix, at the speed of reading it.
+"""Few rows of activations times a frozen matrix on a CPU, at the speed of reading the matrix: kernels and threads.
 
     out[k, r] = scale[r] · Σ_i W[r, i] · x[k, i]    W (O, I): float32, int8 or bfloat16 (as uint16); sums in float32
 
@@ -8,24 +8,35 @@ rows of W share the loads of x. Weights are widened in registers; two bfloat16 c
 
 Several threads run the same kernel and take items of work from a shared counter until none is left; a phase is over
 when all its items are done. A thread that comes late finds nothing to do, so none ever waits for one that has not
-started. Vectors are those of ``scan_numba_kernels``.
+started. Vectors are those of ``kernels_numba``. Reference: ``torch.nn.functional.linear`` (int8: of the widened
+matrix, then times the scales).
 """
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
+from torch import Tensor
 
 from models.selective_scan.kernels_numba import LANES
 
+Array = np.ndarray
+
+# Rows up to which our kernels were faster than torch's own product (bfloat16: oneDNN with AVX-512 BF16).
+MOST_ROWS = {torch.float32: 8, torch.bfloat16: 4, torch.int8: 8}
 PAIR = 2 * LANES  # bfloat16 values in one vector of 32-bit words
 ITEM = 32  # rows of W in one item of work
-TAKES = 8  # a thread takes its share in so many portions: an atomic operation interrupts the stream of memory
+TAKES = 8  # a thread takes its items in so many portions: an atomic operation interrupts the stream of memory
 SLOT = 8  # int64 between two counters: a cache line of 64 bytes each
 ONE_ROW, TWO_ROWS, FOUR_ROWS = (0,), (0, 0), (0, 0, 0, 0)
 
@@ -111,24 +122,8 @@ def dot(typing_context, W, row, x, out, at, rows, batch):
 
 
 @intrinsic
-def bits_to_float(typing_context, bits):
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], _FLOAT)
-
-    return types.float32(types.uint32), codegen
-
-
-@intrinsic
-def float_to_bits(typing_context, value):
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], _INT)
-
-    return types.uint32(types.float32), codegen
-
-
-@intrinsic
 def add_to(typing_context, counters, index, amount):
-    """counters[index] as it was; then more by ``amount``, for all threads to see."""
+    """Add ``amount`` to counters[index] atomically; the value before."""
 
     def codegen(context, builder, signature, args):
         data = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0]).data
@@ -147,24 +142,27 @@ def value_now(typing_context, counters, index):
 
 
 @njit
+def work(counters, phase, items, count):
+    """The items of a phase that fall to this thread, ``count`` taken at a time; ends when all threads' are done.
+
+    counters: zeros (2 · phases · SLOT,): of each phase the items taken and the items done.
+    """
+    place, done = 2 * phase * SLOT, 0
+    start = add_to(counters, place, count)
+    while start < items:
+        for item in range(start, min(items, start + count)):
+            yield item
+            done += 1
+        start = add_to(counters, place, count)
+    add_to(counters, place + SLOT, done)
+    while value_now(counters, place + SLOT) < items:
+        pass
+
+
+@njit
 def portion(items, threads):
     """How many items a thread takes at a time."""
     return max(1, items // (threads * TAKES))
-
-
-@njit
-def take(counters, phase, count):
-    """The first of the next ``count`` items of a phase; counters (2 · phases · SLOT,)."""
-    return add_to(counters, 2 * phase * SLOT, count)
-
-
-@njit
-def finish(counters, phase, done, items):
-    """Report ``done`` items and wait until all are done."""
-    place = (2 * phase + 1) * SLOT
-    add_to(counters, place, done)
-    while value_now(counters, place) < items:
-        pass
 
 
 def widen(value):
@@ -174,7 +172,7 @@ def widen(value):
 @overload(widen)
 def _widen(value):
     if value == types.uint16:
-        return lambda value: bits_to_float(np.uint32(np.uint32(value) << np.uint32(16)))
+        return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
     return lambda value: np.float32(value)
 
 
@@ -190,21 +188,10 @@ def _narrow(like, value):
     def rounded(like, value):
         if np.isnan(value):
             return np.uint16(0x7FC0)
-        bits = float_to_bits(value)
+        bits = np.float32(value).view(np.uint32)
         return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
     return rounded
-
-
-def inputs_for(W, rows):
-    """An array (rows, I) of the kind that meets ``W``."""
-
-
-@overload(inputs_for)
-def _inputs_for(W, rows):
-    if W.dtype == types.uint16:
-        return lambda W, rows: np.empty((rows, W.shape[1]), np.uint16)
-    return lambda W, rows: np.empty((rows, W.shape[1]), np.float32)
 
 
 @njit
@@ -239,16 +226,97 @@ def product_kernel(W, scale, bias, x, out, counters, threads, batch):
     B = len(batch)
     part = np.empty((B, ITEM), np.float32)
     items = (rows + ITEM - 1) // ITEM
-    count = portion(items, threads)
-    done = 0
-    start = take(counters, 0, count)
-    while start < items:
-        for item in range(start, min(items, start + count)):
-            low, high = item * ITEM, min(rows, (item + 1) * ITEM)
-            rows_product(W, scale, low, high, x, part, batch)
-            for k in range(B):
-                for r in range(high - low):
-                    out[k, low + r] = part[k, r] + bias[low + r]
-            done += 1
-        start = take(counters, 0, count)
-    finish(counters, 0, done, items)
+    for item in work(counters, 0, items, portion(items, threads)):
+        low, high = item * ITEM, min(rows, (item + 1) * ITEM)
+        rows_product(W, scale, low, high, x, part, batch)
+        for k in range(B):
+            for r in range(high - low):
+                out[k, low + r] = part[k, r] + bias[low + r]
+
+
+def few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`product` is the way to compute x · weightᵀ: on a CPU, few rows, nothing to differentiate."""
+    rows = x.numel() // weight.shape[1]
+    return (
+        weight.device.type == "cpu"
+        and 0 < rows <= MOST_ROWS.get(weight.dtype, 0)
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and weight.dtype in (x.dtype, torch.int8)
+        and weight.is_contiguous()
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    )
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
+    """x (…, I) · weightᵀ · scale + bias → (…, O) in the dtype of ``x``, summed in float32.
+
+    Args:
+        weight: (O, I), contiguous, on the CPU: float32, bfloat16 or int8. scale, bias: (O,).
+    """
+    rows = x.numel() // x.shape[-1]
+    # What meets a bfloat16 matrix is bfloat16; everything else is widened.
+    kind = torch.bfloat16 if weight.dtype is torch.bfloat16 else torch.float32
+    inputs = array(padded_rows(x.reshape(rows, -1).to(kind)))
+    out = np.empty((len(inputs), weight.shape[0]), np.float32)
+    together(
+        product_kernel, array(weight), vector(scale, len(weight), 1), vector(bias, len(weight), 0), inputs, out,
+        counters(1), torch.get_num_threads(), (0,) * len(inputs),
+    )  # fmt: skip
+    return torch.from_numpy(out[:rows]).to(x.dtype).reshape(*x.shape[:-1], len(weight))
+
+
+def padded_rows(x: Tensor) -> Tensor:
+    """(B, I), contiguous, with B a size that is compiled: 1, 2, 4 or 8."""
+    rows = 1 << (len(x) - 1).bit_length()
+    return torch.nn.functional.pad(x, (0, 0, 0, rows - len(x))) if rows > len(x) else x.contiguous()
+
+
+def array(tensor: Tensor) -> Array:
+    """The tensor's memory; bfloat16, which numpy lacks, as uint16."""
+    tensor = tensor.detach()
+    return tensor.view(torch.uint16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()
+
+
+def vector(tensor: Tensor | None, length: int, default: float) -> Array:
+    return np.full(length, default, np.float32) if tensor is None else tensor.detach().float().contiguous().numpy()
+
+
+def counters(phases: int) -> Array:
+    return np.zeros(2 * phases * SLOT, np.int64)
+
+
+_work: SimpleQueue = SimpleQueue()
+_helpers: list[threading.Thread] = []
+
+
+def together(kernel: Callable[..., None], *args: object) -> None:
+    """Run ``kernel(*args)`` here and in torch.get_num_threads() - 1 other threads; back when the work is done.
+
+    The kernel itself ends only then. Threads that are late find nothing left, so nobody waits for them; an executor's
+    futures would cost more than a small layer.
+    """
+    wanted = torch.get_num_threads() - 1
+    while len(_helpers) < wanted:
+        _helpers.append(threading.Thread(target=_help, name=f"gemv-{len(_helpers)}", daemon=True))
+        _helpers[-1].start()
+    for _ in range(wanted):
+        _work.put((kernel, args))
+    kernel(*args)
+
+
+def _help() -> None:
+    while True:
+        kernel, args = _work.get()
+        kernel(*args)
+        del kernel, args  # or the weights would live until the next call
+
+
+def _start_anew() -> None:
+    global _work
+    _work = SimpleQueue()
+    _helpers.clear()
+
+
+# A forked child inherits the list of threads but not the threads.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)

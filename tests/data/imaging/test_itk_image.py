@@ -1,0 +1,64 @@
+"""MetaImage and NRRD: headers with their voxels in a second file, and what their headers may not say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import SimpleITK
+
+from config.errors import InputError
+from data.cache import VolumeCache, file_digest
+from data.imaging.reader import files_of, read_header, read_mask, read_volume
+from data.tables.image_index import ImageIndex
+from tests.data.imaging.images import PLAN_2D, SPACING, marked
+
+
+def write(path, array: np.ndarray, packed: bool = False) -> None:
+    image = SimpleITK.GetImageFromArray(array)
+    image.SetSpacing(SPACING[::-1])
+    SimpleITK.WriteImage(image, path, packed)
+
+
+@pytest.mark.parametrize(("packed", "suffix"), [(False, ".raw"), (True, ".zraw")])
+def test_mhd_is_read_with_the_voxel_file_that_it_names(tmp_path, packed, suffix):
+    path, voxels = tmp_path / "scan.mhd", tmp_path / f"scan{suffix}"
+    write(path, marked(), packed)
+    volume = read_volume(path)
+    assert np.array_equal(volume.array, marked()) and volume.spacing == SPACING and volume.notes == ()
+    write(tmp_path / "mask.mhd", (marked() > 0).astype(np.uint8), packed)
+    assert read_mask(tmp_path / "mask.mhd", volume)[3, 4, 5] == 1
+    assert files_of(path) == [path, voxels]
+    assert ImageIndex(tmp_path).find("scan") == [path]
+    voxels.write_bytes(voxels.read_bytes()[:-9])
+    with pytest.raises(InputError, match="truncated"):
+        read_volume(path)
+    voxels.unlink()
+    with pytest.raises(InputError, match=rf"half of a pair, and scan\{suffix} is missing beside it; copy both"):
+        read_header(path)
+
+
+def test_the_digest_of_an_mhd_covers_its_voxel_file(tmp_path):
+    write(tmp_path / "scan.mhd", marked())
+    cache = VolumeCache(tmp_path / "cache", PLAN_2D)
+    entry, digest = cache.entry(tmp_path / "scan.mhd"), file_digest(tmp_path / "scan.mhd")
+    write(tmp_path / "scan.mhd", marked() // 2)
+    assert cache.entry(tmp_path / "scan.mhd") != entry and file_digest(tmp_path / "scan.mhd") != digest
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "words"),
+    [
+        ("scan.mhd", b"scan.raw", b"/etc/passwd", "expected one .raw or .zraw file beside it"),
+        ("scan.mhd", b"scan.raw", b"../scan.raw", "expected one .raw or .zraw file beside it"),
+        ("scan.mhd", b"DimSize = 6 5 4", b"DimSize = 6 5 9", "more than a file of 240 bytes"),
+        ("scan.nrrd", b"encoding: raw", b"encoding: bzip2", "packed with bzip2, expected gzip or raw"),
+    ],
+)
+def test_headers_that_are_refused(tmp_path, name, old, new, words):
+    write(tmp_path / name, marked())
+    content = (tmp_path / name).read_bytes()
+    assert old in content
+    (tmp_path / name).write_bytes(content.replace(old, new))
+    with pytest.raises(InputError) as caught:
+        read_volume(tmp_path / name)
+    assert words in str(caught.value) and "\n" not in str(caught.value)

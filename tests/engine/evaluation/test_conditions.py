@@ -1,0 +1,194 @@
+"""Conditions from images to the verdict: a model that ignores the image by construction, and one that does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from config.errors import InputError
+from data.medical_vlm_dataset import Sample
+from data.phantom.finding import Finding
+from data.phantom.report import write_report
+from data.tables.caption_table import CaptionRow
+from engine.evaluation.calibration import Outcomes, confidence_scores
+from engine.evaluation.conditions import AUDITED, EvaluatedTable, ReportPasses, shuffled_order
+from engine.evaluation.confidence import Labeller
+from engine.evaluation.generation_store import GenerationStore
+from engine.evaluation.report_card import TableResults, report_card
+from engine.evaluation.report_writer import Report
+
+KINDS = ("nodule", "cavity", "consolidation", "fibrosis", "calcification")
+
+
+class Table:
+    """Cases whose image is one number, their row's; reports of phantoms, every fifth one normal."""
+
+    def __init__(self, n: int) -> None:
+        rng = np.random.default_rng(5)
+        self.rows, self.questions = [], ["问题甲", "问题乙"] * n
+        for row in range(n):
+            findings = [Finding(KINDS[row % 5], ("right", "left")[row % 2], ("upper", "middle", "lower")[row % 3], 20)]
+            text = write_report([] if row % 5 == 4 else findings, rng)
+            self.rows.append(CaptionRow(row + 2, Path(f"{row}.nii.gz"), "", text, None))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Sample:
+        return Sample(torch.full((1, 1, 2, 2), float(row + 1)), torch.tensor([0.5]), torch.zeros(1, 4), "", "", row)
+
+
+class Model:
+    """Stands for a :class:`ReportWriter`. ``looks``: it writes the report of the image that it is shown."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, table: Table, looks: bool) -> None:
+        self.reports = [row.answer for row in table.rows]
+        self.looks = looks
+        self.written = 0
+        self.shown: list[tuple[Tensor, Tensor | None]] = []
+        self.model = SimpleNamespace(vision=SimpleNamespace(features=lambda images: images[:, None]))
+
+    def visual(self, batch: Mapping[str, Any]) -> Tensor:
+        return batch["images"][:, 0, 0, 0, 0]
+
+    def visual_of_features(
+        self, features: Tensor, position: Tensor, batch: Mapping[str, Any], roi: Tensor | None = None
+    ) -> Tensor:
+        self.shown.append((position, roi))
+        return torch.zeros(len(batch["question_ids"]))
+
+    def _texts(self, visual: Tensor, batch: Mapping[str, Any]) -> list[str]:
+        # Without a look it writes one of two reports, by its question: fluent, and of nobody.
+        asked = batch["question_ids"][:, 0].tolist()
+        shown = [int(value) - 1 if self.looks else -1 for value in visual]
+        return [self.reports[k if k >= 0 else q] for k, q in zip(shown, asked, strict=True)]
+
+    def write(self, visual: Tensor, batch: Mapping[str, Any], decoding: object = None) -> list[Report]:
+        self.written += len(visual)
+        return [Report(text, [1], [-0.1]) for text in self._texts(visual, batch)]
+
+    def losses(self, visual: Tensor, batch: Mapping[str, Any]) -> list[tuple[float, int]]:
+        own = [self.reports[row] for row in batch["row"]]
+        right = [text == truth for text, truth in zip(self._texts(visual, batch), own, strict=True)]
+        return [(3.0 if self.looks and hit else 10.0, 10) for hit in right]
+
+
+def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    questions = torch.tensor([[len(sample.question) % 2 + ("乙" in sample.question)] for sample in samples])
+    return {
+        "images": torch.stack([sample.images for sample in samples]),
+        "slice_position": torch.stack([sample.slice_position for sample in samples]),
+        "roi": torch.stack([sample.roi for sample in samples]),
+        "question_ids": questions,
+        "question_mask": torch.ones_like(questions),
+        "row": torch.tensor([sample.row for sample in samples]),
+    }
+
+
+def audit(folder: Path, n: int, looks: bool) -> tuple[dict[str, Any], Model]:
+    data = Table(n)
+    table, model = EvaluatedTable("t", data, [str(k) for k in range(n)]), Model(data, looks)
+    passes = ReportPasses(model, collate, GenerationStore(folder, {"looks": looks}), batch_size=7, seed=1)
+    mean = passes.mean_image(table)
+    for condition in AUDITED:
+        passes.run(table, condition, mean)
+    none = [[] for _ in range(n)]
+    results = TableResults(
+        Labeller("zh"),
+        [row.answer for row in data.rows],
+        {name: passes.records(table, name) for name in AUDITED},
+        [None] * n,
+        none,
+        confidence_scores(Outcomes.of(none, none), None, ""),
+        [None] * n,
+        lesion_inputs=["heights of slices", "squares of lesions"],
+    )
+    return report_card(results), model
+
+
+def test_a_model_that_looks_is_said_to_depend_on_the_image(tmp_path: Path) -> None:
+    card, model = audit(tmp_path, 60, looks=True)
+    found = card["audit"]
+    assert found["verdict"] == "the reports depend on the image" and found["verdict_code"] == "depends"
+    assert found["own"]["macro_f1"] == 1 and found["shuffled"]["macro_f1"] < 0.5 and found["blank"]["macro_f1"] < 0.4
+    assert found["shuffled"]["loss_gap"]["value"] == pytest.approx(0.7)
+    assert found["normal_false_finding_rate"] == 0 and found["normal_cases"] == 12
+    assert all(reason.startswith("yes") for reason in found["reasons"][:4])
+    assert card["location_acc"] == 1 and card["size_within_3mm"] == 1 and card["pointing_game"] is None
+    assert model.written == 60 + 60 + 2 + 2 + 60, "own and shuffled; blank and prior once a question; squares"
+
+
+def test_a_model_that_ignores_the_image_is_said_to(tmp_path: Path) -> None:
+    card, _ = audit(tmp_path, 60, looks=False)
+    found = card["audit"]
+    assert found["verdict"] == "the reports do not depend on the image" and found["verdict_code"] == "independent"
+    assert found["own"]["macro_f1"] == found["shuffled"]["macro_f1"] == found["blank"]["macro_f1"]
+    assert found["prior"]["same_reports"] == 1 and found["shuffled"]["loss_gap"]["value"] == 0
+    assert found["duplicate_rate"] == 1 and found["normal_false_finding_rate"] == 1
+    assert all(reason.startswith("no") for reason in found["reasons"][:4])
+
+
+def test_squares_are_the_mean_image_with_what_is_known_of_the_case(tmp_path: Path) -> None:
+    card, model = audit(tmp_path, 14, looks=True)
+    prior = [position for position, roi in model.shown if roi is None]
+    squares = [(position, roi) for position, roi in model.shown if roi is not None]
+    assert [position.shape for position in prior] == [(1,)] * 2
+    assert [(position.shape, roi.shape) for position, roi in squares] == [((7, 1), (7, 1, 4))] * 2
+    assert card["audit"]["squares"]["macro_f1"] < card["audit"]["own"]["macro_f1"]
+    alone = "heights of slices and squares of lesions alone, with the mean image, give macro-F1"
+    assert card["audit"]["reasons"][-1].startswith(alone)
+    assert card["audit"]["verdict_code"] == "unclear", "with 14 cases"
+
+
+@pytest.mark.parametrize(
+    "patients", [list("abcdefgh"), list("aabbccdd"), list("aaabbcde"), list("aaaabbbb"), list("ab")]
+)
+def test_nobody_gets_an_image_of_his_own(patients: list[str]) -> None:
+    for seed in range(20):
+        order = shuffled_order(patients, seed)
+        assert sorted(order) == list(range(len(patients)))
+        assert all(patients[case] != patients[image] for case, image in enumerate(order))
+
+
+def test_one_patient_alone_cannot_be_shuffled() -> None:
+    for patients in (["a"], list("aaab")):
+        with pytest.raises(InputError, match="cannot be shuffled between patients"):
+            shuffled_order(patients, 0)
+
+
+def test_a_stopped_evaluation_goes_on(tmp_path: Path) -> None:
+    data = Table(30)
+    table = EvaluatedTable("t", data, [str(k) for k in range(30)])
+    first, second = Model(data, looks=True), Model(data, looks=True)
+    ReportPasses(first, collate, GenerationStore(tmp_path, {"a": 1}), batch_size=4, seed=1).run(table, "own")
+    [path] = tmp_path.glob("generations-*.jsonl")
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:20]))  # the head and 19 records
+    again = ReportPasses(second, collate, GenerationStore(tmp_path, {"a": 1}), batch_size=4, seed=1)
+    assert not again.complete(table, "own")
+    again.run(table, "own")
+    assert second.written == 30 - 19
+    assert [r["text"] for r in again.records(table, "own")] == [row.answer for row in data.rows]
+
+
+def test_processes_take_their_own_rows_and_changed_cases_are_missing(tmp_path: Path) -> None:
+    data = Table(12)
+    table = EvaluatedTable("t", data, [str(k) for k in range(12)])
+    models = [Model(data, looks=True) for _ in range(2)]
+    for process, model in enumerate(models):
+        store = GenerationStore(tmp_path, {"a": 1}, process)
+        ReportPasses(model, collate, store, batch_size=4, seed=1, process=process, processes=2).run(table, "shuffled")
+    assert [model.written for model in models] == [6, 6]
+    store = GenerationStore(tmp_path, {"a": 1})
+    passes = ReportPasses(Model(data, looks=True), collate, store, batch_size=4, seed=1)
+    assert passes.complete(table, "shuffled")
+    assert not passes.complete(EvaluatedTable("t", data, ["changed", *map(str, range(1, 12))]), "shuffled")
+    assert not passes.complete(EvaluatedTable("other", data, table.cases), "shuffled")

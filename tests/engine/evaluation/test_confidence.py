@@ -1,0 +1,114 @@
+"""Statements and their confidence from made-up token probabilities, and marks that change no word."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from config.errors import InputError
+from engine.evaluation.confidence import (
+    TO_CHECK,
+    Labeller,
+    content_words,
+    is_right,
+    log_probability,
+    mark_unsure,
+    sentence_confidences,
+    split_sentences,
+    statements,
+)
+
+ZH = Labeller("zh")
+TEXT = "所见：右肺上野见12mm结节，边缘光滑。左侧胸腔积液。结论：结节可能性大。建议：随访结节。"
+
+
+def characters(text: str) -> list[tuple[int, int]]:
+    return [(k, k + 1) for k in range(len(text))]
+
+
+def test_only_the_words_of_a_statement_count() -> None:
+    log_probs = np.zeros(len(TEXT))
+    at = TEXT.index("光滑")
+    log_probs[at : at + 2] = -5  # how a margin is put says nothing of whether the nodule is there
+    said = statements(TEXT, ZH, characters(TEXT), log_probs.tolist())
+    assert [s.mention.finding for s in said] == ["nodule", "effusion", "nodule"]
+    assert [s.sentence for s in said] == [0, 1, 2] and [s.raw for s in said] == [1, 1, 1]
+    log_probs[TEXT.index("12")] = math.log(0.3)
+    log_probs[TEXT.index("右")] = math.log(0.5)
+    log_probs[TEXT.index("积液")] = math.log(0.2)
+    said = statements(TEXT, ZH, characters(TEXT), log_probs.tolist())
+    assert [s.raw for s in said] == pytest.approx([0.15, 0.2, 1.0])
+    assert said[0].features == pytest.approx((0, math.log(0.5), math.log(0.3), 1, 0)), "finding, place, size"
+    assert said[1].features == pytest.approx((math.log(0.2), 0, 0, 0, 0))
+
+
+def test_samples_that_agree() -> None:
+    samples = ["所见：右肺上野见13mm结节。", "所见：右肺上野见30mm结节。", "所见：左肺空洞。", "双肺未见异常。"]
+    said = statements(TEXT, ZH, characters(TEXT), [0.0] * len(TEXT), samples)
+    assert said[0].features[4] == 0.25 and said[1].features[4] == 0 and said[2].features[4] == 0.5
+
+
+def test_clauses_without_a_finding_belong_to_their_neighbour() -> None:
+    groups = content_words("右肺上叶，见结节，大小约12mm；左肺未见空洞，积液。", "zh")
+    words = [["右肺上叶，见结节，大小约12mm；左肺未见空洞，积液。"[w.start : w.end] for w in g] for g in groups]
+    assert len(words) == 3 and "右肺上叶" in "".join(words[0]) and "12mm" in words[0]
+    assert "未见" in words[1]
+    assert log_probability([], [], []) < -10
+
+
+@pytest.mark.parametrize(
+    ("stated", "right"),
+    [
+        ("所见：右肺上野见13mm结节。", True),
+        ("所见：右肺上野见16mm结节。", False),  # the impression without a size does not bear it out
+        ("所见：右肺见结节。", True),
+        ("所见：左肺上野见12mm结节。", False),
+        ("所见：空洞。", False),
+        ("所见：未见空洞。", True),
+        ("所见：未见结节。", False),
+        ("所见：结节可能。", True),
+    ],
+)
+def test_which_statements_are_right(stated: str, right: bool) -> None:
+    truth = ZH("所见：右肺上野见12mm结节。结论：右肺上野结节。建议：随访空洞。")
+    assert is_right(ZH(stated)[0], truth) is right
+
+
+def test_findings_counted_as_one() -> None:
+    label = Labeller("zh", {"miliary": "nodule"})
+    assert [m.finding for m in label("粟粒样小结节。")] == ["nodule"]
+    with pytest.raises(InputError, match="'tumour' is no finding"):
+        Labeller("zh", {"miliary": "tumour"})
+
+
+def test_a_sentence_is_as_sure_as_its_least_sure_statement() -> None:
+    said = statements(TEXT, ZH, characters(TEXT), [0.0] * len(TEXT))
+    assert sentence_confidences(TEXT, said, [0.9, 0.3, 0.6]) == [0.9, 0.3, 0.6, 1.0]
+    both = "右肺结节，左肺空洞。未见异常。"
+    said = statements(both, ZH, characters(both), [0.0] * len(both))
+    assert sentence_confidences(both, said, [0.9, 0.4]) == [0.4, 1.0] and len(split_sentences(both)) == 2
+
+
+def test_sentences_end_at_stops_but_not_within_numbers() -> None:
+    assert split_sentences("大小3.5cm。未见积液；\n结论：结节") == ["大小3.5cm。", "未见积液；\n", "结论：结节"]
+    assert split_sentences("A 3.5 cm nodule. No effusion.") == ["A 3.5 cm nodule.", " No effusion."]
+    assert split_sentences("") == []
+
+
+@given(st.text(alphabet="右肺结节。；.!\n 3a", max_size=40))
+def test_sentences_are_the_text_and_marks_take_nothing_out(text: str) -> None:
+    pieces = split_sentences(text)
+    assert "".join(pieces) == text
+    marked = mark_unsure(text, [0.0] * len(pieces), 0.5)
+    assert marked.replace(TO_CHECK["zh"], "") == text
+    assert mark_unsure(text, [1.0] * len(pieces), 0.5) == text
+
+
+def test_only_the_unsure_sentence_is_marked() -> None:
+    text = "右肺结节。左侧胸腔积液。\n结论：结节。"
+    assert mark_unsure(text, [0.9, 0.2, 0.9], 0.5) == "右肺结节。左侧胸腔积液。【待核实】\n结论：结节。"
+    assert mark_unsure("A nodule. An effusion.", [0.1, 0.9], 0.5, "en") == "A nodule.[to be verified] An effusion."
