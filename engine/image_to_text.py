@@ -49,9 +49,6 @@ class Case:
     reference: str | None
 
 
-# ---------------------------------------------------------------- configuration
-
-
 def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -100,8 +97,8 @@ def token_budget(config: Config, wanted: int | None, cap: int | None) -> tuple[i
     return tokens, f"the GPU cap of {cap}{raised} (--max_visual_tokens overrides it)"
 
 
-def check_language_model(checkpoint: Checkpoint, config: Config) -> None:
-    """Raises: InputError when the model's width is not the one the tokens were trained for."""
+def check_models(checkpoint: Checkpoint, config: Config) -> None:
+    """Raises: InputError when the language model's width is not the one that the tokens were trained for."""
     width = read_lm_config(config.mamba_model).hidden_size
     trained = checkpoint.llm
     if width != trained["width"]:
@@ -111,19 +108,10 @@ def check_language_model(checkpoint: Checkpoint, config: Config) -> None:
         )
     if config.mamba_model != trained["name"]:
         print(f"note: language model {config.mamba_model}; the checkpoint was trained with {trained['name']}")
-
-
-def print_warnings(checkpoint: Checkpoint) -> None:
     if checkpoint.stage == "vision":
-        print(
-            "note: this is a Stage-1 checkpoint; its tokens never met the language model, so the text is no report yet "
-            "(train_vlm.py comes next)"
-        )
+        print("note: a Stage-1 checkpoint: the text is no report before train_vlm.py has trained it too")
     if checkpoint.collapsed:
-        print("warning: this checkpoint is stamped as collapsed: its tokens say nothing about the image")
-
-
-# ---------------------------------------------------------------- the case
+        print("warning: this checkpoint is stamped as collapsed: its tokens do not depend on the image")
 
 
 def choose_case(args: argparse.Namespace, config: Config) -> Case:
@@ -166,9 +154,6 @@ def _question(row: CaptionRow, config: Config, seed: int) -> str:
 def encode(questions: list[str], tokenizer: PreTrainedTokenizerBase, config: Config) -> list[Tensor]:
     """Token ids (Lq,) of each question, cut at ``max_question_tokens``."""
     return [torch.tensor(encode_prompt(tokenizer, text, config.max_question_tokens)) for text in questions]
-
-
-# ---------------------------------------------------------------- visual tokens
 
 
 def read_image(args: argparse.Namespace, checkpoint: Checkpoint, config: Config) -> tuple[Case, list[Tensor]]:
@@ -214,9 +199,6 @@ def _visual_tokens(checkpoint: Checkpoint, config: Config, case: Case) -> list[T
     return [vision(images, position, *question, roi=roi).cpu() for question in asked]
 
 
-# ---------------------------------------------------------------- the state after an image
-
-
 def _sources(checkpoint: Checkpoint, config: Config) -> dict[str, str]:
     """Digests of what turns an image into visual tokens."""
     framing = [checkpoint.preprocess_plan.to_dict(), config.slices, config.slice_policy]
@@ -255,14 +237,10 @@ def read_once(
     return state, seconds
 
 
-# ---------------------------------------------------------------- an answer
-
-
 def answer(
     lm: MambaLM, ids: Tensor, source: Tensor | PrefixState, args: argparse.Namespace, options: dict[str, object]
 ) -> float:
-    """Print the text that follows visual tokens (1, L, D), or the state after them, and a question; the seconds to its
-    first token."""
+    """Print the answer to a question after visual tokens (1, L, D) or a state; returns seconds to the first token."""
     # transformers warns at length that its penalties apply to the answer alone; the manual says so.
     warnings.filterwarnings("ignore", message="Passing .* with `inputs_embeds`")
     torch.manual_seed(args.seed)  # for each question anew: its answer does not depend on those before

@@ -90,8 +90,7 @@ def main() -> None:
     llm_device = steps.best_device() if args.llm_device == "auto" else "cpu"
     checkpoint = load_checkpoint(path)
     config = steps.run_config(args, checkpoint, GPU_TOKEN_CAP if llm_device != "cpu" else None)
-    steps.check_language_model(checkpoint, config)
-    steps.print_warnings(checkpoint)
+    steps.check_models(checkpoint, config)
     visuals, state, identity = [], None, None
     if args.prefix:
         case, state, identity = steps.load_prefix(args, checkpoint, config)
