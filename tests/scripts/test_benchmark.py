@@ -19,8 +19,7 @@ from engine.benchmark.models import SIZES, candidate_model, prefill, prompt, ran
 from engine.benchmark.report import Report, verdict
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
-TINY, CPU = SIZES["tiny"], torch.device("cpu")
-MIB = 1 << 20
+TINY, CPU, MIB = SIZES["tiny"], torch.device("cpu"), 1 << 20
 SCAN = "forward_vs_transformers forward_backward_vs_transformers"
 NNUNET = "preprocessing_{0}_vs_nnunet_one_thread preprocessing_{0}_peak_memory_vs_nnunet"
 TARGETS = {
