@@ -205,7 +205,7 @@ def int8_quality(report: Report, lm: MambaLM, narrow: MambaLM) -> None:
     quality = quantisation_quality(lm, narrow, ids)
     report.add_value("int8: largest difference of a logit", quality.max_difference)
     report.add_value("int8: mean difference of a logit", quality.mean_difference)
-    report.add_value("int8: deviation of the logits themselves", quality.deviation)
+    report.add_value("int8: deviation of the logits themselves", quality.standard_deviation)
     report.add_value("int8: perplexity over the plain model's", quality.perplexity_ratio)
     report.add_note(
         f"int8's differences are those of random weights on {size.answer} random tokens; a trained model's perplexity "
