@@ -15,23 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from config.nnunet_plans import PreprocessPlan
 from config.schema import REPOSITORY, Config
-from data.cache import VolumeCache
-from data.phantom.case import make_case, write_case
-from data.view_selection import View, ViewSelection
 from engine.cli import positive_int, run_main
-from models.nnunet.checkpoint import load_nnunet_checkpoint
-from models.roi_crop import center_crop, roi_extent
-from models.vim_bridge import grid_side
-
-NETWORK = REPOSITORY / "tests" / "assets" / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth"
-STRIDE = (16, 16)  # of nnU-Net's stage that gives 28 x 28 at a patch of 448
-ROI_SIDE = 7
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,6 +27,26 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_visual_tokens", type=positive_int, default=defaults.max_visual_tokens)
     parser.add_argument("--seed", type=int, default=5)
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from config.nnunet_plans import PreprocessPlan
+from data.cache import VolumeCache
+from data.phantom.case import make_case, write_case
+from data.view_selection import View, ViewSelection
+from models.nnunet.checkpoint import load_nnunet_checkpoint
+from models.roi_crop import center_crop, roi_extent
+from models.vim_bridge import grid_side
+
+NETWORK = REPOSITORY / "tests" / "assets" / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth"
+STRIDE = (16, 16)  # of nnU-Net's stage that gives 28 x 28 at a patch of 448
+ROI_SIDE = 7
 
 
 def lesion_view(seed: int) -> View:

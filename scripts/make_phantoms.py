@@ -13,17 +13,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import nibabel as nib
-import numpy as np
-from rich.progress import Progress
-
-from data.imaging.volume import LUNG_WINDOW_HU, SOFT_TISSUE_WINDOW_HU
-from data.phantom.dataset import DatasetPaths, make_dataset
-from data.phantom.finding import FINDING_TYPES
 from engine.cli import run_main
 
 
@@ -40,6 +29,22 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
     parser.add_argument("--contact_sheet", action="store_true", help="also write contact_sheet.png into --out")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import nibabel as nib
+import numpy as np
+from rich.progress import Progress
+
+from data.imaging.volume import LUNG_WINDOW_HU, SOFT_TISSUE_WINDOW_HU
+from data.phantom.dataset import DatasetPaths, make_dataset
+from data.phantom.finding import FINDING_TYPES
 
 
 def write_contact_sheet(paths: DatasetPaths) -> Path:

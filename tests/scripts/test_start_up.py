@@ -11,10 +11,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 HEAVY = ["torch", "transformers", "accelerate", "pandas", "numba", "scipy", "matplotlib", "nibabel", "optuna"]
 ENVIRONMENT = {"environment", "run_tests", "quickstart"}  # these run before anything is installed
-# Their heavy imports still stand at the top.
-NOT_YET = {"draw_token_grid", "make_phantoms"}
 SCRIPTS = [
-    pytest.param(path, id=path.stem, marks=[pytest.mark.xfail(run=False)] if path.stem in NOT_YET else [])
+    pytest.param(path, id=path.stem)
     for path in [REPOSITORY / "train.py", REPOSITORY / "train_vlm.py", *sorted((REPOSITORY / "scripts").glob("*.py"))]
     if path.stem not in ENVIRONMENT
 ]
