@@ -169,7 +169,7 @@ def test_every_command_names_a_script_and_flags_that_exist(manual: str) -> None:
         "python trian.py --epochs 3",
         "python train.py --epoch_count 3",
         "python train.py --objective aline",
-        "python scripts/check_image_to_text.py --image a.nii.gz",
+        "python scripts/check_image_to_text.py --imag_e a.nii.gz",
         "python scripts/run_overnight_300.py --epochs none",
         r".\run_train_5090.ps1 -Epoch 5",
         r".\run_stage2_train.ps1 -Epochs 2 --objective align",
