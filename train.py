@@ -121,18 +121,11 @@ def main() -> None:
     model = Stage1(vision, objective)
 
     # ---------------------------------------------------------------- training
-    def save(name: str, step: int, epoch: int, val_loss: float, diagnostics: dict[str, Any]) -> None:
+    def save(name: str, diagnostics: dict[str, Any], **position: Any) -> None:
+        parts = {"plan": plan, "llm": identity.to_dict()}
+        diagnostics = {**diagnostics, "objective": args.objective}
         save_checkpoint(
-            output / name,
-            vision,
-            stage="vision",
-            step=step,
-            epoch=epoch,
-            val_loss=val_loss,
-            config=config,
-            plan=plan,
-            llm=identity.to_dict(),
-            diagnostics={**diagnostics, "objective": args.objective},
+            output / name, vision, stage="vision", config=config, diagnostics=diagnostics, **parts, **position
         )
 
     stage = Stage(

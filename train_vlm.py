@@ -199,20 +199,9 @@ def main() -> None:
         write_text(output / "stage2_config.json", json.dumps(summary, ensure_ascii=False, indent=1))
 
     # ---------------------------------------------------------------- training
-    def save(name: str, step: int, epoch: int, val_loss: float, diagnostics: dict[str, Any]) -> None:
-        save_checkpoint(
-            output / name,
-            vision,
-            stage="vlm",
-            step=step,
-            epoch=epoch,
-            val_loss=val_loss,
-            config=config,
-            plan=plan,
-            llm=lm.identity.to_dict(),
-            diagnostics=diagnostics,
-            adapters=adapters.to_dict() if adapters else None,
-        )
+    def save(name: str, **position: Any) -> None:
+        parts = {"plan": plan, "llm": lm.identity.to_dict(), "adapters": adapters.to_dict() if adapters else None}
+        save_checkpoint(output / name, vision, stage="vlm", config=config, **parts, **position)
 
     def best_so_far() -> float:
         """Validate, on the present table, the best checkpoint of the training that is continued: it is kept until
@@ -234,7 +223,8 @@ def main() -> None:
         if adapters and best is not start:
             adapters.load(start.adapters)
         if best is start and accelerator.is_main_process:
-            save(BEST_FILE, start.step, start.epoch, val_loss, statistics.to_dict())
+            position = {"step": start.step, "epoch": start.epoch, "val_loss": val_loss}
+            save(BEST_FILE, **position, diagnostics=statistics.to_dict())
         say(f"best so far: epoch {best.epoch}, val_loss {val_loss:.6f} on this table", flush=True)
         return val_loss
 

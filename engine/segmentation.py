@@ -184,6 +184,11 @@ def segment(
     return labels
 
 
+def free_network() -> None:
+    """Drop the segmentation network, which :func:`segment`'s callers keep loaded, from the device's memory."""
+    _network.cache_clear()
+
+
 @lru_cache(maxsize=1)
 def _network(checkpoint: Path) -> tuple[SegmentationUNet, torch.device, bool]:
     """The whole network, where it runs, and whether its classes are overlapping regions."""

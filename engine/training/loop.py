@@ -34,7 +34,7 @@ class Stage:
         model: is prepared for the device; ``loss`` calls it. trained: its part that is optimised and saved.
         loss: (prepared model, batch) → mean loss of the batch.
         validate: → validation loss, and the statistics of the visual tokens.
-        save: (file name, step, epoch, validation loss, diagnostics); writes a checkpoint, on the main process alone.
+        save: (file name, step, epoch, val_loss, diagnostics) writes a checkpoint, on the main process alone.
         best_file, final_file: checkpoints of the lowest validation loss and of the last epoch.
         loss_name: in logs; ``mean_name``: of the epoch's mean. log_every: steps.
         settings: what a resumed run must have in common with the interrupted one, besides configuration and flags.
@@ -50,7 +50,7 @@ class Stage:
     trained: nn.Module
     loss: Callable[[nn.Module, Mapping[str, Any]], Tensor]
     validate: Callable[[], tuple[float, TokenStatistics]]
-    save: Callable[[str, int, int, float, dict[str, Any]], None]
+    save: Callable[..., None]
     best_file: str
     final_file: str
     loss_name: str
@@ -81,7 +81,7 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; the state is saved. InputError: the loss is not finite, or the state that
             ``--resume`` names cannot be resumed.
     """
-    run = _Run(stage, args, config, accelerator, output, loader)
+    run = _Run(stage, args, config, accelerator, output, len(loader))
     progress, optimizer, schedule = run.state.progress, run.optimizer, run.schedule
     run.model.train()
     if not run.resumed:
@@ -123,40 +123,25 @@ class _Run:
     """The objects of one call of :func:`train`."""
 
     def __init__(
-        self,
-        stage: Stage,
-        args: argparse.Namespace,
-        config: Config,
-        accelerator: Accelerator,
-        output: Path,
-        loader: DataLoader,
+        self, stage: Stage, args: argparse.Namespace, config: Config, accelerator: Accelerator, output: Path, steps: int
     ) -> None:
+        """``steps``: batches of an epoch."""
         self.stage, self.args, self.output = stage, args, output
         self.active = accelerator.is_main_process
-        self.total_steps = math.ceil(len(loader) / args.grad_accumulation) * args.epochs
+        self.total_steps = math.ceil(steps / args.grad_accumulation) * args.epochs
         optimizer = build_optimizer(stage.trained, args.lr, args.weight_decay)
         self.schedule = build_schedule(optimizer, self.total_steps, args.warmup_ratio)
         self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
-        self.state = TrainState(
-            output / f"{stage.name}_state.pt",
-            fingerprint(args, config, **stage.settings),
-            accelerator,
-            stage.trained,
-            self.optimizer,
-            self.schedule,
-        )
+        path, settings = output / f"{stage.name}_state.pt", fingerprint(args, config, **stage.settings)
+        self.state = TrainState(path, settings, accelerator, stage.trained, self.optimizer, self.schedule)
         self.resumed = self.state.resume(args.resume)
         first_step, self.first_epoch = stage.start
         going_on = self.resumed or first_step > 0
         self.log = RunLog(output / f"{stage.name}_log.jsonl", active=self.active, resumed=going_on)
         self.table = None
         if stage.table:
-            self.table = CsvLog(
-                output / stage.table,
-                ("step", "epoch", stage.loss_name),
-                active=self.active,
-                resumed_step=self.step if going_on else None,
-            )
+            columns, last = ("step", "epoch", stage.loss_name), self.step if going_on else None
+            self.table = CsvLog(output / stage.table, columns, active=self.active, resumed_step=last)
         if self.resumed:
             self.log.say(f"resuming at epoch {self.progress.epoch + 1}, step {self.progress.step}")
 
@@ -205,7 +190,8 @@ class _Run:
 
     def _save(self, name: str, epoch: int, val_loss: float, statistics: TokenStatistics) -> None:
         if self.active:
-            self.stage.save(name, self.step, epoch, val_loss, statistics.to_dict())
+            position = {"step": self.step, "epoch": epoch, "val_loss": val_loss}
+            self.stage.save(name, **position, diagnostics=statistics.to_dict())
 
     def finish(self) -> None:
         """Draw the loss curves and remove the state: nothing is left to resume."""

@@ -26,7 +26,6 @@ from config.nnunet_plans import PreprocessPlan
 from config.schema import load_config
 from config.toy_models import STAMP
 from engine.checkpoint import Checkpoint, save_checkpoint
-from engine.image_to_text import token_budget
 from models.language_model.decoding import CharacterStream
 from models.language_model.mamba_lm import MambaLM, lm_identity
 from models.language_model.prefix_state import PrefixState
@@ -35,6 +34,7 @@ from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.encoder import NnUNetEncoder
 from models.nnunet.unet import SegmentationUNet
 from models.vim_bridge import grid_side
+from scripts.check_image_to_text import token_budget
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "check_image_to_text.py"
 TWO = ["--question", "肺部有无病变？", "--question", "q"]

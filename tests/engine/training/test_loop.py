@@ -76,8 +76,11 @@ class Run:
         values = {"name": "test", "title": "", "best_file": "best", "final_file": "final", "loss_name": "train_loss"}
         self.stage = Stage(
             **{**values, "log_every": 4, "model": self.model, "trained": self.model, "loss": self._loss,
-               "validate": self._validate, "save": lambda *saved: self.saved.append(saved[:4]), **stage}
+               "validate": self._validate, "save": self._save, **stage}
         )  # fmt: skip
+
+    def _save(self, name: str, step: int, epoch: int, val_loss: float, diagnostics: dict) -> None:
+        self.saved.append((name, step, epoch, val_loss))
 
     def _loss(self, model: nn.Module, batch: list[Tensor]) -> Tensor:
         self.seen.append(float(batch[0].sum()))
