@@ -1,7 +1,7 @@
 """Random changes of a training image after which its report is still true.
 
-Movement and rotation in plane, and noise. No mirroring, which would make left right; no scaling, which would change
-sizes; slices keep their height, so zones stay.
+Movement and rotation in plane, and noise. No mirroring, which would swap sides; no scaling, which would change sizes;
+slices keep their craniocaudal level, so zones stay.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 class Augmentation(NamedTuple):
     """How far an image may be changed.
 
-    ``shift``: voxels in plane, to either side. ``rotate``: degrees in plane, to either side. ``noise``: deviation of
-    Gaussian noise in units of the normalised image, its strength drawn anew for each case from 0 to this.
+    ``shift``: voxels in plane, to either side. ``rotate``: degrees in plane, to either side. ``noise``: standard
+    deviation of Gaussian noise in units of the normalised image, drawn for each case from 0 to this.
     """
 
     shift: int = 0
@@ -30,10 +30,11 @@ class Augmentation(NamedTuple):
 
         Args:
             images: (..., H, W) float32, 0 is the mean after normalisation and fills what moves in.
-            roi: (K, 4) row and column of the lesion's core, its size, as shares of the image, and 1 where there is one.
+            roi: (K, 4) row and column of the lesion's core and its size, as fractions of the image, and 1; zeros where
+                there is none.
 
         Returns:
-            Images of the same shape, and the squares where they then lie. A square keeps its side.
+            Images of the same shape, and ``roi`` where the lesions then lie.
         """
         if self.shift:
             offset = torch.randint(-self.shift, self.shift + 1, (2,)).tolist()
@@ -63,7 +64,7 @@ def rotated(images: Tensor, angle: float) -> Tensor:
     """(..., H, W) turned about its centre by ``angle`` radians, from the rows' axis towards the columns'; bilinear."""
     height, width = images.shape[-2:]
     cos, sin = math.cos(angle), math.sin(angle)
-    # Of each target voxel the place it comes from, in shares of the half extents: the inverse rotation.
+    # The inverse rotation: for each target voxel its source, in fractions of the half extents.
     theta = torch.tensor([[cos, -sin * height / width, 0.0], [sin * width / height, cos, 0.0]])
     flat = images.reshape(1, -1, height, width)
     grid = F.affine_grid(theta[None], list(flat.shape), align_corners=False)
