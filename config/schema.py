@@ -59,10 +59,7 @@ class Config:
         role="arch",
     )
     encoder_output_stage: int | None = _key(
-        None,
-        "encoder stage used (empty: the deepest that still fills the token grid)",
-        role="arch",
-        minimum=0,
+        None, "encoder stage used (empty: the deepest that still fills the token grid)", role="arch", minimum=0
     )
     encoder_target_spatial: int = _key(28, "side of the token grid: 28 -> 784 tokens", role="arch", minimum=1)
     train_encoder: bool = _key(True, "false keeps the nnU-Net encoder as it was trained", role="run")

@@ -165,11 +165,7 @@ def _shifted(window: tuple[slice, ...], origin: tuple[slice, ...]) -> tuple[slic
 
 
 def _cover(
-    indicator: np.ndarray,
-    box: tuple[slice, ...],
-    source: Sequence[int],
-    target: Sequence[int],
-    axes: Sequence[int],
+    indicator: np.ndarray, box: tuple[slice, ...], source: Sequence[int], target: Sequence[int], axes: Sequence[int]
 ) -> tuple[tuple[slice, ...], np.ndarray]:
     """Linearly resample an ``indicator`` that fills ``box`` of ``source``: the window it reaches, its values.
 

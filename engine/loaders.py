@@ -63,10 +63,7 @@ def build_loaders(
     with accelerator.main_process_first():
         prepare_cases(cache, [*train.rows, *val.rows])
     if accelerator.is_main_process:
-        print(
-            f"data: {len(train)} training cases, {len(val)} validation cases, cache {config.cache_dir}",
-            flush=True,
-        )
+        print(f"data: {len(train)} training cases, {len(val)} validation cases, cache {config.cache_dir}", flush=True)
     options = {
         "batch_size": args.batch_size,
         "collate_fn": collator,

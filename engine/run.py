@@ -59,12 +59,7 @@ def start_run(args: argparse.Namespace, config: Config, name: str) -> tuple[Acce
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         write_config(config, output / f"{name}_config.yaml")
-        record = {
-            "command": sys.argv,
-            "flags": jsonable(vars(args)),
-            "config": config.to_dict(),
-            **environment(),
-        }
+        record = {"command": sys.argv, "flags": jsonable(vars(args)), "config": config.to_dict(), **environment()}
         (output / f"{name}_run.json").write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
         print(f"{name}: device {accelerator.device}, {accelerator.num_processes} process(es), "
               f"precision {accelerator.mixed_precision}, seed {args.seed}, output {output}", flush=True)  # fmt: skip

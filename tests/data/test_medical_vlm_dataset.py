@@ -19,13 +19,7 @@ from config.nnunet_plans import Intensity, PreprocessPlan, Resampling
 from config.schema import build_config
 from data.cache import VolumeCache
 from data.imaging.nifti import write_volume
-from data.medical_vlm_dataset import (
-    CaptionCollator,
-    MedicalVLMDataset,
-    Sample,
-    encode_answer,
-    encode_prompt,
-)
+from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset, Sample, encode_answer, encode_prompt
 
 PLAN_2D = PreprocessPlan(
     configuration="2d",

@@ -262,10 +262,7 @@ def test_input_is_not_changed_and_several_channels_are_refused(noise):
     preprocess(volume, PLAN)
     assert np.array_equal(volume.array, before)
     two = replace(
-        PLAN,
-        normalization_schemes=("NoNormalization",) * 2,
-        use_mask_for_norm=(False,) * 2,
-        intensity=(None, None),
+        PLAN, normalization_schemes=("NoNormalization",) * 2, use_mask_for_norm=(False,) * 2, intensity=(None, None)
     )
     with pytest.raises(InputError, match="expects 2 input channels"):
         preprocess(volume, two)
