@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -250,7 +250,7 @@ def test_preprocessed_points_are_found_again_in_the_volume(transpose):
     case = preprocess(_volume(array, (2.0, 1.0, 1.5)), plan)
     brightest = np.unravel_index(case.image[0].argmax(), case.image[0].shape)
     assert np.abs(case.voxel_map.to_original(np.array(brightest)) - [12, 8, 19]).max() < 0.75
-    stored = json.loads(json.dumps(case.voxel_map.to_dict()))
+    stored = json.loads(json.dumps(asdict(case.voxel_map)))
     assert VoxelMap.from_dict(stored) == case.voxel_map
     corners = case.voxel_map.to_original(np.array([[-0.5] * 3, np.array(case.voxel_map.shape) - 0.5]))
     assert np.allclose(corners, [[2.5, 1.5, 3.5], [17.5, 21.5, 25.5]])

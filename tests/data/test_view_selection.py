@@ -60,7 +60,7 @@ def cached(shape: tuple[int, int, int], lesion: tuple[slice, slice, slice] | Non
     lesion_voxels = None if mask is None else np.count_nonzero(mask, axis=(1, 2))
     stored = None if mask is None else InMemory(mask)
     lesions = () if mask is None else tuple(find_lesions(mask))
-    return CachedVolume(InMemory(image), stored, lesion_voxels, (1.0, 1.0, 1.0), None, lesions)
+    return CachedVolume(InMemory(image), stored, (1.0, 1.0, 1.0), None, lesion_voxels, lesions)
 
 
 def depths(planes: torch.Tensor) -> list[int]:

@@ -107,20 +107,20 @@ def test_another_network_or_image_is_another_segmentation(tmp_path, checkpoint, 
     content["current_epoch"] = 77
     torch.save(content, other_file)
     other = SegmentedCache(cache.volumes, other_file)
-    assert other.folder(scan) != cache.folder(scan)
+    assert other.entry(scan) != cache.entry(scan)
     copy = tmp_path / "copy.nii.gz"
     shutil.copy(scan, copy)
-    assert cache.folder(copy) == cache.folder(scan), "the same content is the same case"
+    assert cache.entry(copy) == cache.entry(scan), "the same content is the same case"
     assert segment_all(cache, [(scan, None), (copy, None)]) == 1 and segment_all(cache, [(copy, None)]) == 0
     prepare_cases(other, [CaptionRow(2, scan, "", "", None), CaptionRow(3, copy, "", "", None)])
-    assert other.folder(scan).is_dir() and len(list((cache.root / "segmentation").iterdir())) == 2
+    assert other.entry(scan).is_dir() and len(list((cache.root / "segmentation").iterdir())) == 2
 
 
 @pytest.mark.parametrize("damage", ["labels", "meta", "cut"])
 def test_damaged_labels_are_made_again(tmp_path, checkpoint, scan, damage, caplog):
     cache = open_cache(configuration(tmp_path, checkpoint), plan_of(checkpoint))
     labels = np.asarray(cache.get(scan).mask)
-    file = cache.folder(scan) / ("meta.json" if damage == "meta" else "mask.bin")
+    file = cache.entry(scan) / ("meta.json" if damage == "meta" else "mask.bin")
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 255
     file.write_bytes({"labels": data, "meta": b"{", "cut": data[:-1]}[damage])
