@@ -14,7 +14,7 @@ import torch
 from config.errors import InputError
 from config.nnunet_plans import PreprocessPlan
 from config.schema import Config, build_config
-from data.cache import VolumeCache
+from data.cache import CachedVolume, VolumeCache
 from data.imaging.nifti import write_volume
 from data.tables.caption_table import CaptionRow
 from data.view_selection import ViewSelection
@@ -25,17 +25,21 @@ from models.nnunet.sliding_window import sliding_window
 from models.nnunet.unet import SegmentationUNet
 
 
+def logits_of(checkpoint: Path, volume: CachedVolume, plan: PreprocessPlan) -> torch.Tensor:
+    """(classes, z, y, x); of a 2-D network slice by slice."""
+    network = SegmentationUNet.from_checkpoint(load_nnunet_checkpoint(checkpoint)).eval()
+    image = torch.from_numpy(np.asarray(volume.image))
+    if plan.dim == 3:
+        return sliding_window(network, image[None], plan.patch_size)[0]
+    return torch.stack([sliding_window(network, plane[None], plan.patch_size)[0] for plane in image.unbind(1)], dim=1)
+
+
 @pytest.fixture(params=["2d_plain", "3d_plain"])
 def checkpoint(request, tmp_path, assets: Path, scan: Path) -> Path:
     """A tiny nnU-Net whose head is moved so that a tenth of the scan is lesion: untrained, it finds nothing."""
     path = assets / "nnunet_tiny" / request.param / "fold_0" / "checkpoint_best.pth"
     plan = plan_of(path)
-    image = torch.from_numpy(np.asarray(VolumeCache(tmp_path / "cache", plan).get(scan).image))
-    network = SegmentationUNet.from_checkpoint(load_nnunet_checkpoint(path)).eval()
-    if plan.dim == 2:
-        logits = sliding_window(network, image.transpose(0, 1), plan.patch_size).transpose(0, 1)
-    else:
-        logits = sliding_window(network, image[None], plan.patch_size)[0]
+    logits = logits_of(path, VolumeCache(tmp_path / "cache", plan).get(scan), plan)
     content = torch.load(path, weights_only=False)
     margin = float((logits[1] - logits[0]).quantile(0.9))
     for name, weight in content["network_weights"].items():
@@ -74,13 +78,7 @@ def test_labels_are_the_networks_and_the_slices_follow_them(tmp_path, checkpoint
     cache = open_cache(configuration(tmp_path, checkpoint), plan)
     volume = cache.get(scan)
     labels = np.asarray(volume.mask)
-    network = SegmentationUNet.from_checkpoint(load_nnunet_checkpoint(checkpoint)).eval()
-    image = torch.from_numpy(np.asarray(volume.image))
-    if plan.dim == 3:
-        expected = sliding_window(network, image[None], plan.patch_size)[0].argmax(0)
-    else:
-        planes = [sliding_window(network, image[None, :, z], plan.patch_size)[0].argmax(0) for z in range(len(labels))]
-        expected = torch.stack(planes)
+    expected = logits_of(checkpoint, volume, plan).argmax(0)
     # Several slices at a time are rounded in another order than one: a voxel between two labels may fall either way.
     assert (labels != expected.numpy()).mean() < 1e-3 and labels.dtype == np.uint8
     assert labels.any(), "a network that finds nothing would prove nothing here"
@@ -137,6 +135,5 @@ def test_without_the_network_it_is_one_line(tmp_path, checkpoint, assets):
     other = assets / "nnunet_tiny" / kind / "fold_0" / "checkpoint_best.pth"
     with pytest.raises(InputError, match="another plan than the model was trained with"):
         open_cache(configuration(tmp_path, other), plan)
-    assert isinstance(
-        open_cache(configuration(tmp_path, tmp_path / "gone.pth", slice_policy="mask"), plan), VolumeCache
-    )
+    unused = configuration(tmp_path, tmp_path / "gone.pth", slice_policy="mask")
+    assert isinstance(open_cache(unused, plan), VolumeCache)
