@@ -153,12 +153,10 @@ class CaseCache(ABC):
         """The folder that holds, or will hold, this case."""
 
     @abstractmethod
-    def _prepare(self, entry: Path, image_path: Path, mask_path: Path | None) -> None:
-        """Write the entry. Raises InputError for source files that are refused."""
+    def _prepare(self, entry: Path, image_path: Path, mask_path: Path | None) -> None: ...
 
     @abstractmethod
-    def _open(self, entry: Path, meta: dict[str, Any], image_path: Path, mask_path: Path | None) -> CachedVolume:
-        """The case of an entry with this ``meta.json``."""
+    def _open(self, entry: Path, meta: dict[str, Any], image_path: Path, mask_path: Path | None) -> CachedVolume: ...
 
     def get(self, image_path: Path, mask_path: Path | None = None) -> CachedVolume:
         """The case, prepared now where it is not there.
@@ -181,8 +179,8 @@ class CaseCache(ABC):
         if entry.exists():
             try:
                 volume = self._load(entry, image_path, mask_path)
-                for array in (getattr(volume, name) for name in self._own_arrays):
-                    if verify and array is not None:
+                for array in (getattr(volume, name) for name in self._own_arrays if verify):
+                    if array is not None:
                         array.check()
                 return False
             except DamagedFile as damage:
@@ -272,8 +270,7 @@ def file_digest(path: Path, memory: Path | None = None) -> bytes:
     """BLAKE2b of a file's content; of a folder, of all the files in it; of a .hdr or .mhd, of its voxel file too.
 
     It is remembered while size and modification time stand: in this process, and in the folder ``memory`` for the next
-    one, which then need not read every file of a large table. The digest of a missing file is empty: the reader reports
-    it.
+    one. The digest of a missing file is empty: the reader reports it.
     """
     if path.is_dir():
         digest = blake2b(digest_size=20)
@@ -282,14 +279,11 @@ def file_digest(path: Path, memory: Path | None = None) -> bytes:
                 digest.update(file.name.encode("utf-8") + b"\0" + file_digest(file, memory))
         return digest.digest()
     parts = files_of(path) if path.suffix.lower() in (".hdr", ".mhd") else [path]
-    digests = []
-    for part in parts:
-        try:
-            stat = part.stat()
-        except FileNotFoundError:
-            return b""
-        digests.append(_content_digest(part.absolute(), stat.st_size, stat.st_mtime_ns, memory))
-    return b"".join(digests)
+    try:
+        stats = {part.absolute(): part.stat() for part in parts}
+    except FileNotFoundError:
+        return b""
+    return b"".join(_content_digest(part, s.st_size, s.st_mtime_ns, memory) for part, s in stats.items())
 
 
 @lru_cache(maxsize=65536)

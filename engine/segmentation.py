@@ -3,9 +3,8 @@
     root/segmentation/<key>/mask.bin    labels (z, y, x) on the grid of the preprocessed case
     root/segmentation/<key>/meta.json   checksums, lesions, lesion voxels per slice
 
-The key is a digest of the case's cache entry and of the nnU-Net file, so another network segments anew. It is the
-network as nnU-Net trained it, decoder and all, also where the encoder is trained further: the views do not change
-during training.
+The key is a digest of the case's cache entry and of the nnU-Net file, so another network segments anew. The network is
+as nnU-Net trained it, also where the encoder is trained further: views do not change during training.
 """
 
 from __future__ import annotations
@@ -112,15 +111,11 @@ def open_cache(config: Config, plan: PreprocessPlan) -> CaseCache:
 
 
 def prepare_cases(cache: CaseCache, rows: Sequence[CaptionRow]) -> None:
-    """Fill the cache before the first step, and segment where the policy wants it.
-
-    Raises InputError as :func:`engine.prepare.fill_cache` does.
-    """
-    if isinstance(cache, VolumeCache):
-        fill_cache(cache, rows)
-        return
-    fill_cache(cache.volumes, rows)  # several volumes at once, a thread each; the network then has all threads
-    segment_all(cache, unique_files(rows))
+    """Fill the cache before the first step, and segment where the policy wants it. Raises InputError for a bad file."""
+    segmented = isinstance(cache, SegmentedCache)
+    fill_cache(cache.volumes if segmented else cache, rows)  # a thread for each volume; the network then has all
+    if segmented:
+        segment_all(cache, unique_files(rows))
 
 
 def segment_all(cache: SegmentedCache, files: Sequence[Files]) -> int:

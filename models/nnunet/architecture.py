@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,7 @@ _NETWORKS = {
 }
 _BLOCKS_KEY = {PLAIN: "n_conv_per_stage", RESIDUAL: "n_blocks_per_stage"}
 
+_get = partial(required, where="architecture")
 _TORCH_NAME = re.compile(r"torch\.nn\.(?:modules\.[a-z]+\.)?([A-Za-z0-9]+)")
 _CONV = {"Conv2d": 2, "Conv3d": 3}
 _NORM = ("InstanceNorm2d", "InstanceNorm3d", "BatchNorm2d", "BatchNorm3d")
@@ -127,8 +129,7 @@ class Architecture:
             raise InputError(
                 f"architecture: network '{name}' is not supported; expected PlainConvUNet or ResidualEncoderUNet"
             )
-        network = _NETWORKS[name]
-        kwargs = _get(described, "arch_kwargs")
+        network, kwargs = _NETWORKS[name], _get(described, "arch_kwargs")
         _refuse_unknown(kwargs, _BLOCKS_KEY[network])
         dim = _CONV[_allowed_name(_get(kwargs, "conv_op"), _CONV, "conv_op")]
         stages = int(_get(kwargs, "n_stages"))
@@ -227,10 +228,6 @@ def _from_old_plans(resolved: Mapping[str, Any], configuration: str) -> dict[str
         blocks=blocks,
         decoder_blocks=_get(resolved, "n_conv_per_stage_decoder"),
     )
-
-
-def _get(mapping: Mapping[str, Any], key: str) -> Any:
-    return required(mapping, key, "architecture")
 
 
 def _refuse_unknown(kwargs: Mapping[str, Any], blocks_key: str) -> None:

@@ -102,6 +102,7 @@ def save_nnunet_checkpoint(
     ``network_state`` must have nnU-Net's names, aliases included
     (:meth:`models.nnunet.unet.SegmentationUNet.state_dict_nnunet`).
     """
+    arguments = {"plans": plans, "configuration": configuration, "fold": 0, "dataset_json": dataset_json}
     content = {
         "network_weights": {key: value.detach().cpu() for key, value in network_state.items()},
         "optimizer_state": None,
@@ -109,12 +110,7 @@ def save_nnunet_checkpoint(
         "logging": {},
         "_best_ema": None,
         "current_epoch": 0,
-        "init_args": {
-            "plans": plain_types(plans),
-            "configuration": configuration,
-            "fold": 0,
-            "dataset_json": plain_types(dataset_json),
-        },
+        "init_args": plain_types(arguments),
         "trainer_name": "nnUNetTrainer",
         "inference_allowed_mirroring_axes": None,
     }
@@ -185,9 +181,8 @@ def _read(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         forbidden = _FORBIDDEN_GLOBAL.search(str(error))
-        reason = (
-            f"asks for '{forbidden[1] or forbidden[2]}'" if forbidden else "holds a pickle that cannot be read safely"
-        )
+        name = forbidden and (forbidden[1] or forbidden[2])
+        reason = f"asks for '{name}'" if name else "holds a pickle that cannot be read safely"
         raise InputError(
             f"{path}: {reason}; only tensors, numbers and texts are read, because loading anything else can run "
             "code; re-save the checkpoint without it if you trust its origin"
