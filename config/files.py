@@ -1,9 +1,10 @@
-"""Atomic writing: a file has its old content or its new one, whatever interrupts the writer."""
+"""Atomic writing: a file has its old content or its new one, whatever interrupts the writer. And torch's pickles."""
 
 from __future__ import annotations
 
 import os
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,3 +44,18 @@ def replace(source: Path, target: Path, attempts: int = 10) -> None:
             if attempt == attempts - 1:
                 raise
             time.sleep(0.2)
+
+
+def pickle_contains(path: Path, text: str) -> bool:
+    """Whether the pickle of a file that torch saved contains ``text``: it is searched, not executed.
+
+    False where there is nothing to read or the file is damaged, which its loader reports.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            return any(text.encode() in archive.read(name) for name in pickles)
+    except zipfile.BadZipFile:
+        return False

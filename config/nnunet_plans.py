@@ -1,9 +1,8 @@
-"""What preprocessing needs out of an nnU-Net plans file, as one small value that can be stored and hashed.
+"""What preprocessing needs of an nnU-Net plans file, as one small value that can be stored and hashed.
 
-nnU-Net's plans describe a whole experiment. A checkpoint of this project must reproduce the preprocessing of
-the encoder it carries without the original plans at hand, so :class:`PreprocessPlan` keeps exactly the part
-that decides voxel values. Both ``data`` (which preprocesses) and ``models`` (which reads the user's
-checkpoint) need it; neither may import the other, hence its place here.
+nnU-Net's plans describe a whole experiment. :class:`PreprocessPlan` keeps the part that decides voxel values, so that a
+checkpoint of this project reproduces the preprocessing without the plans. It lies here because both ``data`` and
+``models`` need it, and neither imports the other.
 
 Axis order: nnU-Net's own, i.e. array axes (z, y, x) permuted by ``transpose_forward``. Spacing is in mm.
 
@@ -16,19 +15,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from config.errors import InputError
 
-NORMALIZATION_SCHEMES = (
-    "CTNormalization",
-    "ZScoreNormalization",
-    "NoNormalization",
-    "RescaleTo01Normalization",
-)
+NORMALIZATION_SCHEMES = ("CTNormalization", "ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization")
 _RESAMPLING_FUNCTION = "resample_data_or_seg_to_shape"
 _PREPROCESSOR = "DefaultPreprocessor"
 
-# The orientation in which each of nnU-Net's readers hands a file over. SimpleITKIO and NibabelIO keep the
-# order in which the file stores its voxels; converted DICOM series are stored as LPS.
+# The orientation that each of nnU-Net's readers gives. SimpleITKIO and NibabelIO keep the file's own order, which is
+# LPS for converted DICOM series.
 _ORIENTATION_OF_READER = {
     "SimpleITKIO": "LPS",
     "SimpleITKIOWithReorient": "RAS",
@@ -121,23 +117,21 @@ class PreprocessPlan:
         preprocessor = resolved.get("preprocessor_name", _PREPROCESSOR)
         if preprocessor != _PREPROCESSOR:
             raise InputError(f"{where}: preprocessor '{preprocessor}' is not supported, only {_PREPROCESSOR}")
-        reader = _required(plans, "image_reader_writer", "plans")
+        reader = required(plans, "image_reader_writer", "plans")
         if reader not in _ORIENTATION_OF_READER:
-            raise InputError(
-                f"plans: image_reader_writer '{reader}' is not supported; expected one of "
-                f"{', '.join(_ORIENTATION_OF_READER)}"
-            )
-        schemes = tuple(_required(resolved, "normalization_schemes", where))
+            known = ", ".join(_ORIENTATION_OF_READER)
+            raise InputError(f"plans: image_reader_writer '{reader}' is not supported; expected one of {known}")
+        schemes = tuple(required(resolved, "normalization_schemes", where))
         properties = plans.get("foreground_intensity_properties_per_channel") or {}
-        patch_size = tuple(int(size) for size in _required(resolved, "patch_size", where))
+        patch_size = tuple(int(size) for size in required(resolved, "patch_size", where))
         return cls(
             configuration=configuration,
             dim=len(patch_size),
-            spacing=tuple(float(step) for step in _required(resolved, "spacing", where)),
+            spacing=tuple(float(step) for step in required(resolved, "spacing", where)),
             patch_size=patch_size,
-            transpose_forward=tuple(int(axis) for axis in _required(plans, "transpose_forward", "plans")),
+            transpose_forward=tuple(int(axis) for axis in required(plans, "transpose_forward", "plans")),
             normalization_schemes=schemes,
-            use_mask_for_norm=tuple(bool(flag) for flag in _required(resolved, "use_mask_for_norm", where)),
+            use_mask_for_norm=tuple(bool(flag) for flag in required(resolved, "use_mask_for_norm", where)),
             intensity=tuple(_intensity(properties.get(str(channel)), channel) for channel in range(len(schemes))),
             image_reader_writer=reader,
             orientation="file" if axis_order == "file" and reader in _KEEP_ORDER else _ORIENTATION_OF_READER[reader],
@@ -147,7 +141,7 @@ class PreprocessPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python types only: survives JSON and ``torch.load(weights_only=True)``."""
-        return _plain(asdict(self))
+        return plain_types(asdict(self))
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> PreprocessPlan:
@@ -188,17 +182,27 @@ def resolve_configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]
     return merged
 
 
-def _required(mapping: Mapping[str, Any], key: str, where: str) -> Any:
+def required(mapping: Mapping[str, Any], key: str, where: str) -> Any:
+    """``mapping[key]``. Raises InputError that says ``where`` the key is missing."""
     if key not in mapping:
         raise InputError(f"{where}: key '{key}' is missing")
     return mapping[key]
+
+
+def plain_types(value: Any) -> Any:
+    """Dictionaries, lists, numbers and texts instead of mappings, tuples and NumPy scalars, as JSON stores them."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_types(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_types(entry) for entry in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _intensity(properties: Mapping[str, Any] | None, channel: int) -> Intensity | None:
     if properties is None:
         return None
     where = f"plans, foreground_intensity_properties_per_channel['{channel}']"
-    return Intensity(**{key: float(_required(properties, key, where)) for key in Intensity.__dataclass_fields__})
+    return Intensity(**{key: float(required(properties, key, where)) for key in Intensity.__dataclass_fields__})
 
 
 def _resampling(resolved: Mapping[str, Any], kind: str, where: str) -> Resampling:
@@ -206,7 +210,7 @@ def _resampling(resolved: Mapping[str, Any], kind: str, where: str) -> Resamplin
     if function != _RESAMPLING_FUNCTION:
         raise InputError(f"{where}: resampling_fn_{kind} '{function}' is not supported, only {_RESAMPLING_FUNCTION}")
     key = f"resampling_fn_{kind}_kwargs"
-    given = dict(_required(resolved, key, where))
+    given = dict(required(resolved, key, where))
     if given.pop("is_seg", kind == "seg") != (kind == "seg"):
         raise InputError(f"{where}: {key} has the wrong is_seg for {kind}")
     unknown = sorted(set(given) - set(Resampling.__dataclass_fields__))
@@ -220,11 +224,3 @@ def _resampling(resolved: Mapping[str, Any], kind: str, where: str) -> Resamplin
     if settings.order not in allowed[0] or settings.order_z not in allowed[1]:
         raise InputError(f"{where}: {key} with order {settings.order} and order_z {settings.order_z} is not supported")
     return settings
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value

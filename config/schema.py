@@ -25,10 +25,10 @@ DEFAULT_CONFIG = REPOSITORY / "config" / "paths.yaml"
 SlicePolicy = Literal["mask", "nnunet", "middle", "uniform"]
 
 
-def _key(default: Any, doc: str, *, role: str, minimum: int | None = None) -> Any:
-    """A dataclass field. ``role``: ``path`` is resolved to an absolute path, ``place`` is any other
-    value that belongs to this machine or data set, ``arch`` shapes the network and must agree with a
-    checkpoint, ``tokens`` shapes the visual tokens and may differ from it, ``run`` may change between runs."""
+def _key(default: Any, doc: str, role: str, minimum: int | None = None) -> Any:
+    """A dataclass field. ``role``: ``path`` is resolved to an absolute path, ``place`` is any other value that belongs
+    to this machine or data set, ``arch`` shapes the network and must agree with a checkpoint, ``tokens`` shapes the
+    visual tokens and may differ from it, ``run`` may change between runs."""
     metadata = {"doc": doc, "role": role, "minimum": minimum}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
@@ -40,70 +40,56 @@ class Config:
     """The resolved configuration of one run; written into its output folder before step 0."""
 
     # data
-    caption_csv_train: str | None = _key(None, "training table: image_path,question,answer[,mask_path]", role="path")
-    caption_csv_val: str | None = _key(None, "validation table, same columns", role="path")
-    caption_prompt_json: str | None = _key(None, "questions for rows without one", role="path")
-    image_root: str | None = _key(None, "where relative image paths start (empty: the table's folder)", role="path")
-    path_map: dict[str, str] = _key({}, 'prefixes of another machine, e.g. "d:/": "/mnt/d/"', role="place")
-    cache_dir: str = _key("outputs/cache", "preprocessed volumes are kept here", role="path")
-    output_dir: str = _key("outputs", "everything a run writes", role="path")
-    num_workers: int = _key(0, "processes that load data (0: the main process)", role="run", minimum=0)
-    memory_cache_mb: int = _key(2048, "memory for images once read, so that later epochs do not wait for the disk",
-                                role="run", minimum=0)  # fmt: skip
+    caption_csv_train: str | None = _key(None, "training table: image_path,question,answer[,mask_path]", "path")
+    caption_csv_val: str | None = _key(None, "validation table, same columns", "path")
+    caption_prompt_json: str | None = _key(None, "questions for rows without one", "path")
+    image_root: str | None = _key(None, "where relative image paths start (empty: the table's folder)", "path")
+    path_map: dict[str, str] = _key({}, 'prefixes of another machine, e.g. "d:/": "/mnt/d/"', "place")
+    cache_dir: str = _key("outputs/cache", "preprocessed volumes are kept here", "path")
+    output_dir: str = _key("outputs", "everything a run writes", "path")
+    num_workers: int = _key(0, "processes that load data (0: the main process)", "run", 0)
+    memory_cache_mb: int = _key(2048, "memory for images once read, for later epochs", "run", 0)
     # encoder
-    nnunet_encoder_checkpoint: str | None = _key(None, "your nnU-Net checkpoint_best.pth", role="path")
+    nnunet_encoder_checkpoint: str | None = _key(None, "your nnU-Net checkpoint_best.pth", "path")
     image_axis_order: Literal["canonical", "file"] = _key(
         "canonical",
         "canonical: volumes are turned to LPS; file: they keep the axis order of their file, as nnU-Net's SimpleITKIO "
         "and NibabelIO read them (for a network that was trained on files of another order)",
-        role="arch",
+        "arch",
     )
-    encoder_output_stage: int | None = _key(
-        None,
-        "encoder stage used (empty: the deepest that still fills the token grid)",
-        role="arch",
-        minimum=0,
-    )
-    encoder_target_spatial: int = _key(28, "side of the token grid: 28 -> 784 tokens", role="arch", minimum=1)
-    train_encoder: bool = _key(True, "false keeps the nnU-Net encoder as it was trained", role="run")
-    slices: int = _key(1, "axial slices per case (2-D encoder) or depth planes (3-D encoder)", role="tokens", minimum=1)
+    encoder_output_stage: int | None = _key(None, "encoder stage (empty: deepest that fills the token grid)", "arch", 0)
+    encoder_target_spatial: int = _key(28, "side of the token grid: 28 -> 784 tokens", "arch", 1)
+    train_encoder: bool = _key(True, "false keeps the nnU-Net encoder as it was trained", "run")
+    slices: int = _key(1, "axial slices per case (2-D encoder) or depth planes (3-D encoder)", "tokens", 1)
     slice_policy: SlicePolicy = _key(
         "mask",
         "mask: slices that show the lesions of a row's mask, else the middle; nnunet: of nnU-Net's own segmentation; "
         "middle; uniform: spread over the scan",
-        role="run",
+        "run",
     )
-    augment_shift: int = _key(0, "training images are moved in plane by up to so many voxels", role="run", minimum=0)
-    augment_rotate: float = _key(0.0, "they are turned in plane by up to so many degrees", role="run", minimum=0)
-    augment_noise: float = _key(
-        0.0,
-        "they get Gaussian noise of up to this standard deviation, in units of the normalised image",
-        role="run",
-        minimum=0,
-    )
+    augment_shift: int = _key(0, "training images are moved in plane by up to so many voxels", "run", 0)
+    augment_rotate: float = _key(0.0, "they are turned in plane by up to so many degrees", "run", 0)
+    augment_noise: float = _key(0.0, "they get Gaussian noise up to this standard deviation (normalised)", "run", 0)
     # bridge
-    bridge_depth: int = _key(2, "Vision-Mamba blocks", role="arch", minimum=1)
-    bridge_width: int = _key(512, "inner width of the bridge; its output has the LLM's width", role="arch", minimum=8)
-    max_visual_tokens: int = _key(
-        64, "visual tokens given to the LLM (largest square grid that fits)", role="tokens", minimum=1
-    )
-    roi_side: int | None = _key(None, "region of interest on the feature map: 7 -> 49 tokens", role="arch", minimum=1)
+    bridge_depth: int = _key(2, "Vision-Mamba blocks", "arch", 1)
+    bridge_width: int = _key(512, "inner width of the bridge; its output has the LLM's width", "arch", 8)
+    max_visual_tokens: int = _key(64, "visual tokens given to the LLM (largest square grid that fits)", "tokens", 1)
+    roi_side: int | None = _key(None, "region of interest on the feature map: 7 -> 49 tokens", "arch", 1)
     roi_policy: Literal["centre", "lesion"] = _key(
-        "centre", "centre: only that crop; lesion: all of it, and so many tokens around each slice's lesion beside",
-        role="arch",
-    )  # fmt: skip
-    use_cmi: bool = _key(False, "the question steers the visual tokens (Cross-Mamba Interaction)", role="tokens")
-    cmi_compress_to: int | None = _key(None, "visual tokens after CMI, if fewer", role="tokens", minimum=1)
+        "centre", "centre: that crop alone; lesion: all features, and so many around each slice's lesion", "arch"
+    )
+    use_cmi: bool = _key(False, "the question steers the visual tokens (Cross-Mamba Interaction)", "tokens")
+    cmi_compress_to: int | None = _key(None, "visual tokens after CMI, if fewer", "tokens", 1)
     # language model
-    mamba_model: str = _key("state-spaces/mamba-2.8b-hf", "hub name or local folder of the Mamba LLM", role="place")
+    mamba_model: str = _key("state-spaces/mamba-2.8b-hf", "hub name or local folder of the Mamba LLM", "place")
     mamba_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key(
-        "auto", "auto: bfloat16 on a GPU or for a large model, else float32", role="run"
+        "auto", "auto: bfloat16 on a GPU or for a large model, else float32", "run"
     )
     llm_checkpointing: bool | None = _key(
-        None, "Stage 2 recomputes the LLM's blocks backwards: less memory (empty: from 1e9 parameters on)", role="run"
+        None, "Stage 2 recomputes the LLM's blocks backwards: less memory (empty: from 1e9 parameters on)", "run"
     )
-    max_question_tokens: int = _key(128, "questions are cut here", role="run", minimum=1)
-    max_answer_tokens: int = _key(1024, "reports are cut here; how many were is printed", role="run", minimum=1)
+    max_question_tokens: int = _key(128, "questions are cut here", "run", 1)
+    max_answer_tokens: int = _key(1024, "reports are cut here; how many were is printed", "run", 1)
 
     def resolved(self, key: str) -> Path:
         """The path under ``key``. Raises :class:`InputError` when the key is empty."""
@@ -167,24 +153,20 @@ def load_config(path: str | Path | None = None, **overrides: Any) -> Config:
         )
     try:
         with path.open(encoding="utf-8-sig") as stream:
-            loader = _UniqueKeyLoader(stream)
-            loader.name = str(path)
-            values = loader.get_single_data()
+            values = yaml.load(stream, _UniqueKeyLoader)
     except yaml.YAMLError as error:
         detail = " ".join(str(error).split())
         raise InputError(
             f"{path} is not valid YAML: {detail} (write Windows paths with forward slashes or in single quotes)"
         ) from error
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
-        ) from error
-    if values is None:
-        values = {}
+        detail = f"{error.reason} at byte {error.start}"
+        raise InputError(f"{path} is not UTF-8 text ({detail}): save it as UTF-8") from error
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected 'key: value' lines, found a {type(values).__name__}")
-    values.update({key: value for key, value in overrides.items() if value is not None})
-    return build_config(values, origin=str(path))
+    given = {key: value for key, value in overrides.items() if value is not None}
+    return build_config({**values, **given}, origin=str(path))
 
 
 def build_config(values: dict[str, Any], origin: str) -> Config:
@@ -246,7 +228,6 @@ def _checked(key: str, value: Any, origin: str) -> Any:
     if not _matches(value, expected):
         raise InputError(f"{origin}: '{key}' is {value!r}, expected {_describe(expected)}")
     if isinstance(value, str) and any(character < " " for character in value.strip()):
-        # "d:\new\train.csv" is valid YAML, in which \n and \t are a line break and a tab.
         raise InputError(
             f"{origin}: '{key}' is {value!r}, with control characters in it: between double quotes YAML reads \\n and "
             "\\t as a line break and a tab; write Windows paths with forward slashes or in single quotes"
@@ -278,11 +259,5 @@ def _describe(expected: Any) -> str:
         return " or ".join(_describe(option) for option in get_args(expected))
     if origin is Literal:
         return "one of " + ", ".join(repr(option) for option in get_args(expected))
-    names = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        type(None): "nothing (empty)",
-    }
-    return names.get(expected, "'text: text' pairs")
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return "nothing (empty)" if expected is type(None) else names.get(expected, "'text: text' pairs")

@@ -7,11 +7,11 @@ the nnU-Net checkpoint. Synthetic data is recognised by the ``cases.json`` of ``
 from __future__ import annotations
 
 import functools
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from config.errors import InputError
+from config.files import pickle_contains
 from config.schema import Config
 
 STAMP = "made_for_synthetic_data"
@@ -24,9 +24,8 @@ OWN_VALUE = {
 def check_toy_models(config: Config, paths: Iterable[str | Path | None], allow: bool, remedy: str = "") -> None:
     """Refuse models that were made for synthetic data where ``paths`` (tables or images) hold other data.
 
-    Args:
-        allow: print a warning and go on (--allow_toy_model).
-        remedy: what to do about it; default: set the keys in the configuration.
+    ``allow`` (--allow_toy_model): print a warning and go on. ``remedy``: what to do about it; by default, set the keys
+    in the configuration.
 
     Raises:
         InputError: such a model, such data, and not ``allow``.
@@ -49,14 +48,7 @@ def is_toy(model: Path) -> bool:
     description = model / "config.json"
     if description.is_file():
         return STAMP in description.read_text(encoding="utf-8", errors="replace")
-    if not zipfile.is_zipfile(model):
-        return False
-    try:
-        with zipfile.ZipFile(model) as archive:  # the pickle is searched, not executed
-            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            return any(STAMP.encode() in archive.read(name) for name in pickles)
-    except zipfile.BadZipFile:  # the loader reports the damage
-        return False
+    return pickle_contains(model, STAMP)
 
 
 def is_synthetic(path: Path) -> bool:

@@ -6,20 +6,18 @@
     root/files/<name>.json  digest of a source file's content, with the size and time it had
 
 The key is a digest of the files' content, the preprocessing plan and the format version: a file that is moved or
-renamed is found again, a file or a plan that changes is not mistaken for its predecessor.
+renamed is found again, and one that changes is prepared anew. An entry is written into a temporary folder and renamed
+into place, so it is seen whole or not at all. Of two processes that prepare the same case, the second drops its entry.
+Every slice is checked as it is read; a damaged entry is reported and prepared again (:meth:`CaseCache.read`).
 
-An entry is written into a temporary folder and renamed into place, so it is seen whole or not at all. Of two processes
-that prepare the same case, the second finds the first one's entry and drops its own. Every slice is checked as it is
-read; a damaged entry, also one lost in a crash, is reported and prepared again (:meth:`CaseCache.read`).
-
-Codec of the slices: Blosc's LZ4, level 5, after shuffling the bytes, through numcodecs. Neighbouring voxels share their
-exponents, so shuffled bytes compress where plain ones do not. Measured on preprocessed CT, on one core: size ÷ 1.56,
-writing 1.0 GB/s, reading 2.3 to 3.0 GB/s; Zstandard 1 gives ÷ 1.75 at 0.4 and 0.55 GB/s. Files are opened, read and
-closed: Windows does not replace a mapped file, and a memory map reads thirty times a slice ahead.
+Slices are compressed by Blosc's LZ4, level 5, with shuffled bytes: neighbouring voxels share their exponents. Measured
+on preprocessed CT, on one core: size ÷ 1.56, writing 1.0 GB/s, reading 2.3 to 3.0 GB/s; Zstandard 1 gives ÷ 1.75 at 0.4
+and 0.55 GB/s. Files are not mapped: Windows does not replace a mapped file, and a map reads thirty times a slice ahead.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -28,7 +26,8 @@ import uuid
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import cache, lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
@@ -41,9 +40,8 @@ from config.errors import InputError
 from config.files import write_text
 from config.nnunet_plans import PreprocessPlan
 from data.imaging.reader import files_of, read_mask, read_volume
-from data.imaging.volume import Volume
 from data.lesions import Lesion, find_lesions
-from data.nnunet_preprocess import Preprocessed, VoxelMap, preprocess
+from data.nnunet_preprocess import VoxelMap, preprocess
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +67,7 @@ class CachedArray:
 
     def __init__(self, path: Path, record: Mapping[str, Any]) -> None:
         """``record``: from :func:`write_slices`. Raises DamagedFile for a file of another size than recorded."""
-        self.path = path
-        self.shape: tuple[int, ...] = tuple(record["shape"])
-        self.dtype = np.dtype(record["dtype"])
+        self.path, self.shape, self.dtype = path, tuple(record["shape"]), np.dtype(record["dtype"])
         self._begins, self._sums = record["begins"], record["crc32"]
         size = path.stat().st_size
         if size != self._begins[-1] or len(self._begins) != self.shape[-3] + 1 or len(self._sums) != self.shape[-3]:
@@ -81,11 +77,11 @@ class CachedArray:
         """Slices ``first`` to ``last - 1``: (…, last - first, y, x)."""
         plane = (*self.shape[:-3], *self.shape[-2:])
         out = np.empty((*self.shape[:-3], last - first, *self.shape[-2:]), self.dtype)
-        begin, end = self._begins[first], self._begins[last]
+        begin = self._begins[first]
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(begin)
-                block = file.read(end - begin)
+                block = file.read(self._begins[last] - begin)
         except FileNotFoundError as error:
             raise DamagedFile(self.path, "it is missing") from error
         for z in range(first, last):
@@ -125,16 +121,16 @@ def write_slices(path: Path, array: np.ndarray) -> dict[str, Any]:
 class CachedVolume:
     """One preprocessed case, on disk.
 
-    ``image``: float32 (C_in, z, y, x); ``mask``: labels (z, y, x) or None; ``lesion_voxels``: int64 (z,),
-    voxels with a label per slice, or None; ``spacing``: (z, y, x) in mm; ``lesions``: of the mask, largest first;
+    ``image``: float32 (C_in, z, y, x); ``mask``: labels (z, y, x) or None; ``spacing``: (z, y, x) in mm;
+    ``lesion_voxels``: int64 (z,), voxels with a label per slice, or None; ``lesions``: of the mask, largest first;
     ``axcodes``: where x, y and z of the volume run to before ``transpose_forward``, such as "LPS".
     """
 
     image: CachedArray
     mask: CachedArray | None
-    lesion_voxels: np.ndarray | None
     spacing: tuple[float, float, float]
     voxel_map: VoxelMap
+    lesion_voxels: np.ndarray | None = None
     lesions: tuple[Lesion, ...] = ()
     axcodes: str = "LPS"
 
@@ -145,26 +141,53 @@ class CachedVolume:
 
 
 class CaseCache(ABC):
-    """Preprocessed cases of one ``plan`` under ``root``."""
+    """Preprocessed cases of one ``plan`` under ``root``. Picklable; safe to share between processes."""
 
     plan: PreprocessPlan
     root: Path
+    _own_arrays: tuple[str, ...] = ("image", "mask")  # of an entry, read by ``ensure(verify=True)``
+    _damage = "cache entry of %s is damaged and prepared again: %s"
 
     @abstractmethod
+    def entry(self, image_path: Path, mask_path: Path | None = None) -> Path:
+        """The folder that holds, or will hold, this case."""
+
+    @abstractmethod
+    def _prepare(self, entry: Path, image_path: Path, mask_path: Path | None) -> None: ...
+
+    @abstractmethod
+    def _open(self, entry: Path, meta: dict[str, Any], image_path: Path, mask_path: Path | None) -> CachedVolume: ...
+
     def get(self, image_path: Path, mask_path: Path | None = None) -> CachedVolume:
         """The case, prepared now where it is not there.
 
         Raises:
             InputError: a source file is refused, or a file of the cache is damaged (:class:`DamagedFile`).
         """
+        entry = self.entry(image_path, mask_path)
+        if not entry.exists():
+            self._prepare(entry, image_path, mask_path)
+        return self._load(entry, image_path, mask_path)
 
-    @abstractmethod
     def ensure(self, image_path: Path, mask_path: Path | None = None, *, verify: bool = False) -> bool:
         """Prepare the case where it is not there or is damaged; whether anything was prepared.
 
         A missing or truncated file of an entry is always noticed; ``verify`` reads every slice too.
         Raises InputError for source files that are refused.
         """
+        entry = self.entry(image_path, mask_path)
+        if entry.exists():
+            try:
+                volume = self._load(entry, image_path, mask_path)
+                for array in (getattr(volume, name) for name in self._own_arrays if verify):
+                    if array is not None:
+                        array.check()
+                return False
+            except DamagedFile as damage:
+                logger.warning(self._damage, image_path, damage)
+                _discard(entry)
+        self._prepare(entry, image_path, mask_path)
+        return True
 
     def read(self, image_path: Path, mask_path: Path | None, use: Callable[[CachedVolume], Result]) -> Result:
         """``use`` of the case. Where that meets a damaged file, the case is prepared again, and used again."""
@@ -174,45 +197,31 @@ class CaseCache(ABC):
             self.ensure(image_path, mask_path, verify=True)
             return use(self.get(image_path, mask_path))
 
+    def _load(self, entry: Path, image_path: Path, mask_path: Path | None) -> CachedVolume:
+        """Raises DamagedFile for an entry that is not what its writer left."""
+        try:
+            meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
+            return self._open(entry, meta, image_path, mask_path)
+        except InputError:  # a DamagedFile, or a source file that is refused
+            raise
+        except _UNREADABLE as error:
+            raise DamagedFile(entry, f"{type(error).__name__}: {error}") from error
+
 
 class VolumeCache(CaseCache):
-    """Preprocessed volumes. Picklable; safe to share between processes."""
+    """Preprocessed volumes."""
 
     def __init__(self, root: Path | str, plan: PreprocessPlan) -> None:
-        self.root = Path(root)
-        self.plan = plan
+        self.root, self.plan = Path(root), plan
         # The patch is cut after preprocessing; two configurations that differ in it alone share entries.
         described = {key: value for key, value in plan.to_dict().items() if key != "patch_size"}
         self._plan_text = json.dumps(described, sort_keys=True)
 
-    def get(self, image_path: Path, mask_path: Path | None = None) -> CachedVolume:
-        entry = self.entry(image_path, mask_path)
-        if not entry.exists():
-            self._prepare(entry, image_path, mask_path)
-        return self._load(entry)
-
-    def ensure(self, image_path: Path, mask_path: Path | None = None, *, verify: bool = False) -> bool:
-        entry = self.entry(image_path, mask_path)
-        if entry.exists():
-            try:
-                volume = self._load(entry)
-                for array in (volume.image, volume.mask):
-                    if verify and array is not None:
-                        array.check()
-                return False
-            except DamagedFile as damage:
-                logger.warning("cache entry of %s is damaged and prepared again: %s", image_path, damage)
-                discard(entry)
-        self._prepare(entry, image_path, mask_path)
-        return True
-
     def entry(self, image_path: Path, mask_path: Path | None = None) -> Path:
-        """The folder that holds, or will hold, this case."""
         digest = blake2b(f"{FORMAT}\n{self._plan_text}\n".encode(), digest_size=20)
-        memory = self.root / "files"
         for path in (image_path, mask_path):
             for file in [] if path is None else files_of(Path(path)):  # all files of a series
-                digest.update(file_digest(file, memory))
+                digest.update(file_digest(file, self.root / "files"))
         if mask_path is None:
             digest.update(b"no mask")
         return self.root / digest.hexdigest()
@@ -220,35 +229,48 @@ class VolumeCache(CaseCache):
     def _prepare(self, entry: Path, image_path: Path, mask_path: Path | None) -> None:
         volume = read_volume(image_path, self.plan.orientation)
         mask = None if mask_path is None else read_mask(mask_path, volume)
-        publish(partial(_write_case, preprocess(volume, self.plan, mask), volume), entry)
+        case = preprocess(volume, self.plan, mask)
 
-    def _load(self, entry: Path) -> CachedVolume:
-        """Raises DamagedFile for an entry that is not what its writer left."""
-        try:
-            meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
-            arrays = {name: CachedArray(entry / f"{name}.bin", record) for name, record in meta["arrays"].items()}
-            has_mask = "mask" in arrays
-            return CachedVolume(
-                image=arrays["image"],
-                mask=arrays.get("mask"),
-                lesion_voxels=np.array(meta["lesion_voxels"], dtype=np.int64) if has_mask else None,
-                spacing=tuple(meta["spacing"]),
-                voxel_map=VoxelMap.from_dict(meta["voxel_map"]),
-                lesions=tuple(map(Lesion.from_list, meta["lesions"])) if has_mask else (),
-                axcodes=meta.get("axcodes", self.plan.orientation),
-            )
-        except DamagedFile:
-            raise
-        except _UNREADABLE as error:
-            raise DamagedFile(entry, f"{type(error).__name__}: {error}") from error
+        def write(folder: Path) -> None:
+            arrays = {"image": write_slices(folder / "image.bin", case.image)}
+            meta = {"arrays": arrays, "spacing": case.spacing, "voxel_map": asdict(case.voxel_map)}
+            meta |= {"source": volume.path.name, "axcodes": volume.axcodes}
+            if case.mask is not None:
+                arrays["mask"] = write_slices(folder / "mask.bin", case.mask)
+                meta |= describe_labels(case.mask)
+            (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+        publish(write, entry)
+
+    def _open(self, entry: Path, meta: dict[str, Any], image_path: Path, mask_path: Path | None) -> CachedVolume:
+        arrays = {name: CachedArray(entry / f"{name}.bin", record) for name, record in meta["arrays"].items()}
+        return CachedVolume(
+            image=arrays["image"],
+            mask=arrays.get("mask"),
+            spacing=tuple(meta["spacing"]),
+            voxel_map=VoxelMap.from_dict(meta["voxel_map"]),
+            axcodes=meta.get("axcodes", self.plan.orientation),
+            **(label_fields(meta) if "mask" in arrays else {}),
+        )
+
+
+def describe_labels(labels: np.ndarray) -> dict[str, Any]:
+    """What ``meta.json`` says of labels (z, y, x); :func:`label_fields` reads it."""
+    voxels = np.count_nonzero(labels, axis=(1, 2)).tolist()
+    return {"lesion_voxels": voxels, "lesions": [lesion.to_list() for lesion in find_lesions(labels)]}
+
+
+def label_fields(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """``lesion_voxels`` and ``lesions`` of :class:`CachedVolume`."""
+    lesions = tuple(map(Lesion.from_list, meta["lesions"]))
+    return {"lesion_voxels": np.array(meta["lesion_voxels"], dtype=np.int64), "lesions": lesions}
 
 
 def file_digest(path: Path, memory: Path | None = None) -> bytes:
     """BLAKE2b of a file's content; of a folder, of all the files in it; of a .hdr or .mhd, of its voxel file too.
 
-    It is remembered while size and modification time stand: in this process, and in the folder ``memory``
-    for the next one, which then need not read every file of a large table to find its entries.
-    A missing file is reported by the reader, in its words: its digest is empty.
+    It is remembered while size and modification time stand: in this process, and in the folder ``memory`` for the next
+    one. The digest of a missing file is empty: the reader reports it.
     """
     if path.is_dir():
         digest = blake2b(digest_size=20)
@@ -257,14 +279,11 @@ def file_digest(path: Path, memory: Path | None = None) -> bytes:
                 digest.update(file.name.encode("utf-8") + b"\0" + file_digest(file, memory))
         return digest.digest()
     parts = files_of(path) if path.suffix.lower() in (".hdr", ".mhd") else [path]
-    digests = []
-    for part in parts:
-        try:
-            stat = part.stat()
-        except FileNotFoundError:
-            return b""
-        digests.append(_content_digest(part.absolute(), stat.st_size, stat.st_mtime_ns, memory))
-    return b"".join(digests)
+    try:
+        stats = {part.absolute(): part.stat() for part in parts}
+    except FileNotFoundError:
+        return b""
+    return b"".join(_content_digest(part, s.st_size, s.st_mtime_ns, memory) for part, s in stats.items())
 
 
 @lru_cache(maxsize=65536)
@@ -277,13 +296,11 @@ def _content_digest(path: Path, size: int, mtime_ns: int, memory: Path | None) -
                 return bytes.fromhex(known["digest"])
         except (ValueError, KeyError, TypeError):
             logger.warning("%s is damaged; reading %s again", note, path)
-    digest = blake2b(digest_size=20)
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+        digest = hashlib.file_digest(file, partial(blake2b, digest_size=20))
     if note is not None and time.time_ns() - mtime_ns > _SETTLED_NS:
-        content = {"file": path.name, "size": size, "mtime_ns": mtime_ns, "digest": digest.hexdigest()}
-        write_text(note, json.dumps(content))
+        known = {"file": path.name, "size": size, "mtime_ns": mtime_ns, "digest": digest.hexdigest()}
+        write_text(note, json.dumps(known))
     return digest.digest()
 
 
@@ -300,30 +317,12 @@ def publish(write: Callable[[Path], None], entry: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def discard(entry: Path) -> None:
-    """Move a damaged entry out of the way first: a folder that is half deleted must not look like an entry."""
+def _discard(entry: Path) -> None:
+    """Renamed first: a folder that is half deleted must not look like an entry."""
     aside = entry.with_name(f".tmp-{uuid.uuid4().hex}")
-    try:
+    with suppress(FileNotFoundError):  # another process discarded it
         entry.rename(aside)
-    except FileNotFoundError:
-        return  # another process discarded it
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _write_case(case: Preprocessed, source: Volume, folder: Path) -> None:
-    arrays = {"image": write_slices(folder / "image.bin", case.image)}
-    meta = {
-        "arrays": arrays,
-        "spacing": case.spacing,
-        "voxel_map": case.voxel_map.to_dict(),
-        "source": source.path.name,
-    }
-    meta["axcodes"] = source.axcodes
-    if case.mask is not None:
-        arrays["mask"] = write_slices(folder / "mask.bin", case.mask)
-        meta["lesion_voxels"] = np.count_nonzero(case.mask, axis=(1, 2)).tolist()
-        meta["lesions"] = [lesion.to_list() for lesion in find_lesions(case.mask)]
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def _rename(temporary: Path, entry: Path) -> None:
@@ -344,8 +343,6 @@ def _rename(temporary: Path, entry: Path) -> None:
 def _remove_abandoned(root: Path) -> None:
     """Temporary folders that a killed process left behind long ago; looked for once by each process."""
     for folder in root.glob(".tmp-*"):
-        try:
+        with suppress(FileNotFoundError):  # its owner may finish in between
             if time.time() - folder.stat().st_mtime > _ABANDONED_S:
                 shutil.rmtree(folder, ignore_errors=True)
-        except FileNotFoundError:  # its owner finished in between
-            continue

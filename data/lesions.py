@@ -1,9 +1,8 @@
 """The lesions of a label mask: where they lie, how large they are, and which slices show them.
 
-A :class:`Lesion` is in voxels, whatever its label, and is kept beside a preprocessed case: slices, patches and RoIs are
-chosen without reading the mask. A :class:`MeasuredLesion` is one connected component of one label of the scan's own
-mask, in mm, with side and zone, for comparison with reports. Arrays have axes [Z, Y, X], +x to the patient's left and
-+z superior (LPS).
+A :class:`Lesion` is in voxels, whatever its label, and is stored with a preprocessed case: views are selected without
+reading the mask. A :class:`MeasuredLesion` is a connected component of one label of the scan's own mask, in mm, with
+side and zone, for comparison with reports. Arrays have axes [Z, Y, X], +x to the patient's left, +z superior (LPS).
 """
 
 from __future__ import annotations
@@ -35,10 +34,8 @@ Span = tuple[int, int]  # first index, and one past the last
 class Lesion:
     """A lesion in voxels.
 
-    Attributes:
-        box: spans along z, y, x.
-        areas: voxels in each slice of the box, from the first on.
-        cores: the point (y, x) of :func:`core_of` in each slice of the box; (-1, -1) in a slice without voxels.
+    ``box``: spans along z, y, x. For each slice of the box, ``areas``: voxels; ``cores``: the point (y, x) of
+    :func:`core_of`, (-1, -1) in a slice without voxels.
     """
 
     box: tuple[Span, Span, Span]
@@ -64,8 +61,7 @@ class Lesion:
     @classmethod
     def from_list(cls, stored: Sequence) -> Lesion:
         *box, areas, cores = stored
-        z, y, x = (tuple(map(int, span)) for span in box)
-        return cls((z, y, x), tuple(map(int, areas)), tuple((int(row), int(column)) for row, column in cores))
+        return cls(tuple(map(tuple, box)), tuple(areas), tuple(map(tuple, cores)))
 
 
 @dataclass(frozen=True)
@@ -144,16 +140,12 @@ def covering_slices(lesions: Sequence[Lesion], lesion_voxels: np.ndarray, count:
 
     Each of the ``count`` largest lesions gets a slice of its own, largest first, chosen so that every one is shown
     nearly at its largest area; a slice that alone holds two lesions is there twice. Then come the slices with the
-    largest lesion area. A single slice is the one with the largest.
-
-    Args:
-        lesion_voxels: (z,), voxels of any lesion in each slice.
+    largest lesion area. A single slice is the one with the largest. ``lesion_voxels``: (z,), of all lesions.
     """
     by_area = [int(z) for z in np.argsort(-lesion_voxels, kind="stable") if lesion_voxels[z] > 0]
     if count == 1:
         return by_area[:1]
-    shown = lesions[:count]
-    areas = np.array([[lesion.area(z) for z in by_area] for lesion in shown]).reshape(len(shown), len(by_area))
+    areas = np.array([[lesion.area(z) for z in by_area] for lesion in lesions[:count]])
     places = _assign(areas)
     own = [by_area[areas[k].argmax() if place is None else place] for k, place in enumerate(places)]
     return [*own, *(z for z in by_area if z not in own)][:count]
@@ -162,25 +154,21 @@ def covering_slices(lesions: Sequence[Lesion], lesion_voxels: np.ndarray, count:
 def lesion_of_each(lesions: Iterable[Lesion], ranges: Sequence[Span]) -> list[Lesion | None]:
     """The lesion assigned to each range of slices, None for a range without one.
 
-    Each lesion is assigned once, as far as there are ranges, the largest first, so that each is shown nearly at its
-    largest area.
+    Each lesion is assigned at most once, the largest first, so that each is shown nearly at its largest area.
     """
     shown = list(lesions)[: len(ranges)]
     areas = np.array([[sum(lesion.area(z) for z in range(*span)) for span in ranges] for lesion in shown])
     found: list[Lesion | None] = [None] * len(ranges)
-    for lesion, place in zip(shown, _assign(areas.reshape(len(shown), len(ranges))), strict=True):
+    for lesion, place in zip(shown, _assign(areas), strict=True):
         if place is not None:
             found[place] = lesion
     return found
 
 
 def _assign(areas: np.ndarray) -> list[int | None]:
-    """A place of its own for each lesion, or None: as many lesions as possible get one, with the largest sum of the
-    fractions of their largest area. Greedy choice would leave out a small lesion in the best slice of a large one.
-
-    Args:
-        areas: (lesions, places).
-    """
+    """A place of its own for each lesion, or None, given ``areas`` (lesions, places): as many lesions as possible get
+    one, with the largest sum of the fractions of their largest area. Greedy choice would leave out a small lesion in
+    the best slice of a large one."""
     if not areas.size:
         return [None] * len(areas)
     fraction = areas / np.maximum(areas.max(axis=1, keepdims=True), 1)
@@ -198,14 +186,9 @@ def _assign(areas: np.ndarray) -> list[int | None]:
 
 
 def find_lungs(hu: np.ndarray, spacing: tuple[float, float, float]) -> LungBox:
-    """The box of the lungs of a chest CT: the air inside the body, without small components.
+    """The box of the lungs of a chest CT [Z, Y, X] in HU: the air inside the body, without small components.
 
-    Args:
-        hu: [Z, Y, X] HU.
-        spacing: (z, y, x) mm.
-
-    Raises:
-        InputError: less than 200 ml of air on one side of the body's middle.
+    ``spacing`` is (z, y, x) in mm. Raises InputError for less than 200 ml of air on one side of the body's middle.
     """
     air = hu < AIR_HU
     # Air that reaches the border of its slice is outside the body.
@@ -246,15 +229,9 @@ def measure_lesions(
 ) -> list[MeasuredLesion]:
     """Every component of a mask, by label and then by falling volume.
 
-    Args:
-        mask: [Z, Y, X] integers, 0 is background.
-        spacing: (z, y, x) mm.
-        lungs: of :func:`find_lungs`, or known.
-        names: of the labels; a label without one is called ``label N``.
-        min_volume_mm3: smaller components are left out.
-
-    Raises:
-        InputError: the mask is not 3-D or not of integers.
+    ``mask``: [Z, Y, X] integers, 0 is background; ``spacing``: (z, y, x) in mm; ``names``: of the labels (default:
+    ``label N``); components below ``min_volume_mm3`` are left out. Raises InputError if the mask is not 3-D or not of
+    integers.
     """
     if mask.ndim != 3 or not np.issubdtype(mask.dtype, np.integer):
         raise InputError(f"a mask must be a 3-D array of integers, not {mask.ndim}-D {mask.dtype}")

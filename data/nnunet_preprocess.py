@@ -16,7 +16,7 @@ Source: nnU-Net 2.8.1, ``nnunetv2/preprocessing/preprocessors/default_preprocess
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,10 +32,9 @@ _EPSILON = 1e-8  # nnU-Net's guard against a division by zero
 
 @dataclass(frozen=True)
 class VoxelMap:
-    """Where a preprocessed voxel lies in the volume it came from. All shapes and boxes in voxels.
+    """Where a preprocessed voxel lies in the volume it came from. Shapes and boxes are in voxels.
 
-    ``bbox``: first and last+1 index per permuted axis; ``shape_before_crop``: permuted, uncropped;
-    ``shape``: preprocessed.
+    ``bbox``: first and last+1 index per permuted axis; ``shape_before_crop``: permuted; ``shape``: preprocessed.
     """
 
     transpose_forward: tuple[int, int, int]
@@ -44,29 +43,19 @@ class VoxelMap:
     shape: tuple[int, int, int]
 
     def to_original(self, points: np.ndarray) -> np.ndarray:
-        """Map (..., 3) preprocessed voxel coordinates to (z, y, x) coordinates of the canonical volume.
-
-        Coordinates are those of voxel centres and may be fractional.
-        """
-        points = np.asarray(points, dtype=np.float64)
+        """(z, y, x) in the canonical volume of preprocessed ``points`` (..., 3): voxel centres, may be fractional."""
         box = np.array(self.bbox, dtype=np.float64)
         scale = (box[:, 1] - box[:, 0]) / np.array(self.shape)
-        permuted = (points + 0.5) * scale - 0.5 + box[:, 0]
+        permuted = (np.asarray(points, dtype=np.float64) + 0.5) * scale - 0.5 + box[:, 0]
         original = np.empty_like(permuted)
         original[..., list(self.transpose_forward)] = permuted
         return original
 
-    def to_dict(self) -> dict[str, Any]:
-        return {key: _lists(value) for key, value in asdict(self).items()}
-
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> VoxelMap:
-        return cls(
-            transpose_forward=tuple(stored["transpose_forward"]),
-            bbox=tuple(tuple(side) for side in stored["bbox"]),
-            shape_before_crop=tuple(stored["shape_before_crop"]),
-            shape=tuple(stored["shape"]),
-        )
+        """From the JSON of ``dataclasses.asdict``."""
+        shapes = {key: tuple(stored[key]) for key in ("transpose_forward", "shape_before_crop", "shape")}
+        return cls(bbox=tuple(map(tuple, stored["bbox"])), **shapes)
 
 
 @dataclass(frozen=True)
@@ -82,8 +71,8 @@ class Preprocessed:
 def preprocess(volume: Volume, plan: PreprocessPlan, mask: np.ndarray | None = None) -> Preprocessed:
     """Preprocess one CT ``volume`` and, alike, its label ``mask`` (same grid, 0 is background).
 
-    ``volume`` must have been read in ``plan.orientation``. The mask keeps its dtype; nnU-Net's marker for
-    voxels outside the body (-1) is background here.
+    ``volume`` must have been read in ``plan.orientation``. The mask keeps its dtype; nnU-Net's marker for voxels
+    outside the body (-1) is background here.
 
     Raises InputError if the plan expects more than the one channel that a CT has, or the volume is all zero.
     """
@@ -107,27 +96,22 @@ def preprocess(volume: Volume, plan: PreprocessPlan, mask: np.ndarray | None = N
     shape = new_shape(cropped.shape, spacing, target)
     if min(shape) < 1:
         raise InputError(f"{volume.path}: {cropped.shape} voxels of {spacing} mm become {shape} at the plan's spacing")
-    inside = _inside(cropped, labels) if plan.use_mask_for_norm[0] else None
+    inside = ndimage.binary_fill_holes(cropped != 0) if plan.use_mask_for_norm[0] else None
+    if inside is not None and labels is not None:
+        inside |= labels > 0
     normalize(cropped, plan.normalization_schemes[0], plan.intensity[0], inside)
 
     image = resample_image(cropped, shape, separate_axis(spacing, target, plan.data_resampling), plan.data_resampling)
     if labels is not None:
         alone = separate_axis(spacing, target, plan.mask_resampling)
         labels = np.ascontiguousarray(resample_labels(labels, shape, alone, plan.mask_resampling))
-    voxel_map = VoxelMap(
-        transpose_forward=plan.transpose_forward,
-        bbox=tuple((side.start, side.stop) for side in box),
-        shape_before_crop=permuted.shape,
-        shape=shape,
-    )
+    bbox = tuple((side.start, side.stop) for side in box)
+    voxel_map = VoxelMap(plan.transpose_forward, bbox, permuted.shape, shape)
     return Preprocessed(image[np.newaxis], labels, tuple(target), voxel_map)
 
 
 def normalize(image: np.ndarray, scheme: str, intensity: Intensity | None, inside: np.ndarray | None = None) -> None:
-    """Normalise a float32 array in place by one of nnU-Net's schemes.
-
-    ``inside`` (bool, same shape) restricts ZScoreNormalization; the other schemes have no use for it.
-    """
+    """Normalise a float32 array in place by one of nnU-Net's schemes. ``inside`` (bool) restricts the z-score."""
     if scheme == "CTNormalization":
         np.clip(image, intensity.percentile_00_5, intensity.percentile_99_5, out=image)
         image -= intensity.mean
@@ -146,20 +130,7 @@ def normalize(image: np.ndarray, scheme: str, intensity: Intensity | None, insid
 def _nonzero_box(array: np.ndarray, volume: Volume) -> tuple[slice, slice, slice]:
     """nnU-Net fills the holes of the nonzero mask first; holes lie inside the box, so it is not needed here."""
     nonzero = array != 0
-    sides = []
-    for axis in range(3):
-        others = tuple(other for other in range(3) if other != axis)
-        occupied = np.flatnonzero(nonzero.any(axis=others))
-        if occupied.size == 0:
-            raise InputError(f"{volume.path}: every voxel is zero, expected a CT image")
-        sides.append(slice(int(occupied[0]), int(occupied[-1]) + 1))
-    return tuple(sides)
-
-
-def _inside(cropped: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
-    inside = ndimage.binary_fill_holes(cropped != 0)
-    return inside if labels is None else inside | (labels > 0)
-
-
-def _lists(value: Any) -> Any:
-    return [_lists(entry) for entry in value] if isinstance(value, tuple) else value
+    occupied = [np.flatnonzero(nonzero.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
+    if not occupied[0].size:
+        raise InputError(f"{volume.path}: every voxel is zero, expected a CT image")
+    return tuple(slice(int(indices[0]), int(indices[-1]) + 1) for indices in occupied)

@@ -1,10 +1,9 @@
 """Resampling of volumes and label maps that equals nnU-Net's, computed one axis at a time.
 
-nnU-Net resizes with ``skimage.transform.resize``, i.e. ``scipy.ndimage.zoom`` with ``grid_mode=True`` and edge
-padding, then clips to the input's range. Before the clip this is linear and separable, so it is one small
-matrix per axis; applying three matrices with BLAS costs seconds where the 4 x 4 x 4 stencil of the original
-costs half a minute on a 512 x 512 x 300 volume. The matrices are scipy's own response to unit vectors:
-spline prefilter, boundary handling and grid convention cannot drift from scipy's.
+nnU-Net resizes with ``skimage.transform.resize``, i.e. ``scipy.ndimage.zoom`` with ``grid_mode=True`` and edge padding,
+then clips to the input's range. Before the clip this is linear and separable, so it is one small matrix per axis, which
+is scipy's own response to unit vectors. On a 512 x 512 x 300 volume, three matrix products take seconds, the 4 x 4 x 4
+stencil of the original half a minute.
 
 Arrays have three axes; shapes are in array order. Labels are resampled one by one, as indicator volumes.
 
@@ -22,8 +21,7 @@ from scipy import ndimage
 
 from config.nnunet_plans import Resampling
 
-# Covers that are equal on paper differ by float32 rounding; those that are not differ by far more.
-_TIE = 2e-6
+_TIE = 2e-6  # equal covers differ by float32 rounding; others by far more
 
 
 def new_shape(shape: Sequence[int], spacing: Sequence[float], target: Sequence[float]) -> tuple[int, ...]:
@@ -36,15 +34,12 @@ def separate_axis(spacing: Sequence[float], target: Sequence[float], settings: R
 
     The current spacing is judged first, then the target. Two equally coarse axes are not separated.
     """
-    if settings.force_separate_z is False:
-        return None
-    if settings.force_separate_z:
-        judged = spacing
-    else:
+    judged = spacing if settings.force_separate_z else None
+    if settings.force_separate_z is None:
         threshold = settings.separate_z_anisotropy_threshold
         judged = next((s for s in (spacing, target) if max(s) / min(s) > threshold), None)
-        if judged is None:
-            return None
+    if judged is None:
+        return None
     coarsest = [axis for axis, step in enumerate(judged) if max(judged) / step == 1]
     return coarsest[0] if len(coarsest) == 1 else None
 
@@ -52,17 +47,16 @@ def separate_axis(spacing: Sequence[float], target: Sequence[float], settings: R
 def resample_image(image: np.ndarray, shape: Sequence[int], alone: int | None, settings: Resampling) -> np.ndarray:
     """Resample a float32 volume to ``shape``; ``alone`` is what :func:`separate_axis` returned.
 
-    The result never leaves the range of the input (of the input's slice where an axis stands alone), which
-    cubic splines would overshoot at edges.
+    The result never leaves the range of the input (of the input's slice where an axis stands alone), which cubic
+    splines would overshoot at edges. Where nothing changes it is ``image`` itself.
     """
-    if alone is None:
-        resampled = _along_axes(image, shape, range(3), settings.order)
-        return np.clip(resampled, image.min(), image.max(), out=resampled if resampled is not image else None)
-    in_plane = tuple(axis for axis in range(3) if axis != alone)
-    resampled = _along_axes(image, shape, in_plane, settings.order)
+    axes = tuple(axis for axis in range(3) if axis != alone)
+    resampled = _along_axes(image, shape, axes, settings.order)
     if resampled is not image:
-        low, high = image.min(axis=in_plane, keepdims=True), image.max(axis=in_plane, keepdims=True)
+        low, high = image.min(axis=axes, keepdims=True), image.max(axis=axes, keepdims=True)
         np.clip(resampled, low, high, out=resampled)
+    if alone is None:
+        return resampled
     if settings.order_z == 0:
         return _nearest(resampled, alone, shape[alone])
     return _along_axes(resampled, shape, (alone,), settings.order_z)
@@ -71,9 +65,8 @@ def resample_image(image: np.ndarray, shape: Sequence[int], alone: int | None, s
 def resample_labels(labels: np.ndarray, shape: Sequence[int], alone: int | None, settings: Resampling) -> np.ndarray:
     """Resample a label volume (0 is background, dtype kept) to ``shape``.
 
-    With ``order`` 1 a voxel gets the label whose linearly resampled indicator is largest; where labels tie,
-    as they do at every other boundary voxel of an even factor, the nearest voxel's label if it is among them,
-    else the smallest.
+    With ``order`` 1 a voxel gets the label whose linearly resampled indicator is largest; of labels that tie (at every
+    other boundary voxel of an even factor) the nearest voxel's, or else the smallest.
     """
     axes = [axis for axis in range(3) if axis != alone]
     if settings.order == 0:
@@ -88,8 +81,6 @@ def resample_labels(labels: np.ndarray, shape: Sequence[int], alone: int | None,
 def spline_matrix(source: int, target: int, order: int) -> np.ndarray:
     """(target, source) float64 matrix of the 1D spline resize of that order; do not write to it."""
     matrix = ndimage.zoom(np.eye(source), (target / source, 1.0), order=order, mode="nearest", grid_mode=True)
-    if matrix.shape != (target, source):  # zoom rounds the length it was asked for
-        raise ArithmeticError(f"zoom of {source} to {target} gave {matrix.shape[0]} samples")
     matrix.flags.writeable = False
     return matrix
 
@@ -107,11 +98,8 @@ def _along_axes(image: np.ndarray, shape: Sequence[int], axes: Sequence[int], or
 def _apply(matrix: np.ndarray, volume: np.ndarray, axis: int) -> np.ndarray:
     """Multiply ``axis`` of a 3D ``volume`` by ``matrix`` (target, source) without transposing the volume."""
     if axis == 0:
-        flat = matrix @ volume.reshape(volume.shape[0], -1)
-        return flat.reshape(matrix.shape[0], *volume.shape[1:])
-    if axis == 1:
-        return np.matmul(matrix, volume)
-    return np.matmul(volume, matrix.T)
+        return np.tensordot(matrix, volume, axes=1)
+    return matrix @ volume if axis == 1 else volume @ matrix.T
 
 
 def _nearest(volume: np.ndarray, axis: int, length: int) -> np.ndarray:
@@ -138,20 +126,22 @@ def _labels_by_largest_cover(labels: np.ndarray, shape: Sequence[int], axes: Seq
         slice(min(window[axis].start for _, window, _ in covers), max(window[axis].stop for _, window, _ in covers))
         for axis in range(3)
     )
-    nearest[reach] = _settle(nearest[reach], [(l, _shifted(w, reach), c) for l, w, c in covers])
+    nearest[reach] = _largest(nearest[reach], covers, [side.start for side in reach])
     return nearest
 
 
-def _settle(nearest: np.ndarray, covers: list[tuple[int, tuple[slice, ...], np.ndarray]]) -> np.ndarray:
-    """The winning label per voxel, given each label's cover in its window, labels ascending."""
+def _largest(nearest: np.ndarray, covers: Sequence[tuple], origin: Sequence[int]) -> np.ndarray:
+    """The winning label per voxel. ``covers``: (label, window, cover), labels ascending; ``nearest`` begins at
+    ``origin``."""
     background = np.ones(nearest.shape, dtype=np.float32)
     best, of_nearest = np.zeros_like(background), np.zeros_like(background)
     winner = np.zeros_like(nearest)
-    for label, window, cover in covers:
+    for label, box, cover in covers:
+        window = tuple(slice(b.start - first, b.stop - first) for b, first in zip(box, origin, strict=True))
         background[window] -= cover
-        ahead = cover > best[window] + _TIE
-        winner[window][ahead] = label
-        best[window][ahead] = cover[ahead]
+        larger = cover > best[window] + _TIE
+        winner[window][larger] = label
+        best[window][larger] = cover[larger]
         of_nearest[window] = np.where(nearest[window] == label, cover, of_nearest[window])
     # The indicators of all labels sum to one, which saves resampling the background's.
     winner[background >= best - _TIE] = 0
@@ -160,16 +150,8 @@ def _settle(nearest: np.ndarray, covers: list[tuple[int, tuple[slice, ...], np.n
     return np.where(of_nearest >= best - _TIE, nearest, winner)
 
 
-def _shifted(window: tuple[slice, ...], origin: tuple[slice, ...]) -> tuple[slice, ...]:
-    return tuple(slice(w.start - o.start, w.stop - o.start) for w, o in zip(window, origin, strict=True))
-
-
 def _cover(
-    indicator: np.ndarray,
-    box: tuple[slice, ...],
-    source: Sequence[int],
-    target: Sequence[int],
-    axes: Sequence[int],
+    indicator: np.ndarray, box: tuple[slice, ...], source: Sequence[int], target: Sequence[int], axes: Sequence[int]
 ) -> tuple[tuple[slice, ...], np.ndarray]:
     """Linearly resample an ``indicator`` that fills ``box`` of ``source``: the window it reaches, its values.
 

@@ -18,13 +18,14 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from config.errors import InputError
-from config.files import atomic_path
+from config.files import atomic_path, pickle_contains
 from config.nnunet_plans import PreprocessPlan
 from config.schema import FIELDS, REMOVED, Config, build_config, keys_with_role, yaml_line
 from models.medical_vlm import VisionBridge
@@ -32,25 +33,22 @@ from models.nnunet.encoder import NnUNetEncoder
 
 FORMAT = "mamba-ct-report"
 VERSION = 3
+_REMEDY = "use one that train.py or train_vlm.py wrote"
 
 
-def _refuse_lesion_tokens(older: str) -> Callable[[dict], dict]:
-    """A migration for a version whose tokens around lesions were others; without such tokens nothing changed."""
-
-    def migrate(content: dict) -> dict:
-        if content.get("config", {}).get("roi_policy") == "lesion":
-            raise InputError(
-                f"it was trained with roi_policy: lesion of an older version, {older}; train both stages again"
-            )
-        return content
-
-    return migrate
+def _refuse_lesion_tokens(content: dict[str, Any], older: str) -> dict[str, Any]:
+    """For a version whose tokens around lesions were others; without such tokens nothing changed."""
+    if content.get("config", {}).get("roi_policy") == "lesion":
+        raise InputError(
+            f"it was trained with roi_policy: lesion of an older version, {older}; train both stages again"
+        )
+    return content
 
 
-# From version n to n + 1, by name; a file of an older layout passes through all that follow it.
-MIGRATIONS: dict[int, Callable[[dict], dict]] = {
-    1: _refuse_lesion_tokens("whose tokens around lesions did not pass the bridge's blocks"),
-    2: _refuse_lesion_tokens("whose regions were as wide as the lesion"),
+# From version n to n + 1; a file of an older layout passes through all that follow it.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: partial(_refuse_lesion_tokens, older="whose tokens around lesions did not pass the bridge's blocks"),
+    2: partial(_refuse_lesion_tokens, older="whose regions were as wide as the lesion"),
 }
 
 
@@ -82,8 +80,8 @@ class Checkpoint:
     def build_vision(self, max_visual_tokens: int | None = None) -> VisionBridge:
         """The vision part as it was saved, with its weights, strictly loaded; by default with its own token budget."""
         encoder = NnUNetEncoder.from_architecture(self.encoder_architecture)
-        output_std = self.diagnostics["expected_std"]
         config = self.config.replace(max_visual_tokens=max_visual_tokens or self.config.max_visual_tokens)
+        output_std = self.diagnostics["expected_std"]
         vision = VisionBridge.build(config, encoder, self.llm["width"], output_std, with_cmi=self.has_cmi)
         load_vision_weights(vision, self)
         return vision
@@ -109,6 +107,7 @@ def save_checkpoint(
     diagnostics: dict[str, Any],
     adapters: dict[str, Any] | None = None,
 ) -> None:
+    """Write a checkpoint, atomically. The arguments are the parts named in the module's docstring."""
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -133,7 +132,7 @@ def read_torch_file(path: Path, what: str) -> dict[str, Any]:
         raise InputError(f"{what} not found: {path}")
     if not zipfile.is_zipfile(path):  # as torch has saved since 1.6; anything else ends in all kinds of exceptions
         raise InputError(f"{path} is not a readable {what}: truncated while it was copied, or no file of torch's")
-    if _is_nnunet(path):
+    if pickle_contains(path, "network_weights"):  # NumPy scalars in it would not load
         raise InputError(f"{path} is an nnU-Net checkpoint: give it as nnunet_encoder_checkpoint in the configuration")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -145,16 +144,6 @@ def read_torch_file(path: Path, what: str) -> dict[str, Any]:
     return content
 
 
-def _is_nnunet(path: Path) -> bool:
-    """By the names in its pickle, which is not executed: nnU-Net's own files hold NumPy scalars and would not load."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            return any(b"network_weights" in archive.read(name) for name in pickles)
-    except zipfile.BadZipFile:
-        return False  # torch.load says what is wrong with it
-
-
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read, migrate and check a checkpoint.
 
@@ -163,10 +152,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     content = read_torch_file(path, "checkpoint")
     if content.get("format") != FORMAT:
-        raise InputError(
-            f"{path} is not a checkpoint of this project (no format '{FORMAT}'): "
-            "use one that train.py or train_vlm.py wrote"
-        )
+        raise InputError(f"{path} is not a checkpoint of this project (no format '{FORMAT}'): {_REMEDY}")
     version = _part(content, "version", path)
     if version > VERSION:
         raise InputError(f"{path} has format version {version}, this program knows {VERSION}: update the program")
@@ -176,15 +162,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         version += 1
-    needed = [name for name in Checkpoint.__dataclass_fields__ if name not in ("path", "adapters")]
-    fields = {name: _part(content, name, path) for name in needed} | {"adapters": content.get("adapters")}
+    content.setdefault("adapters", None)
+    fields = {name: _part(content, name, path) for name in Checkpoint.__dataclass_fields__ if name != "path"}
     for key, kept in REMOVED.items():
         value = fields["config"].get(key, kept)
         if value != kept:
-            raise InputError(
-                f"{path} was trained with {key}: {value}, which is no longer a choice (it is always {kept}): train "
-                "both stages again"
-            )
+            reason = f"{key}: {value}, which is no longer a choice (it is always {kept})"
+            raise InputError(f"{path} was trained with {reason}: train both stages again")
     known = {key: value for key, value in fields["config"].items() if key in FIELDS}
     fields["config"] = build_config(known, origin=f"{path} (its configuration)")
     fields["preprocess_plan"] = PreprocessPlan.from_dict(fields["preprocess_plan"])
@@ -193,18 +177,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def _part(content: dict[str, Any], name: str, path: Path) -> Any:
     if name not in content:
-        raise InputError(f"{path} is incomplete, it has no '{name}': use one that train.py or train_vlm.py wrote")
+        raise InputError(f"{path} is incomplete, it has no '{name}': {_REMEDY}")
     return content[name]
 
 
 def load_vision_weights(vision: VisionBridge, checkpoint: Checkpoint) -> list[str]:
     """Strict loading, with one exception: a model with CMI takes a checkpoint without.
 
-    Returns:
-        The names of the parameters that keep their random start (those of CMI, or none).
-
-    Raises:
-        InputError: the shapes or names differ; names the key and the likely configuration key.
+    Returns the names of the parameters that keep their random start (those of CMI, or none). Raises InputError where
+    shapes or names differ, with the weight and the likely configuration key.
     """
     own, saved = vision.state_dict(), checkpoint.model_state_dict
     at_random = [key for key in own if key.startswith("cmi.")] if not checkpoint.has_cmi else []
@@ -212,22 +193,21 @@ def load_vision_weights(vision: VisionBridge, checkpoint: Checkpoint) -> list[st
     unexpected = [key for key in saved if key not in own]
     wrong = [key for key in own if key in saved and own[key].shape != saved[key].shape]
     if checkpoint.has_cmi and vision.cmi is None:
+        reason = "was trained with CMI, this configuration has use_cmi: false; set use_cmi: true"
+        raise InputError(f"{checkpoint.path} {reason}")
+    trained_width, width = checkpoint.llm["width"], vision.bridge.spec.out_width
+    if trained_width != width:
         raise InputError(
-            f"{checkpoint.path} was trained with CMI, this configuration has use_cmi: false; set use_cmi: true"
-        )
-    if checkpoint.llm["width"] != vision.bridge.spec.out_width:
-        raise InputError(
-            f"{checkpoint.path} gives tokens of width {checkpoint.llm['width']}, the language model has width "
-            f"{vision.bridge.spec.out_width}: use the mamba_model it was trained for "
-            f"('{checkpoint.llm.get('name')}') or retrain both stages"
+            f"{checkpoint.path} gives tokens of width {trained_width}, the language model has width {width}: use the "
+            f"mamba_model it was trained for ('{checkpoint.llm.get('name')}') or retrain both stages"
         )
     if missing or unexpected or wrong:
         key = (wrong or missing or unexpected)[0]
-        detail = (
+        sides = (
             f"{tuple(saved[key].shape)} there, {tuple(own[key].shape)} here" if wrong else "present on one side only"
         )
         raise InputError(
-            f"{checkpoint.path} does not fit this configuration at '{key}' ({detail}); "
+            f"{checkpoint.path} does not fit this configuration at '{key}' ({sides}); "
             f"{_differences(checkpoint, vision)} must be as in training"
         )
     vision.load_state_dict({**{key: own[key] for key in at_random}, **saved}, strict=True)
@@ -235,14 +215,8 @@ def load_vision_weights(vision: VisionBridge, checkpoint: Checkpoint) -> list[st
 
 
 def check_agreement(checkpoint: Checkpoint, config: Config) -> list[str]:
-    """Compare the checkpoint's settings with a configuration that continues from it.
-
-    Returns:
-        One line for each setting that may differ and does.
-
-    Raises:
-        InputError: one differs that must not.
-    """
+    """One line for each setting that may differ between a checkpoint and a configuration that continues from it, and
+    does. Raises InputError for one that must not."""
     trained = checkpoint.config
     free = keys_with_role("tokens")
     if len(checkpoint.preprocess_plan.patch_size) == 3:

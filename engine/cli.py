@@ -45,11 +45,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
-    except Interrupted as stop:
-        print(f"interrupted: {stop}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_INTERRUPTED)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(f"interrupted: {stop}".rstrip(": "), file=sys.stderr, flush=True)
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(code or 0)
 
@@ -57,17 +54,14 @@ def run_main(main: Callable[[], int | None]) -> None:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of every script that loads the language model."""
     parser.add_argument("--mamba_model", metavar="NAME", help="hub name or folder; overrides the configuration")
-    parser.add_argument(
-        "--allow_toy_model", action="store_true", help="use the quick start's models with data that is not synthetic"
-    )
+    toy = "use the quick start's models with data that is not synthetic"
+    parser.add_argument("--allow_toy_model", action="store_true", help=toy)
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of every script that trains."""
     parser.add_argument("--config", type=Path, help="configuration file (default: config/paths.yaml)")
-    parser.add_argument(
-        "--output_dir", type=Path, help="where this run writes (default: output_dir of the configuration)"
-    )
+    parser.add_argument("--output_dir", type=Path, help="where this run writes (default: the configuration's)")
     parser.add_argument("--seed", type=int, default=42)
     add_model_flags(parser)
 
@@ -82,12 +76,8 @@ def add_training_flags(parser: argparse.ArgumentParser, *, epochs: int, batch_si
     parser.add_argument("--warmup_ratio", type=float, default=0.05, help="fraction of all steps; cosine decay follows")
     parser.add_argument("--weight_decay", type=float, default=0.05)
     parser.add_argument("--max_grad_norm", type=positive_float, default=1.0)
-    parser.add_argument(
-        "--mixed_precision",
-        choices=("auto", "no", "bf16", "fp16"),
-        default="auto",
-        help="auto: bf16 on a GPU or CPU that computes in it",
-    )
+    precisions, bf16 = ("auto", "no", "bf16", "fp16"), "auto: bf16 on a GPU or CPU that computes in it"
+    parser.add_argument("--mixed_precision", choices=precisions, default="auto", help=bf16)
     parser.add_argument("--resume", default="auto", metavar="auto|PATH|never", help="continue an interrupted run")
     parser.add_argument("--save_every", type=positive_int, default=200, help="steps between saved training states")
 

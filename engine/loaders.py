@@ -27,12 +27,8 @@ def load_encoder(config: Config) -> tuple[NnUNetEncoder, PreprocessPlan]:
         InputError: the checkpoint is missing, unsafe, or not nnU-Net's.
     """
     source = load_nnunet_checkpoint(config.resolved("nnunet_encoder_checkpoint"))
-    encoder = NnUNetEncoder.from_checkpoint(
-        source,
-        output_stage=config.encoder_output_stage,
-        target_spatial=config.encoder_target_spatial,
-        planes=config.slices,
-    )
+    stage, grid = config.encoder_output_stage, config.encoder_target_spatial
+    encoder = NnUNetEncoder.from_checkpoint(source, stage, grid, planes=config.slices)
     return encoder, PreprocessPlan.from_nnunet(source.plans, source.configuration, config.image_axis_order)
 
 
@@ -56,25 +52,20 @@ def build_loaders(
         InputError: a table is missing or has a bad row, or a volume cannot be read: before step 0.
     """
     cache = open_cache(config, plan)
-    train = MedicalVLMDataset.from_config(
-        config, config.resolved("caption_csv_train"), cache, encoder, args.seed, train=True
-    )
-    val = MedicalVLMDataset.from_config(config, config.resolved("caption_csv_val"), cache, encoder, args.seed)
+    train_table, val_table = config.resolved("caption_csv_train"), config.resolved("caption_csv_val")
+    train = MedicalVLMDataset.from_config(config, train_table, cache, encoder, args.seed, train=True)
+    val = MedicalVLMDataset.from_config(config, val_table, cache, encoder, args.seed)
     with accelerator.main_process_first():
         prepare_cases(cache, [*train.rows, *val.rows])
     if accelerator.is_main_process:
-        print(
-            f"data: {len(train)} training cases, {len(val)} validation cases, cache {config.cache_dir}",
-            flush=True,
-        )
+        print(f"data: {len(train)} training cases, {len(val)} validation cases, cache {config.cache_dir}", flush=True)
     options = {
         "batch_size": args.batch_size,
         "collate_fn": collator,
         "num_workers": config.num_workers,
         "persistent_workers": config.num_workers > 0,
         "pin_memory": accelerator.device.type == "cuda",
-        # Each pass over a loader draws a seed for its workers. From the global generator, a resumed epoch would draw
-        # once more than an uninterrupted one, and dropout would differ.
+        # Each pass draws a seed for its workers; from the global generator, dropout would differ in a resumed epoch.
         "generator": torch.Generator().manual_seed(args.seed),
     }
     order = EpochShuffle(len(train), args.seed)
@@ -90,10 +81,8 @@ def check_tables(config: Config, validation: Level = "warning") -> None:
     Raises:
         InputError: as :func:`read_caption_table` and :func:`quick_check` do, or for that validation table.
     """
-    keys = ("caption_csv_train", "caption_csv_val")
-    train, val = (
-        read_caption_table(config.resolved(k), image_root=config.table_root, path_map=config.path_map) for k in keys
-    )
+    tables = (config.resolved("caption_csv_train"), config.resolved("caption_csv_val"))
+    train, val = (read_caption_table(t, image_root=config.table_root, path_map=config.path_map) for t in tables)
     quick_check(train, val)
     problems = check_validation(val, validation)
     raise_errors(problems, config.caption_csv_val)

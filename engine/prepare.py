@@ -18,8 +18,8 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 from threadpoolctl import threadpool_limits
@@ -37,8 +37,7 @@ WORKER_BYTES = 2 * 2**30  # of a worker; a volume of 512 x 512 x 300 takes 1.3 G
 Files = tuple[Path, Path | None]  # image, mask
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """The result of one case. ``error``: one line, or empty; ``prepared``: False where it was cached before."""
 
     files: Files
@@ -46,13 +45,12 @@ class Outcome:
     error: str = ""
 
 
-@dataclass
-class Work:
+class Work(NamedTuple):
     """The files to prepare, where each is named (``table, row N``), and how many rows cannot be used at all."""
 
-    files: list[Files] = field(default_factory=list)
-    named_in: dict[Files, str] = field(default_factory=dict)
-    unusable_rows: int = 0
+    files: list[Files]
+    named_in: dict[Files, str]
+    unusable_rows: int
 
 
 def read_work(tables: Iterable[Path], config: Config) -> Work:
@@ -61,17 +59,17 @@ def read_work(tables: Iterable[Path], config: Config) -> Work:
     Raises:
         InputError: a table cannot be read at all.
     """
-    work = Work()
+    named_in: dict[Files, str] = {}
+    unusable = 0
     for table in tables:
         scan = scan_caption_table(table, image_root=config.table_root, path_map=config.path_map)
         for problem in scan.problems:
             if problem.fatal:
-                work.unusable_rows += 1
+                unusable += 1
                 print(f"error: {table}, {problem}", flush=True)
         for row in scan.rows:
-            work.named_in.setdefault((row.image_path, row.mask_path), f"{table}, row {row.number}")
-    work.files = sorted(work.named_in, key=str)
-    return work
+            named_in.setdefault((row.image_path, row.mask_path), f"{table}, row {row.number}")
+    return Work(sorted(named_in, key=str), named_in, unusable)
 
 
 def unique_files(rows: Sequence[CaptionRow]) -> list[Files]:
@@ -82,19 +80,16 @@ def unique_files(rows: Sequence[CaptionRow]) -> list[Files]:
 def fill_cache(cache: VolumeCache, rows: Sequence[CaptionRow], threads: int | None = None) -> None:
     """Preprocess what is not cached yet, so that a broken file stops the run before its first step.
 
-    Unpacking, resampling and compression release the interpreter lock, so threads are enough. Each volume has one
-    thread of the matrix library, which is faster than all threads on one volume after the other.
+    Unpacking, resampling and compression release the interpreter lock, so threads are enough. One thread of the matrix
+    library for each volume is faster than all threads on one volume after the other.
     """
     files = unique_files(rows)
     threads = threads or min(os.cpu_count() or 1, PREPARING_THREADS)
     with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
         jobs = [pool.submit(cache.ensure, image, mask) for image, mask in files]
         try:
-            bar = tqdm(total=len(files), desc="preparing volumes", unit="case", dynamic_ncols=True, disable=None)
-            for job in jobs:
+            for job in tqdm(jobs, desc="preparing volumes", unit="case", dynamic_ncols=True, disable=None):
                 job.result()
-                bar.update()
-            bar.close()
         except BaseException:  # Ctrl-C too: no further case is started
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -115,12 +110,11 @@ def prepare_all(cache: VolumeCache, files: Sequence[Files], workers: int, *, ver
         InputError: a worker was killed from outside, usually because memory ran out, or the cache cannot be written.
             Prepared volumes stay.
     """
-    waiting = iter(files)
     context = multiprocessing.get_context("spawn")  # as on Windows, and a fork would copy the parent's threads
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
         running = set()
         try:
-            for pair in waiting:
+            for pair in files:
                 running.add(pool.submit(_prepare_one, cache, pair, verify))
                 if len(running) >= 2 * workers:  # one in work and one queued for each
                     done, running = wait(running, return_when=FIRST_COMPLETED)

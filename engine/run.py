@@ -8,6 +8,7 @@ import platform
 import random
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,6 @@ def native_bf16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def mixed_precision(wanted: str) -> str:
-    """``auto``: bf16 on a device that computes in it, else none."""
-    if wanted != "auto":
-        return wanted
-    return "bf16" if native_bf16() else "no"
-
-
 def start_run(args: argparse.Namespace, config: Config, name: str) -> tuple[Accelerator, Path]:
     """Seeds, accelerator and output folder of a training run; writes what was resolved.
 
@@ -49,8 +43,9 @@ def start_run(args: argparse.Namespace, config: Config, name: str) -> tuple[Acce
     flags, the versions and the machine.
     """
     set_seeds(args.seed)
+    automatic = "bf16" if native_bf16() else "no"
     accelerator = Accelerator(
-        mixed_precision=mixed_precision(args.mixed_precision),
+        mixed_precision=automatic if args.mixed_precision == "auto" else args.mixed_precision,
         gradient_accumulation_steps=args.grad_accumulation,
         # The shuffling below is already the same in every process and needs no second one.
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
@@ -59,30 +54,19 @@ def start_run(args: argparse.Namespace, config: Config, name: str) -> tuple[Acce
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         write_config(config, output / f"{name}_config.yaml")
-        record = {
-            "command": sys.argv,
-            "flags": jsonable(vars(args)),
-            "config": config.to_dict(),
-            **environment(),
-        }
+        record = {"command": sys.argv, "flags": jsonable(vars(args)), "config": config.to_dict(), **environment()}
         (output / f"{name}_run.json").write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
-        print(f"{name}: device {accelerator.device}, {accelerator.num_processes} process(es), "
-              f"precision {accelerator.mixed_precision}, seed {args.seed}, output {output}", flush=True)  # fmt: skip
+        device = f"device {accelerator.device}, {accelerator.num_processes} process(es)"
+        run = f"precision {accelerator.mixed_precision}, seed {args.seed}, output {output}"
+        print(f"{name}: {device}, {run}", flush=True)
     return accelerator, output
 
 
 def environment() -> dict[str, str]:
-    import accelerate
-    import transformers
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-    }
+    """Versions and device."""
+    versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+    return {"python": platform.python_version(), **versions, "platform": platform.platform(), "device": device}
 
 
 def jsonable(values: dict[str, Any]) -> dict[str, Any]:

@@ -3,21 +3,20 @@
     root/segmentation/<key>/mask.bin    labels (z, y, x) on the grid of the preprocessed case
     root/segmentation/<key>/meta.json   checksums, lesions, lesion voxels per slice
 
-The key is a digest of the case's cache entry and of the nnU-Net file, so another network segments anew. It is the
-network as nnU-Net trained it, decoder and all, also where the encoder is trained further: the views do not change
-during training.
+The key is a digest of the case's cache entry and of the nnU-Net file, so another network segments anew. The network is
+as nnU-Net trained it, also where the encoder is trained further: views do not change during training.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,21 +29,18 @@ from data.cache import (
     CachedArray,
     CachedVolume,
     CaseCache,
-    DamagedFile,
     VolumeCache,
-    discard,
+    describe_labels,
     file_digest,
+    label_fields,
     publish,
     write_slices,
 )
-from data.lesions import Lesion, find_lesions
 from data.tables.caption_table import CaptionRow
 from engine.prepare import Files, fill_cache, unique_files
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.sliding_window import labels_of, sliding_window
 from models.nnunet.unet import SegmentationUNet
-
-logger = logging.getLogger(__name__)
 
 VERSION = 3  # raise it when the same network would give other labels, or other things are noted of them
 _SLICES = 8
@@ -52,75 +48,44 @@ _ONE_AT_A_TIME = threading.Lock()  # of threads that prepare cases: a network fi
 
 
 class SegmentedCache(CaseCache):
-    """Preprocessed cases with nnU-Net's own segmentation as their mask, made once and kept. Picklable."""
+    """Preprocessed cases with nnU-Net's own segmentation as their mask, made once and kept."""
+
+    _own_arrays = ("mask",)
+    _damage = "segmentation of %s is damaged and made again: %s"
 
     def __init__(self, volumes: VolumeCache, checkpoint: Path) -> None:
         """``checkpoint``: nnU-Net's file, which must have the plan of ``volumes``."""
-        self.volumes = volumes
-        self.plan = volumes.plan
-        self.root = volumes.root
+        self.volumes, self.plan, self.root = volumes, volumes.plan, volumes.root
         self.checkpoint = checkpoint
         self.network = file_digest(checkpoint, self.root / "files").hex()
 
-    def get(self, image_path: Path, mask_path: Path | None = None) -> CachedVolume:
-        volume = self.volumes.get(image_path, mask_path)
-        folder = self.folder(image_path, mask_path)
-        if not folder.exists():
-            self._segment(folder, volume)
-        return self._load(folder, volume)
-
     def ensure(self, image_path: Path, mask_path: Path | None = None, *, verify: bool = False) -> bool:
         prepared = self.volumes.ensure(image_path, mask_path, verify=verify)
-        volume, folder = self.volumes.get(image_path, mask_path), self.folder(image_path, mask_path)
-        if folder.exists():
-            try:
-                labels = self._load(folder, volume).mask
-                if verify:
-                    labels.check()
-                return prepared
-            except DamagedFile as damage:
-                logger.warning("segmentation of %s is damaged and made again: %s", image_path, damage)
-                discard(folder)
-        self._segment(folder, volume)
-        return True
+        return super().ensure(image_path, mask_path, verify=verify) or prepared
 
-    def folder(self, image_path: Path, mask_path: Path | None = None) -> Path:
+    def entry(self, image_path: Path, mask_path: Path | None = None) -> Path:
         """Where the labels of this case are, or will be."""
-        entry = self.volumes.entry(Path(image_path), None if mask_path is None else Path(mask_path))
-        key = blake2b(f"{VERSION}\n{entry.name}\n{self.network}".encode(), digest_size=20).hexdigest()
+        case = self.volumes.entry(image_path, mask_path).name
+        key = blake2b(f"{VERSION}\n{case}\n{self.network}".encode(), digest_size=20).hexdigest()
         return self.root / "segmentation" / key
 
-    def _segment(self, folder: Path, volume: CachedVolume) -> None:
+    def _prepare(self, entry: Path, image_path: Path, mask_path: Path | None) -> None:
+        volume = self.volumes.get(image_path, mask_path)
         with _ONE_AT_A_TIME:
-            if folder.exists():
+            if entry.exists():
                 return
             labels = segment(*_network(self.checkpoint), volume, self.plan.patch_size)
 
-        def write(temporary: Path) -> None:
-            meta = {
-                "array": write_slices(temporary / "mask.bin", labels),
-                "lesion_voxels": np.count_nonzero(labels, axis=(1, 2)).tolist(),
-                "lesions": [lesion.to_list() for lesion in find_lesions(labels)],
-            }
-            (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        def write(folder: Path) -> None:
+            meta = {"array": write_slices(folder / "mask.bin", labels), **describe_labels(labels)}
+            (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
-        publish(write, folder)
+        publish(write, entry)
 
-    @staticmethod
-    def _load(folder: Path, volume: CachedVolume) -> CachedVolume:
-        """``volume`` with the stored labels in place of its mask. Raises DamagedFile."""
-        try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            return replace(
-                volume,
-                mask=CachedArray(folder / "mask.bin", meta["array"]),
-                lesion_voxels=np.array(meta["lesion_voxels"], dtype=np.int64),
-                lesions=tuple(map(Lesion.from_list, meta["lesions"])),
-            )
-        except DamagedFile:
-            raise
-        except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise DamagedFile(folder, f"{type(error).__name__}: {error}") from error
+    def _open(self, entry: Path, meta: dict[str, Any], image_path: Path, mask_path: Path | None) -> CachedVolume:
+        """The case with the stored labels in place of its mask."""
+        volume, mask = self.volumes.get(image_path, mask_path), CachedArray(entry / "mask.bin", meta["array"])
+        return replace(volume, mask=mask, **label_fields(meta))
 
 
 def open_cache(config: Config, plan: PreprocessPlan) -> CaseCache:
@@ -133,35 +98,29 @@ def open_cache(config: Config, plan: PreprocessPlan) -> CaseCache:
     if config.slice_policy != "nnunet":
         return volumes
     path = config.resolved("nnunet_encoder_checkpoint")
+    remedy = "set nnunet_encoder_checkpoint to the file that was trained with"
     if not path.is_file():
         raise InputError(
-            f"slice_policy is nnunet, which segments every scan with the whole nnU-Net, and {path} is not there; set "
-            "nnunet_encoder_checkpoint to the file that was trained with"
+            "slice_policy is nnunet, which segments every scan with the whole nnU-Net, and "
+            f"{path} is not there; {remedy}"
         )
     source = load_nnunet_checkpoint(path)
     if PreprocessPlan.from_nnunet(source.plans, source.configuration, config.image_axis_order) != plan:
-        raise InputError(
-            f"{path} has another plan than the model was trained with; set nnunet_encoder_checkpoint to the file that "
-            "was trained with"
-        )
+        raise InputError(f"{path} has another plan than the model was trained with; {remedy}")
     return SegmentedCache(volumes, path)
 
 
 def prepare_cases(cache: CaseCache, rows: Sequence[CaptionRow]) -> None:
-    """Fill the cache before the first step, and segment where the policy wants it.
-
-    Raises InputError as :func:`engine.prepare.fill_cache` does.
-    """
-    if isinstance(cache, VolumeCache):
-        fill_cache(cache, rows)
-        return
-    fill_cache(cache.volumes, rows)  # several volumes at once, a thread each; the network then has all threads
-    segment_all(cache, unique_files(rows))
+    """Fill the cache before the first step, and segment where the policy wants it. Raises InputError for a bad file."""
+    segmented = isinstance(cache, SegmentedCache)
+    fill_cache(cache.volumes if segmented else cache, rows)  # a thread for each volume; the network then has all
+    if segmented:
+        segment_all(cache, unique_files(rows))
 
 
 def segment_all(cache: SegmentedCache, files: Sequence[Files]) -> int:
     """Segment what is not segmented yet, with a progress bar; how many were. The cases must have been prepared."""
-    missing = {folder: pair for pair in files if not (folder := cache.folder(*pair)).exists()}
+    missing = {entry: pair for pair in files if not (entry := cache.entry(*pair)).exists()}
     for pair in tqdm(missing.values(), desc="segmenting volumes", unit="case", dynamic_ncols=True, disable=None):
         cache.ensure(*pair)
     return len(missing)

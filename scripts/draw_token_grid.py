@@ -63,39 +63,34 @@ def lesion_view(seed: int) -> View:
 def draw_cells(axes: Axes, box: tuple[float, float, float, float], cells: int, colour: str) -> None:
     """Draw a grid of ``cells`` x ``cells`` within ``box``: top, left, bottom, right."""
     top, left, bottom, right = box
-    for fraction in np.linspace(0, 1, cells + 1):
-        row, column = top + fraction * (bottom - top), left + fraction * (right - left)
-        axes.plot([left, right], [row, row], color=colour, linewidth=0.8)
-        axes.plot([column, column], [top, bottom], color=colour, linewidth=0.8)
+    axes.hlines(np.linspace(top, bottom, cells + 1), left, right, color=colour, linewidth=0.8)
+    axes.vlines(np.linspace(left, right, cells + 1), top, bottom, color=colour, linewidth=0.8)
 
 
 def main() -> None:
     args = parse_args()
     view = lesion_view(args.seed)
-    image = view.images[0, 0]
+    image, grid = view.images[0, 0], args.grid
     height, width = image.shape
+    scale = np.array([height, width, height, width])
+    overview = grid_side(args.max_visual_tokens, 1, grid)
+    beside = grid_side(args.max_visual_tokens, 1, grid, ROI_SIDE**2)
+    _, (row, column) = center_crop(torch.zeros(1, 1, grid, grid), ROI_SIDE)
+    centre, extent = (v[0].numpy() for v in roi_extent(view.roi[:1], (grid, grid), ROI_SIDE))
     whole = (0.0, 0.0, float(height), float(width))
-    overview = grid_side(args.max_visual_tokens, 1, args.grid)
-    beside = grid_side(args.max_visual_tokens, 1, args.grid, ROI_SIDE**2)
-
-    import torch
-
-    _, (row, column) = center_crop(torch.zeros(1, 1, args.grid, args.grid), ROI_SIDE)
-    corners = np.array([row, column, row + ROI_SIDE, column + ROI_SIDE]) / args.grid
-    crop = tuple(corners * np.array([height, width, height, width]))
-    centre, extent = (v[0].numpy() for v in roi_extent(view.roi[:1], (args.grid, args.grid), ROI_SIDE))
-    corners = np.concatenate([centre - extent / 2, centre + extent / 2])
-    roi = tuple(corners * np.array([height, width, height, width]))
+    crop = tuple(np.array([row, column, row + ROI_SIDE, column + ROI_SIDE]) / grid * scale)
+    roi = tuple(np.concatenate([centre - extent / 2, centre + extent / 2]) * scale)
 
     figure = Figure(figsize=(13, 3.9), dpi=110, layout="constrained")
+    blue, orange = "deepskyblue", "orange"
+    lesion = f"{beside} × {beside} + {ROI_SIDE} × {ROI_SIDE} = {beside**2 + ROI_SIDE**2} tokens"
+    pooled = f"{overview} × {overview} = {overview**2} tokens\n(max_visual_tokens {args.max_visual_tokens})"
     panels = [
-        (f"features: {args.grid} × {args.grid}", [(whole, args.grid, "deepskyblue")]),
-        (f"{overview} × {overview} = {overview**2} tokens\n(max_visual_tokens {args.max_visual_tokens})",
-         [(whole, overview, "deepskyblue")]),
-        (f"roi_policy centre, roi_side {ROI_SIDE}:\n{ROI_SIDE**2} tokens", [(crop, ROI_SIDE, "deepskyblue")]),
-        (f"roi_policy lesion, roi_side {ROI_SIDE}:\n{beside} × {beside} + {ROI_SIDE} × {ROI_SIDE} = "
-         f"{beside**2 + ROI_SIDE**2} tokens", [(whole, beside, "deepskyblue"), (roi, ROI_SIDE, "orange")]),
-    ]  # fmt: skip
+        (f"features: {grid} × {grid}", [(whole, grid, blue)]),
+        (pooled, [(whole, overview, blue)]),
+        (f"roi_policy centre, roi_side {ROI_SIDE}:\n{ROI_SIDE**2} tokens", [(crop, ROI_SIDE, blue)]),
+        (f"roi_policy lesion, roi_side {ROI_SIDE}:\n{lesion}", [(whole, beside, blue), (roi, ROI_SIDE, orange)]),
+    ]
     for axes, (title, grids) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         axes.imshow(image, cmap="gray")
         axes.set(xlim=(-2, width + 2), ylim=(height + 2, -2))

@@ -1,23 +1,24 @@
 """The architecture section of nnU-Net's plans, read into a checked value that can be stored as JSON.
 
-The plans name their classes as strings that nnU-Net imports. Here a name only selects an entry of an
-allow-list: nothing that a file says is ever imported or called.
+The plans name classes that nnU-Net imports. Here a name selects an entry of an allow-list; nothing that a file names is
+imported or called.
 
-Source: nnU-Net 2.8.1 (``plans_handler.py`` for plans without ``architecture``) and
-dynamic-network-architectures 0.4.4 (``architectures/unet.py``).
+Source: nnU-Net 2.8.1 (``plans_handler.py``, for plans without ``architecture``) and dynamic-network-architectures 0.4.4
+(``architectures/unet.py``).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from config.errors import InputError
-from config.nnunet_plans import resolve_configuration
+from config.nnunet_plans import required, resolve_configuration
 
 PLAIN = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
 RESIDUAL = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
@@ -29,16 +30,12 @@ _NETWORKS = {
 }
 _BLOCKS_KEY = {PLAIN: "n_conv_per_stage", RESIDUAL: "n_blocks_per_stage"}
 
+_get = partial(required, where="architecture")
 _TORCH_NAME = re.compile(r"torch\.nn\.(?:modules\.[a-z]+\.)?([A-Za-z0-9]+)")
 _CONV = {"Conv2d": 2, "Conv3d": 3}
-_NORM = {
-    "InstanceNorm2d": nn.InstanceNorm2d,
-    "InstanceNorm3d": nn.InstanceNorm3d,
-    "BatchNorm2d": nn.BatchNorm2d,
-    "BatchNorm3d": nn.BatchNorm3d,
-}
-_DROPOUT = {"Dropout": nn.Dropout, "Dropout2d": nn.Dropout2d, "Dropout3d": nn.Dropout3d}
-_NONLIN = {"LeakyReLU": nn.LeakyReLU, "ReLU": nn.ReLU, "GELU": nn.GELU, "SiLU": nn.SiLU}
+_NORM = ("InstanceNorm2d", "InstanceNorm3d", "BatchNorm2d", "BatchNorm3d")
+_DROPOUT = ("Dropout", "Dropout2d", "Dropout3d")
+_NONLIN = ("LeakyReLU", "ReLU", "GELU", "SiLU")
 _ALLOWED_KWARGS = {
     "norm_op": {"eps", "momentum", "affine", "track_running_stats"},
     "dropout_op": {"p", "inplace"},
@@ -50,7 +47,7 @@ _NEUTRAL = {"deep_supervision": (True, False), "nonlin_first": (False,), "bottle
 
 @dataclass(frozen=True)
 class Op:
-    """One layer type: ``factory`` is a ``torch.nn`` class from the allow-list, ``name`` its name in plans."""
+    """One layer type: ``factory`` is an allowed ``torch.nn`` class, ``name`` its name in plans."""
 
     name: str
     factory: type[nn.Module]
@@ -62,7 +59,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A U-Net of nnU-Net's: everything that decides its parameters' names and shapes and its arithmetic.
+    """A U-Net of nnU-Net's: what decides its parameters' names and shapes, and its arithmetic.
 
     Per stage, shallow to deep: ``features`` (channels), ``kernel_sizes`` and ``strides`` (``dim`` numbers
     each), ``blocks`` (convolutions, or residual blocks). ``patch_size`` is in voxels.
@@ -120,14 +117,8 @@ class Architecture:
                 "one's segmentation as input; use a checkpoint of '2d', '3d_lowres' or '3d_fullres'"
             )
         described = resolved.get("architecture") or _from_old_plans(resolved, configuration)
-        return cls.from_dict(
-            {
-                **described,
-                "input_channels": in_channels,
-                "num_classes": num_classes,
-                "patch_size": list(resolved["patch_size"]),
-            }
-        )
+        io = {"input_channels": in_channels, "num_classes": num_classes, "patch_size": resolved["patch_size"]}
+        return cls.from_dict({**described, **io})
 
     @classmethod
     def from_dict(cls, described: Mapping[str, Any]) -> Architecture:
@@ -138,8 +129,7 @@ class Architecture:
             raise InputError(
                 f"architecture: network '{name}' is not supported; expected PlainConvUNet or ResidualEncoderUNet"
             )
-        network = _NETWORKS[name]
-        kwargs = _get(described, "arch_kwargs")
+        network, kwargs = _NETWORKS[name], _get(described, "arch_kwargs")
         _refuse_unknown(kwargs, _BLOCKS_KEY[network])
         dim = _CONV[_allowed_name(_get(kwargs, "conv_op"), _CONV, "conv_op")]
         stages = int(_get(kwargs, "n_stages"))
@@ -179,40 +169,31 @@ class Architecture:
             kwargs[f"{key}_kwargs"] = dict(op.kwargs) if op else None
         if self.residual:
             kwargs["stem_channels"] = self.stem_channels
-        return {
-            "network_class_name": self.network,
-            "arch_kwargs": kwargs,
-            "input_channels": self.in_channels,
-            "num_classes": self.num_classes,
-            "patch_size": list(self.patch_size),
-        }
+        io = {"input_channels": self.in_channels, "num_classes": self.num_classes, "patch_size": list(self.patch_size)}
+        return {"network_class_name": self.network, "arch_kwargs": kwargs, **io}
 
 
-def _from_old_plans(resolved: Mapping[str, Any], configuration: str) -> dict[str, Any]:
-    """The ``architecture`` that plans of nnU-Net before 2.3 imply by ``UNet_class_name`` and its companions."""
-    if "UNet_class_name" not in resolved:
-        raise InputError(
-            f"plans, configuration '{configuration}': neither 'architecture' nor 'UNet_class_name' is there; "
-            "expected the plans of nnU-Net v2"
-        )
-    networks = {"PlainConvUNet": PLAIN, "ResidualEncoderUNet": RESIDUAL}
-    name = resolved["UNet_class_name"]
-    if name not in networks:
-        raise InputError(f"plans: UNet_class_name '{name}' is not supported; expected {' or '.join(networks)}")
-    network = networks[name]
-    blocks = list(_get(resolved, "n_conv_per_stage_encoder"))
-    dim = len(_get(resolved, "patch_size"))
-    base, most = _get(resolved, "UNet_base_num_features"), _get(resolved, "unet_max_num_features")
+def planned_architecture(
+    network: str,
+    dim: int,
+    features: Sequence[int],
+    kernel_sizes: Sequence[Sequence[int]],
+    strides: Sequence[Sequence[int]],
+    blocks: Sequence[int],
+    decoder_blocks: Sequence[int],
+) -> dict[str, Any]:
+    """The ``architecture`` section of plans with what nnU-Net's planner always chooses: convolutions with bias,
+    instance norm, leaky ReLU, no dropout. Arguments as the attributes of :class:`Architecture`."""
     return {
         "network_class_name": network,
         "arch_kwargs": {
             "n_stages": len(blocks),
-            "features_per_stage": [min(base * 2**stage, most) for stage in range(len(blocks))],
+            "features_per_stage": features,
             "conv_op": f"torch.nn.modules.conv.Conv{dim}d",
-            "kernel_sizes": _get(resolved, "conv_kernel_sizes"),
-            "strides": _get(resolved, "pool_op_kernel_sizes"),
+            "kernel_sizes": kernel_sizes,
+            "strides": strides,
             _BLOCKS_KEY[network]: blocks,
-            "n_conv_per_stage_decoder": _get(resolved, "n_conv_per_stage_decoder"),
+            "n_conv_per_stage_decoder": decoder_blocks,
             "conv_bias": True,
             "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dim}d",
             "norm_op_kwargs": {"eps": 1e-5, "affine": True},
@@ -224,10 +205,29 @@ def _from_old_plans(resolved: Mapping[str, Any], configuration: str) -> dict[str
     }
 
 
-def _get(mapping: Mapping[str, Any], key: str) -> Any:
-    if key not in mapping:
-        raise InputError(f"architecture: key '{key}' is missing")
-    return mapping[key]
+def _from_old_plans(resolved: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    """The ``architecture`` that plans of nnU-Net before 2.3 imply by ``UNet_class_name`` and its companions."""
+    name = resolved.get("UNet_class_name")
+    if name is None:
+        raise InputError(
+            f"plans, configuration '{configuration}': neither 'architecture' nor 'UNet_class_name' is there; "
+            "expected the plans of nnU-Net v2"
+        )
+    networks = {"PlainConvUNet": PLAIN, "ResidualEncoderUNet": RESIDUAL}
+    if name not in networks:
+        raise InputError(f"plans: UNet_class_name '{name}' is not supported; expected {' or '.join(networks)}")
+    blocks, base, most = (
+        _get(resolved, key) for key in ("n_conv_per_stage_encoder", "UNet_base_num_features", "unet_max_num_features")
+    )
+    return planned_architecture(
+        networks[name],
+        len(_get(resolved, "patch_size")),
+        features=[min(base * 2**stage, most) for stage in range(len(blocks))],
+        kernel_sizes=_get(resolved, "conv_kernel_sizes"),
+        strides=_get(resolved, "pool_op_kernel_sizes"),
+        blocks=blocks,
+        decoder_blocks=_get(resolved, "n_conv_per_stage_decoder"),
+    )
 
 
 def _refuse_unknown(kwargs: Mapping[str, Any], blocks_key: str) -> None:
@@ -241,14 +241,14 @@ def _refuse_unknown(kwargs: Mapping[str, Any], blocks_key: str) -> None:
             raise InputError(f"architecture: argument {key}={value!r} is not supported")
 
 
-def _allowed_name(name: Any, allowed: Mapping[str, Any], key: str) -> str:
+def _allowed_name(name: Any, allowed: Collection[str], key: str) -> str:
     match = _TORCH_NAME.fullmatch(name) if isinstance(name, str) else None
     if match is None or match[1] not in allowed:
         raise InputError(f"architecture: {key} '{name}' is not supported; expected torch.nn's {', '.join(allowed)}")
     return match[1]
 
 
-def _op(kwargs: Mapping[str, Any], key: str, allowed: Mapping[str, type[nn.Module]]) -> Op | None:
+def _op(kwargs: Mapping[str, Any], key: str, allowed: Collection[str]) -> Op | None:
     name = kwargs.get(key)
     if name is None:
         return None
@@ -256,12 +256,16 @@ def _op(kwargs: Mapping[str, Any], key: str, allowed: Mapping[str, type[nn.Modul
     unknown = sorted(set(options) - _ALLOWED_KWARGS[key])
     if unknown:
         raise InputError(f"architecture: {key}_kwargs has arguments that are not supported: {', '.join(unknown)}")
-    return Op(name, allowed[_allowed_name(name, allowed, key)], options)
+    return Op(name, getattr(nn, _allowed_name(name, allowed, key)), options)
+
+
+def _repeated(value: Any, count: int) -> tuple[Any, ...]:
+    return (value,) * count if isinstance(value, int) else tuple(value)
 
 
 def _per_stage(kwargs: Mapping[str, Any], key: str, stages: int) -> tuple[int, ...]:
     value = _get(kwargs, key)
-    values = (value,) * stages if isinstance(value, int) else tuple(int(entry) for entry in value)
+    values = tuple(map(int, _repeated(value, stages)))
     if len(values) != stages or min(values) < 1:
         raise InputError(f"architecture: {key} {value} must hold {stages} positive numbers")
     return values
@@ -269,8 +273,7 @@ def _per_stage(kwargs: Mapping[str, Any], key: str, stages: int) -> tuple[int, .
 
 def _per_axis(kwargs: Mapping[str, Any], key: str, stages: int, dim: int) -> tuple[tuple[int, ...], ...]:
     value = _get(kwargs, key)
-    entries = (value,) * stages if isinstance(value, int) else tuple(value)
-    axes = tuple((e,) * dim if isinstance(e, int) else tuple(int(size) for size in e) for e in entries)
+    axes = tuple(tuple(map(int, _repeated(entry, dim))) for entry in _repeated(value, stages))
     if len(axes) != stages or any(len(sizes) != dim or min(sizes) < 1 for sizes in axes):
         raise InputError(f"architecture: {key} {value} must hold {dim} positive numbers for each of {stages} stages")
     return axes

@@ -1,10 +1,10 @@
 """Reading and writing nnU-Net v2's own checkpoint files, without nnU-Net and without unpickling code.
 
-A checkpoint is a pickle that could run anything. It is read with ``torch.load(weights_only=True)`` and an
-allow-list of the NumPy scalars that nnU-Net logs; whatever else a file asks for is refused by name.
+A pickle can run anything, so it is read with ``torch.load(weights_only=True)`` and an allow-list of the NumPy scalars
+that nnU-Net logs; whatever else a file asks for is refused by name.
 
-nnU-Net's state dict holds every encoder tensor four times: ``…conv``, its alias ``…all_modules.0``, and both
-again under ``decoder.encoder``. Loading assigns them one after the other, so the last one counts.
+nnU-Net's state dict holds every encoder tensor four times: ``…conv``, its alias ``…all_modules.0``, and both again
+under ``decoder.encoder``. Loading assigns them one after the other, so the last one counts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import pickle
 import re
-import uuid
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ from torch import Tensor, nn
 from torch.serialization import safe_globals
 
 from config.errors import InputError
+from config.files import atomic_path
+from config.nnunet_plans import plain_types
 from models.nnunet.architecture import Architecture
 
 logger = logging.getLogger(__name__)
@@ -40,21 +41,18 @@ _SAFE_GLOBALS = [
 _FORBIDDEN_GLOBAL = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)|but got <class '(\S+)'>")
 _PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 _ALIAS = re.compile(r"\.all_modules\.(\d+)\.")
-_NESTED_ENCODER = "decoder."
 
 
 @dataclass(frozen=True)
 class NnUNetCheckpoint:
-    """A trained nnU-Net. ``network_state`` has one name per tensor, ``encoder_state`` is its encoder's part
-    (both with the names of :class:`models.nnunet.unet.SegmentationUNet`). ``plans`` and ``dataset_json`` are
-    plain Python types."""
+    """A trained nnU-Net. ``network_state`` has the names of :class:`models.nnunet.unet.SegmentationUNet`, and
+    ``encoder_state`` is its encoder's part; ``plans`` and ``dataset_json`` are plain Python types."""
 
     path: Path
     network_state: dict[str, Tensor]
     plans: dict[str, Any]
     configuration: str
     dataset_json: dict[str, Any]
-    trainer_name: str
     architecture: Architecture
 
     @property
@@ -65,9 +63,9 @@ class NnUNetCheckpoint:
 def load_nnunet_checkpoint(path: Path | str) -> NnUNetCheckpoint:
     """Read ``checkpoint_best.pth`` or ``checkpoint_final.pth`` of nnU-Net v2, onto the CPU.
 
-    Raises InputError if the file is missing or damaged, asks for anything but tensors and plain values, is
-    not nnU-Net v2's (naming the key that is missing), holds weights that are not finite, or describes a
-    network that cannot be rebuilt.
+    Raises InputError if the file is missing or damaged, asks for anything but tensors and plain values, is not nnU-Net
+    v2's (naming the key that is missing), holds weights that are not finite, or describes a network that cannot be
+    rebuilt.
     """
     path = Path(path)
     content = _read(path)
@@ -83,75 +81,48 @@ def load_nnunet_checkpoint(path: Path | str) -> NnUNetCheckpoint:
     broken = [key for key, value in state.items() if not torch.isfinite(value).all()]
     if broken:
         raise InputError(f"{path}: '{broken[0]}' and {len(broken) - 1} other tensors hold NaN or infinite weights")
-    plans, configuration = _plain(arguments["plans"]), arguments["configuration"]
+    plans, configuration = plain_types(arguments["plans"]), arguments["configuration"]
+    in_channels, num_classes = _channels(state, path)
     try:
-        architecture = Architecture.from_plans(
-            plans,
-            configuration,
-            in_channels=_first_convolution(state, path).shape[1],
-            num_classes=_head(state, path).shape[0],
-        )
+        architecture = Architecture.from_plans(plans, configuration, in_channels=in_channels, num_classes=num_classes)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    return NnUNetCheckpoint(
-        path=path,
-        network_state=state,
-        plans=plans,
-        configuration=configuration,
-        dataset_json=_plain(arguments["dataset_json"]),
-        trainer_name=content["trainer_name"],
-        architecture=architecture,
-    )
+    return NnUNetCheckpoint(path, state, plans, configuration, plain_types(arguments["dataset_json"]), architecture)
 
 
 def save_nnunet_checkpoint(
-    path: Path | str,
+    path: Path,
     network_state: Mapping[str, Tensor],
     plans: Mapping[str, Any],
     configuration: str,
     dataset_json: Mapping[str, Any],
-    *,
-    trainer_name: str = "nnUNetTrainer",
-    fold: int = 0,
-    epoch: int = 0,
-    mirroring_axes: tuple[int, ...] | None = None,
 ) -> None:
     """Write a checkpoint that nnU-Net's predictor loads, atomically, and without optimizer state.
 
     ``network_state`` must have nnU-Net's names, aliases included
     (:meth:`models.nnunet.unet.SegmentationUNet.state_dict_nnunet`).
     """
-    path = Path(path)
+    arguments = {"plans": plans, "configuration": configuration, "fold": 0, "dataset_json": dataset_json}
     content = {
         "network_weights": {key: value.detach().cpu() for key, value in network_state.items()},
         "optimizer_state": None,
         "grad_scaler_state": None,
         "logging": {},
         "_best_ema": None,
-        "current_epoch": epoch,
-        "init_args": {
-            "plans": _plain(plans),
-            "configuration": configuration,
-            "fold": fold,
-            "dataset_json": _plain(dataset_json),
-        },
-        "trainer_name": trainer_name,
-        "inference_allowed_mirroring_axes": mirroring_axes,
+        "current_epoch": 0,
+        "init_args": plain_types(arguments),
+        "trainer_name": "nnUNetTrainer",
+        "inference_allowed_mirroring_axes": None,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        torch.save(content, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path) as part:
+        torch.save(content, part)
 
 
 def canonical_state(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """One name per tensor of a state dict of nnU-Net's: prefixes stripped, aliases folded.
 
-    Where the aliases of one tensor differ, the one that nnU-Net's own loading would leave in place is taken,
-    and a warning says so. Tensors are copied, so that the file may be unmapped.
+    Where the aliases of one tensor differ, the one that nnU-Net's own loading would leave in place is taken, with a
+    warning. Tensors are copied, so that the file may be unmapped.
     """
     chosen: dict[str, tuple[int, Tensor]] = {}
     conflicts = []
@@ -159,11 +130,10 @@ def canonical_state(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tens
         key = name
         while key.startswith(_PREFIXES):
             key = key.split(".", 1)[1]
-        # The order in which load_state_dict walks the network: names before aliases, and the encoder once
-        # more as a part of the decoder.
+        # load_state_dict walks names before aliases, and the encoder once more as a part of the decoder.
         rank = 0
-        if key.startswith(f"{_NESTED_ENCODER}encoder."):
-            key, rank = key.removeprefix(_NESTED_ENCODER), 2
+        if key.startswith("decoder.encoder."):
+            key, rank = key.removeprefix("decoder."), 2
         if alias := _ALIAS.search(key):
             # The convolution always comes first; of what follows only the norm has parameters.
             part = "conv" if alias[1] == "0" else "norm"
@@ -174,11 +144,8 @@ def canonical_state(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tens
             chosen[key] = (rank, tensor)
     if conflicts:
         logger.warning(
-            "%s: %d tensors are stored with conflicting values under several names, '%s' among them; "
-            "the value that nnU-Net itself would load is used",
-            path,
-            len(set(conflicts)),
-            conflicts[0],
+            f"{path}: {len(set(conflicts))} tensors are stored with conflicting values under several names, "
+            f"'{conflicts[0]}' among them; the value that nnU-Net itself would load is used"
         )
     return {key: tensor.clone() for key, (_, tensor) in chosen.items()}
 
@@ -214,9 +181,8 @@ def _read(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         forbidden = _FORBIDDEN_GLOBAL.search(str(error))
-        reason = (
-            f"asks for '{forbidden[1] or forbidden[2]}'" if forbidden else "holds a pickle that cannot be read safely"
-        )
+        name = forbidden and (forbidden[1] or forbidden[2])
+        reason = f"asks for '{name}'" if name else "holds a pickle that cannot be read safely"
         raise InputError(
             f"{path}: {reason}; only tensors, numbers and texts are read, because loading anything else can run "
             "code; re-save the checkpoint without it if you trust its origin"
@@ -228,23 +194,13 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _first_convolution(state: Mapping[str, Tensor], path: Path) -> Tensor:
-    for key in ("encoder.stem.convs.0.conv.weight", "encoder.stages.0.0.convs.0.conv.weight"):
-        if key in state:
-            return state[key]
-    raise InputError(f"{path}: no first convolution of a PlainConvUNet or ResidualEncoderUNet among the weights")
-
-
-def _head(state: Mapping[str, Tensor], path: Path) -> Tensor:
-    if "decoder.seg_layers.0.weight" not in state:
-        raise InputError(f"{path}: weight 'decoder.seg_layers.0.weight' is missing, expected an nnU-Net U-Net")
-    return state["decoder.seg_layers.0.weight"]
-
-
-def _plain(value: Any) -> Any:
-    """Plain Python types, so that the plans can be stored as JSON."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value.item() if isinstance(value, np.generic) else value
+def _channels(state: Mapping[str, Tensor], path: Path) -> tuple[int, int]:
+    """Input channels and classes."""
+    names = ("encoder.stem.convs.0.conv.weight", "encoder.stages.0.0.convs.0.conv.weight")
+    first = [name for name in names if name in state]
+    if not first:
+        raise InputError(f"{path}: no first convolution of a PlainConvUNet or ResidualEncoderUNet among the weights")
+    head = "decoder.seg_layers.0.weight"
+    if head not in state:
+        raise InputError(f"{path}: weight '{head}' is missing, expected an nnU-Net U-Net")
+    return state[first[0]].shape[1], state[head].shape[0]

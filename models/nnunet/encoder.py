@@ -9,6 +9,7 @@ deepest that has at least T x T features in plane at the plan's patch size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from config.errors import InputError
+from config.nnunet_plans import required
 from models.nnunet.architecture import Architecture
-from models.nnunet.blocks import UNetEncoder
 from models.nnunet.checkpoint import NnUNetCheckpoint, load_nnunet_checkpoint, load_strictly
-
-DEFAULT_PLANES = 4
+from models.nnunet.unet import UNetEncoder
 
 
 class NnUNetEncoder(nn.Module):
@@ -36,11 +36,7 @@ class NnUNetEncoder(nn.Module):
     """
 
     def __init__(
-        self,
-        network: Architecture,
-        output_stage: int | None = None,
-        target_spatial: int = 28,
-        planes: int = DEFAULT_PLANES,
+        self, network: Architecture, output_stage: int | None = None, target_spatial: int = 28, planes: int = 4
     ) -> None:
         """Raises InputError if the network has no ``output_stage``."""
         super().__init__()
@@ -67,7 +63,7 @@ class NnUNetEncoder(nn.Module):
         checkpoint: Path | str | NnUNetCheckpoint,
         output_stage: int | None = None,
         target_spatial: int = 28,
-        planes: int = DEFAULT_PLANES,
+        planes: int = 4,
     ) -> NnUNetEncoder:
         """The encoder with the weights of nnU-Net's ``checkpoint``; every tensor must fit.
 
@@ -82,28 +78,24 @@ class NnUNetEncoder(nn.Module):
     @classmethod
     def from_architecture(cls, architecture: Mapping[str, Any]) -> NnUNetEncoder:
         """An encoder with untrained weights, as the attribute ``architecture`` of another one describes it."""
-        missing = [key for key in ("output_stage", "target_spatial", "planes") if key not in architecture]
-        if missing:
-            raise InputError(f"stored encoder architecture: key '{missing[0]}' is missing")
-        return cls(
-            Architecture.from_dict(architecture),
-            output_stage=architecture["output_stage"],
-            target_spatial=architecture["target_spatial"],
-            planes=architecture["planes"],
-        )
+        keys = ("output_stage", "target_spatial", "planes")
+        pooling = {key: required(architecture, key, "stored encoder architecture") for key in keys}
+        return cls(Architecture.from_dict(architecture), **pooling)
 
     @property
     def architecture(self) -> dict[str, Any]:
-        return {
-            **self.network.to_dict(),
-            "output_stage": self.output_stage,
-            "target_spatial": self.target_spatial,
-            "planes": self.planes,
-        }
+        pooling = {"output_stage": self.output_stage, "target_spatial": self.target_spatial, "planes": self.planes}
+        return {**self.network.to_dict(), **pooling}
 
     def stage_features(self, x: Tensor, last: int | None = None) -> list[Tensor]:
         """Features of stages 0 … ``last`` (default: all), shallow to deep."""
-        self._check(x, self.network.total_stride(len(self.network.features) - 1 if last is None else last))
+        if x.ndim != self.dim + 2 or x.shape[1] != self.in_channels:
+            space = "H, W" if self.dim == 2 else "d, h, w"
+            raise ValueError(f"expected (B, {self.in_channels}, {space}), got {tuple(x.shape)}")
+        # A residual stage adds a pooled shortcut (rounds down) to strided convolutions (round up).
+        stride = self.network.total_stride(len(self.network.features) - 1 if last is None else last)
+        if self.network.residual and any(n % s for n, s in zip(x.shape[2:], stride, strict=True)):
+            raise ValueError(f"a residual encoder needs sizes divisible by {stride}, got {tuple(x.shape[2:])}")
         return self.encoder(x, last)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,25 +106,13 @@ class NnUNetEncoder(nn.Module):
             return F.adaptive_avg_pool2d(features, (side, side))
         return F.adaptive_avg_pool3d(features, (self.planes, side, side)).transpose(1, 2)
 
-    def _check(self, x: Tensor, stride: tuple[int, ...]) -> None:
-        if x.ndim != self.dim + 2 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"expected (B, {self.in_channels}, {'H, W' if self.dim == 2 else 'd, h, w'}), got {tuple(x.shape)}"
-            )
-        # A residual stage adds a pooled shortcut (rounds down) to strided convolutions (round up).
-        if self.network.residual and any(n % s for n, s in zip(x.shape[2:], stride, strict=True)):
-            raise ValueError(f"a residual encoder needs sizes divisible by {stride}, got {tuple(x.shape[2:])}")
-
 
 def default_stage(network: Architecture, target_spatial: int) -> int:
     """The deepest stage that has at least ``target_spatial`` features along both in-plane axes, or 0."""
-    fitting = [
-        stage
-        for stage in range(len(network.features))
-        if min(
-            -(-size // stride)
-            for size, stride in zip(network.patch_size[-2:], network.total_stride(stage)[-2:], strict=True)
-        )
-        >= target_spatial
-    ]
+
+    def side(stage: int) -> int:
+        strides = network.total_stride(stage)[-2:]
+        return min(math.ceil(size / stride) for size, stride in zip(network.patch_size[-2:], strides, strict=True))
+
+    fitting = (stage for stage in range(len(network.features)) if side(stage) >= target_spatial)
     return max(fitting, default=0)

@@ -23,11 +23,11 @@ from torch import Tensor
 _PEAK = 10.0  # of the weights, as nnU-Net has it: half precision has room on both sides
 
 
-def tile_starts(extent: int, patch: int, overlap: float = 0.5) -> list[int]:
-    """First voxels of tiles of ``patch`` voxels that cover ``extent``, evenly spaced, at most a step apart."""
+def tile_starts(extent: int, patch: int) -> list[int]:
+    """First voxels of tiles of ``patch`` voxels that cover ``extent``, evenly spaced, at most half a patch apart."""
     if extent <= patch:
         return [0]
-    count = math.ceil((extent - patch) / (patch * (1 - overlap))) + 1
+    count = math.ceil((extent - patch) / (patch / 2)) + 1
     return [round((extent - patch) * k / (count - 1)) for k in range(count)]
 
 

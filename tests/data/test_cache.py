@@ -23,20 +23,10 @@ from data.imaging.nifti import write_volume
 from data.imaging.reader import read_mask, read_volume
 from data.nnunet_preprocess import preprocess
 
-PLAN = PreprocessPlan(
-    configuration="2d",
-    dim=2,
-    spacing=(0.8, 0.8),
-    patch_size=(32, 32),
-    transpose_forward=(0, 1, 2),
-    normalization_schemes=("CTNormalization",),
-    use_mask_for_norm=(False,),
-    intensity=(Intensity(mean=-300.0, std=400.0, percentile_00_5=-1000.0, percentile_99_5=600.0),),
-    image_reader_writer="SimpleITKIO",
-    orientation="LPS",
-    data_resampling=Resampling(order=3),
-    mask_resampling=Resampling(order=1),
-)
+# normalisation, without a mask; intensities; reader; orientation; resampling of image and mask
+HU = Intensity(mean=-300.0, std=400.0, percentile_00_5=-1000.0, percentile_99_5=600.0)
+CT = (("CTNormalization",), (False,), (HU,), "SimpleITKIO", "LPS", Resampling(order=3), Resampling(order=1))
+PLAN = PreprocessPlan("2d", 2, (0.8, 0.8), (32, 32), (0, 1, 2), *CT)
 
 
 @pytest.fixture
@@ -69,21 +59,15 @@ def test_equals_preprocessing_and_is_prepared_once(tmp_path, case, count_prepara
     assert cached.lesion_voxels[2] > 0 and cached.lesion_voxels[0] == 0
 
 
-def test_slices_are_those_of_the_whole(tmp_path, case):
-    cached = VolumeCache(tmp_path / "cache", PLAN).get(*case)
-    whole, mask = np.asarray(cached.image), np.asarray(cached.mask)
-    assert whole.dtype == np.float32 and cached.image.shape == whole.shape == (1, *mask.shape)
-    assert np.array_equal(cached.image.planes(2, 5), whole[:, 2:5])
-    assert np.array_equal(cached.image.plane(5), whole[:, 5]) and np.array_equal(cached.mask.plane(3), mask[3])
-
-
-def test_a_slice_is_read_without_the_others(tmp_path, case):
+def test_slices_are_those_of_the_whole_and_are_read_without_the_others(tmp_path, case):
     cache = VolumeCache(tmp_path / "cache", PLAN)
     cached = cache.get(*case)
-    expected = cached.image.plane(0)
+    whole, mask = np.asarray(cached.image), np.asarray(cached.mask)
+    assert whole.dtype == np.float32 and cached.image.shape == whole.shape == (1, *mask.shape)
     path = cache.entry(*case) / "image.bin"
     path.write_bytes(path.read_bytes()[:-50] + b"\0" * 50)  # the last slice
-    assert np.array_equal(cached.image.plane(0), expected)
+    assert np.array_equal(cached.image.planes(2, 5), whole[:, 2:5])
+    assert np.array_equal(cached.image.plane(0), whole[:, 0]) and np.array_equal(cached.mask.plane(3), mask[3])
 
 
 def test_a_files_digest_is_remembered_on_disk_until_the_file_changes(tmp_path, case):
@@ -121,11 +105,6 @@ def test_a_folder_and_a_pair_of_files_change_with_any_of_their_files(tmp_path):
     assert file_digest(folder / "a.hdr") == b""
 
 
-def test_without_a_mask_there_is_none(tmp_path, case):
-    cached = VolumeCache(tmp_path / "cache", PLAN).get(case[0])
-    assert cached.mask is None and cached.lesion_voxels is None
-
-
 def test_the_key_is_content_and_plan_not_name(tmp_path, case):
     cache = VolumeCache(tmp_path / "cache", PLAN)
     moved = tmp_path / "elsewhere.nii.gz"
@@ -140,23 +119,14 @@ def test_the_key_is_content_and_plan_not_name(tmp_path, case):
 
 def test_a_file_that_changes_is_prepared_anew(tmp_path, case):
     cache = VolumeCache(tmp_path / "cache", PLAN)
-    before = np.asarray(cache.get(case[0]).image)
+    cached = cache.get(case[0])
+    assert cached.mask is None and cached.lesion_voxels is None, "without a mask there is none"
+    before = np.asarray(cached.image)
     array = np.full((6, 20, 24), -500, dtype=np.int16)
     array[0, 0, 0] = 300
     write_volume(case[0], array, (5.0, 1.0, 1.0))
     os.utime(case[0], ns=(1, time.time_ns() + 10**9))  # file systems with coarse clocks
     assert not np.array_equal(cache.get(case[0]).image, before)
-
-
-def test_file_content_is_hashed_once_per_process(tmp_path, case):
-    file_digest(case[0])
-    before = cache_module._content_digest.cache_info().misses
-    assert file_digest(case[0]) == file_digest(case[0])
-    assert cache_module._content_digest.cache_info().misses == before
-
-
-def _cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
 
 
 def _zero_the_tail(path: Path) -> None:
@@ -166,7 +136,7 @@ def _zero_the_tail(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "harm"),
     [
-        ("image.bin", _cut),
+        ("image.bin", lambda path: path.write_bytes(path.read_bytes()[:-100])),
         ("image.bin", _zero_the_tail),
         ("image.bin", Path.unlink),
         ("mask.bin", Path.unlink),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,29 +18,12 @@ from config.nnunet_plans import Intensity, PreprocessPlan, Resampling
 from config.schema import build_config
 from data.cache import VolumeCache
 from data.imaging.nifti import write_volume
-from data.medical_vlm_dataset import (
-    CaptionCollator,
-    MedicalVLMDataset,
-    Sample,
-    encode_answer,
-    encode_prompt,
-)
+from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset, Sample, encode_answer, encode_prompt
 
-PLAN_2D = PreprocessPlan(
-    configuration="2d",
-    dim=2,
-    spacing=(1.0, 1.0),
-    patch_size=(16, 24),
-    transpose_forward=(0, 1, 2),
-    normalization_schemes=("CTNormalization",),
-    use_mask_for_norm=(False,),
-    intensity=(Intensity(mean=-300.0, std=400.0, percentile_00_5=-1000.0, percentile_99_5=600.0),),
-    image_reader_writer="SimpleITKIO",
-    orientation="LPS",
-    data_resampling=Resampling(order=3),
-    mask_resampling=Resampling(order=1),
-)
-PLAN_3D = replace(PLAN_2D, configuration="3d_fullres", dim=3, spacing=(2.0, 1.0, 1.0), patch_size=(8, 16, 16))
+# normalisation, without a mask; intensities; reader; orientation; resampling of image and mask
+HU = Intensity(mean=-300.0, std=400.0, percentile_00_5=-1000.0, percentile_99_5=600.0)
+CT = (("CTNormalization",), (False,), (HU,), "SimpleITKIO", "LPS", Resampling(order=3), Resampling(order=1))
+PLAN_2D = PreprocessPlan("2d", 2, (1.0, 1.0), (16, 24), (0, 1, 2), *CT)
 END = 256
 
 
@@ -91,10 +73,8 @@ def test_collator_stacks_equal_sizes_and_lists_different_ones(tokenizer):
 def test_collator_pads_on_the_right_and_masks_the_padding(tokenizer):
     samples = [sample((1, 1, 4, 4), "Why?", "结节", 0), sample((1, 1, 4, 4), "", "Normal lungs.", 1)]
     batch = CaptionCollator(tokenizer, 128, 1024)(samples)
-    for name, texts in (
-        ("question", ["Why?\n", "\n"]),
-        ("answer", ["结节<|endoftext|>", "Normal lungs.<|endoftext|>"]),
-    ):
+    expected = {"question": ["Why?\n", "\n"], "answer": ["结节<|endoftext|>", "Normal lungs.<|endoftext|>"]}
+    for name, texts in expected.items():
         ids, mask = batch[f"{name}_ids"], batch[f"{name}_mask"]
         assert ids.shape == mask.shape and ids.dtype == torch.long
         assert (mask.diff(dim=1) <= 0).all(), "ones, then zeros"
@@ -158,10 +138,7 @@ def test_spawned_worker_gives_what_the_main_process_gives(table, tokenizer):
     here = list(DataLoader(pickle.loads(pickle.dumps(cases)), batch_size=2, collate_fn=collator))
     there = list(DataLoader(cases, 2, collate_fn=collator, num_workers=1, multiprocessing_context="spawn"))
     assert len(here) == len(there) == 2
-    for one, other in zip(here, there, strict=True):
-        assert one.keys() == other.keys()
-        for key in one:
-            torch.testing.assert_close(other[key], one[key], rtol=0, atol=0)
+    torch.testing.assert_close(there, here, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("megabytes", "reads"), [(0, 6), (64, 3)])

@@ -16,20 +16,10 @@ from data.cache import CachedVolume
 from data.lesions import Lesion, core_of, covering_slices, find_lesions, lesion_of_each
 from data.view_selection import ROI_MARGIN, ViewSelection, centred, choose_slices
 
-PLAN_2D = PreprocessPlan(
-    configuration="2d",
-    dim=2,
-    spacing=(1.0, 1.0),
-    patch_size=(16, 24),
-    transpose_forward=(0, 1, 2),
-    normalization_schemes=("CTNormalization",),
-    use_mask_for_norm=(False,),
-    intensity=(Intensity(mean=-300.0, std=400.0, percentile_00_5=-1000.0, percentile_99_5=600.0),),
-    image_reader_writer="SimpleITKIO",
-    orientation="LPS",
-    data_resampling=Resampling(order=3),
-    mask_resampling=Resampling(order=1),
-)
+# normalisation, without a mask; intensities; reader; orientation; resampling of image and mask
+HU = Intensity(mean=-300.0, std=400.0, percentile_00_5=-1000.0, percentile_99_5=600.0)
+CT = (("CTNormalization",), (False,), (HU,), "SimpleITKIO", "LPS", Resampling(order=3), Resampling(order=1))
+PLAN_2D = PreprocessPlan("2d", 2, (1.0, 1.0), (16, 24), (0, 1, 2), *CT)
 PLAN_3D = replace(PLAN_2D, configuration="3d_fullres", dim=3, spacing=(2.0, 1.0, 1.0), patch_size=(8, 16, 16))
 
 
@@ -53,14 +43,12 @@ def cached(shape: tuple[int, int, int], lesion: tuple[slice, slice, slice] | Non
     """Voxels that tell where they were: z·10⁴ + y·10² + x, and 1 more, so that padding's zero is none of them."""
     z, y, x = np.indices(shape)
     image = (1 + z * 10_000 + y * 100 + x).astype(np.float32)[None]
-    mask = None
-    if lesion is not None:
-        mask = np.zeros(shape, np.uint8)
-        mask[lesion] = 1
-    lesion_voxels = None if mask is None else np.count_nonzero(mask, axis=(1, 2))
-    stored = None if mask is None else InMemory(mask)
-    lesions = () if mask is None else tuple(find_lesions(mask))
-    return CachedVolume(InMemory(image), stored, lesion_voxels, (1.0, 1.0, 1.0), None, lesions)
+    if lesion is None:
+        return CachedVolume(InMemory(image), None, (1.0, 1.0, 1.0), None)
+    mask = np.zeros(shape, np.uint8)
+    mask[lesion] = 1
+    voxels, lesions = np.count_nonzero(mask, axis=(1, 2)), tuple(find_lesions(mask))
+    return CachedVolume(InMemory(image), InMemory(mask), (1.0, 1.0, 1.0), None, voxels, lesions)
 
 
 def depths(planes: torch.Tensor) -> list[int]:
@@ -220,12 +208,8 @@ def two_lesions() -> np.ndarray:
 def test_lesions_are_what_touches_and_remember_their_slices():
     large, small = find_lesions(two_lesions())
     assert large.box == ((2, 8), (2, 12), (2, 9)) and large.areas == (56, 56, 70, 56, 56, 56)
-    assert (
-        large.core(2) == (5, 5)
-        and large.core(4) == (6, 5)
-        and small.core(10) == (16, 15)
-        and small.core(11) == (18, 18)
-    )
+    assert [large.core(2), large.core(4)] == [(5, 5), (6, 5)]
+    assert [small.core(10), small.core(11)] == [(16, 15), (18, 18)]
     assert max(range(12), key=large.area) == 4 and large.voxels == 350 and large.area(1) == 0 and large.area(8) == 0
     assert small.box == ((9, 12), (15, 19), (14, 19)) and small.areas == (12, 12, 1)
     assert Lesion.from_list(small.to_list()) == small
@@ -284,8 +268,8 @@ def test_lesions_hold_every_voxel_and_covering_slices_show_the_most(seed, count,
     if count == 1 and lesions:
         assert chosen == [int(voxels.argmax())]
     if count > 1:
-        squares = lesion_of_each(lesions, [(z, z + 1) for z in chosen])
-        assert sorted(id(square) for square in squares if square) == sorted(map(id, lesions[:count]))
+        assigned = lesion_of_each(lesions, [(z, z + 1) for z in chosen])
+        assert sorted(map(id, filter(None, assigned))) == sorted(map(id, lesions[:count]))
 
 
 def test_a_small_lesion_is_shown_before_a_large_one_a_second_time():
@@ -311,26 +295,18 @@ def test_two_lesions_of_one_slice_have_a_slice_each():
     assert lesion_of_each([], [(0, 3)]) == [None]
 
 
-def test_a_small_lesion_in_the_best_slice_of_a_large_one_keeps_its_square():
-    """The large one is shown a little smaller, so that the one that lies nowhere else can be shown at all."""
+@pytest.mark.parametrize(
+    ("large", "count", "expected"), [(slice(3, 6), 2, [3, 4]), (slice(4, 5), 3, [3, 4, 4])], ids=["two slices", "one"]
+)
+def test_a_small_lesion_in_the_best_slice_of_a_large_one_is_shown(large, count, expected):
+    """The large one is shown a little smaller, or the slice is there twice."""
     mask = np.zeros((9, 30, 30), np.uint8)
-    mask[3:6, 1:9, 1:9] = 1
-    mask[4, 1:10, 1:9] = 1
-    mask[4, 15:18, 15:18] = 1
+    mask[large, 1:9, 1:9] = 1
+    mask[4, 1:10, 1:9] = mask[4, 15:18, 15:18] = 1
     lesions = find_lesions(mask)
-    chosen = choose_slices(np.count_nonzero(mask, axis=(1, 2)), 9, 2, lesions)
-    assert chosen == [3, 4] and lesion_of_each(lesions, [(3, 4), (4, 5)]) == lesions
-
-
-def test_two_lesions_that_lie_in_one_slice_alone_have_it_twice():
-    mask = np.zeros((9, 30, 30), np.uint8)
-    mask[4, 1:9, 1:9] = mask[4, 15:18, 15:18] = 1
-    lesions = find_lesions(mask)
-    chosen = choose_slices(np.count_nonzero(mask, axis=(1, 2)), 9, 3, lesions)
-    assert chosen == [3, 4, 4]
-    assert sorted(map(id, filter(None, lesion_of_each(lesions, [(z, z + 1) for z in chosen])))) == sorted(
-        map(id, lesions)
-    )
+    chosen = choose_slices(np.count_nonzero(mask, axis=(1, 2)), 9, count, lesions)
+    assigned = [lesion for lesion in lesion_of_each(lesions, [(z, z + 1) for z in chosen]) if lesion]
+    assert chosen == expected and sorted(map(id, assigned)) == sorted(map(id, lesions))
 
 
 # ---------------------------------------------------------------- policies and the region of interest

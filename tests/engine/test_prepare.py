@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from threadpoolctl import threadpool_info
 
 from config.errors import InputError
@@ -29,8 +28,8 @@ class Recorder:
 
 
 def rows(count: int) -> list[CaptionRow]:
-    return [SimpleNamespace(image_path=Path(f"{i}.nii.gz"), mask_path=Path("m.nii.gz") if i else None)
-            for i in range(count)]  # fmt: skip
+    masks = [None, *[Path("m.nii.gz")] * (count - 1)]
+    return [SimpleNamespace(image_path=Path(f"{i}.nii.gz"), mask_path=mask) for i, mask in enumerate(masks)]
 
 
 def test_every_case_once_with_one_thread_of_the_matrix_library_each():
@@ -39,7 +38,6 @@ def test_every_case_once_with_one_thread_of_the_matrix_library_each():
     fill_cache(cache, rows(9) * 2, threads=3)
     assert sorted(cache.seen) == [("0.nii.gz", None)] + [(f"{i}.nii.gz", "m.nii.gz") for i in range(1, 9)]
     assert cache.threads <= {1}
-    assert torch.get_num_threads() >= 1
 
 
 def test_a_broken_file_stops_before_all_are_read():

@@ -14,7 +14,7 @@ import torch
 from config.errors import InputError
 from config.nnunet_plans import PreprocessPlan
 from config.schema import Config, build_config
-from data.cache import VolumeCache
+from data.cache import CachedVolume, VolumeCache
 from data.imaging.nifti import write_volume
 from data.tables.caption_table import CaptionRow
 from data.view_selection import ViewSelection
@@ -25,17 +25,21 @@ from models.nnunet.sliding_window import sliding_window
 from models.nnunet.unet import SegmentationUNet
 
 
+def logits_of(checkpoint: Path, volume: CachedVolume, plan: PreprocessPlan) -> torch.Tensor:
+    """(classes, z, y, x); of a 2-D network slice by slice."""
+    network = SegmentationUNet.from_checkpoint(load_nnunet_checkpoint(checkpoint)).eval()
+    image = torch.from_numpy(np.asarray(volume.image))
+    if plan.dim == 3:
+        return sliding_window(network, image[None], plan.patch_size)[0]
+    return torch.stack([sliding_window(network, plane[None], plan.patch_size)[0] for plane in image.unbind(1)], dim=1)
+
+
 @pytest.fixture(params=["2d_plain", "3d_plain"])
 def checkpoint(request, tmp_path, assets: Path, scan: Path) -> Path:
     """A tiny nnU-Net whose head is moved so that a tenth of the scan is lesion: untrained, it finds nothing."""
     path = assets / "nnunet_tiny" / request.param / "fold_0" / "checkpoint_best.pth"
     plan = plan_of(path)
-    image = torch.from_numpy(np.asarray(VolumeCache(tmp_path / "cache", plan).get(scan).image))
-    network = SegmentationUNet.from_checkpoint(load_nnunet_checkpoint(path)).eval()
-    if plan.dim == 2:
-        logits = sliding_window(network, image.transpose(0, 1), plan.patch_size).transpose(0, 1)
-    else:
-        logits = sliding_window(network, image[None], plan.patch_size)[0]
+    logits = logits_of(path, VolumeCache(tmp_path / "cache", plan).get(scan), plan)
     content = torch.load(path, weights_only=False)
     margin = float((logits[1] - logits[0]).quantile(0.9))
     for name, weight in content["network_weights"].items():
@@ -74,13 +78,7 @@ def test_labels_are_the_networks_and_the_slices_follow_them(tmp_path, checkpoint
     cache = open_cache(configuration(tmp_path, checkpoint), plan)
     volume = cache.get(scan)
     labels = np.asarray(volume.mask)
-    network = SegmentationUNet.from_checkpoint(load_nnunet_checkpoint(checkpoint)).eval()
-    image = torch.from_numpy(np.asarray(volume.image))
-    if plan.dim == 3:
-        expected = sliding_window(network, image[None], plan.patch_size)[0].argmax(0)
-    else:
-        planes = [sliding_window(network, image[None, :, z], plan.patch_size)[0].argmax(0) for z in range(len(labels))]
-        expected = torch.stack(planes)
+    expected = logits_of(checkpoint, volume, plan).argmax(0)
     # Several slices at a time are rounded in another order than one: a voxel between two labels may fall either way.
     assert (labels != expected.numpy()).mean() < 1e-3 and labels.dtype == np.uint8
     assert labels.any(), "a network that finds nothing would prove nothing here"
@@ -107,20 +105,20 @@ def test_another_network_or_image_is_another_segmentation(tmp_path, checkpoint, 
     content["current_epoch"] = 77
     torch.save(content, other_file)
     other = SegmentedCache(cache.volumes, other_file)
-    assert other.folder(scan) != cache.folder(scan)
+    assert other.entry(scan) != cache.entry(scan)
     copy = tmp_path / "copy.nii.gz"
     shutil.copy(scan, copy)
-    assert cache.folder(copy) == cache.folder(scan), "the same content is the same case"
+    assert cache.entry(copy) == cache.entry(scan), "the same content is the same case"
     assert segment_all(cache, [(scan, None), (copy, None)]) == 1 and segment_all(cache, [(copy, None)]) == 0
     prepare_cases(other, [CaptionRow(2, scan, "", "", None), CaptionRow(3, copy, "", "", None)])
-    assert other.folder(scan).is_dir() and len(list((cache.root / "segmentation").iterdir())) == 2
+    assert other.entry(scan).is_dir() and len(list((cache.root / "segmentation").iterdir())) == 2
 
 
 @pytest.mark.parametrize("damage", ["labels", "meta", "cut"])
 def test_damaged_labels_are_made_again(tmp_path, checkpoint, scan, damage, caplog):
     cache = open_cache(configuration(tmp_path, checkpoint), plan_of(checkpoint))
     labels = np.asarray(cache.get(scan).mask)
-    file = cache.folder(scan) / ("meta.json" if damage == "meta" else "mask.bin")
+    file = cache.entry(scan) / ("meta.json" if damage == "meta" else "mask.bin")
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 255
     file.write_bytes({"labels": data, "meta": b"{", "cut": data[:-1]}[damage])
@@ -137,6 +135,5 @@ def test_without_the_network_it_is_one_line(tmp_path, checkpoint, assets):
     other = assets / "nnunet_tiny" / kind / "fold_0" / "checkpoint_best.pth"
     with pytest.raises(InputError, match="another plan than the model was trained with"):
         open_cache(configuration(tmp_path, other), plan)
-    assert isinstance(
-        open_cache(configuration(tmp_path, tmp_path / "gone.pth", slice_policy="mask"), plan), VolumeCache
-    )
+    unused = configuration(tmp_path, tmp_path / "gone.pth", slice_policy="mask")
+    assert isinstance(open_cache(unused, plan), VolumeCache)
