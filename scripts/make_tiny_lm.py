@@ -95,7 +95,7 @@ def train_tokenizer(texts: list[str], vocabulary: int, language: str) -> PreTrai
     tokenizer = Tokenizer(models.BPE())
     w = wording(language)
     # Chinese has no spaces: merges would join side, zone and finding to a few hundred phrases, each learnt separately.
-    words = sorted({*w.sides.values(), *w.zones.values(), *w.names.values()}, key=len, reverse=True)
+    words = sorted({*w.sides.values(), *w.zones.values(), *w.names[1:]}, key=len, reverse=True)
     alone = Regex("|".join(["[0-9]+", *(f" ?{re.escape(word)}" for word in words)]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(alone, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
