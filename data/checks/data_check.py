@@ -48,15 +48,19 @@ def quick_check(*tables: Sequence[CaptionRow]) -> None:
 def check_image(row: CaptionRow, quick: bool = False) -> CheckedImage:
     """All problems of one row's image, mask and text. Raises nothing that its files cause."""
     checked = CheckedImage(row)
-    problems = _text_problems(row)
+    problems = []
+    if len(row.answer) < _SHORT_REPORT:
+        problems.append(Problem(0, f"the report is only '{row.answer}'", "check that it is complete", level="warning"))
+    if row.question and row.question == row.answer:
+        problems.append(Problem(0, "question and report are the same text", "check the columns", level="warning"))
     try:
         checked.header = read_header(row.image_path)
         problems += check_header(checked.header)
         if not quick:
             checked.volume = volume = read_volume(row.image_path)
             problems += check_volume(volume)
-            digest = hashlib.blake2b(volume.array, digest_size=16, salt=b"%d" % volume.array.shape[0])
-            checked.digest = digest.hexdigest()
+            salt = b"%d" % volume.array.shape[0]
+            checked.digest = hashlib.blake2b(volume.array, digest_size=16, salt=salt).hexdigest()
     except InputError as error:
         problems.append(from_error(row.number, row.image_path, error))
     try:
@@ -84,15 +88,6 @@ def _mask_problems(checked: CheckedImage, path: Path, quick: bool) -> list[Probl
     return [Problem(0, words, "the mask must be drawn on the image's own grid", str(path))]
 
 
-def _text_problems(row: CaptionRow) -> list[Problem]:
-    found = []
-    if len(row.answer) < _SHORT_REPORT:
-        found.append(Problem(0, f"the report is only '{row.answer}'", "check that it is complete", level="warning"))
-    if row.question and row.question == row.answer:
-        found.append(Problem(0, "question and report are the same text", "check the columns", level="warning"))
-    return found
-
-
 def check_validation(rows: Sequence[CaptionRow], level: Level = "error") -> list[Problem]:
     """A problem where the loss of a validation table carries no information: one case, or one report for all.
 
@@ -116,7 +111,7 @@ def compare_rows(train: Sequence[CaptionRow], val: Sequence[CaptionRow], digests
     def content(row: CaptionRow) -> str:
         return digests.get(row.image_path) or str(row.image_path.absolute())
 
-    problems: list[Problem] = []
+    problems = []
     for name, rows in (("train", train), ("val", val)):
         problems += _duplicates(rows, content, name)
         for text, count in Counter(row.answer for row in rows).most_common(1):
@@ -131,13 +126,13 @@ def compare_rows(train: Sequence[CaptionRow], val: Sequence[CaptionRow], digests
 def _duplicates(rows: Sequence[CaptionRow], content: Callable[[CaptionRow], str], table: str) -> Iterator[Problem]:
     seen: dict[tuple[str, str], CaptionRow] = {}  # by image and question: two questions about one image may stand
     for row in rows:
-        key = content(row), row.question
-        if key in seen:
-            words = f"has the image of row {seen[key].number} and another report"
-            if seen[key].answer == row.answer:
-                words = f"says the same as row {seen[key].number}: same image, question and report"
-            yield Problem(row.number, words, "keep one of them", str(row.image_path), level="warning", table=table)
-        seen[key] = row
+        other = seen.get((content(row), row.question))
+        if other:
+            words = f"has the image of row {other.number} and another report"
+            if other.answer == row.answer:
+                words = f"says the same as row {other.number}: same image, question and report"
+            yield Problem(row.number, words, "keep one of them", str(row.image_path), "warning", table)
+        seen[content(row), row.question] = row
 
 
 def _shared(

@@ -27,11 +27,8 @@ _CJK = re.compile("[\u4e00-\u9fff]")
 _MAX_UNPACKED = 1 << 29  # 512 MB of XML; a workbook of ten thousand reports has some megabytes
 _DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, OSError)
 _DAMAGED_XML = (ParseError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError)
-_AS_TEXT = {
-    "header": None,
-    "dtype": str,
-    "na_filter": False,
-}  # of pandas: no header, number or missing value is guessed
+# Of pandas: no header, number or missing value is guessed.
+_AS_TEXT = {"header": None, "dtype": str, "na_filter": False}
 _SPARE_COLUMNS = 64  # read beyond the header: a comma outside quotation marks leaves text there
 _QUOTING = (
     "a text with a comma, a line break or a quotation mark stands between quotation marks, and one inside it is doubled"
@@ -80,8 +77,8 @@ def decode(path: Path) -> tuple[str, list[str]]:
         return content.decode(encoding), ["read as UTF-16"] if encoding.startswith("utf-16") else []
     except UnicodeDecodeError as error:
         if encoding.startswith("utf-16"):
-            words = f"{path} is damaged UTF-16 text ({error.reason}); save it as 'CSV UTF-8' in Excel"
-            raise InputError(words) from error
+            damage = f"{path} is damaged UTF-16 text ({error.reason})"
+            raise InputError(f"{damage}; save it as 'CSV UTF-8' in Excel") from error
         line = content[: error.start].count(b"\n") + 1
     # GB18030 decodes nearly any bytes: damaged UTF-8 is excluded, and 95 % of the characters must be common ones.
     as_utf8, as_gbk = content.decode("utf-8", "replace"), content.decode("gb18030", "replace")
@@ -119,10 +116,10 @@ def _read_workbook(path: Path) -> list[list[str]]:
     """Cells of the only sheet that has any. Raises InputError for several, or a file that is no workbook."""
     import pandas as pd
 
+    unpacked, workbook = 0, {}
     try:
         with zipfile.ZipFile(path) as packed:
             unpacked = sum(member.file_size for member in packed.infolist())
-        workbook = {}
         if unpacked <= _MAX_UNPACKED:
             workbook = pd.read_excel(path, sheet_name=None, engine="openpyxl", **_AS_TEXT)
     except (*_DAMAGED_ZIP, *_DAMAGED_XML) as error:
@@ -132,9 +129,8 @@ def _read_workbook(path: Path) -> list[list[str]]:
         raise InputError(f"{path}: unpacks to {unpacked >> 20} MB, more than a table of reports; save it as CSV UTF-8")
     sheets = {name: frame for name, frame in workbook.items() if not frame.empty}
     if len(sheets) > 1:
-        raise InputError(
-            f"{path}: {len(sheets)} sheets have cells ({', '.join(sheets)}); keep one, or save it as CSV UTF-8"
-        )
+        words = f"{len(sheets)} sheets have cells ({', '.join(sheets)})"
+        raise InputError(f"{path}: {words}; keep one, or save it as CSV UTF-8")
     # Excel's errors (#N/A) are NaN; '_x000D_' is how it stores a carriage return.
     rows = [frame.fillna("").replace("_x000[dD]_\n?", "\n", regex=True) for frame in sheets.values()]
     return rows[0].to_numpy().tolist() if rows else []

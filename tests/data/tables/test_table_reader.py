@@ -22,9 +22,9 @@ def written(folder: Path, content: str | bytes, name: str = "train.csv") -> Path
     return folder / name
 
 
-def as_csv(*rows: list[str], delimiter: str = ",", line_end: str = "\n") -> str:
+def as_csv(*rows: list[str], delimiter: str = ",") -> str:
     stream = io.StringIO()
-    csv.writer(stream, delimiter=delimiter, lineterminator=line_end).writerows(rows)
+    csv.writer(stream, delimiter=delimiter).writerows(rows)
     return stream.getvalue()
 
 
@@ -53,7 +53,7 @@ def refusal(path: Path) -> str:
 @pytest.mark.parametrize("filler", [0, 2000])  # with 2000 rows the first Chinese character is far from the start
 def test_every_encoding_of_excel_gives_the_same_row(tmp_path, encoding, filler):
     rows = [["image", "问题" if not filler else "question"], *[["a.nii.gz", "Q"]] * filler, ["请描述，影像", REPORT]]
-    table = read_table(written(tmp_path, as_csv(*rows, line_end="\r\n").encode(encoding)))
+    table = read_table(written(tmp_path, as_csv(*rows).encode(encoding)))
     assert table.rows[-1] == (filler + 2, dict(zip(rows[0], rows[-1], strict=True)))
     assert table.notes == {"utf-1": ["read as UTF-16"], "utf-8": []}.get(encoding[:5], ["read as GBK"])
 
