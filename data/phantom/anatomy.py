@@ -65,7 +65,7 @@ def sample_patient(rng: np.random.Generator, grid: Grid) -> Patient:
     Raises:
         InputError: the field of view is smaller than a chest.
     """
-    extent = grid.extent
+    extent = tuple(n * s for n, s in zip(grid.shape, grid.spacing, strict=True))  # field of view (z, y, x), mm
     if any(have < need for have, need in zip(extent, MIN_EXTENT, strict=True)):
         raise InputError(
             f"phantom grid {grid.shape} at {grid.spacing} mm covers {extent} mm (z, y, x); "

@@ -29,11 +29,6 @@ class Grid:
         """Pixel edge in the axial plane, mm."""
         return float(np.sqrt(self.spacing[1] * self.spacing[2]))
 
-    @property
-    def extent(self) -> tuple[float, float, float]:
-        """Field of view (z, y, x), mm."""
-        return tuple(n * s for n, s in zip(self.shape, self.spacing, strict=True))
-
 
 def soft(distance: np.ndarray, width: float) -> np.ndarray:
     """Coverage 0..1 of voxels ``distance`` mm inside an edge that is ``width`` mm soft."""

@@ -58,8 +58,7 @@ def zone_margin(z: float, z_range: tuple[float, float], zone: str) -> float:
     The apex and the base of the lung are no borders between zones and do not count.
     """
     low, high = zone_bounds(z_range, zone)
-    gaps = [] if zone == "lower" else [z - low]
-    gaps += [] if zone == "upper" else [high - z]
+    gaps = [z - low] * (zone != "lower") + [high - z] * (zone != "upper")
     return min(gaps) / (z_range[1] - z_range[0])
 
 
@@ -135,26 +134,21 @@ def _local(
         return None
     for _ in range(20):
         iz, iy, ix = np.unravel_index(rng.choice(spots), depth.shape)
-        iz += levels[0]
-        gap = np.hypot(c.y[0, iy, 0] - chest.hilum[side][1], c.x[0, 0, ix] - chest.hilum[side][2])
-        near_hilum = gap < 18 + 0.35 * size and abs(z[iz] - chest.hilum[side][0]) < 30
+        at = (iz + levels[0], iy, ix)
+        z, y, x = c.z[at[0], 0, 0], c.y[0, iy, 0], c.x[0, 0, ix]
+        gap = np.hypot(y - chest.hilum[side][1], x - chest.hilum[side][2])
+        near_hilum = gap < 18 + 0.35 * size and abs(z - chest.hilum[side][0]) < 30
         # At least 8 mm from any other lesion.
-        if not near_hilum and not mask[_neighbourhood(c.grid, (iz, iy, ix), size / 2 + 8)].any():
-            return _DRAW[kind](_site(chest, side, (iz, iy, ix), size), size, rng)
+        if not near_hilum and not mask[_neighbourhood(c.grid, at, size / 2 + 8)].any():
+            box = _neighbourhood(c.grid, at, 0.75 * size + 4)
+            offsets = (axis - centre for axis, centre in zip(c.coordinates(box), (z, y, x), strict=True))
+            return _DRAW[kind](_Site(box, *offsets, chest.lung[side][box], c.px, c.grid.spacing[0]), size, rng)
     return None
 
 
 def _neighbourhood(grid: Grid, at: tuple[int, int, int], reach: float) -> Box:
     steps = [int(np.ceil(reach / s)) for s in grid.spacing]
     return tuple(slice(max(0, i - n), min(m, i + n + 1)) for i, n, m in zip(at, steps, grid.shape, strict=True))
-
-
-def _site(chest: Chest, side: str, at: tuple[int, int, int], size: float) -> _Site:
-    c = chest.canvas
-    box = _neighbourhood(c.grid, at, 0.75 * size + 4)
-    z, y, x = c.coordinates(box)
-    dz, dy, dx = z - c.z[at[0], 0, 0], y - c.y[0, at[1], 0], x - c.x[0, 0, at[2]]
-    return _Site(box, dz, dy, dx, chest.lung[side][box], c.px, c.grid.spacing[0])
 
 
 def _blob(s: _Site, radius: float, rough: float, rng: np.random.Generator, flat: float = 0.8) -> np.ndarray:

@@ -249,16 +249,25 @@ def finding_keys(findings: Sequence[Finding], language: str = "zh") -> str:
 def write_report(findings: Sequence[Finding], rng: np.random.Generator, language: str = "zh") -> str:
     """Write a four-section report that is true of the findings, in their order; ``rng`` draws the wording."""
     w = wording(language)
-    statements = [_statement(w, f, rng) for f in findings] or [_pick(w.sentences["normal"], rng)]
+
+    def pick(options: Sequence[str]) -> str:
+        return options[int(rng.integers(len(options)))]
+
+    statements = []
+    for f in findings:
+        place = _place(w, f, pick(w.locations))
+        statements.append(pick(w.sentences[f.type]).format(loc=place, side=w.sides[f.side], n=f.size_mm))
+    if not findings:
+        statements.append(pick(w.sentences["normal"]))
     present = {f.type for f in findings}
     negatives = [text for kind, texts in w.negatives.items() if kind not in present for text in texts]
     if rng.random() < 0.5:
-        statements.append(_pick(negatives, rng))
+        statements.append(pick(negatives))
     lead = next((kind for kind in _URGENCY if kind in present), "normal")
     named = w.joint.join(_place(w, f, w.key_location) + w.space + w.names[f.mask_value] for f in findings)
-    impression = _pick(w.impression if findings else w.normal_impression, rng).format(all=named)
+    impression = pick(w.impression if findings else w.normal_impression).format(all=named)
     stop = w.stop + w.space
-    texts = (stop.join(statements), impression, _pick(w.advice[lead], rng), _pick(w.tendency[lead], rng))
+    texts = (stop.join(statements), impression, pick(w.advice[lead]), pick(w.tendency[lead]))
     sections = [
         w.section.format(heading=heading, text=text[0].upper() + text[1:]) + w.stop
         for heading, text in zip(w.headings, texts, strict=True)
@@ -266,16 +275,7 @@ def write_report(findings: Sequence[Finding], rng: np.random.Generator, language
     return w.space.join(sections)
 
 
-def _pick(options: Sequence[str], rng: np.random.Generator) -> str:
-    return options[int(rng.integers(len(options)))]
-
-
 def _place(w: Wording, f: Finding, template: str) -> str:
     """Where a finding lies; an effusion has a side only."""
     template = w.effusion_location if f.type == "effusion" else template
     return template.format(side=w.sides[f.side], zone=w.zones[f.zone])
-
-
-def _statement(w: Wording, f: Finding, rng: np.random.Generator) -> str:
-    place = _place(w, f, _pick(w.locations, rng))
-    return _pick(w.sentences[f.type], rng).format(loc=place, side=w.sides[f.side], n=f.size_mm)

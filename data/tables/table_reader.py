@@ -15,7 +15,7 @@ import re
 import warnings
 import zipfile
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import ParseError
@@ -43,8 +43,8 @@ class Table:
 
     columns: list[str]
     rows: list[tuple[int, dict[str, str]]]
-    notes: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    notes: list[str]
+    problems: list[Problem]
 
 
 def read_table(path: Path) -> Table:
@@ -54,10 +54,10 @@ def read_table(path: Path) -> Table:
         InputError: of another kind, not decodable, or without a header.
     """
     suffix = path.suffix.lower()
-    if suffix in (".xlsx", ".xlsm"):
-        return _table(path, _read_workbook(path), [])
     if suffix == ".xls":
         raise InputError(f"{path}: the old .xls format is not read; save it as .xlsx or as 'CSV UTF-8' in Excel")
+    if suffix in (".xlsx", ".xlsm"):
+        return _table(path, _read_workbook(path), [])
     text, notes = decode(path)
     if suffix in (".json", ".jsonl"):
         return _read_records(path, text, notes)
@@ -156,28 +156,27 @@ def _table(path: Path, rows: list[list[str]], notes: list[str]) -> Table:
 
 def _read_records(path: Path, text: str, notes: list[str]) -> Table:
     """Rows of the JSON records, and a problem for each entry that is no record."""
-    table = Table([], [], notes)
+    rows, problems = [], []
     for number, record in _parse_json(path, text):
         try:
-            table.rows.extend((number, row) for row in _record_rows(record))
+            rows += [(number, row) for row in _record_rows(record)]
         except ValueError as error:
             image = str(record.get("image", "")) if isinstance(record, dict) else ""
-            table.problems.append(Problem(number, str(error), _RECORD, image))
-    table.columns.extend(dict.fromkeys(name for _, row in table.rows for name in row))
-    return table
+            problems.append(Problem(number, str(error), _RECORD, image))
+    return Table(list(dict.fromkeys(name for _, row in rows for name in row)), rows, notes, problems)
 
 
 def _parse_json(path: Path, text: str) -> list[tuple[int, Any]]:
     """Number and content of every entry. Raises InputError if the file is no JSON, or no list of records."""
     jsonl = path.suffix.lower() == ".jsonl"
-    entries, number = [], 0
-    try:
-        for number, line in enumerate(text.split("\n") if jsonl else [text], start=1):
-            if line.strip() or not jsonl:
-                entries.append((number, json.loads(line)))
-    except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
-        where = f"line {number}: " if jsonl else ""
-        raise InputError(f"{path} is not JSON: {where}{error}; {_RECORD}") from error
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()] if jsonl else [(0, text)]
+    entries = []
+    for number, line in lines:
+        try:
+            entries.append((number, json.loads(line)))
+        except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
+            where = f"line {number}: " if jsonl else ""
+            raise InputError(f"{path} is not JSON: {where}{error}; {_RECORD}") from error
     if jsonl:
         return entries
     content = entries[0][1]

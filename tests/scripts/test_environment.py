@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
+
+from scripts import environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -44,75 +45,67 @@ class Machine:
 
 
 @pytest.fixture
-def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module, with its paths in an empty folder."""
-    spec = importlib.util.spec_from_file_location("environment_under_test", REPOSITORY / "scripts" / "environment.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """The environment's paths lie in an empty folder."""
     monkeypatch.delenv("MAMBA_CT_PYTHON", raising=False)
-    monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
-    monkeypatch.setattr(module, "STAMP", tmp_path / ".venv" / "installed-requirements.txt")
-    monkeypatch.setattr(module, "REQUIREMENTS", tmp_path / "requirements.txt")
-    module.REQUIREMENTS.write_text("numpy==1\n", encoding="utf-8")
-    return module
-
-
-@pytest.fixture
-def machine(environment: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    monkeypatch.setattr(environment, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(environment, "STAMP", tmp_path / ".venv" / "installed-requirements.txt")
+    monkeypatch.setattr(environment, "REQUIREMENTS", tmp_path / "requirements.txt")
+    environment.REQUIREMENTS.write_text("numpy==1\n", encoding="utf-8")
     made = Machine(environment.python_of(environment.VENV))
     monkeypatch.setattr(subprocess, "run", made)
     return made
 
 
-def changes(environment: ModuleType, machine: Machine) -> list[str]:
+def changes(machine: Machine) -> list[str]:
     """What is done so that the environment is ready."""
     machine.did.clear()
     assert environment.ensure_environment() == machine.python
     return list(machine.did)
 
 
-def refused(environment: ModuleType, capsys: pytest.CaptureFixture[str]) -> str:
+def refused(capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit, match="2"):
         environment.ensure_environment()
     return capsys.readouterr().err
 
 
-def test_made_and_filled_on_first_use_then_left_alone_until_the_requirements_change(environment, machine) -> None:
-    assert changes(environment, machine) == ["venv", "install"]
+def test_made_and_filled_on_first_use_then_left_alone_until_the_requirements_change(machine) -> None:
+    assert changes(machine) == ["venv", "install"]
     assert environment.STAMP.read_text(encoding="utf-8") == hashlib.sha256(b"numpy==1\n").hexdigest()
-    assert changes(environment, machine) == []
+    assert changes(machine) == []
     environment.REQUIREMENTS.write_text("numpy==2\n", encoding="utf-8")
-    assert changes(environment, machine) == ["install"]
-    assert changes(environment, machine) == []
+    assert changes(machine) == ["install"]
+    assert changes(machine) == []
 
 
-def test_an_installation_that_failed_is_repeated(environment, machine, capsys) -> None:
+def test_an_installation_that_failed_is_repeated(machine, capsys) -> None:
     environment.ensure_environment()
     environment.REQUIREMENTS.write_text("numpy==2\n", encoding="utf-8")
     machine.pip_status = 1
-    assert "installing requirements.txt failed with status 1" in refused(environment, capsys)
+    assert "installing requirements.txt failed with status 1" in refused(capsys)
     # Half of the new requirements may be there: the old ones are not held any more either.
     environment.REQUIREMENTS.write_text("numpy==1\n", encoding="utf-8")
     machine.pip_status = 0
-    assert changes(environment, machine) == ["install"]
+    assert changes(machine) == ["install"]
 
 
-def test_half_made_environment_without_pip_is_made_again(environment, machine, capsys) -> None:
+def test_half_made_environment_without_pip_is_made_again(machine, capsys) -> None:
     """As a Debian without python3-venv leaves it; once the package is there, the same command must work."""
     machine.venv_status = 1
-    assert "apt install python3-venv" in refused(environment, capsys)
+    assert "apt install python3-venv" in refused(capsys)
     assert machine.did == ["venv"] and not environment.STAMP.exists()
     machine.python.parent.mkdir(parents=True)
     machine.python.touch()
     machine.has_pip, machine.venv_status = False, 0
-    assert changes(environment, machine) == ["venv", "install"]
+    assert changes(machine) == ["venv", "install"]
 
 
-def test_environment_whose_python_cannot_start_is_made_again(environment, machine) -> None:
+def test_environment_whose_python_cannot_start_is_made_again(machine) -> None:
     """A moved folder, or the Python that it was made from was removed: the stamp alone would call it ready."""
     environment.ensure_environment()
     machine.starts = False
-    assert changes(environment, machine) == ["venv", "install"]
+    assert changes(machine) == ["venv", "install"]
 
 
 @pytest.mark.parametrize("wanted", ["", "current"])
@@ -129,7 +122,7 @@ def test_old_python_is_refused_before_anything_is_made(tmp_path: Path, wanted: s
     assert line.startswith("error: Python 3.11 or newer is needed, this is 3.10.4")
 
 
-def test_current_interpreter_when_asked_for(environment, machine, monkeypatch) -> None:
+def test_current_interpreter_when_asked_for(machine, monkeypatch) -> None:
     monkeypatch.setenv("MAMBA_CT_PYTHON", "current")
     assert environment.ensure_environment() == Path(sys.executable)
     assert machine.did == []
@@ -141,7 +134,7 @@ def test_requirements_are_exact_and_readable() -> None:
     assert all(line.startswith("#") or not line or line.split(";")[0].count("==") == 1 for line in lines)
 
 
-def test_runs_inside_with_arguments_and_hands_the_status_on(environment, tmp_path, monkeypatch) -> None:
+def test_runs_inside_with_arguments_and_hands_the_status_on(tmp_path, monkeypatch) -> None:
     script = tmp_path / "script.py"
     inside = "assert os.environ['MAMBA_CT_INSIDE'] == '1' and sys.flags.utf8_mode"
     script.write_text(f"import os, sys\n{inside}\nsys.exit(int(sys.argv[1]))\n", encoding="utf-8")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,18 +15,7 @@ from config.schema import build_config, write_config
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.unet import SegmentationUNet
 from models.vim_bridge import grid_side
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("run_ablations", REPOSITORY / "scripts" / "run_ablations.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
-
+from scripts import run_ablations
 
 BASES = [
     {"encoder_target_spatial": 8, "max_visual_tokens": 16},
@@ -38,9 +25,9 @@ BASES = [
 
 
 @pytest.mark.parametrize("keys", BASES)
-def test_every_variant_is_valid_has_room_for_its_tokens_and_differs_from_the_baseline(script, keys):
+def test_every_variant_is_valid_has_room_for_its_tokens_and_differs_from_the_baseline(keys):
     base = build_config(keys, "test")
-    baseline, *found = script.variants(base)
+    baseline, *found = run_ablations.variants(base)
     assert baseline.axis == "baseline" and len({(v.axis, v.name) for v in found}) == len(found)
     for variant in found:
         config = base.replace(**variant.keys)
@@ -54,9 +41,8 @@ def test_every_variant_is_valid_has_room_for_its_tokens_and_differs_from_the_bas
 class Runs:
     """Stands for the three scripts: writes what they write, and records its calls."""
 
-    def __init__(self, root: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.root, self.script, self.monkeypatch = root, script, monkeypatch
-        self.calls, self.fail = [], ""
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root, self.monkeypatch, self.calls, self.fail = root, monkeypatch, [], ""
 
     def __call__(self, command: list[str], **_: object) -> subprocess.CompletedProcess:
         self.calls.append(command[1:])
@@ -77,15 +63,15 @@ class Runs:
     def start(self, *flags: str) -> None:
         command = ["--base", self.root / "base.yaml", "--data", self.root, "--out", self.root / "out", *flags]
         self.monkeypatch.setattr(sys, "argv", ["run_ablations.py", *map(str, command)])
-        self.script.main()
+        run_ablations.main()
 
 
 @pytest.fixture
-def runs(tmp_path, script, monkeypatch, assets) -> Runs:
+def runs(tmp_path, monkeypatch, assets) -> Runs:
     network = assets / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth"
     write_config(build_config({"nnunet_encoder_checkpoint": str(network)}, "test"), tmp_path / "base.yaml")
-    found = Runs(tmp_path, script, monkeypatch)
-    monkeypatch.setattr(script.subprocess, "run", found)
+    found = Runs(tmp_path, monkeypatch)
+    monkeypatch.setattr(subprocess, "run", found)
     return found
 
 
