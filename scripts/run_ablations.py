@@ -71,10 +71,7 @@ class Variant:
 
 
 def variants(base: Config) -> list[Variant]:
-    """The baseline and every variant that differs from it.
-
-    An RoI has the baseline's ``roi_side``, or without one half of its token grid. Budgets of visual tokens are squares
-    of 7, 14 and 28.
+    """The baseline and every variant that differs from it. An RoI without ``roi_side`` has half of the token grid.
 
     Raises:
         InputError: the baseline's slices and RoIs need more than 49 visual tokens.
@@ -91,7 +88,7 @@ def variants(base: Config) -> list[Variant]:
         Variant("RoI", "off", {"roi_side": None, "roi_policy": "centre"}),
         Variant("RoI", "centre", {"roi_side": side, "roi_policy": "centre"}),
         Variant("RoI", "lesion", {"roi_side": side, "roi_policy": "lesion", "max_visual_tokens": budget}),
-        *(_tokens(base, n * n) for n in (7, 14, 28)),
+        *(_tokens(base, budget) for budget in (49, 196, 784)),
         *(Variant("augmentation", f"shift {n}", {"augment_shift": n}) for n in (0, 2, 6)),
         Variant("augmentation", "rotate 5", {"augment_rotate": 5.0}),
         Variant("augmentation", "noise 0.2", {"augment_noise": 0.2}),
@@ -153,13 +150,12 @@ def run_variant(args: argparse.Namespace, base: Config, variant: Variant, seed: 
     """
     folder = args.out / f"{variant.axis}_{variant.name}_seed{seed}".replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
-    keys = {**variant.keys, "output_dir": str(folder)}
+    config = base.replace(**variant.keys, output_dir=str(folder))
     if variant.random_encoder:
         path = args.out / "random_encoder.pth"
         if not path.is_file():
             write_random_encoder(base, path, seed)
-        keys["nnunet_encoder_checkpoint"] = str(path)
-    config = base.replace(**keys)
+        config = config.replace(nnunet_encoder_checkpoint=str(path))
     wanted = {"commands": commands_of(args, variant, seed, folder), "config": config.to_dict()}
     done = folder / "done.json"
     record = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}

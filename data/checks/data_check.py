@@ -9,6 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -118,8 +119,13 @@ def compare_rows(train: Sequence[CaptionRow], val: Sequence[CaptionRow], digests
             if count > 2 and count > len(rows) / 2:
                 words = f"{count} of {len(rows)} reports are the same text ('{text[:20]}')"
                 problems.append(Problem(0, words, "a model learns to write only this", level="warning", table=name))
-    problems += _shared(train, val, lambda row: row.patient, "patient '{}'")
-    problems += _shared(train, val, content, "this image")
+    remedy = "split by patient: the validation score would be too good"
+    for what, key in (("patient '{}'", attrgetter("patient")), ("this image", content)):
+        first = {key(row): row.number for row in reversed(train) if key(row)}
+        for row in val:
+            if key(row) in first:
+                words = f"{what.format(key(row))} is in the training table too (row {first[key(row)]})"
+                problems.append(Problem(row.number, words, remedy, str(row.image_path), "warning", "val"))
     return problems
 
 
@@ -133,14 +139,3 @@ def _duplicates(rows: Sequence[CaptionRow], content: Callable[[CaptionRow], str]
                 words = f"says the same as row {other.number}: same image, question and report"
             yield Problem(row.number, words, "keep one of them", str(row.image_path), "warning", table)
         seen[content(row), row.question] = row
-
-
-def _shared(
-    train: Sequence[CaptionRow], val: Sequence[CaptionRow], key: Callable[[CaptionRow], str], what: str
-) -> Iterator[Problem]:
-    first = {key(row): row.number for row in reversed(train)}
-    remedy = "split by patient: the validation score would be too good"
-    for row in val:
-        if key(row) and key(row) in first:
-            words = f"{what.format(key(row))} is in the training table too (row {first[key(row)]})"
-            yield Problem(row.number, words, remedy, str(row.image_path), "warning", "val")

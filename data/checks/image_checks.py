@@ -30,10 +30,9 @@ _SPINE_FRACTION = 0.05  # of the body's depth; real scans have -0.16 to -0.09 he
 def check_header(header: ImageHeader) -> list[Problem]:
     """Warnings that need no voxel: directions, spacing, extent."""
     found = [_warning(note, "check where the file was made") for note in header.notes]
-    step, *plane = header.spacing
-    if not all(_PLANE_MM[0] <= size <= _PLANE_MM[1] for size in plane):
-        words = f"pixels are {plane[0]:.3g} x {plane[1]:.3g} mm, a chest CT has 0.5 to 1"
-        found.append(_warning(words, "check the spacing"))
+    step, row, column = header.spacing
+    if not all(_PLANE_MM[0] <= size <= _PLANE_MM[1] for size in (row, column)):
+        found.append(_warning(f"pixels are {row:.3g} x {column:.3g} mm, a chest CT has 0.5 to 1", "check the spacing"))
     if not _STEP_MM[0] <= step <= _STEP_MM[1]:
         found.append(_warning(f"slices are {step:.3g} mm apart, a chest CT has 0.5 to 10", "check the spacing"))
     length, *width = header.extent_mm
@@ -59,8 +58,7 @@ def check_volume(volume: Volume) -> list[Problem]:
     stride = [max(1, round(_GRID_MM / size)) for size in volume.spacing]
     coarse = volume.array[:: stride[0], :: stride[1], :: stride[2]]
     voxel_ml = float(np.prod(volume.spacing) * np.prod(stride)) / 1000
-    found = _unit(coarse)
-    if found:
+    if found := _unit(coarse):
         return found
     if fraction := float(np.mean(coarse < PADDING_HU)):
         words = f"{100 * fraction:.0f} % of the voxels are padding (lowest {float(coarse.min()):.0f})"

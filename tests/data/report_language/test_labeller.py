@@ -86,7 +86,6 @@ def test_hand_checked_sentences(assets: Path, name: str, language: str) -> None:
     ]
     what, everything = agreement(short_key, truth, found), agreement(full_key, truth, found)
     message = f"{len(rows)} sentences, F1 {what:.4f}, with all attributes {everything:.4f}\n" + "\n".join(wrong)
-    print(message)
     assert what >= 0.97 and everything >= 0.95, message
 
 
