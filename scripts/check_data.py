@@ -45,20 +45,12 @@ from data.checks.problems import Problem, from_error
 from data.tables.caption_table import TableScan, read_prompts, scan_caption_table
 from engine.figures import ModelView, draw_case, write_sheet
 
-EXIT_UNUSABLE = 1
 OPPOSITE = dict(zip("LRPASI", "RLAPIS", strict=True))
-
-
-def tables_of(args: argparse.Namespace, config: Config) -> dict[str, Path]:
-    """The tables to check, by name."""
-    val = args.val_csv or (None if args.csv else config.caption_csv_val)
-    return {"train": args.csv or config.resolved("caption_csv_train"), **({"val": Path(val)} if val else {})}
 
 
 def read_tables(tables: dict[str, Path], config: Config) -> tuple[dict[str, TableScan], list[Problem]]:
     """Every table read to its end; one that cannot be read is a problem of its own."""
-    scans: dict[str, TableScan] = {}
-    problems: list[Problem] = []
+    scans, problems = {}, []
     for name, path in tables.items():
         try:
             scan = scan_caption_table(path, image_root=config.table_root, path_map=config.path_map)
@@ -96,12 +88,10 @@ def model_view(config: Config) -> Callable[[CheckedImage], ModelView] | None:
     encoder, plan = load_encoder(config)
     framing = ViewSelection.from_config(config, plan, encoder)
     cache = open_cache(config, plan)
-    intensity = plan.intensity[0]
+    intensity, grey = plan.intensity[0], (-2.0, 2.0)
     if intensity is not None and plan.normalization_schemes[0] == "CTNormalization":
         limits = (intensity.percentile_00_5, intensity.percentile_99_5)
         grey = tuple((value - intensity.mean) / intensity.std for value in limits)
-    else:
-        grey = (-2.0, 2.0)
 
     def view(checked: CheckedImage) -> ModelView:
         cached = cache.get(checked.row.image_path, checked.row.mask_path)
@@ -117,29 +107,24 @@ def model_view(config: Config) -> Callable[[CheckedImage], ModelView] | None:
 
 def check_images(
     scans: dict[str, TableScan], args: argparse.Namespace, config: Config
-) -> tuple[list[tuple[CheckedImage, str, Path | None]], list[Problem], dict[Path, str]]:
-    """Check every image once: cases for the contact sheet, problems, and digests of the voxels by path."""
+) -> list[tuple[CheckedImage, str, Path | None]]:
+    """Check every image once. Returns each with its table and its figure, without its voxels."""
     view = None if args.quick else model_view(config)
-    cases, problems, digests = [], [], {}
+    cases = []
     rows = [(name, row) for name, table in scans.items() for row in table.rows]
     for name, row in tqdm(rows, desc="checking images", unit="case", dynamic_ncols=True, disable=None):
-        checked = check_image(row, quick=args.quick)
-        found = list(checked.problems)
-        if checked.digest:
-            digests[row.image_path] = checked.digest
-        figure = None
+        checked, figure = check_image(row, quick=args.quick), None
         if checked.volume is not None:
             figure = args.out / "cases" / f"{name}_{row.number:04d}.png"
             try:
-                seen = view(checked) if view and not any(p.fatal for p in found) else None
+                seen = view(checked) if view and not any(p.fatal for p in checked.problems) else None
                 text = f"row {row.number}\n{row.image_path.name}\n\n{row.answer}"
                 draw_case(figure, checked.volume, checked.mask, seen, text)
             except InputError as error:  # preprocessing refuses the image
-                found.append(from_error(row.number, row.image_path, error))
+                checked.problems.append(from_error(row.number, row.image_path, error))
                 figure = None
-        problems += [replace(problem, table=name) for problem in found]
         cases.append((replace(checked, volume=None, mask=None), name, figure))  # all volumes do not fit into memory
-    return cases, problems, digests
+    return cases
 
 
 def write_problems(problems: list[Problem], path: Path) -> None:
@@ -147,22 +132,26 @@ def write_problems(problems: list[Problem], path: Path) -> None:
     with path.open("w", encoding="utf-8-sig", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["row", "image", "problem", "remedy", "level", "table"])
-        for p in problems:
-            writer.writerow([p.row or "", p.image, p.problem, p.remedy, p.level, p.table])
+        writer.writerows([p.row or "", p.image, p.problem, p.remedy, p.level, p.table] for p in problems)
 
 
 def main() -> int:
     args = parse_args()
     config = load_config(args.config, image_root=str(args.image_root.resolve()) if args.image_root else None)
     if config.table_root is not None and not config.table_root.is_dir():
-        words = "set --image_root, or image_root in the configuration"
-        raise InputError(f"image_root is no folder: {config.table_root}; {words}")
+        problem = f"image_root is no folder: {config.table_root}"
+        raise InputError(f"{problem}; set --image_root, or image_root in the configuration")
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    scans, problems = read_tables(tables_of(args, config), config)
-    cases, found, digests = check_images(scans, args, config)
+    tables = {"train": args.csv or config.resolved("caption_csv_train")}
+    if val_table := args.val_csv or (None if args.csv else config.caption_csv_val):
+        tables["val"] = Path(val_table)
+    scans, problems = read_tables(tables, config)
+    cases = check_images(scans, args, config)
+    digests = {checked.row.image_path: checked.digest for checked, *_ in cases if checked.digest}
     train, val = (scans[name].rows if name in scans else [] for name in ("train", "val"))
-    problems += [*found, *check_validation(val), *compare_rows(train, val, digests)]
+    problems += [replace(problem, table=name) for checked, name, _ in cases for problem in checked.problems]
+    problems += [*check_validation(val), *compare_rows(train, val, digests)]
     problems = sorted(set(problems), key=lambda p: (p.table, p.row, p.level, p.problem))
 
     for problem in problems:
@@ -173,12 +162,9 @@ def main() -> int:
         print(f"contact sheet: {write_sheet(cases, problems, args.out)}", flush=True)
     levels = Counter(problem.level for problem in problems)
     unusable = len({(p.table, p.row) for p in problems if p.fatal})
-    print(
-        f"{len(cases)} images checked: {levels['error']} errors in {unusable} rows, {levels['warning']} warnings, "
-        f"{levels['note']} notes; list: {args.out / 'problems.csv'}",
-        flush=True,
-    )
-    return EXIT_UNUSABLE if unusable else 0
+    counts = f"{levels['error']} errors in {unusable} rows, {levels['warning']} warnings, {levels['note']} notes"
+    print(f"{len(cases)} images checked: {counts}; list: {args.out / 'problems.csv'}", flush=True)
+    return 1 if unusable else 0
 
 
 if __name__ == "__main__":

@@ -24,8 +24,7 @@ def python_of(venv: Path) -> Path:
 def ensure_environment() -> Path:
     """The interpreter to run with; the environment is made and the requirements installed if need be.
 
-    An active conda or virtual environment that has the requirements already (``mamba5090``) is used as it
-    is: set ``MAMBA_CT_PYTHON=current``.
+    ``MAMBA_CT_PYTHON=current`` uses the active environment, which has the requirements already, as it is.
     """
     if os.environ.get("MAMBA_CT_PYTHON") == "current":
         refuse_old_python()
@@ -41,14 +40,10 @@ def ensure_environment() -> Path:
     STAMP.unlink(missing_ok=True)  # an interrupted installation must not pass for the old one
     # Without pip it is half-made: after an interruption, or on a Debian without python3-venv.
     if not succeeds([str(python), "-m", "pip", "--version"]):
-        run(
-            [sys.executable, "-m", "venv", str(VENV)],
-            "making the virtual environment (on Debian: apt install python3-venv)",
-        )
-    run(
-        [str(python), "-m", "pip", "install", "--disable-pip-version-check", "-q", "-r", str(REQUIREMENTS)],
-        "installing requirements.txt",
-    )
+        what = "making the virtual environment (on Debian: apt install python3-venv)"
+        run(what, sys.executable, "-m", "venv", VENV)
+    quiet = ("--disable-pip-version-check", "-q")
+    run("installing requirements.txt", python, "-m", "pip", "install", *quiet, "-r", REQUIREMENTS)
     STAMP.write_text(wanted, encoding="utf-8")
     return python
 
@@ -67,15 +62,12 @@ def succeeds(command: list[str]) -> bool:
         return False
 
 
-def run(command: list[str], what: str) -> None:
-    code = subprocess.run(command, check=False).returncode
-    if code != 0:
-        stop(f"{what} failed with status {code}: {' '.join(command)}")
-
-
-def stop(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+def run(what: str, *command: object) -> None:
+    """Run a program; exit with one line and status 2 where it fails."""
+    arguments = [str(part) for part in command]
+    if code := subprocess.run(arguments, check=False).returncode:
+        print(f"error: {what} failed with status {code}: {' '.join(arguments)}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 def call_patiently(command: list[str], **options: object) -> int:

@@ -54,14 +54,14 @@ def write_contact_sheet(paths: DatasetPaths) -> Path:
     columns = len(FINDING_TYPES)
     figure, axes = plt.subplots(4, columns, figsize=(2.4 * columns, 10), layout="constrained")
     for column, kind in enumerate(sorted(shown)):
-        hu, mask = _load_case(paths.root, shown[kind]["id"])
+        hu, mask = (_load(paths.root / folder / f"{shown[kind]['id']}.nii.gz") for folder in ("images", "masks"))
         best = int((mask > 0).sum((1, 2)).argmax()) if mask.any() else len(hu) // 2
         title = ", ".join(f"{f['side']} {f['zone']} {f['type']} {f['size_mm']}" for f in shown[kind]["findings"])
         axes[0, column].set_title(title or "normal", fontsize=7)
         _show(axes[:2, column], hu[best])
         if mask.any():
             axes[0, column].contour(mask[best] > 0, [0.5], colors="red", linewidths=0.4)
-    hu, _ = _load_case(paths.root, shown.get("normal", cases[0])["id"])
+    hu = _load(paths.root / "images" / f"{shown.get('normal', cases[0])['id']}.nii.gz")
     for column, level in enumerate(np.linspace(0.93, 0.12, columns)):
         _show(axes[2:, column], hu[int(level * len(hu))])
     for axis in axes.flat:
@@ -77,21 +77,18 @@ def _show(axes: np.ndarray, image: np.ndarray) -> None:
         axis.imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="bilinear")
 
 
-def _load_case(root: Path, case_id: str) -> tuple[np.ndarray, np.ndarray]:
-    """HU and mask of a case, [Z, Y, X]."""
-    hu, mask = (np.asarray(nib.load(root / kind / f"{case_id}.nii.gz").dataobj) for kind in ("images", "masks"))
-    return hu.transpose(2, 1, 0), mask.transpose(2, 1, 0)
+def _load(path: Path) -> np.ndarray:
+    """Voxels of an image or mask, [Z, Y, X]."""
+    return np.asarray(nib.load(path).dataobj).transpose(2, 1, 0)
 
 
 def main() -> None:
     args = parse_args()
     total = args.n_train + args.n_val + args.n_test
+    options = {name: value for name, value in vars(args).items() if name not in ("out", "contact_sheet")}
     with Progress() as bar:
         task = bar.add_task("phantoms", total=total)
-        paths = make_dataset(
-            args.out, args.n_train, args.n_val, args.n_test, args.seed, args.language, args.max_findings,
-            args.normal_share, args.workers, progress=lambda done, _: bar.update(task, completed=done),
-        )  # fmt: skip
+        paths = make_dataset(args.out, **options, progress=lambda done, _: bar.update(task, completed=done))
     if args.contact_sheet and total:
         print(f"contact sheet: {write_contact_sheet(paths)}")
     print(f"{total} cases in {paths.root}: train.csv, val.csv, test.csv")

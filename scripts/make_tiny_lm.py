@@ -95,11 +95,10 @@ def train_tokenizer(texts: list[str], vocabulary: int, language: str) -> PreTrai
     tokenizer = Tokenizer(models.BPE())
     w = wording(language)
     # Chinese has no spaces: merges would join side, zone and finding to a few hundred phrases, each learnt separately.
-    words = sorted({*w.sides.values(), *w.zones.values(), *w.names.values()}, key=len, reverse=True)
+    words = sorted({*w.sides.values(), *w.zones.values(), *w.names[1:]}, key=len, reverse=True)
     alone = Regex("|".join(["[0-9]+", *(f" ?{re.escape(word)}" for word in words)]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(alone, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    split, by_bytes = pre_tokenizers.Split(alone, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, by_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     fixed = {"special_tokens": [END], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, **fixed)
@@ -110,9 +109,8 @@ def train_tokenizer(texts: list[str], vocabulary: int, language: str) -> PreTrai
 def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> MambaForCausalLM:
     ids = dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     size = {"hidden_size": args.width, "num_hidden_layers": args.layers, "state_size": 16}
-    return MambaForCausalLM(
-        MambaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **size, **ids, **{STAMP: True})
-    )
+    fixed = {"vocab_size": len(tokenizer), "tie_word_embeddings": True, STAMP: True}
+    return MambaForCausalLM(MambaConfig(**fixed, **size, **ids))
 
 
 @torch.no_grad()
@@ -173,8 +171,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     lm.model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    print(f"language model: {sum(p.numel() for p in lm.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens, "
-          f"last loss {value:.3f} nats/token, saved in {args.out}", flush=True)  # fmt: skip
+    size = f"{sum(p.numel() for p in lm.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens"
+    print(f"language model: {size}, last loss {value:.3f} nats/token, saved in {args.out}", flush=True)
 
 
 if __name__ == "__main__":

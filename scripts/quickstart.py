@@ -15,8 +15,8 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
@@ -24,14 +24,13 @@ import environment
 from config.files import write_text  # nothing but the standard library: .venv may not be installed yet
 
 
-@dataclass(frozen=True)
-class Step:
-    """One script of the chain. ``steps``: optimizer steps, for the seconds per step; 0 where there are none."""
+class Step(NamedTuple):
+    """One script of the chain."""
 
     name: str
     title: str
     command: list[str]
-    steps: int = 0
+    steps: int = 0  # optimizer steps, for the seconds per step
 
 
 def parse_args() -> argparse.Namespace:
@@ -87,9 +86,7 @@ def plan(out: Path, config: Path, seed: int) -> list[Step]:
           out / "data" / "test.csv", "--out", out / "card", "--maps", 0, "--pointing_cases", 0, "--same_finding",
           "miliary=tree_in_bud", "--max_new_tokens", 120]),
     ]  # fmt: skip
-    return [
-        Step(name, title, [*map(str, command), "--seed", str(seed)], steps) for name, title, steps, command in chain
-    ]
+    return [Step(name, title, [*map(str, words), "--seed", str(seed)], steps) for name, title, steps, words in chain]
 
 
 def run_step(step: Step, out: Path, repeat: bool = False) -> tuple[float, bool]:
@@ -104,8 +101,9 @@ def run_step(step: Step, out: Path, repeat: bool = False) -> tuple[float, bool]:
     done.unlink(missing_ok=True)
     start = time.perf_counter()
     if code := environment.call_patiently([sys.executable, *step.command], cwd=environment.REPOSITORY):
-        problem = f"step '{step.name}' failed with status {code}; the same command goes on from here"
-        print(f"error: {problem}", file=sys.stderr)
+        print(
+            f"error: step '{step.name}' failed with status {code}; the same command goes on from here", file=sys.stderr
+        )
         sys.exit(code)
     seconds = time.perf_counter() - start
     write_text(done, json.dumps({"command": step.command, "seconds": seconds}))
@@ -116,8 +114,8 @@ def summarise(out: Path, steps: list[Step], seconds: dict[str, float], seed: int
     """Write OUT/summary.json, and OUT/scores.json with every generated report too; the scores are the report card's."""
     card = json.loads((out / "card" / "report_card.json").read_text(encoding="utf-8"))["whole_reports"]
     own, shuffled = (
-        {name: score["value"] for name, score in card[condition].items()} | {"n": card[condition]["garbled_rate"]["n"]}
-        for condition in ("own", "shuffled")
+        {name: score["value"] for name, score in scores.items()} | {"n": scores["garbled_rate"]["n"]}
+        for scores in (card["own"], card["shuffled"])
     )
     summary = {
         **own,
@@ -160,8 +158,6 @@ def show(out: Path, summary: dict, number: int = 3) -> None:
 
 
 def main() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")
     args = parse_args()
     out = args.out.resolve()
     steps = plan(out, write_paths_yaml(out), args.seed)

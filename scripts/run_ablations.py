@@ -71,10 +71,7 @@ class Variant:
 
 
 def variants(base: Config) -> list[Variant]:
-    """The baseline and every variant that differs from it.
-
-    An RoI has the baseline's ``roi_side``, or without one half of its token grid. Budgets of visual tokens are squares
-    of 7, 14 and 28.
+    """The baseline and every variant that differs from it. An RoI without ``roi_side`` has half of the token grid.
 
     Raises:
         InputError: the baseline's slices and RoIs need more than 49 visual tokens.
@@ -91,7 +88,7 @@ def variants(base: Config) -> list[Variant]:
         Variant("RoI", "off", {"roi_side": None, "roi_policy": "centre"}),
         Variant("RoI", "centre", {"roi_side": side, "roi_policy": "centre"}),
         Variant("RoI", "lesion", {"roi_side": side, "roi_policy": "lesion", "max_visual_tokens": budget}),
-        *(_tokens(base, n * n) for n in (7, 14, 28)),
+        *(_tokens(base, budget) for budget in (49, 196, 784)),
         *(Variant("augmentation", f"shift {n}", {"augment_shift": n}) for n in (0, 2, 6)),
         Variant("augmentation", "rotate 5", {"augment_rotate": 5.0}),
         Variant("augmentation", "noise 0.2", {"augment_noise": 0.2}),
@@ -112,11 +109,7 @@ def _tokens(base: Config, budget: int) -> Variant:
 
 
 def chosen(all_variants: list[Variant], only: list[str] | None) -> list[Variant]:
-    """The baseline and the variants of these axes or names.
-
-    Raises:
-        InputError: a name that no axis and no variant has.
-    """
+    """The baseline and the variants of these axes or names. Raises InputError for an unknown name."""
     names = {name for variant in all_variants for name in (variant.axis, variant.name)}
     for name in set(only or ()) - names:
         raise InputError(f"--only {name}: there is no such axis or variant; known: {', '.join(sorted(names))}")
@@ -131,26 +124,21 @@ def write_random_encoder(config: Config, path: Path, seed: int) -> None:
     save_nnunet_checkpoint(path, network.state_dict_nnunet(), source.plans, source.configuration, source.dataset_json)
 
 
-def command(script: str, **flags: object) -> list[str]:
-    """A command line; a flag whose value is True takes no argument."""
-    pairs = [(f"--{name}", value) for name, value in flags.items()]
-    return [script, *(part for name, value in pairs for part in ((name,) if value is True else (name, str(value))))]
-
-
 def commands_of(args: argparse.Namespace, variant: Variant, seed: int, folder: Path) -> list[list[str]]:
     """Stage 1 (none from scratch), Stage 2, evaluation on the test table."""
-    common = {"config": folder / "paths.yaml", "batch_size": args.batch_size, "seed": seed}
-    stage1 = command("train.py", **common, objective=variant.start, epochs=args.stage1_epochs, lr=args.stage1_lr)
-    scratch = variant.start == "scratch"
-    start = {"from_scratch": True} if scratch else {"vision_checkpoint": folder / "vision_bridge_best_val.pt"}
-    epochs = args.epochs + (args.stage1_epochs if scratch else 0)
-    stage2 = command("train_vlm.py", **common, **start, epochs=epochs, lr=args.lr, allow_collapsed=True)
+    common = ["--config", folder / "paths.yaml", "--batch_size", args.batch_size, "--seed", seed]
+    stage1 = ["train.py", *common, "--objective", variant.start, "--epochs", args.stage1_epochs, "--lr", args.stage1_lr]
+    start, epochs = ["--vision_checkpoint", folder / "vision_bridge_best_val.pt"], args.epochs
+    if variant.start == "scratch":
+        start, epochs = ["--from_scratch"], args.epochs + args.stage1_epochs
+    stage2 = ["train_vlm.py", *common, *start, "--epochs", epochs, "--lr", args.lr, "--allow_collapsed", *variant.flags]
     # Confidence is not compared: the evaluated table is named for calibration, so that no other is generated.
-    table = args.data / "test.csv"
-    places = {"checkpoint": folder / "vision_bridge_vlm_final.pt", "csv": table, "calibration_csv": table}
-    few = {"maps": 0, "pointing_cases": 0, "same_finding": "miliary=tree_in_bud", "max_new_tokens": args.max_new_tokens}
-    scores = command("scripts/evaluate_reports.py", **common, **places, out=folder / "card", **few)
-    return [*([] if scratch else [stage1]), [*stage2, *variant.flags], scores]
+    table, model = args.data / "test.csv", folder / "vision_bridge_vlm_final.pt"
+    card = ["scripts/evaluate_reports.py", *common, "--checkpoint", model, "--csv", table, "--calibration_csv", table]
+    card += ["--out", folder / "card", "--maps", 0, "--pointing_cases", 0, "--same_finding", "miliary=tree_in_bud"]
+    card += ["--max_new_tokens", args.max_new_tokens]
+    commands = [stage2, card] if variant.start == "scratch" else [stage1, stage2, card]
+    return [[str(part) for part in command] for command in commands]
 
 
 def run_variant(args: argparse.Namespace, base: Config, variant: Variant, seed: int) -> dict[str, Any]:
@@ -162,13 +150,12 @@ def run_variant(args: argparse.Namespace, base: Config, variant: Variant, seed: 
     """
     folder = args.out / f"{variant.axis}_{variant.name}_seed{seed}".replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
-    keys = {**variant.keys, "output_dir": str(folder)}
+    config = base.replace(**variant.keys, output_dir=str(folder))
     if variant.random_encoder:
         path = args.out / "random_encoder.pth"
         if not path.is_file():
             write_random_encoder(base, path, seed)
-        keys["nnunet_encoder_checkpoint"] = str(path)
-    config = base.replace(**keys)
+        config = config.replace(nnunet_encoder_checkpoint=str(path))
     wanted = {"commands": commands_of(args, variant, seed, folder), "config": config.to_dict()}
     done = folder / "done.json"
     record = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
@@ -179,17 +166,15 @@ def run_variant(args: argparse.Namespace, base: Config, variant: Variant, seed: 
             for line in wanted["commands"]:
                 call = [sys.executable, *line]
                 if code := subprocess.run(call, cwd=REPOSITORY, stdout=log, stderr=log, check=False).returncode:
-                    raise InputError(
-                        f"{variant.axis} {variant.name}: {line[0]} ended with status {code}, see {log.name}; "
-                        "fix that, and the same command goes on from here"
-                    )
+                    problem = f"{variant.axis} {variant.name}: {line[0]} ended with status {code}, see {log.name}"
+                    raise InputError(f"{problem}; fix that, and the same command goes on from here")
         record = {**wanted, "seconds": time.perf_counter() - started}
         write_text(done, json.dumps(record))
     scores = json.loads((folder / "card" / "report_card.json").read_text(encoding="utf-8"))["whole_reports"]["own"]
     log = [json.loads(line) for line in (folder / "stage2_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    row = {"axis": variant.axis, "variant": variant.name, "keys": dict(variant.keys), "seed": seed, "scores": scores}
     losses = [epoch["val_loss"] for epoch in log if epoch.get("val_loss") is not None]
-    row = {"axis": variant.axis, "variant": variant.name, "keys": dict(variant.keys), "seed": seed}
-    return {**row, "scores": scores, "val_loss": losses, "seconds": record["seconds"]}
+    return {**row, "val_loss": losses, "seconds": record["seconds"]}
 
 
 def write_table(args: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -221,7 +206,7 @@ def main() -> None:
     args.out, args.data = args.out.resolve(), args.data.resolve()
     base = load_config(args.base)
     todo = [(variant, seed) for variant in chosen(variants(base), args.only) for seed in args.seeds]
-    rows: list[dict[str, Any]] = []
+    rows = []
     for number, (variant, seed) in enumerate(todo, start=1):
         rows.append(run_variant(args, base, variant, seed))
         write_table(args, rows)

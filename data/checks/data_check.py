@@ -9,6 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -48,15 +49,19 @@ def quick_check(*tables: Sequence[CaptionRow]) -> None:
 def check_image(row: CaptionRow, quick: bool = False) -> CheckedImage:
     """All problems of one row's image, mask and text. Raises nothing that its files cause."""
     checked = CheckedImage(row)
-    problems = _text_problems(row)
+    problems = []
+    if len(row.answer) < _SHORT_REPORT:
+        problems.append(Problem(0, f"the report is only '{row.answer}'", "check that it is complete", level="warning"))
+    if row.question and row.question == row.answer:
+        problems.append(Problem(0, "question and report are the same text", "check the columns", level="warning"))
     try:
         checked.header = read_header(row.image_path)
         problems += check_header(checked.header)
         if not quick:
             checked.volume = volume = read_volume(row.image_path)
             problems += check_volume(volume)
-            digest = hashlib.blake2b(volume.array, digest_size=16, salt=b"%d" % volume.array.shape[0])
-            checked.digest = digest.hexdigest()
+            salt = b"%d" % volume.array.shape[0]
+            checked.digest = hashlib.blake2b(volume.array, digest_size=16, salt=salt).hexdigest()
     except InputError as error:
         problems.append(from_error(row.number, row.image_path, error))
     try:
@@ -84,15 +89,6 @@ def _mask_problems(checked: CheckedImage, path: Path, quick: bool) -> list[Probl
     return [Problem(0, words, "the mask must be drawn on the image's own grid", str(path))]
 
 
-def _text_problems(row: CaptionRow) -> list[Problem]:
-    found = []
-    if len(row.answer) < _SHORT_REPORT:
-        found.append(Problem(0, f"the report is only '{row.answer}'", "check that it is complete", level="warning"))
-    if row.question and row.question == row.answer:
-        found.append(Problem(0, "question and report are the same text", "check the columns", level="warning"))
-    return found
-
-
 def check_validation(rows: Sequence[CaptionRow], level: Level = "error") -> list[Problem]:
     """A problem where the loss of a validation table carries no information: one case, or one report for all.
 
@@ -116,36 +112,30 @@ def compare_rows(train: Sequence[CaptionRow], val: Sequence[CaptionRow], digests
     def content(row: CaptionRow) -> str:
         return digests.get(row.image_path) or str(row.image_path.absolute())
 
-    problems: list[Problem] = []
+    problems = []
     for name, rows in (("train", train), ("val", val)):
         problems += _duplicates(rows, content, name)
         for text, count in Counter(row.answer for row in rows).most_common(1):
             if count > 2 and count > len(rows) / 2:
                 words = f"{count} of {len(rows)} reports are the same text ('{text[:20]}')"
                 problems.append(Problem(0, words, "a model learns to write only this", level="warning", table=name))
-    problems += _shared(train, val, lambda row: row.patient, "patient '{}'")
-    problems += _shared(train, val, content, "this image")
+    remedy = "split by patient: the validation score would be too good"
+    for what, key in (("patient '{}'", attrgetter("patient")), ("this image", content)):
+        first = {key(row): row.number for row in reversed(train) if key(row)}
+        for row in val:
+            if key(row) in first:
+                words = f"{what.format(key(row))} is in the training table too (row {first[key(row)]})"
+                problems.append(Problem(row.number, words, remedy, str(row.image_path), "warning", "val"))
     return problems
 
 
 def _duplicates(rows: Sequence[CaptionRow], content: Callable[[CaptionRow], str], table: str) -> Iterator[Problem]:
     seen: dict[tuple[str, str], CaptionRow] = {}  # by image and question: two questions about one image may stand
     for row in rows:
-        key = content(row), row.question
-        if key in seen:
-            words = f"has the image of row {seen[key].number} and another report"
-            if seen[key].answer == row.answer:
-                words = f"says the same as row {seen[key].number}: same image, question and report"
-            yield Problem(row.number, words, "keep one of them", str(row.image_path), level="warning", table=table)
-        seen[key] = row
-
-
-def _shared(
-    train: Sequence[CaptionRow], val: Sequence[CaptionRow], key: Callable[[CaptionRow], str], what: str
-) -> Iterator[Problem]:
-    first = {key(row): row.number for row in reversed(train)}
-    remedy = "split by patient: the validation score would be too good"
-    for row in val:
-        if key(row) and key(row) in first:
-            words = f"{what.format(key(row))} is in the training table too (row {first[key(row)]})"
-            yield Problem(row.number, words, remedy, str(row.image_path), "warning", "val")
+        other = seen.get((content(row), row.question))
+        if other:
+            words = f"has the image of row {other.number} and another report"
+            if other.answer == row.answer:
+                words = f"says the same as row {other.number}: same image, question and report"
+            yield Problem(row.number, words, "keep one of them", str(row.image_path), "warning", table)
+        seen[content(row), row.question] = row

@@ -3,9 +3,8 @@
 The reader refuses what is impossible. These checks find the mistakes that a file survives: a wrong unit, a missing
 intercept, half a chest, conflicting directions. The limits are for adults, with a margin.
 
-Left and right come from the header alone. No rule on voxels detects a mirrored header without errors (situs inversus,
-a shifted mediastinum), so none is here: the contact sheet shows the image with its sides named. Front and back are
-checked by the spine.
+No rule on voxels detects mirrored sides without errors (situs inversus, a shifted mediastinum), so none is here: the
+contact sheet shows the image with its sides named. Front and back are checked by the spine.
 """
 
 from __future__ import annotations
@@ -31,10 +30,9 @@ _SPINE_FRACTION = 0.05  # of the body's depth; real scans have -0.16 to -0.09 he
 def check_header(header: ImageHeader) -> list[Problem]:
     """Warnings that need no voxel: directions, spacing, extent."""
     found = [_warning(note, "check where the file was made") for note in header.notes]
-    step, *plane = header.spacing
-    if not all(_PLANE_MM[0] <= size <= _PLANE_MM[1] for size in plane):
-        words = f"pixels are {plane[0]:.3g} x {plane[1]:.3g} mm, a chest CT has 0.5 to 1"
-        found.append(_warning(words, "check the spacing"))
+    step, row, column = header.spacing
+    if not all(_PLANE_MM[0] <= size <= _PLANE_MM[1] for size in (row, column)):
+        found.append(_warning(f"pixels are {row:.3g} x {column:.3g} mm, a chest CT has 0.5 to 1", "check the spacing"))
     if not _STEP_MM[0] <= step <= _STEP_MM[1]:
         found.append(_warning(f"slices are {step:.3g} mm apart, a chest CT has 0.5 to 10", "check the spacing"))
     length, *width = header.extent_mm
@@ -45,10 +43,13 @@ def check_header(header: ImageHeader) -> list[Problem]:
         found.append(_warning(f"the scan is {length:.0f} mm long, more than a chest", remedy))
     if not all(_WIDTH_MM[0] <= size <= _WIDTH_MM[1] for size in width):
         found.append(_warning(f"the field of view is {width[1]:.0f} x {width[0]:.0f} mm, a chest needs 300 to 500"))
-    tilt = _degrees_from_axes(header)
+    # Largest angle between an axis of the image and the nearest axis of the patient.
+    cosines = np.abs(header.affine[:3, :3]).max(axis=0) / np.linalg.norm(header.affine[:3, :3], axis=0)
+    tilt = np.degrees(np.arccos(np.clip(cosines.min(), -1, 1)))
     if tilt > 10:
-        words = f"the slices are oblique by {tilt:.0f} degrees and used as they are"
-        found.append(_warning(words, "reconstruct them axial"))
+        found.append(
+            _warning(f"the slices are oblique by {tilt:.0f} degrees and used as they are", "reconstruct them axial")
+        )
     return found
 
 
@@ -57,7 +58,12 @@ def check_volume(volume: Volume) -> list[Problem]:
     stride = [max(1, round(_GRID_MM / size)) for size in volume.spacing]
     coarse = volume.array[:: stride[0], :: stride[1], :: stride[2]]
     voxel_ml = float(np.prod(volume.spacing) * np.prod(stride)) / 1000
-    return _unit(coarse) or [*_padding(coarse), *_lungs(coarse, voxel_ml), *_spine(coarse)]
+    if found := _unit(coarse):
+        return found
+    if fraction := float(np.mean(coarse < PADDING_HU)):
+        words = f"{100 * fraction:.0f} % of the voxels are padding (lowest {float(coarse.min()):.0f})"
+        found.append(_warning(words, "harmless: nnU-Net's CT normalisation clips it", "note"))
+    return [*found, *_lungs(coarse, voxel_ml), *_spine(coarse)]
 
 
 def _unit(coarse: np.ndarray) -> list[Problem]:
@@ -92,12 +98,6 @@ def _unit(coarse: np.ndarray) -> list[Problem]:
     return [Problem(0, f"values run from {low:.6g} to {high:.6g}: {words}", remedy)]
 
 
-def _padding(coarse: np.ndarray) -> list[Problem]:
-    fraction = float(np.mean(coarse < PADDING_HU))
-    words = f"{100 * fraction:.0f} % of the voxels are padding (lowest {float(coarse.min()):.0f})"
-    return [_warning(words, "harmless: nnU-Net's CT normalisation clips it", "note")] if fraction else []
-
-
 def _lungs(coarse: np.ndarray, voxel_ml: float) -> list[Problem]:
     """Whether the scan holds the whole lungs: the air that the body encloses in the axial plane."""
     labels, count = ndimage.label(coarse < AIR_HU)
@@ -125,12 +125,6 @@ def _spine(coarse: np.ndarray) -> list[Problem]:
         return []
     words = "the spine lies in front: the header's directions are wrong, so left and right may be too"
     return [_warning(words, "convert the DICOM series again, and look at the contact sheet")]
-
-
-def _degrees_from_axes(header: ImageHeader) -> float:
-    """Largest angle between an axis of the image and the nearest axis of the patient."""
-    cosines = np.abs(header.affine[:3, :3]).max(axis=0) / np.linalg.norm(header.affine[:3, :3], axis=0)
-    return float(np.degrees(np.arccos(np.clip(cosines.min(), -1, 1))))
 
 
 def _warning(problem: str, remedy: str = "look at the contact sheet", level: Level = "warning") -> Problem:

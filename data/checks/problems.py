@@ -13,17 +13,13 @@ Level = Literal["error", "warning", "note"]
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """``row``: the row a spreadsheet shows, 0 for the table as a whole.
+    """A problem and its remedy, one line each."""
 
-    ``image`` is the file or the cell that names it; ``problem`` and ``remedy`` are one line each.
-    ``level``: a row with an error cannot be used; a warning may be an oversight; a note needs no action.
-    """
-
-    row: int
+    row: int  # as a spreadsheet shows it, 0 for the table as a whole
     problem: str
     remedy: str = ""
-    image: str = ""
-    level: Level = "error"
+    image: str = ""  # the file, or the cell that names it
+    level: Level = "error"  # the row cannot be used; a warning may be an oversight, a note needs no action
     table: str = ""
 
     @property
@@ -38,8 +34,8 @@ class Problem:
 def from_error(row: int, image: object, error: Exception) -> Problem:
     """The problem of an InputError, whose text is ``FILE: problem; remedy``."""
     text = " ".join(str(error).split()).removeprefix(f"{image}: ")
-    problem, mark, remedy = text.rpartition("; ")
-    return Problem(row, problem, remedy, str(image)) if mark else Problem(row, text, "", str(image))
+    problem, _, remedy = text.rpartition("; ") if "; " in text else (text, "", "")
+    return Problem(row, problem, remedy, str(image))
 
 
 def raise_errors(problems: Iterable[Problem], table: object = "") -> None:

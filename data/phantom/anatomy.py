@@ -13,10 +13,10 @@ from scipy import ndimage
 
 from config.errors import InputError
 from data.phantom.canvas import Canvas, Grid, blend, soft
-from data.phantom.vessels import grow_tree, splat
 
 AIR, LUNG, FAT, MUSCLE, WATER, BLOOD, LIVER = -1000.0, -865.0, -95.0, 50.0, 8.0, 42.0, 58.0
 SIGN = {"right": -1.0, "left": 1.0}
+_BIFURCATIONS = 6  # along each vessel
 MIN_EXTENT = (200.0, 240.0, 300.0)  # z, y, x in mm: less does not hold a chest
 
 
@@ -65,7 +65,7 @@ def sample_patient(rng: np.random.Generator, grid: Grid) -> Patient:
     Raises:
         InputError: the field of view is smaller than a chest.
     """
-    extent = grid.extent
+    extent = tuple(n * s for n, s in zip(grid.shape, grid.spacing, strict=True))  # field of view (z, y, x), mm
     if any(have < need for have, need in zip(extent, MIN_EXTENT, strict=True)):
         raise InputError(
             f"phantom grid {grid.shape} at {grid.spacing} mm covers {extent} mm (z, y, x); "
@@ -133,17 +133,13 @@ def _body_wall(c: Canvas, p: Patient) -> np.ndarray:
     skin = c.column(0.0, 3 + 6 * shoulder, a, b, power=2.6)
     for inset, value in ((0.0, 10.0), (3.0, FAT), (p.fat, MUSCLE)):
         c.paint(hu, skin, value, inset)
-    table = c.column(0.0, p.depth + wall + 5 - 60, 190.0 + 0 * c.u, 66.0 + 0 * c.u)
-    box, distance = table
+    box, distance = c.column(0.0, p.depth + wall + 5 - 60, 190.0 + 0 * c.u, 66.0 + 0 * c.u)
     shell = 2.0 - np.abs(distance)
     shell[:, c.y[0, box[1], 0] < p.depth * 0.75] = -99
     blend(hu[box], soft(shell, c.px) * (hu[box] < -500), -650.0)
     for sign in SIGN.values():
         w, d = p.width, p.depth
-        for x, y, dx, dy, radius, value in (
-            (1.01, 0.66, -0.38, 0.36, 4.2, FAT),
-            (0.95, 0.72, -0.34, 0.34, 3.0, 480.0),
-        ):
+        for x, y, dx, dy, radius, value in ((1.01, 0.66, -0.38, 0.36, 4.2, FAT), (0.95, 0.72, -0.34, 0.34, 3.0, 480.0)):
             top, tip = (sign * x * w, y * d), (sign * (x + dx) * w, (y + dy) * d)
             path = [(*top, -0.02), (*tip, 0.0), (*tip, 0.17), (*top, 0.12), (*tip, 0.3), (*top, 0.24)]
             c.paint(hu, c.tube(path, radius), value)
@@ -174,8 +170,7 @@ def _abdomen(c: Canvas, p: Patient, hu: np.ndarray, wall: np.ndarray, below: dic
     """Liver under the right dome and across the midline, spleen and stomach under the left."""
     lift = 0.35 * p.contrast
     body = soft(wall, c.px)
-    under = body * soft(below["right"], c.grid.spacing[0]) * (c.x < 0)
-    blend(hu, under, LIVER + lift)
+    blend(hu, body * soft(below["right"], c.grid.spacing[0]) * (c.x < 0), LIVER + lift)
     under = body * soft(below["left"], c.grid.spacing[0]) * (c.x >= 0)
     edge = soft(0.42 * p.width - 0.55 * (c.y + 0.2 * p.depth) - c.x, 2 * c.px)  # left lobe, in front
     blend(hu, under * edge, LIVER + lift)
@@ -211,10 +206,7 @@ def _mediastinum(c: Canvas, p: Patient, hu: np.ndarray, middle: np.ndarray) -> N
     trunk = c.tube([(0.14 * w, -0.34 * d, 0.50), (0.17 * w, -0.22 * d, 0.40), (0.30 * w, 0.04 * d, 0.40)], [14, 13, 9])
     right_artery = c.tube([(0.14 * w, -0.16 * d, 0.41), (-0.30 * w, 0.06 * d, 0.43)], [11, 9])
     cava = c.tube([(-0.20 * w, -0.14 * d, 0.06), (-0.20 * w, -0.16 * d, 0.56)], [8, 9])
-    roots = [
-        c.tube([(SIGN[side] * 0.27 * w, 0.06 * d, 0.38), (SIGN[side] * 0.31 * w, 0.10 * d, 0.52)], [8, 7])
-        for side in SIGN
-    ]
+    roots = [c.tube([(s * 0.27 * w, 0.06 * d, 0.38), (s * 0.31 * w, 0.10 * d, 0.52)], [8, 7]) for s in SIGN.values()]
     for solid in (*heart, aorta, trunk, right_artery, cava, *roots):
         c.merge(middle, solid, grow=2.0)
     for x, y in ((-0.12, -0.12), (0.02, -0.10), (0.14, 0.02), (-0.24, -0.14), (0.22, -0.14)):
@@ -269,18 +261,88 @@ def _parenchyma(chest: Chest, rng: np.random.Generator) -> None:
     """Fill the lungs: aerated tissue, slightly denser posteriorly, and the vessel trees."""
     c, p = chest.canvas, chest.patient
     tissue = np.float32(p.lung_hu) + np.float32(28.0) * (c.y / np.float32(p.depth)) + np.float32(15.0) * (c.u - 0.5)
-    points, radii = [], []
+    trees = []
     for side in SIGN:
         blend(chest.hu, chest.lung[side], tissue)
         inside = np.flatnonzero(chest.depth[side] > 6.0)
         picks = rng.choice(inside, 22)
         targets = np.stack(np.unravel_index(picks, c.grid.shape), 1) * c.grid.spacing + c.origin
-        tree = grow_tree(rng, chest.hilum[side], targets)
-        points.append(tree[0])
-        radii.append(tree[1])
-    vessels = splat(c, np.concatenate(points), np.concatenate(radii))
+        trees.append(_grow_vessels(rng, chest.hilum[side], targets))
+    vessels = _splat(c, *map(np.concatenate, zip(*trees, strict=True)))
     vessels *= np.maximum(chest.lung["right"], chest.lung["left"])
     blend(chest.hu, vessels, 30.0 + 0.6 * p.contrast)
+
+
+def _unit(v: np.ndarray) -> np.ndarray:
+    return v / np.maximum(np.linalg.norm(v, axis=-1, keepdims=True), 1e-6)
+
+
+def _grow_vessels(rng: np.random.Generator, hilum: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The pulmonary vessels of one lung: branches that divide and taper from the hilum towards the pleura.
+
+    ``hilum`` (z, y, x) and ``targets`` [T, 3], at which the main branches aim, in mm. Returns points [P, 3] about 2 mm
+    apart and radii [P], mm.
+    """
+    # A hilum is taller than wide; roots in one plane would all lie in a single slice.
+    start = hilum + rng.normal(0, 1, targets.shape) * (13.0, 5.0, 3.0)
+    reach = targets - start
+    direction = _unit(reach)
+    # The first segment is 26 % of the distance to the target; later ones shrink geometrically, as the calibre does.
+    length = np.linalg.norm(reach, axis=1) * 0.26
+    radius = rng.uniform(1.7, 3.3, len(targets))
+    points, radii = [], []
+    for _ in range(_BIFURCATIONS):
+        steps = np.ceil(length / 2.2).astype(int)
+        t = np.arange(steps.max() + 1) / steps[:, None]  # position along each branch; values above 1 are dropped
+        bend = rng.normal(0, 0.10, start.shape) * length[:, None]
+        end = start + direction * length[:, None]
+        line = start[:, None] + t[..., None] * (end - start)[:, None] + (t * (1 - t))[..., None] * bend[:, None]
+        taper = radius[:, None] * (1 - 0.22 * t)
+        points.append(line[t <= 1])
+        radii.append(taper[t <= 1])
+        spread = rng.normal(0, 1, (len(end), 3))
+        spread = _unit(spread - (spread * direction).sum(1, keepdims=True) * direction)
+        angle = rng.uniform(0.25, 0.6, (len(end), 1))
+        # One daughter continues nearly straight, the other leaves at a wider angle and is thinner.
+        straight, side = direction - 0.4 * angle * spread, direction + 1.6 * angle * spread
+        start = np.concatenate([end, end])
+        direction = _unit(np.concatenate([straight, side]))
+        length = np.concatenate([length * rng.uniform(0.8, 1.0, len(end)), length * rng.uniform(0.55, 0.85, len(end))])
+        radius = np.concatenate([radius * 0.84, radius * 0.64])
+        keep = radius > 0.42
+        start, direction, length, radius = start[keep], direction[keep], length[keep], radius[keep]
+    return np.concatenate(points), np.concatenate(radii)
+
+
+def _splat(c: Canvas, points: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """Coverage 0..1 of the union of small balls [Z, Y, X]; a ball thinner than a voxel is fainter."""
+    grid = c.grid
+    cover = np.zeros(int(np.prod(grid.shape)), np.float32)
+    position = (points - c.origin) / np.asarray(grid.spacing)
+    for thin in (True, False):
+        pick = (radii < 1.6) == thin
+        reach = 1 if thin else 2
+        near = np.round(position[pick]).astype(np.int32)
+        rest = ((position[pick] - near) * grid.spacing).astype(np.float32)
+        inside = ((near >= [1, reach, reach]) & (near < np.asarray(grid.shape) - [1, reach, reach])).all(1)
+        near, rest, r = near[inside], rest[inside], radii[pick][inside].astype(np.float32)
+        half = np.arange(-reach, reach + 1, dtype=np.int32)
+        dz, dy, dx = np.arange(-1, 2, dtype=np.int32), *(g.ravel() for g in np.meshgrid(half, half, indexing="ij"))
+        sz, sy, sx = np.asarray(grid.spacing, np.float32)
+        # Separable: distances across slices and within one, 3 + 25 terms a point instead of 75.
+        gap_xy = np.sqrt((dy * sy - rest[:, 1:2]) ** 2 + (dx * sx - rest[:, 2:3]) ** 2)
+        gap_z = np.abs(dz * sz - rest[:, 0:1])
+        # Fraction of the pixel and of the slice thickness that the tube fills.
+        strength = np.minimum(1, 1.45 * r / c.px)[:, None]
+        across = strength * np.clip((r[:, None] - gap_xy) / c.px + 0.85, 0, 1)
+        along = np.clip((r[:, None] + 0.5 * sz - gap_z) / min(3.0, sz), 0, 1)
+        plane = (near[:, 1:2] + dy) * grid.shape[2] + near[:, 2:3] + dx
+        for level in range(3):
+            index = (near[:, 0:1] + dz[level]) * (grid.shape[1] * grid.shape[2]) + plane
+            value = across * along[:, level : level + 1]
+            positive = value > 0
+            np.maximum.at(cover, index[positive], value[positive])
+    return cover.reshape(grid.shape)
 
 
 def finish(hu: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:

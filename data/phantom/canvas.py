@@ -29,12 +29,6 @@ class Grid:
         """Pixel edge in the axial plane, mm."""
         return float(np.sqrt(self.spacing[1] * self.spacing[2]))
 
-    @property
-    def extent(self) -> tuple[float, float, float]:
-        """Field of view (z, y, x), mm."""
-        z, y, x = (n * s for n, s in zip(self.shape, self.spacing, strict=True))
-        return z, y, x
-
 
 def soft(distance: np.ndarray, width: float) -> np.ndarray:
     """Coverage 0..1 of voxels ``distance`` mm inside an edge that is ``width`` mm soft."""
@@ -60,7 +54,7 @@ class Canvas:
         """``apex_z``: mm above the lowest slice; ``shift``: the body's (x, y) off the grid's centre."""
         self.grid, self.height, self.apex_z, self.px = grid, lung_height, apex_z, grid.pixel
         z, y, x = (np.arange(n, dtype=np.float32) * s for n, s in zip(grid.shape, grid.spacing, strict=True))
-        self.z = z.astype(np.float32)[:, None, None]
+        self.z = z[:, None, None]
         self.y = (y - y[-1] / 2 - shift[1]).astype(np.float32)[None, :, None]
         self.x = (x - x[-1] / 2 - shift[0]).astype(np.float32)[None, None, :]
         self.u = ((apex_z - self.z) / lung_height).astype(np.float32)
@@ -71,8 +65,7 @@ class Canvas:
         spacing = np.asarray(self.grid.spacing)
         first = np.clip(np.floor((np.asarray(low) - self.origin) / spacing), 0, self.grid.shape).astype(int)
         last = np.clip(np.ceil((np.asarray(high) - self.origin) / spacing) + 1, 0, self.grid.shape).astype(int)
-        z, y, x = (slice(int(a), int(max(a, b))) for a, b in zip(first, last, strict=True))
-        return z, y, x
+        return tuple(slice(int(a), int(max(a, b))) for a, b in zip(first, last, strict=True))
 
     def coordinates(self, box: Box) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """z, y, x of a box in mm, shaped to broadcast."""
@@ -97,8 +90,7 @@ class Canvas:
     def ball(self, centre: tuple[float, float, float], radii: tuple[float, float, float]) -> Solid:
         """An ellipsoid: centre (x mm, y mm, u), half axes (x, y, z) in mm."""
         (x, y, u), (a, b, c) = centre, radii
-        z = self.height_of(u)
-        margin = 2 * self.px
+        z, margin = self.height_of(u), 2 * self.px
         box = self.box((z - c, y - b - margin, x - a - margin), (z + c, y + b + margin, x + a + margin))
         gz, gy, gx = self.coordinates(box)
         inside = 1.0 - ((gx - x) / a) ** 2 - ((gy - y) / b) ** 2 - ((gz - z) / c) ** 2

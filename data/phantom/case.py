@@ -1,7 +1,6 @@
 """Synthetic chest CT with tuberculosis-like findings: HU volumes and lesion masks from a seed.
 
-``make_case`` makes one patient, ``write_case`` its NIfTI files. Arrays have axes [Z, Y, X], +x the patient's left,
-+y posterior, +z superior; volumes are float32 HU, masks uint8 whose value is the index in ``FINDING_TYPES``.
+Arrays have axes [Z, Y, X], +x the patient's left, +y posterior, +z superior.
 """
 
 from __future__ import annotations
@@ -24,28 +23,18 @@ from data.phantom.lesions import add_finding
 class Phantom:
     """One synthetic patient.
 
-    Attributes:
-        hu: [Z, Y, X] float32, HU.
-        mask: [Z, Y, X] uint8, index of the finding type.
-        spacing: (z, y, x) mm.
-        findings: sizes as measured on ``mask``; ordered by the slice with most of the lesion, from the lowest.
-        lung_z: lowest and highest z of each lung, mm above the first slice.
+    Findings have the sizes measured on ``mask``; ordered by the slice with most of the lesion, from the lowest.
     """
 
-    hu: np.ndarray
-    mask: np.ndarray
-    spacing: tuple[float, float, float]
+    hu: np.ndarray  # [Z, Y, X] float32
+    mask: np.ndarray  # [Z, Y, X] uint8, index of the type in FINDING_TYPES
+    spacing: tuple[float, float, float]  # (z, y, x) mm
     findings: list[Finding]
-    lung_z: dict[str, tuple[float, float]]
+    lung_z: dict[str, tuple[float, float]]  # lowest and highest z of each lung, mm above the first slice
 
 
 def make_case(seed: int | Sequence[int], wanted: Sequence[tuple[str, str, str]], grid: Grid | None = None) -> Phantom:
-    """Build a patient with the wanted findings.
-
-    Args:
-        seed: anything ``np.random.default_rng`` takes; the same seed gives the same patient.
-        wanted: (type, side, zone) per finding; empty for a healthy chest.
-        grid: voxel grid; the default is 128 × 128 in plane at 2.6–2.9 mm and about 36 slices of 8 mm.
+    """Build the patient of a seed with the wanted findings, each a (type, side, zone); without any, a healthy chest.
 
     Raises:
         InputError: the grid does not hold a chest.

@@ -19,9 +19,11 @@ import io
 import json
 import multiprocessing
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +39,6 @@ GENERATOR_VERSION = 6
 SPLITS = ("train", "val", "test")
 _EMPTY_QUESTION_FRACTION = 0.2
 _PLACEMENT_ATTEMPTS = 8
-Wanted = tuple[str, str, str]  # type, side, zone
 
 # One deck holds every type equally often; an effusion has one zone only and is in it three times.
 _DECK = [
@@ -57,25 +58,6 @@ class DatasetPaths:
     cases_json: Path
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One case to make; picklable."""
-
-    root: Path
-    split: str
-    index: int
-    seed: int
-    wanted: tuple[Wanted, ...]
-
-    @property
-    def case_id(self) -> str:
-        return f"{self.split}_{self.index:04d}"
-
-    @property
-    def rng_seed(self) -> list[int]:
-        return [self.seed, SPLITS.index(self.split), self.index]
-
-
 def make_dataset(
     out_dir: Path | str,
     n_train: int,
@@ -93,8 +75,7 @@ def make_dataset(
     Args:
         out_dir: folder of the data set; made if absent.
         n_train, n_val, n_test: cases per split.
-        seed: of everything; equal seeds give equal files.
-        language: of the reports and questions, "zh" or "en".
+        seed, language: equal seeds give equal files; reports and questions are in "zh" or "en".
         max_findings: an abnormal case has 1 to this many findings, uniformly.
         normal_share: fraction of healthy chests, spread evenly over each split.
         workers: processes; with 1 everything runs in this one.
@@ -113,24 +94,29 @@ def make_dataset(
     root = Path(out_dir)
     for folder in ("images", "masks", "cases"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    jobs = [
-        _Job(root, split, index, seed, _plan(seed, split, index, max_findings, normal_share))
-        for split, count in zip(SPLITS, (n_train, n_val, n_test), strict=True)
-        for index in range(count)
-    ]
+    jobs = []
+    for number, (split, count) in enumerate(zip(SPLITS, (n_train, n_val, n_test), strict=True)):
+        for index in range(count):
+            wanted = _plan([seed, number, 7], index, max_findings, normal_share)
+            job = {"id": f"{split}_{index:04d}", "split": split, "generator": GENERATOR_VERSION}
+            jobs.append({**job, "seed": [seed, number, index], "wanted": wanted})
     cases = []
-    for case in _run(jobs, workers):
-        cases.append(case)
-        if progress is not None:
-            progress(len(cases), len(jobs))
+    # "spawn" on every system: it is what Windows has, and forking a process with threads is unsafe.
+    context = multiprocessing.get_context("spawn")
+    build, alone = partial(_build, root), workers == 1 or len(jobs) < 2
+    pool = nullcontext() if alone else ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context)
+    with pool:
+        for case in map(build, jobs) if alone else pool.map(build, jobs, chunksize=4):
+            cases.append(case)
+            if progress is not None:
+                progress(len(cases), len(jobs))
     return _write_tables(root, cases, language)
 
 
-def _plan(seed: int, split: str, index: int, max_findings: int, normal_share: float) -> tuple[Wanted, ...]:
-    """The findings of a case. Every split is balanced, however long it is."""
+def _plan(stream: list[int], index: int, max_findings: int, normal_share: float) -> list[list[str]]:
+    """(type, side, zone) of each finding of a case. Every split is balanced, however long it is."""
     if int((index + 1) * normal_share + 0.5) > int(index * normal_share + 0.5):
-        return ()
-    stream = [seed, SPLITS.index(split), 7]
+        return []
     deck = np.random.default_rng([*stream, index // len(_DECK)]).permutation(len(_DECK))
     rng = np.random.default_rng([*stream, index, 1])
     wanted = [_DECK[deck[index % len(_DECK)]]]
@@ -139,85 +125,62 @@ def _plan(seed: int, split: str, index: int, max_findings: int, normal_share: fl
         if extra[0] != "effusion" or extra not in wanted:
             wanted.append(extra)
     # An effusion is drawn first; the others are placed in the aerated lung that remains.
-    return tuple(sorted(wanted, key=lambda item: item[0] != "effusion"))
+    return [list(finding) for finding in sorted(wanted, key=lambda finding: finding[0] != "effusion")]
 
 
-def _run(jobs: list[_Job], workers: int) -> Iterator[dict]:
-    if workers == 1 or len(jobs) < 2:
-        yield from map(_build, jobs)
-        return
-    # "spawn" on every system: it is what Windows has, and forking a process with threads is unsafe.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        yield from pool.map(_build, jobs, chunksize=4)
-
-
-def _build(job: _Job) -> dict:
-    """Make one case unless it is there already; returns its record."""
-    image, mask = job.root / "images" / f"{job.case_id}.nii.gz", job.root / "masks" / f"{job.case_id}.nii.gz"
-    record_path = job.root / "cases" / f"{job.case_id}.json"
-    identity = {"generator": GENERATOR_VERSION, "seed": job.rng_seed, "wanted": [list(w) for w in job.wanted]}
-    kept = _kept(record_path, identity, (image, mask))
-    if kept is not None:
-        return kept
+def _build(root: Path, job: dict) -> dict:
+    """The record of a case; the case is made unless an earlier run finished the same one and its files are whole."""
+    image, mask = (root / folder / f"{job['id']}.nii.gz" for folder in ("images", "masks"))
+    record_path = root / "cases" / f"{job['id']}.json"
+    if record_path.is_file() and image.is_file() and mask.is_file():
+        try:
+            record = json.loads(record_path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:  # damaged on disk: the case is made again
+            record = {}
+        crc = [zlib.crc32(path.read_bytes()) for path in (image, mask)]
+        if record.items() >= {**job, "crc32": crc}.items():
+            return record
     phantom = _make(job)
-    crc = write_case(phantom, image, mask)
     record = {
-        "id": job.case_id,
-        "split": job.split,
+        **job,
         "findings": [asdict(f) for f in phantom.findings],
         "lung_z_mm": {side: list(span) for side, span in phantom.lung_z.items()},
         "spacing_zyx_mm": list(phantom.spacing),
-        **identity,
-        "crc32": list(crc),
+        "crc32": list(write_case(phantom, image, mask)),
     }
     write_text(record_path, json.dumps(record, ensure_ascii=False, indent=1))
     return record
 
 
-def _make(job: _Job) -> Phantom:
+def _make(job: dict) -> Phantom:
     """A phantom; where a lesion fits nowhere in one patient, another patient is drawn."""
     for attempt in range(_PLACEMENT_ATTEMPTS):
         try:
-            return make_case([*job.rng_seed, attempt], job.wanted)
+            return make_case([*job["seed"], attempt], job["wanted"])
         except RuntimeError as error:
             problem = error
     raise problem
 
 
-def _kept(record_path: Path, identity: dict, files: tuple[Path, Path]) -> dict | None:
-    """The record of a case that was finished earlier, if it is the same case and its files are whole."""
-    if not (record_path.is_file() and all(f.is_file() for f in files)):
-        return None
-    try:
-        record = json.loads(record_path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:  # damaged on disk: the case is made again
-        return None
-    same = all(record.get(key) == value for key, value in identity.items())
-    whole = same and record["crc32"] == [zlib.crc32(f.read_bytes()) for f in files]
-    return record if whole else None
-
-
 def _write_tables(root: Path, cases: list[dict], language: str) -> DatasetPaths:
     """The CSV files, the prompts and the list of all cases."""
     questions = wording(language).questions
-    tables = {}
-    for split in SPLITS:
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
+    texts = {split: io.StringIO() for split in SPLITS}
+    tables = {split: csv.writer(text, lineterminator="\n") for split, text in texts.items()}
+    for table in tables.values():
         table.writerow(("image_path", "question", "answer", "mask_path"))
-        for case in (c for c in cases if c["split"] == split):
-            rng = np.random.default_rng([*case["seed"], 3])
-            findings = [Finding(**f) for f in case["findings"]]
-            empty = rng.random() < _EMPTY_QUESTION_FRACTION
-            question = questions[int(rng.integers(len(questions)))]
-            answer = write_report(findings, rng, language)
-            name = f"{case['id']}.nii.gz"
-            table.writerow((f"images/{name}", "" if empty else question, answer, f"masks/{name}"))
-        tables[split] = root / f"{split}.csv"
-        write_text(tables[split], text.getvalue())
-    prompts, index = root / "prompts.json", root / "cases.json"
-    write_text(prompts, json.dumps({"caption_prompt": list(questions)}, ensure_ascii=False, indent=1))
-    keyed = [{**c, "keys": finding_keys([Finding(**f) for f in c["findings"]], language)} for c in cases]
-    write_text(index, json.dumps(keyed, ensure_ascii=False, indent=1))
-    return DatasetPaths(root, tables["train"], tables["val"], tables["test"], prompts, index)
+    keyed = []
+    for case in cases:
+        rng = np.random.default_rng([*case["seed"], 3])
+        findings = [Finding(**f) for f in case["findings"]]
+        empty = rng.random() < _EMPTY_QUESTION_FRACTION
+        question = questions[int(rng.integers(len(questions)))]
+        answer, name = write_report(findings, rng, language), f"{case['id']}.nii.gz"
+        tables[case["split"]].writerow((f"images/{name}", "" if empty else question, answer, f"masks/{name}"))
+        keyed.append({**case, "keys": finding_keys(findings, language)})
+    for split, text in texts.items():
+        write_text(root / f"{split}.csv", text.getvalue())
+    paths = DatasetPaths(root, *(root / f"{split}.csv" for split in SPLITS), root / "prompts.json", root / "cases.json")
+    write_text(paths.prompt_json, json.dumps({"caption_prompt": list(questions)}, ensure_ascii=False, indent=1))
+    write_text(paths.cases_json, json.dumps(keyed, ensure_ascii=False, indent=1))
+    return paths

@@ -1,8 +1,7 @@
 """Findings of a phantom, in the vocabulary shared by its images and its reports.
 
-A patient is a list of :class:`Finding`; the empty list is a normal examination. Sides are the patient's. Zones are
-thirds of the z-extent of the lung on that side. Lobes are not used: an axial slice without visible fissures shows the
-third, not the lobe.
+Sides are the patient's. Zones are thirds of the z-extent of the lung on that side; lobes are not used, because an axial
+slice without visible fissures does not show them.
 """
 
 from __future__ import annotations

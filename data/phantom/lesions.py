@@ -13,7 +13,7 @@ import numpy as np
 from scipy import ndimage
 
 from data.phantom.anatomy import SIGN, Chest
-from data.phantom.canvas import Box, blend, soft
+from data.phantom.canvas import Box, Grid, blend, soft
 from data.phantom.finding import ZONES, Finding
 
 # Longest axial diameter in mm (depth for an effusion). Below 8 mm a lesion is under three pixels wide.
@@ -47,10 +47,9 @@ class _Site:
 
 def zone_bounds(z_range: tuple[float, float], zone: str) -> tuple[float, float]:
     """Lowest and highest z (mm) of a third of the lung."""
-    low, high = z_range
     index = len(ZONES) - 1 - ZONES.index(zone)
-    third = (high - low) / len(ZONES)
-    return low + index * third, low + (index + 1) * third
+    third = (z_range[1] - z_range[0]) / len(ZONES)
+    return z_range[0] + index * third, z_range[0] + (index + 1) * third
 
 
 def zone_margin(z: float, z_range: tuple[float, float], zone: str) -> float:
@@ -59,34 +58,26 @@ def zone_margin(z: float, z_range: tuple[float, float], zone: str) -> float:
     The apex and the base of the lung are no borders between zones and do not count.
     """
     low, high = zone_bounds(z_range, zone)
-    gaps = [] if zone == "lower" else [z - low]
-    gaps += [] if zone == "upper" else [high - z]
+    gaps = [z - low] * (zone != "lower") + [high - z] * (zone != "upper")
     return min(gaps) / (z_range[1] - z_range[0])
 
 
-def axial_diameter(mask: np.ndarray, spacing: tuple[float, float]) -> float:
-    """Longest diameter in mm of a 2-D mask [Y, X]: farthest pixel centres plus one pixel; 0 if empty."""
-    y, x = np.nonzero(mask)
-    if not len(y):
-        return 0.0
-    points = np.stack([y * spacing[0], x * spacing[1]], 1)
-    # The farthest pair lies on the hull; extreme points in 24 directions find it to within a percent.
-    angles = np.linspace(0, np.pi, 24, endpoint=False)
-    reach = points @ np.stack([np.sin(angles), np.cos(angles)])
-    ends = points[np.unique(np.concatenate([reach.argmax(0), reach.argmin(0)]))]
-    gap = np.sqrt(((ends[:, None] - ends[None]) ** 2).sum(-1)).max()
-    return float(gap + np.sqrt(spacing[0] * spacing[1]))
-
-
-def measure(mask: np.ndarray, kind: str, spacing: tuple[float, float, float]) -> int:
-    """Size in whole mm on the axial slice with the largest area of a boolean mask [Z, Y, X]."""
+def measure(mask: np.ndarray, kind: str, grid: Grid) -> int:
+    """Size in whole mm on the axial slice with the largest area of a boolean mask [Z, Y, X]; 0 if empty."""
     best = mask[mask.sum((1, 2)).argmax()]
+    if not best.any():
+        return 0
     if kind == "effusion":
         # The depth of a crescent is that of the widest ball that fits: twice the deepest pixel's distance
         # to the outside, which ends half a pixel before the next centre.
-        inner = ndimage.distance_transform_edt(np.pad(best, 1), sampling=spacing[1:]).max()
-        return round(float(2 * inner - np.sqrt(spacing[1] * spacing[2])))
-    return round(axial_diameter(best, spacing[1:]))
+        inner = ndimage.distance_transform_edt(np.pad(best, 1), sampling=grid.spacing[1:]).max()
+        return round(float(2 * inner) - grid.pixel)
+    # The farthest pair lies on the hull; extreme points in 24 directions find it to within a percent.
+    points = np.argwhere(best) * grid.spacing[1:]
+    angles = np.linspace(0, np.pi, 24, endpoint=False)
+    reach = points @ np.stack([np.sin(angles), np.cos(angles)])
+    ends = points[np.unique(np.concatenate([reach.argmax(0), reach.argmin(0)]))]
+    return round(float(np.sqrt(((ends[:, None] - ends[None]) ** 2).sum(-1)).max()) + grid.pixel)
 
 
 def add_finding(
@@ -100,14 +91,12 @@ def add_finding(
     low, high = SIZE_RANGE[kind]
     size = float(np.exp(rng.uniform(np.log(low), np.log(high))))
     for _ in range(_ATTEMPTS):
-        if kind == "effusion":
-            drawn = _effusion(chest, side, size, rng)
-        else:
-            drawn = _local(chest, mask, kind, side, zone, size, rng)
+        effusion = kind == "effusion"
+        drawn = _effusion(chest, side, size, rng) if effusion else _local(chest, mask, kind, side, zone, size, rng)
         got = low
         if drawn is not None:
             box, cover, value, solid = drawn
-            got = measure(solid, kind, chest.canvas.grid.spacing) if solid.any() else 0
+            got = measure(solid, kind, chest.canvas.grid)
             if low <= got <= high and _fits(chest, mask, drawn, side, zone):
                 finding = Finding(kind, side, zone, got)
                 blend(chest.hu[box], cover, value)
@@ -139,36 +128,27 @@ def _local(
     margin = ZONE_MARGIN * 1.15 * (chest.z_range[side][1] - chest.z_range[side][0])
     z = c.z[:, 0, 0]
     levels = np.flatnonzero((z > low + margin) & (z < high - margin))
-    if not len(levels):
-        return None
-    depth = chest.depth[side][levels[0] : levels[-1] + 1]
+    depth = chest.depth[side][levels]
     spots = np.flatnonzero(depth >= need)
     if not len(spots):
         return None
     for _ in range(20):
         iz, iy, ix = np.unravel_index(rng.choice(spots), depth.shape)
-        iz += levels[0]
-        gap = np.hypot(c.y[0, iy, 0] - chest.hilum[side][1], c.x[0, 0, ix] - chest.hilum[side][2])
-        near_hilum = gap < 18 + 0.35 * size and abs(z[iz] - chest.hilum[side][0]) < 30
+        at = (iz + levels[0], iy, ix)
+        z, y, x = c.z[at[0], 0, 0], c.y[0, iy, 0], c.x[0, 0, ix]
+        gap = np.hypot(y - chest.hilum[side][1], x - chest.hilum[side][2])
+        near_hilum = gap < 18 + 0.35 * size and abs(z - chest.hilum[side][0]) < 30
         # At least 8 mm from any other lesion.
-        if not near_hilum and not mask[_neighbourhood(chest, (iz, iy, ix), size / 2 + 8)].any():
-            return _DRAW[kind](_site(chest, side, (iz, iy, ix), size), size, rng)
+        if not near_hilum and not mask[_neighbourhood(c.grid, at, size / 2 + 8)].any():
+            box = _neighbourhood(c.grid, at, 0.75 * size + 4)
+            offsets = (axis - centre for axis, centre in zip(c.coordinates(box), (z, y, x), strict=True))
+            return _DRAW[kind](_Site(box, *offsets, chest.lung[side][box], c.px, c.grid.spacing[0]), size, rng)
     return None
 
 
-def _neighbourhood(chest: Chest, at: tuple[int, int, int], reach: float) -> Box:
-    grid = chest.canvas.grid
+def _neighbourhood(grid: Grid, at: tuple[int, int, int], reach: float) -> Box:
     steps = [int(np.ceil(reach / s)) for s in grid.spacing]
-    z, y, x = (slice(max(0, i - n), min(m, i + n + 1)) for i, n, m in zip(at, steps, grid.shape, strict=True))
-    return z, y, x
-
-
-def _site(chest: Chest, side: str, at: tuple[int, int, int], size: float) -> _Site:
-    c = chest.canvas
-    box = _neighbourhood(chest, at, 0.75 * size + 4)
-    z, y, x = c.coordinates(box)
-    dz, dy, dx = z - c.z[at[0], 0, 0], y - c.y[0, at[1], 0], x - c.x[0, 0, at[2]]
-    return _Site(box, dz, dy, dx, chest.lung[side][box], c.px, c.grid.spacing[0])
+    return tuple(slice(max(0, i - n), min(m, i + n + 1)) for i, n, m in zip(at, steps, grid.shape, strict=True))
 
 
 def _blob(s: _Site, radius: float, rough: float, rng: np.random.Generator, flat: float = 0.8) -> np.ndarray:
@@ -249,14 +229,12 @@ def _fibrosis(s: _Site, size: float, rng: np.random.Generator) -> Drawn:
     return s.box, cover, rng.uniform(10, 70), cover >= 0.5
 
 
-def _effusion(chest: Chest, side: str, size: float, rng: np.random.Generator) -> Drawn | None:
+def _effusion(chest: Chest, side: str, size: float, rng: np.random.Generator) -> Drawn:
     """A crescent behind the lung: the hemithorax minus a copy of itself, moved forward by the fluid's depth."""
     c = chest.canvas
     low, high = chest.z_range[side]
     top = low + (high - low) * rng.uniform(0.22, 0.30)
     levels = np.flatnonzero((c.z[:, 0, 0] >= low) & (c.z[:, 0, 0] < top))
-    if not len(levels):
-        return None
     box = (slice(int(levels[0]), int(levels[-1]) + 1), slice(None), slice(None))
     z, y, x = c.coordinates(box)
     depth = size * np.clip((top - z) / (0.10 * (high - low)), 0.15, 1)

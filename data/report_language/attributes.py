@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 from data.report_language.sentence import Group, Sentence
 
 COUNT_REACH = 26  # characters between a number word and the finding after it
+Size = tuple[float | None, float]  # lower end of a range or None, largest extent; mm
 
 
 @dataclass(frozen=True)
@@ -25,18 +27,15 @@ class Attributes:
 
     places: list[Place] = field(default_factory=lambda: [Place()])
     carried: bool = False  # the place is in an earlier clause, or nowhere
-    sizes: list[tuple[float | None, float]] = field(default_factory=list)
+    sizes: list[Size] = field(default_factory=list)
     count: int | None = None
     change: str | None = None
 
 
 def attributes(sentence: Sentence, polarity: dict[int, str], earlier: list[Place]) -> dict[int, Attributes]:
-    """Attributes of every target.
+    """Attributes of every target. An absent finding has no size, and no place from another clause.
 
-    Args:
-        sentence: with its targets.
-        polarity: of each target; an absent finding has no size, and no place from another clause.
-        earlier: places of the sentence before, for a sentence that refers to its lesion.
+    ``earlier``: places of the sentence before, for a sentence that refers to its lesion.
     """
     found = {i: _placed(sentence, i, polarity[i], earlier) for i in sentence.targets}
     for i, token in enumerate(sentence.tokens):
@@ -52,9 +51,6 @@ def attributes(sentence: Sentence, polarity: dict[int, str], earlier: list[Place
             for owner in _owners_of_change(sentence, i, polarity):
                 found[owner].change = found[owner].change or token.value
     return found
-
-
-# ------------------------------------------------------------------ places
 
 
 def place_groups(sentence: Sentence) -> list[Group]:
@@ -84,18 +80,17 @@ def read_places(sentence: Sentence, group: Group) -> list[Place]:
             side = own or side
             places = _with_levels(places, [replace(p, side=side) for p in levels], gap)
         last = i
-    return list(dict.fromkeys(_right_middle(p) for p in places))
+    # A middle lobe is the right one's.
+    places = [replace(p, side="right") if p.lobe == "middle" and p.side is None else p for p in places]
+    return list(dict.fromkeys(places))
 
 
 def _with_levels(places: list[Place], levels: list[Place], gap: str) -> list[Place]:
     """Add lobes or zones: to the bare sides that they follow, or as places of their own."""
-    bare = len(places)
-    while bare and places[bare - 1].lobe is None and places[bare - 1].zone is None:
-        bare -= 1
-    heads = places[bare:]
+    heads = list(takewhile(lambda place: place.lobe is None and place.zone is None, reversed(places)))[::-1]
     if len(heads) > 1 and heads[-1].side == levels[0].side and re.fullmatch(r"\s*", gap):
         # "right and left lower lobes": one level for both; 双侧胸腔及右肺下叶 has an organ of its own.
-        return places[:bare] + [replace(level, side=head.side) for head in heads[-2:] for level in levels]
+        return places[: -len(heads)] + [replace(level, side=head.side) for head in heads[-2:] for level in levels]
     if heads and heads[-1].side == levels[0].side:
         return places[:-1] + levels
     if places and len(levels) == 1 and places[-1].side == levels[0].side and re.fullmatch(r"[\s的]*", gap):
@@ -103,10 +98,6 @@ def _with_levels(places: list[Place], levels: list[Place], gap: str) -> list[Pla
         if (old.lobe is None) != (new.lobe is None):  # 右肺下叶基底部: lobe and zone of one place
             return [*places[:-1], Place(old.side, old.lobe or new.lobe, old.zone or new.zone)]
     return places + levels
-
-
-def _right_middle(place: Place) -> Place:
-    return replace(place, side="right") if place.lobe == "middle" and place.side is None else place
 
 
 def _placed(sentence: Sentence, i: int, polarity: str, earlier: list[Place]) -> Attributes:
@@ -124,9 +115,6 @@ def _placed(sentence: Sentence, i: int, polarity: str, earlier: list[Place]) -> 
     return Attributes(read_places(sentence, group), carried)
 
 
-# ------------------------------------------------------------------ sizes, numbers, changes
-
-
 def _next_target(sentence: Sentence, i: int) -> int | None:
     return next((k for k in sentence.clause_of(i) if k > i and k in sentence.names), None)
 
@@ -141,10 +129,9 @@ def _owner_of_size(sentence: Sentence, i: int, polarity: dict[int, str]) -> int 
     following = _next_target(sentence, i)
     if following is not None and _tightly_before(sentence, i, following):
         return following
-    before = [k for k in sentence.targets if k < i and polarity[k] != "absent"]
-    if before:
-        return before[-1]
-    return next((k for k in sentence.targets if k > i and polarity[k] != "absent"), None)
+    known = [k for k in sentence.targets if polarity[k] != "absent"]
+    before = [k for k in known if k < i]
+    return before[-1] if before else next(iter(known), None)
 
 
 def _owner_of_count(sentence: Sentence, i: int) -> int | None:
@@ -163,7 +150,4 @@ def _owners_of_change(sentence: Sentence, i: int, polarity: dict[int, str]) -> l
     clause = sentence.clause_of(i)
     since = max((k for k in clause if k < i and sentence.tokens[k].kind == "change"), default=-1)
     here = [k for k in known if k in clause and since < k < i]
-    if here:
-        return here
-    earlier = [k for k in known if k < i]
-    return earlier[-1:] or ([following] if following in known else [])
+    return here or [k for k in known if k < i][-1:] or ([following] if following in known else [])

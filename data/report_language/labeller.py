@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from config.errors import InputError
-from data.report_language.attributes import Attributes, Place, attributes, place_groups, read_places
+from data.report_language.attributes import Attributes, Place, Size, attributes, place_groups, read_places
 from data.report_language.lexer import Lexer, normal_form, sentences
-from data.report_language.sections import PREAMBLE, section_text, split_sections
+from data.report_language.sections import PREAMBLE, Section, section_text, split_sections
 from data.report_language.sentence import Sentence
 from data.report_language.terms import FINDINGS, Language
 from data.report_language.terms_en import ENGLISH
@@ -32,33 +32,19 @@ POLARITIES = ("present", "uncertain", "absent")
 
 @dataclass(frozen=True)
 class FindingMention:
-    """One finding as a report states it at one place.
+    """One finding as a report states it at one place; None where the report does not say."""
 
-    Attributes:
-        finding: one of ``FINDINGS``.
-        polarity: present, absent or uncertain. A lesion that has become smaller is present.
-        side: left, right, bilateral, or None.
-        lobe: upper (the lingula too), middle, lower, or None.
-        zone: upper, middle, lower, or None: the craniocaudal level, as in 上野, upper zone, apex.
-        size_mm: largest stated extent, of a range its upper end; None where no size is stated.
-        size_low_mm: lower end of a stated range.
-        count: stated number, 0 for "several", None where nothing is said.
-        change: smaller, larger, stable, new, resolved (then the polarity is absent), or None.
-        section: name in ``data.report_language.sections.SECTIONS``, "" for text before the first heading.
-        start, end: span of the finding's word in the text.
-    """
-
-    finding: str
-    polarity: str
-    side: str | None = None
-    lobe: str | None = None
-    zone: str | None = None
-    size_mm: float | None = None
-    size_low_mm: float | None = None
-    count: int | None = None
-    change: str | None = None
-    section: str = PREAMBLE
-    start: int = 0
+    finding: str  # one of FINDINGS
+    polarity: str  # present, absent or uncertain; a lesion that has become smaller is present
+    side: str | None = None  # left, right, bilateral
+    lobe: str | None = None  # upper (the lingula too), middle, lower
+    zone: str | None = None  # upper, middle, lower: the craniocaudal level, as in 上野, upper zone, apex
+    size_mm: float | None = None  # largest stated extent, of a range its upper end
+    size_low_mm: float | None = None  # lower end of a stated range
+    count: int | None = None  # 0 for "several"
+    change: str | None = None  # smaller, larger, stable, new, resolved (then the polarity is absent)
+    section: str = PREAMBLE  # one of SECTIONS; PREAMBLE for text before the first heading
+    start: int = 0  # span of the finding's word in the text
     end: int = 0
 
     @property
@@ -85,10 +71,7 @@ def label_report(text: str, language: str = "auto") -> list[FindingMention]:
     if language not in LANGUAGES:
         raise InputError(f"language {language!r} is unknown; use one of: auto, {', '.join(LANGUAGES)}")
     normal = normal_form(text)
-    mentions: list[FindingMention] = []
-    for section in split_sections(text):
-        mentions += _label_section(normal, section.start, section.end, section.name, language)
-    return mentions
+    return [mention for section in split_sections(text) for mention in _label_section(normal, section, language)]
 
 
 def report_labels(mentions: Sequence[FindingMention], sections: Sequence[str] | None = None) -> dict[str, str]:
@@ -118,14 +101,16 @@ def _lexer(language: str) -> Lexer:
     return Lexer(LANGUAGES[language].rules)
 
 
-def _label_section(text: str, start: int, end: int, section: str, language: str) -> list[FindingMention]:
+def _label_section(text: str, section: Section, language: str) -> list[FindingMention]:
     mentions: list[FindingMention] = []
     earlier: list[Place] = []
-    for begin, stop in sentences(text, start, end):
+    for begin, stop in sentences(text, section.start, section.end):
         sentence = Sentence(text[:stop], _lexer(language).read(text, begin, stop), LANGUAGES[language])
-        found = _label_sentence(sentence, section, earlier)
-        if not found and mentions:
-            _add_size(sentence, mentions)
+        found = _label_sentence(sentence, section.name, earlier)
+        if (
+            not found and mentions and mentions[-1].polarity != "absent"
+        ):  # 大小约3.2cm。 states the size of the lesion before
+            mentions[-1] = _sized(mentions[-1], [token.value for token in sentence.tokens if token.kind == "size"])
         mentions += found
         groups = place_groups(sentence)
         earlier = read_places(sentence, groups[-1]) if groups else earlier if not found else []
@@ -137,57 +122,36 @@ def _label_sentence(sentence: Sentence, section: str, earlier: list[Place]) -> l
     known = attributes(sentence, polarity, earlier)
     mentions: list[FindingMention] = []
     for i in sentence.targets:
-        token = sentence.tokens[i]
-        what = known[i]
+        token, what = sentence.tokens[i], known[i]
+        stated = {"count": what.count, "change": "resolved" if i in resolved else what.change}
         for finding in sentence.names[i]:
-            base = FindingMention(
-                finding,
-                polarity[i],
-                count=what.count,
-                change="resolved" if i in resolved else what.change,
-                section=section,
-                start=token.start,
-                end=token.end,
-            )
-            again = _same_lesion(base, mentions, what)
-            if again is None:
-                mentions += _at_places(base, what, sentence)
+            base = FindingMention(finding, polarity[i], section=section, start=token.start, end=token.end, **stated)
+            same = [k for k, m in enumerate(mentions) if (m.finding, m.polarity) == (finding, polarity[i])]
+            if same and what.carried:  # the same lesion again, without a place of its own
+                mentions[same[-1]] = _completed(mentions[same[-1]], base, what.sizes)
             else:
-                mentions[again] = _completed(mentions[again], base, what)
+                mentions += _at_places(base, what, sentence)
     return mentions
 
 
 def _at_places(base: FindingMention, what: Attributes, sentence: Sentence) -> list[FindingMention]:
     """The mention at each of its places; sizes are paired with the places where there are as many of each."""
     paired = len(what.sizes) == len(what.places) > 1 and re.search(sentence.language.respectively, sentence.text)
-    largest = max(what.sizes, key=lambda size: size[1], default=(None, None))
     made = []
     for k, place in enumerate(what.places):
-        low, high = what.sizes[k] if paired else largest
-        made.append(replace(base, side=place.side, lobe=place.lobe, zone=place.zone, size_low_mm=low, size_mm=high))
+        at = replace(base, side=place.side, lobe=place.lobe, zone=place.zone)
+        made.append(_sized(at, [what.sizes[k]] if paired else what.sizes))
     return made
 
 
-def _same_lesion(base: FindingMention, mentions: Sequence[FindingMention], what: Attributes) -> int | None:
-    """Index of an earlier mention of the same lesion, for a mention without a place of its own."""
-    if not what.carried:
-        return None
-    same = [k for k, m in enumerate(mentions) if m.finding == base.finding and m.polarity == base.polarity]
-    return same[-1] if same else None
-
-
-def _completed(old: FindingMention, new: FindingMention, what: Attributes) -> FindingMention:
-    low, high = max(what.sizes, key=lambda size: size[1], default=(None, None))
-    if old.size_mm is None:
-        old = replace(old, size_low_mm=low, size_mm=high)
+def _completed(old: FindingMention, new: FindingMention, sizes: list[Size]) -> FindingMention:
     count = new.count if old.count is None else old.count
-    return replace(old, count=count, change=old.change or new.change)
+    return _sized(replace(old, count=count, change=old.change or new.change), sizes)
 
 
-def _add_size(sentence: Sentence, mentions: list[FindingMention]) -> None:
-    """Give the size of a sentence without findings (大小约3.2cm。) to the lesion before it, if that has none."""
-    sizes = [token.value for token in sentence.tokens if token.kind == "size"]
-    last = mentions[-1]
-    if sizes and last.polarity != "absent" and last.size_mm is None:
-        low, high = max(sizes, key=lambda size: size[1])
-        mentions[-1] = replace(last, size_low_mm=low, size_mm=high)
+def _sized(mention: FindingMention, sizes: list[Size]) -> FindingMention:
+    """The mention with the largest of the sizes, if it has none yet."""
+    if not sizes or mention.size_mm is not None:
+        return mention
+    low, high = max(sizes, key=lambda size: size[1])
+    return replace(mention, size_low_mm=low, size_mm=high)

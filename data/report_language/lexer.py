@@ -14,30 +14,21 @@ from typing import Any
 
 # Full-width ASCII and look-alikes, one character to one.
 _NORMAL = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
-_NORMAL |= {ord(a): b for a, b in (("　", " "), ("，", ","), ("✕", "×"), ("╳", "×"), ("∶", ":"), ("｡", "。"))}
-_NORMAL |= {
-    ord(a): b for a, b in (("–", "-"), ("—", "-"), ("−", "-"), ("～", "~"), ("〜", "~"), ("‐", "-"), ("‑", "-"))
-}
+_NORMAL |= str.maketrans("　✕╳∶｡–—−〜‐‑", " ××:。---~--")
 _NORMAL |= {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
 _NORMAL |= {code: code - 0xFEE0 + 32 for code in range(ord("Ａ"), ord("Ｚ") + 1)}
-_ABBREVIATIONS = ("approx", "ca", "vs", "cf", "dr", "e.g", "i.e", "max", "diam", "no", "st")
-_KEEP = "".join(rf"(?<!\b{re.escape(word)})" for word in _ABBREVIATIONS if word != "no")
+_ABBREVIATIONS = ("approx", "ca", "vs", "cf", "dr", "e.g", "i.e", "max", "diam", "st")
+_KEEP = "".join(rf"(?<!\b{re.escape(word)})" for word in _ABBREVIATIONS)
 _END = re.compile(rf"[。;!\n]|\?+|{_KEEP}\.(?!\d|[eg]\.)")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """The meaning of a span of text.
+    """The meaning of a span of text."""
 
-    Attributes:
-        kind: see :mod:`data.report_language.terms`.
-        value: of the token, or a function of the match that gives it; None from it means no match.
-        pattern: regular expression over normal text.
-    """
-
-    kind: str
-    value: Any
-    pattern: str
+    kind: str  # see :mod:`data.report_language.terms`
+    value: Any  # of the token, or a function of the match that gives it; None from it means no match
+    pattern: str  # regular expression over normal text
 
 
 @dataclass(frozen=True)
@@ -83,11 +74,8 @@ class Lexer:
         at = start
         while (found := self._any.search(text, at)) is not None:
             best = self._longest(text, found.start())
-            if best is None:
-                at = found.start() + 1
-                continue
-            tokens.append(best)
-            at = best.end
+            tokens += [best] if best else []
+            at = best.end if best else found.start() + 1
         return tokens
 
     def _longest(self, text: str, at: int) -> Token | None:

@@ -65,14 +65,10 @@ def split_sections(text: str) -> list[Section]:
     Empty sections are kept when they have a heading.
     """
     marks = list(_HEADING.finditer(text))
-    found = []
-    first = marks[0].start() if marks else len(text)
-    if text[:first].strip():
-        found.append(_trimmed(text, PREAMBLE, 0, first))
-    for k, mark in enumerate(marks):
-        after = marks[k + 1].start() if k + 1 < len(marks) else len(text)
-        name = _NAME_OF[(mark["a"] or mark["b"]).lower()]
-        found.append(_trimmed(text, name, mark.end(), after))
+    ends = [*(mark.start() for mark in marks), len(text)]
+    found = [_trimmed(text, PREAMBLE, 0, ends[0])] if text[: ends[0]].strip() else []
+    for mark, end in zip(marks, ends[1:], strict=True):
+        found.append(_trimmed(text, _NAME_OF[(mark["a"] or mark["b"]).lower()], mark.end(), end))
     return found
 
 
@@ -84,12 +80,8 @@ def section_text(text: str, name: str) -> str | None:
 
 def section_shares(texts: Sequence[str]) -> dict[str, float]:
     """Share of reports that have each section with at least one character; NaN for no reports."""
-    counts = dict.fromkeys(SECTIONS, 0)
-    for text in texts:
-        filled = {section.name for section in split_sections(text) if section.of(text)}
-        for name in SECTIONS:
-            counts[name] += name in filled
-    return {name: count / len(texts) if texts else float("nan") for name, count in counts.items()}
+    filled = [{section.name for section in split_sections(text) if section.of(text)} for text in texts]
+    return {name: sum(name in f for f in filled) / len(texts) if texts else float("nan") for name in SECTIONS}
 
 
 def _trimmed(text: str, name: str, start: int, end: int) -> Section:

@@ -6,7 +6,9 @@ Used by ``labeller``; the words are those of a :class:`data.report_language.term
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 from data.report_language.lexer import Token
 from data.report_language.terms import HEADS, Language
@@ -17,69 +19,38 @@ Group = tuple[int, int]  # first and last token of a list of places or organs
 class Sentence:
     """Tokens of one sentence.
 
-    Attributes:
-        text: normal form of the whole report; tokens point into it.
-        tokens: in order; a head that names no finding becomes a skip or a change.
-        targets: positions of the tokens that name findings.
-        names: the findings of each target.
+    ``text`` is the normal form of the whole report, into which ``tokens`` point. ``names`` are the findings that a
+    token names, ``targets`` the positions of such tokens; a head that names none becomes a skip or a change.
     """
 
     def __init__(self, text: str, tokens: Sequence[Token], language: Language) -> None:
-        self.text = text
-        self.tokens = list(tokens)
-        self.language = language
-        self._number_clauses()
+        self.text, self.tokens, self.language = text, list(tokens), language
+        self._clause = list(accumulate(token.kind == "comma" for token in tokens))  # number of each token's clause
+        count = self._clause[-1] + 1 if tokens else 1
+        self._clauses = [range(bisect_left(self._clause, n), bisect_right(self._clause, n)) for n in range(count)]
         self.names = self._name_targets()
         self.targets = list(self.names)
 
-    # ------------------------------------------------------------------ text between tokens
-
     def between(self, i: int, j: int, without: tuple[str, ...] = ()) -> str:
         """Text after token i and before token j, less the tokens of some kinds."""
-        pieces = []
-        at = self.tokens[i].end
-        for token in self.tokens[i + 1 : j]:
-            if token.kind in without:
-                pieces.append(self.text[at : token.start])
-                at = token.end
-        pieces.append(self.text[at : self.tokens[j].start])
-        return " ".join(pieces) if without else "".join(pieces)
+        return self._text(self.tokens[i].end, self.tokens[j].start, range(i + 1, j), without)
+
+    def _text(self, start: int, end: int, positions: Iterable[int], without: tuple[str, ...]) -> str:
+        removed = [self.tokens[i] for i in positions if self.tokens[i].kind in without]
+        edges = [start, *(edge for token in removed for edge in (token.start, token.end)), end]
+        return " ".join(self.text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))
 
     def clause_of(self, i: int) -> range:
         """Positions of the tokens in the clause of token i."""
         return self._clauses[self._clause[i]]
 
-    def _number_clauses(self) -> None:
-        self._clause: list[int] = []
-        number = 0
-        for token in self.tokens:
-            number += token.kind == "comma"
-            self._clause.append(number)
-        self._clauses = []
-        for n in range(number + 1):
-            members = [i for i, clause in enumerate(self._clause) if clause == n]
-            self._clauses.append(range(members[0], members[-1] + 1) if members else range(0))
-
     def _clause_text(self, n: int, without: tuple[str, ...]) -> str:
         """Text of clause n, without its comma and the tokens of some kinds."""
-        span = self._clauses[n]
-        tokens = [self.tokens[i] for i in span]
-        start = tokens[0].start if tokens else 0
-        if tokens and tokens[0].kind == "comma":
-            start = tokens.pop(0).end
-        elif n == 0 and tokens:
+        if n == 0:
             return "?"  # the text before the first token is unknown
+        comma, *rest = self._clauses[n]
         end = self.tokens[self._clauses[n + 1][0]].start if n + 1 < len(self._clauses) else len(self.text)
-        pieces, at = [], start
-        for token in tokens:
-            pieces.append(self.text[at : token.start])
-            if token.kind not in without:
-                pieces.append(self.text[token.start : token.end])
-            at = token.end
-        pieces.append(self.text[at:end])
-        return " ".join(pieces)
-
-    # ------------------------------------------------------------------ organs name findings
+        return self._text(self.tokens[comma].end, end, rest, without)
 
     def groups(self, kinds: tuple[str, ...], gap: str, without: tuple[str, ...] = ()) -> list[Group]:
         """Runs of tokens of these kinds with only ``gap`` between them."""
@@ -136,8 +107,7 @@ class Sentence:
         return None
 
     def _name_targets(self) -> dict[int, tuple[str, ...]]:
-        kinds = ("organ", "place")
-        runs = self.groups(kinds, self.language.connector)
+        runs = self.groups(("organ", "place"), self.language.connector)
         self._organ_groups = [g for g in runs if any(self._organ(i) for i in range(g[0], g[1] + 1))]
         names: dict[int, tuple[str, ...]] = {}
         for i, token in enumerate(self.tokens):
@@ -158,8 +128,6 @@ class Sentence:
             else:
                 self.tokens[i] = Token("skip", None, token.start, token.end)
         return names
-
-    # ------------------------------------------------------------------ negation and uncertainty
 
     def polarities(self) -> tuple[dict[int, str], set[int]]:
         """ "present", "absent" or "uncertain" for each target, and the targets reported as resolved."""

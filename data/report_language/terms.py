@@ -76,37 +76,21 @@ ONE_SIZE = rf"{NUMBER}\s*-?{UNIT}"
 
 @dataclass(frozen=True)
 class Language:
-    """The tables of one language.
-
-    Attributes:
-        rules: words, for :class:`data.report_language.lexer.Lexer`.
-        fillers: what may stand beside findings in a bare member of an enumeration (whole leftover text).
-        connector: leftover text between coordinated findings.
-        continues: a clause that begins so goes on with the enumeration before it.
-        breaks: leftover text that shows that a clause says something new.
-        not_tight: leftover text between a place and a finding that are not one noun phrase.
-        place_gap: between places that belong to one list.
-        apart: between a finding and a place after it that belongs to something else.
-        link: leftover text between a finding and the place after it, where the two belong together.
-        size_gap: leftover text between a size and the finding after it.
-        of: leftover text between a lobe and the side after it ("upper lobe of the left lung").
-        respectively: sizes and places are paired in order.
-        normal: both lungs are normal.
-    """
+    """The words of one language, and its patterns for the text that the words leave over."""
 
     rules: tuple[Rule, ...]
-    fillers: str
-    connector: str
-    continues: str
-    breaks: str
-    not_tight: str
-    place_gap: str
-    apart: str
-    link: str
-    size_gap: str
-    of: str
-    respectively: str
-    normal: str
+    fillers: str  # what may stand beside findings in a bare member of an enumeration
+    connector: str  # between coordinated findings
+    continues: str  # a clause that begins so goes on with the enumeration before it
+    breaks: str  # a clause says something new
+    not_tight: str  # between a place and a finding that are not one noun phrase
+    place_gap: str  # between places that belong to one list
+    apart: str  # between a finding and a place after it that belongs to something else
+    link: str  # between a finding and the place after it, where the two belong together
+    size_gap: str  # between a size and the finding after it
+    of: str  # between a lobe and the side after it ("upper lobe of the left lung")
+    respectively: str  # sizes and places are paired in order
+    normal: str  # both lungs are normal
 
 
 def size_of(match: re.Match[str]) -> tuple[float | None, float] | None:
@@ -115,15 +99,12 @@ def size_of(match: re.Match[str]) -> tuple[float | None, float] | None:
     A number without a unit takes the next one's (``3.2×2.1cm``).
     """
     text = match.group()
-    parts = re.findall(rf"({NUMBER})\s*-?({UNIT})?", text)
-    unit = None
-    values = []
-    for number, own in reversed(parts):
+    unit, values = None, []
+    for number, own in reversed(re.findall(rf"({NUMBER})\s*-?({UNIT})?", text)):
         unit = own or unit
         if unit is None:
             return None
-        values.append(float(number) * (10.0 if unit[0] in "c厘公" else 1.0))
-    values.reverse()
+        values.insert(0, float(number) * (10.0 if unit[0] in "c厘公" else 1.0))
     ranged = len(values) == 2 and re.search(_TIMES, text.replace("cm", "").replace("mm", "")) is None
     return (values[0], values[1]) if ranged and values[0] <= values[1] else (None, max(values))
 

@@ -67,19 +67,16 @@ _FINDINGS = (
     *_terms("ground_glass+nodule", r"ground[- ]?glass (?:[a-z]+ ){0,2}?nodules?|[pm]?ggns?"),
     *_terms("mass", r"mass(?:es)?|mass-like (?:lesions?|opacit\w+)|space-occupying lesions?"),
     *_terms("cavity", r"cavit(?:y|ies|ations?|ary|ated|ating)(?: lesions?| change\w*)?"),
-    *_terms(
-        "consolidation", r"consolidat(?:ions?|ive|ed)(?: opacit\w+| change\w*)?|air-?\s?space (?:disease|opacit\w+)"
-    ),
+    *_terms("consolidation", r"consolidat(?:ions?|ive|ed)(?: opacit\w+| change\w*)?"),
+    *_terms("consolidation", r"air-?\s?space (?:disease|opacit\w+)"),
     *_terms("ground_glass", rf"ground[- ]?glass(?:[- ](?:{_OPACITY}|attenuation|haze))?|ggos?"),
     *_terms("opacity", r"opacit(?:y|ies)|opacification|infiltrat(?:es?|ions?)"),
     *_terms("tree_in_bud", r"tree-?\s?in-?\s?bud(?: (?:opacit\w+|nodul\w+|patterns?|appearance|change\w*|lesions?))?"),
     *_terms("miliary", r"miliary(?: (?:micro)?(?:nodul\w+|dots?|patterns?|opacit\w+|lesions?))?"),
     *_terms("miliary", r"miliary (?:micro)?(?:tuberculosis|disease|spread)"),
     *_terms("fibrosis", r"fibro(?:tic|sis|us)(?: (?:strands?|bands?|scar\w*|change\w*|stranding|opacit\w+))?"),
-    *_terms(
-        "fibrosis", r"fibro(?:tic|sis|us) (?:tissue|lesions?)|(?:linear|parenchymal|reticular) (?:strand\w*|bands?)"
-    ),
-    *_terms("fibrosis", r"(?:linear |parenchymal |apical )?scar(?:s|ring)?"),
+    *_terms("fibrosis", r"fibro(?:tic|sis|us) (?:tissue|lesions?)|(?:linear |parenchymal |apical )?scar(?:s|ring)?"),
+    *_terms("fibrosis", r"(?:linear|parenchymal|reticular) (?:strand\w*|bands?)"),
     *_terms("fibrosis+calcification", r"fibro-?calcific(?: (?:change\w*|lesions?|scar\w*))?"),
     *_terms("calcification", r"calcified (?:[a-z]+ ){0,2}?(?:granulomas?|granulomata|lesions?|foc(?:us|i))"),
     *_terms("bronchiectasis", r"(?:traction )?bronchiect\w+"),
@@ -170,7 +167,7 @@ _COUNTED = "nodules|cavities|masses|lesions|foci|bullae|nodes"
 _SMALLER = "decreas(?:e|ed|es|ing)|smaller|reduc(?:ed|tion)|regress(?:ed|ion|ing)|improv\\w+|diminished|resolving"
 _SHRUNK = "shrunk(?:en)?|shrinking|partially resolved"
 _LARGER = (
-    "increas(?:e|ed|es|ing)|(?<=[a-z] )larger(?= than)|grown|enlarging|progress(?:ed|ion|ing|ive)|worsen(?:ed|ing)"
+    "increas(?:e|ed|es|ing)|(?<=[a-z] )larger(?= than)|grown|enlarging|progress(?:ed|i(?:on|ng|ve))|worsen(?:ed|ing)"
 )
 _MUCH = "significant|interval|appreciable|definite|substantial"
 _IN_SIZE = r"(?: in (?:size|extent|number))?"

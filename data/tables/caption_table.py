@@ -1,8 +1,7 @@
 """Tables of images and reports, one case a row, and the prompt JSON.
 
 The standard form is ``image_path,question,answer[,mask_path]`` (RadFM's). ``columns`` lists other names of these
-columns; ``image_index`` finds the file of an examination number. Sections in separate columns are joined into one
-report. No row is dropped in silence: one bad row refuses the table, and the error names it.
+columns, ``image_index`` the file of an examination number. Sections in separate columns are joined into one report.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from config.errors import InputError
-from config.schema import resolve_path
 from data.checks.problems import Problem, from_error, raise_errors
 from data.imaging.reader import SUFFIXES
 from data.report_language.sections import HEADINGS, SECTIONS
@@ -26,6 +24,7 @@ from data.tables.table_reader import read_table
 
 logger = logging.getLogger(__name__)
 
+PathMap = dict[str, str]
 _EXPECTED = "expected image_path,question,answer[,mask_path]"
 _NOT_FOUND = "fix the row, or set image_root / path_map in the configuration"
 _SCIENTIFIC = re.compile(r"\d(\.\d+)?E\+\d+", re.IGNORECASE)
@@ -35,13 +34,10 @@ _STOPS = "。.！!？?；;"
 
 @dataclass(frozen=True)
 class CaptionRow:
-    """One row, its paths made absolute. ``number`` is the row a spreadsheet shows (header = 1).
+    """One row, its paths made absolute."""
 
-    ``image_path`` may be the folder of a DICOM series. ``patient`` is empty where the table names none.
-    """
-
-    number: int
-    image_path: Path
+    number: int  # of the row as a spreadsheet shows it (header = 1)
+    image_path: Path  # may be the folder of a DICOM series
     question: str
     answer: str
     mask_path: Path | None
@@ -57,30 +53,26 @@ class TableScan:
     notes: list[str]
 
 
-def read_caption_table(
-    path: Path, *, image_root: Path | None = None, path_map: dict[str, str] | None = None
-) -> list[CaptionRow]:
-    """Read and check a table; every image and mask must exist.
-
-    Args:
-        path: .csv (UTF-8, UTF-16 or GBK), .xlsx, .json or .jsonl.
-        image_root: where relative paths start and examination numbers are looked up; the table's folder if ``None``.
-        path_map: prefixes of another machine, see ``config/paths.yaml``.
+def read_caption_table(path: Path, image_root: Path | None = None, path_map: PathMap | None = None) -> list[CaptionRow]:
+    """As :func:`scan_caption_table`, for a table in which every row must be good.
 
     Raises:
         InputError: a missing file, column, cell or image; names the table and the row.
     """
-    scan = scan_caption_table(path, image_root=image_root, path_map=path_map)
+    scan = scan_caption_table(path, image_root, path_map)
     for note in scan.notes:
         logger.info("%s: %s", path, note)
     raise_errors(scan.problems, path)
     return scan.rows
 
 
-def scan_caption_table(
-    path: Path, *, image_root: Path | None = None, path_map: dict[str, str] | None = None
-) -> TableScan:
-    """As :func:`read_caption_table`, but a bad row is a problem of the result and raises nothing.
+def scan_caption_table(path: Path, image_root: Path | None = None, path_map: PathMap | None = None) -> TableScan:
+    """Read a table and check that its images and masks exist; a bad row is a problem of the result.
+
+    Args:
+        path: .csv (UTF-8, UTF-16 or GBK), .xlsx, .json or .jsonl.
+        image_root: where relative paths start and examination numbers are looked up; the table's folder if ``None``.
+        path_map: prefixes of another machine, see ``config/paths.yaml``.
 
     Raises:
         InputError: the table itself cannot be read, has no image or no report column, or no rows.
@@ -97,30 +89,29 @@ def scan_caption_table(
         raise InputError(f"{path} has no column 'answer' (nor findings or impression); {found}")
     if not table.rows:
         raise InputError(f"{path} has a header but no rows; expected one case a row")
-    index = ImageIndex(image_root or path.parent)
+    index = ImageIndex(image_root or path.parent, path_map)
     rows, problems = [], list(table.problems)
     for number, cells in table.rows:
-        row, of_row = _row(number, {role: cells.get(name, "").strip() for role, name in roles.items()}, index, path_map)
+        row, of_row = _row(number, {role: cells.get(name, "").strip() for role, name in roles.items()}, index)
         problems += of_row
         rows += [row] if row else []
     return TableScan(rows, sorted(problems), [*table.notes, *notes])
 
 
-def _row(
-    number: int, cells: dict[str, str], index: ImageIndex, path_map: dict[str, str] | None
-) -> tuple[CaptionRow | None, list[Problem]]:
+def _row(number: int, cells: dict[str, str], index: ImageIndex) -> tuple[CaptionRow | None, list[Problem]]:
     """``cells`` by role. The row, or None where a problem is fatal; and its problems."""
     found: list[Problem] = []
     image = mask = None
     try:
-        image = _image(cells.get("image_path", ""), cells.get("id", ""), index, path_map)
+        image = _image(cells.get("image_path", ""), cells.get("id", ""), index)
     except InputError as error:
         found.append(from_error(number, "", error))
     if cells.get("mask_path"):
-        mask = resolve_path(cells["mask_path"], index.root, path_map)
+        mask = index.path(cells["mask_path"])
         if not _exists(mask):
             found.append(Problem(number, f"file not found: {mask}", _NOT_FOUND))
-    answer, missing = _answer(cells)
+    answer = cells["answer"] if "answer" in cells else join_sections(cells)
+    missing = [name for name in ("findings", "impression") if "answer" not in cells and cells.get(name) == ""]
     if not answer:
         found.append(Problem(number, "'answer' is empty", "fill it in"))
     elif missing:
@@ -137,28 +128,25 @@ def _row(
     return CaptionRow(number, image, question, answer, mask, cells.get("patient", "")), problems
 
 
-def _image(cell: str, number: str, index: ImageIndex, path_map: dict[str, str] | None) -> Path:
+def _image(cell: str, number: str, index: ImageIndex) -> Path:
     """The image at the path in ``cell``, else the one with that number. Raises InputError: ``problem; remedy``."""
-    path = resolve_path(cell, index.root, path_map) if cell else None
-    if path is not None and _exists(path):
+    path, wanted = index.path(cell), cell or number
+    if cell and _exists(path):
         return path
-    wanted = cell or number
     if not wanted:
         raise InputError("'image_path' is empty; fill it in")
-    if path is None or not ("/" in cell or "\\" in cell or cell.lower().endswith(SUFFIXES)):
-        if _SCIENTIFIC.fullmatch(wanted):
-            raise InputError(
-                f"'{wanted}' is a number that Excel has rounded; format the column as text, enter it again"
-            )
-        fits = index.find(wanted)
-        if len(fits) == 1:
-            return fits[0]
-        if fits:
-            listed = f"'{wanted}' fits {len(fits)} images ({', '.join(map(str, fits[:3]))})"
-            raise InputError(f"{listed}; write the file's path, or narrow image_root")
-    if path is None:
-        raise InputError(f"no image below {index.root} is named '{wanted}'; set image_root, or write the file's path")
-    raise InputError(f"file not found: {path}; {_NOT_FOUND}")
+    is_path = "/" in cell or "\\" in cell or cell.lower().endswith(SUFFIXES)
+    if not is_path and _SCIENTIFIC.fullmatch(wanted):
+        raise InputError(f"'{wanted}' is a number that Excel has rounded; format the column as text, enter it again")
+    fits = [] if is_path else index.find(wanted)
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        listed = f"'{wanted}' fits {len(fits)} images ({', '.join(map(str, fits[:3]))})"
+        raise InputError(f"{listed}; write the file's path, or narrow image_root")
+    if cell:
+        raise InputError(f"file not found: {path}; {_NOT_FOUND}")
+    raise InputError(f"no image below {index.root} is named '{wanted}'; set image_root, or write the file's path")
 
 
 def _exists(path: Path) -> bool:
@@ -171,25 +159,16 @@ def _exists(path: Path) -> bool:
 
 def text_problem(text: str) -> str:
     """Why a text cannot be trained on, or an empty text."""
-    bad = _CONTROL.search(text)
-    if bad:
+    if bad := _CONTROL.search(text):
         return f"holds a character that is no text (U+{ord(bad[0]):04X})"
     if "\ufffd" in text or "锟斤拷" in text:
         return "holds characters that were lost in a conversion of its encoding"
     return ""
 
 
-def _answer(cells: dict[str, str]) -> tuple[str, list[str]]:
-    """The report, and which of findings and impression have a column but no text."""
-    if "answer" in cells:
-        return cells["answer"], []
-    missing = [section for section in ("findings", "impression") if cells.get(section) == ""]
-    return join_sections({section: cells.get(section, "") for section in SECTIONS}), missing
-
-
 def join_sections(sections: dict[str, str]) -> str:
     """``所见：…。结论：…。建议：…。病理倾向：…。``, or in English where no text is Chinese; empty ones are left out."""
-    chinese = re.search("[\u4e00-\u9fff]", "".join(sections.values())) is not None
+    chinese = re.search("[\u4e00-\u9fff]", "".join(sections.get(name, "") for name in SECTIONS)) is not None
     colon, stop, space = ("：", "。", "") if chinese else (": ", ".", " ")
     parts = []
     for section, heading in zip(SECTIONS, HEADINGS["zh" if chinese else "en"], strict=True):
@@ -232,7 +211,6 @@ def question_of(row: CaptionRow, prompts: Sequence[str], seed: int) -> str:
     if row.question:
         return row.question
     if not prompts:
-        raise InputError(
-            f"row {row.number} ({row.image_path.name}) has no question: fill it in, or set caption_prompt_json"
-        )
+        where = f"row {row.number} ({row.image_path.name})"
+        raise InputError(f"{where} has no question: fill it in, or set caption_prompt_json")
     return random.Random(f"{seed}/{row.number}").choice(list(prompts))

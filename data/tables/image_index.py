@@ -10,6 +10,7 @@ import re
 from functools import cached_property
 from pathlib import Path
 
+from config.schema import resolve_path
 from data.imaging.dicom import DICOM_SUFFIXES
 from data.imaging.reader import SUFFIXES
 
@@ -20,16 +21,19 @@ _FILES = tuple(suffix for suffix in SUFFIXES if suffix not in (".img", ".img.gz"
 class ImageIndex:
     """Images below ``root``, which is listed on first use."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, path_map: dict[str, str] | None = None) -> None:
+        self.root, self.path_map = root, path_map
+
+    def path(self, cell: str) -> Path:
+        """The path that a cell names, relative to ``root``."""
+        return resolve_path(cell, self.root, self.path_map)
 
     def find(self, number: str) -> list[Path]:
         """Images of the first kind of match that has any: none, one, or several where the number is ambiguous."""
         wanted = number.casefold()
         for name in (wanted, f"{wanted}_0000"):
-            fits = [path for _, path in self._by_stem.get(name, [])]
-            if fits:
-                return fits
+            if name in self._by_stem:
+                return [path for _, path in self._by_stem[name]]
         words = [re.escape(wanted)]
         if wanted.isascii() and wanted.isdigit():
             words.append(f"0*{wanted.lstrip('0') or '0'}")
@@ -52,13 +56,8 @@ class ImageIndex:
                 images.add(path)
         stems: dict[str, list[tuple[str, Path]]] = {}
         for path in sorted(images - {self.root}):
-            below = path.relative_to(self.root).parent / stem(path)
+            suffix = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
+            below = path.relative_to(self.root).parent / path.name[: len(path.name) - len(suffix)]
             if not any(_MASK.fullmatch(part) for part in below.parts):
                 stems.setdefault(below.name.casefold(), []).append((below.as_posix().casefold(), path))
         return stems
-
-
-def stem(path: Path) -> str:
-    """The name without an image's suffix."""
-    suffix = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
-    return path.name[: len(path.name) - len(suffix)]

@@ -15,7 +15,7 @@ import re
 import warnings
 import zipfile
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import ParseError
@@ -27,11 +27,8 @@ _CJK = re.compile("[\u4e00-\u9fff]")
 _MAX_UNPACKED = 1 << 29  # 512 MB of XML; a workbook of ten thousand reports has some megabytes
 _DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, OSError)
 _DAMAGED_XML = (ParseError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError)
-_AS_TEXT = {
-    "header": None,
-    "dtype": str,
-    "na_filter": False,
-}  # of pandas: no header, number or missing value is guessed
+# Of pandas: no header, number or missing value is guessed.
+_AS_TEXT = {"header": None, "dtype": str, "na_filter": False}
 _SPARE_COLUMNS = 64  # read beyond the header: a comma outside quotation marks leaves text there
 _QUOTING = (
     "a text with a comma, a line break or a quotation mark stands between quotation marks, and one inside it is doubled"
@@ -46,8 +43,8 @@ class Table:
 
     columns: list[str]
     rows: list[tuple[int, dict[str, str]]]
-    notes: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    notes: list[str]
+    problems: list[Problem]
 
 
 def read_table(path: Path) -> Table:
@@ -57,10 +54,10 @@ def read_table(path: Path) -> Table:
         InputError: of another kind, not decodable, or without a header.
     """
     suffix = path.suffix.lower()
-    if suffix in (".xlsx", ".xlsm"):
-        return _table(path, _read_workbook(path), [])
     if suffix == ".xls":
         raise InputError(f"{path}: the old .xls format is not read; save it as .xlsx or as 'CSV UTF-8' in Excel")
+    if suffix in (".xlsx", ".xlsm"):
+        return _table(path, _read_workbook(path), [])
     text, notes = decode(path)
     if suffix in (".json", ".jsonl"):
         return _read_records(path, text, notes)
@@ -80,8 +77,8 @@ def decode(path: Path) -> tuple[str, list[str]]:
         return content.decode(encoding), ["read as UTF-16"] if encoding.startswith("utf-16") else []
     except UnicodeDecodeError as error:
         if encoding.startswith("utf-16"):
-            words = f"{path} is damaged UTF-16 text ({error.reason}); save it as 'CSV UTF-8' in Excel"
-            raise InputError(words) from error
+            damage = f"{path} is damaged UTF-16 text ({error.reason})"
+            raise InputError(f"{damage}; save it as 'CSV UTF-8' in Excel") from error
         line = content[: error.start].count(b"\n") + 1
     # GB18030 decodes nearly any bytes: damaged UTF-8 is excluded, and 95 % of the characters must be common ones.
     as_utf8, as_gbk = content.decode("utf-8", "replace"), content.decode("gb18030", "replace")
@@ -119,10 +116,10 @@ def _read_workbook(path: Path) -> list[list[str]]:
     """Cells of the only sheet that has any. Raises InputError for several, or a file that is no workbook."""
     import pandas as pd
 
+    unpacked, workbook = 0, {}
     try:
         with zipfile.ZipFile(path) as packed:
             unpacked = sum(member.file_size for member in packed.infolist())
-        workbook = {}
         if unpacked <= _MAX_UNPACKED:
             workbook = pd.read_excel(path, sheet_name=None, engine="openpyxl", **_AS_TEXT)
     except (*_DAMAGED_ZIP, *_DAMAGED_XML) as error:
@@ -132,9 +129,8 @@ def _read_workbook(path: Path) -> list[list[str]]:
         raise InputError(f"{path}: unpacks to {unpacked >> 20} MB, more than a table of reports; save it as CSV UTF-8")
     sheets = {name: frame for name, frame in workbook.items() if not frame.empty}
     if len(sheets) > 1:
-        raise InputError(
-            f"{path}: {len(sheets)} sheets have cells ({', '.join(sheets)}); keep one, or save it as CSV UTF-8"
-        )
+        words = f"{len(sheets)} sheets have cells ({', '.join(sheets)})"
+        raise InputError(f"{path}: {words}; keep one, or save it as CSV UTF-8")
     # Excel's errors (#N/A) are NaN; '_x000D_' is how it stores a carriage return.
     rows = [frame.fillna("").replace("_x000[dD]_\n?", "\n", regex=True) for frame in sheets.values()]
     return rows[0].to_numpy().tolist() if rows else []
@@ -160,28 +156,27 @@ def _table(path: Path, rows: list[list[str]], notes: list[str]) -> Table:
 
 def _read_records(path: Path, text: str, notes: list[str]) -> Table:
     """Rows of the JSON records, and a problem for each entry that is no record."""
-    table = Table([], [], notes)
+    rows, problems = [], []
     for number, record in _parse_json(path, text):
         try:
-            table.rows.extend((number, row) for row in _record_rows(record))
+            rows += [(number, row) for row in _record_rows(record)]
         except ValueError as error:
             image = str(record.get("image", "")) if isinstance(record, dict) else ""
-            table.problems.append(Problem(number, str(error), _RECORD, image))
-    table.columns.extend(dict.fromkeys(name for _, row in table.rows for name in row))
-    return table
+            problems.append(Problem(number, str(error), _RECORD, image))
+    return Table(list(dict.fromkeys(name for _, row in rows for name in row)), rows, notes, problems)
 
 
 def _parse_json(path: Path, text: str) -> list[tuple[int, Any]]:
     """Number and content of every entry. Raises InputError if the file is no JSON, or no list of records."""
     jsonl = path.suffix.lower() == ".jsonl"
-    entries, number = [], 0
-    try:
-        for number, line in enumerate(text.split("\n") if jsonl else [text], start=1):
-            if line.strip() or not jsonl:
-                entries.append((number, json.loads(line)))
-    except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
-        where = f"line {number}: " if jsonl else ""
-        raise InputError(f"{path} is not JSON: {where}{error}; {_RECORD}") from error
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()] if jsonl else [(0, text)]
+    entries = []
+    for number, line in lines:
+        try:
+            entries.append((number, json.loads(line)))
+        except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
+            where = f"line {number}: " if jsonl else ""
+            raise InputError(f"{path} is not JSON: {where}{error}; {_RECORD}") from error
     if jsonl:
         return entries
     content = entries[0][1]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
+import importlib
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -100,13 +99,6 @@ def test_tables_that_cannot_be_read_are_reported_together(folder, tmp_path):
 # ---------------------------------------------------------------- training asks first
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"checked_{name}", REPOSITORY / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_check_tables_passes_good_ones_and_names_a_bad_image(folder):
     check_tables(configuration(folder, folder / "good.csv"))
     with pytest.raises(InputError, match=r"row 3: .*1\.nii\.gz: .*truncated.*check_data\.py"):
@@ -115,7 +107,7 @@ def test_check_tables_passes_good_ones_and_names_a_bad_image(folder):
 
 @pytest.mark.parametrize("name", ["train", "train_vlm"])
 def test_both_stages_refuse_a_bad_image_before_any_model_is_loaded(folder, tmp_path, monkeypatch, name):
-    module = script(name)
+    module = importlib.import_module(name)
     monkeypatch.setattr(sys, "argv", [name, "--config", str(folder / "paths.yaml"), "--output_dir", str(tmp_path)])
     monkeypatch.setattr(module, "start_run", lambda *_: (None, tmp_path))  # no devices are set up for a refusal
     with pytest.raises(InputError, match=r"row 3: .*1\.nii\.gz"):

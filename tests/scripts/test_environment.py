@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
+
+from scripts import environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-class Recorder:
-    """Stands for ``subprocess.run``: notes each command and answers as a machine in some condition would."""
+class Machine:
+    """Stands for ``subprocess.run``: notes what is changed and answers as a machine in some condition would."""
 
     def __init__(self, python: Path) -> None:
-        self.python, self.commands = python, []
+        self.python, self.did = python, []
         self.starts, self.has_pip, self.venv_status, self.pip_status = True, True, 0, 0
 
     def __call__(self, command: list[str], **_: object) -> SimpleNamespace:
-        self.commands.append(command)
         if command[1:3] == ["-m", "venv"]:
+            self.did.append("venv")
             if self.venv_status == 0:
                 self.python.parent.mkdir(parents=True, exist_ok=True)
                 self.python.touch()
@@ -35,107 +36,76 @@ class Recorder:
         if not self.python.is_file():
             raise FileNotFoundError(self.python)
         if command[1:4] == ["-m", "pip", "install"]:
+            self.did.append("install")
             return SimpleNamespace(returncode=self.pip_status)
         if command[1:4] == ["-m", "pip", "--version"]:
             return SimpleNamespace(returncode=0 if self.has_pip and self.starts else 1)
         assert command[1:] == ["-c", ""], f"unexpected command {command}"
         return SimpleNamespace(returncode=0 if self.starts else 103)
 
-    @property
-    def did(self) -> list[str]:
-        """What was changed: ``venv``, ``install``."""
-        done = {("-m", "venv"): "venv", ("pip", "install"): "install"}
-        found = [done.get(tuple(c[1:3])) or done.get(tuple(c[2:4])) for c in self.commands]
-        return [name for name in found if name]
-
 
 @pytest.fixture
-def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module, with its paths in an empty folder."""
-    spec = importlib.util.spec_from_file_location("environment_under_test", REPOSITORY / "scripts" / "environment.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """The environment's paths lie in an empty folder."""
     monkeypatch.delenv("MAMBA_CT_PYTHON", raising=False)
-    monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
-    monkeypatch.setattr(module, "STAMP", tmp_path / ".venv" / "installed-requirements.txt")
-    monkeypatch.setattr(module, "REQUIREMENTS", tmp_path / "requirements.txt")
-    module.REQUIREMENTS.write_text("numpy==1\n", encoding="utf-8")
-    return module
+    monkeypatch.setattr(environment, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(environment, "STAMP", tmp_path / ".venv" / "installed-requirements.txt")
+    monkeypatch.setattr(environment, "REQUIREMENTS", tmp_path / "requirements.txt")
+    environment.REQUIREMENTS.write_text("numpy==1\n", encoding="utf-8")
+    made = Machine(environment.python_of(environment.VENV))
+    monkeypatch.setattr(subprocess, "run", made)
+    return made
 
 
-@pytest.fixture
-def machine(environment: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    recorder = Recorder(environment.python_of(environment.VENV))
-    monkeypatch.setattr(subprocess, "run", recorder)
-    return recorder
-
-
-def test_made_and_filled_on_first_use_then_left_alone(environment: ModuleType, machine: Recorder) -> None:
+def changes(machine: Machine) -> list[str]:
+    """What is done so that the environment is ready."""
+    machine.did.clear()
     assert environment.ensure_environment() == machine.python
-    assert machine.did == ["venv", "install"]
+    return list(machine.did)
+
+
+def refused(capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit, match="2"):
+        environment.ensure_environment()
+    return capsys.readouterr().err
+
+
+def test_made_and_filled_on_first_use_then_left_alone_until_the_requirements_change(machine) -> None:
+    assert changes(machine) == ["venv", "install"]
     assert environment.STAMP.read_text(encoding="utf-8") == hashlib.sha256(b"numpy==1\n").hexdigest()
-    machine.commands.clear()
-    assert environment.ensure_environment() == machine.python
-    assert machine.did == []
-
-
-def test_changed_requirements_are_installed_into_the_same_environment(
-    environment: ModuleType, machine: Recorder
-) -> None:
-    environment.ensure_environment()
+    assert changes(machine) == []
     environment.REQUIREMENTS.write_text("numpy==2\n", encoding="utf-8")
-    machine.commands.clear()
-    environment.ensure_environment()
-    assert machine.did == ["install"]
-    machine.commands.clear()
-    environment.ensure_environment()
-    assert machine.did == []
+    assert changes(machine) == ["install"]
+    assert changes(machine) == []
 
 
-def test_an_installation_that_failed_is_repeated(
-    environment: ModuleType, machine: Recorder, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_installation_that_failed_is_repeated(machine, capsys) -> None:
     environment.ensure_environment()
     environment.REQUIREMENTS.write_text("numpy==2\n", encoding="utf-8")
     machine.pip_status = 1
-    with pytest.raises(SystemExit) as stopped:
-        environment.ensure_environment()
-    assert stopped.value.code == 2 and "installing requirements.txt failed with status 1" in capsys.readouterr().err
+    assert "installing requirements.txt failed with status 1" in refused(capsys)
     # Half of the new requirements may be there: the old ones are not held any more either.
     environment.REQUIREMENTS.write_text("numpy==1\n", encoding="utf-8")
     machine.pip_status = 0
-    machine.commands.clear()
-    environment.ensure_environment()
-    assert machine.did == ["install"]
+    assert changes(machine) == ["install"]
 
 
-def test_half_made_environment_without_pip_is_made_again(environment: ModuleType, machine: Recorder) -> None:
+def test_half_made_environment_without_pip_is_made_again(machine, capsys) -> None:
     """As a Debian without python3-venv leaves it; once the package is there, the same command must work."""
+    machine.venv_status = 1
+    assert "apt install python3-venv" in refused(capsys)
+    assert machine.did == ["venv"] and not environment.STAMP.exists()
     machine.python.parent.mkdir(parents=True)
     machine.python.touch()
-    machine.has_pip = False
-    environment.ensure_environment()
-    assert machine.did == ["venv", "install"]
+    machine.has_pip, machine.venv_status = False, 0
+    assert changes(machine) == ["venv", "install"]
 
 
-def test_missing_venv_module_is_said(
-    environment: ModuleType, machine: Recorder, capsys: pytest.CaptureFixture[str]
-) -> None:
-    machine.venv_status = 1
-    with pytest.raises(SystemExit) as stopped:
-        environment.ensure_environment()
-    assert stopped.value.code == 2
-    assert "apt install python3-venv" in capsys.readouterr().err
-    assert machine.did == ["venv"] and not environment.STAMP.exists()
-
-
-def test_environment_whose_python_cannot_start_is_made_again(environment: ModuleType, machine: Recorder) -> None:
+def test_environment_whose_python_cannot_start_is_made_again(machine) -> None:
     """A moved folder, or the Python that it was made from was removed: the stamp alone would call it ready."""
     environment.ensure_environment()
     machine.starts = False
-    machine.commands.clear()
-    environment.ensure_environment()
-    assert machine.did == ["venv", "install"]
+    assert changes(machine) == ["venv", "install"]
 
 
 @pytest.mark.parametrize("wanted", ["", "current"])
@@ -145,62 +115,42 @@ def test_old_python_is_refused_before_anything_is_made(tmp_path: Path, wanted: s
         f"environment.VENV = environment.STAMP = pathlib.Path({str(tmp_path / 'none')!r}); "
         "environment.ensure_environment()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY / "scripts", env={**os.environ, "MAMBA_CT_PYTHON": wanted},
-        capture_output=True, encoding="utf-8", check=False,
-    )  # fmt: skip
+    place = {"cwd": REPOSITORY / "scripts", "env": {**os.environ, "MAMBA_CT_PYTHON": wanted}}
+    done = subprocess.run([sys.executable, "-c", code], **place, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "none").exists()
-    assert (
-        done.stderr.startswith("error: Python 3.11 or newer is needed, this is 3.10.4") and "\n" not in done.stderr[:-1]
-    )
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: Python 3.11 or newer is needed, this is 3.10.4")
 
 
-def test_current_interpreter_when_asked_for(
-    environment: ModuleType, machine: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_current_interpreter_when_asked_for(machine, monkeypatch) -> None:
     monkeypatch.setenv("MAMBA_CT_PYTHON", "current")
     assert environment.ensure_environment() == Path(sys.executable)
-    assert machine.commands == []
+    assert machine.did == []
 
 
-def test_requirements_are_exact_and_readable(environment: ModuleType) -> None:
+def test_requirements_are_exact_and_readable() -> None:
     """The file that is really installed: each line pins one version, or the stamp would mean nothing."""
     lines = (REPOSITORY / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert all(line.startswith("#") or not line or line.split(";")[0].count("==") == 1 for line in lines)
 
 
-def test_runs_inside_with_arguments_and_hands_the_status_on(
-    environment: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_inside_with_arguments_and_hands_the_status_on(tmp_path, monkeypatch) -> None:
     script = tmp_path / "script.py"
-    script.write_text(
-        "import os, sys\n"
-        "assert os.environ['MAMBA_CT_INSIDE'] == '1' and sys.flags.utf8_mode\n"
-        "sys.exit(int(sys.argv[1]))\n",
-        encoding="utf-8",
-    )
+    inside = "assert os.environ['MAMBA_CT_INSIDE'] == '1' and sys.flags.utf8_mode"
+    script.write_text(f"import os, sys\n{inside}\nsys.exit(int(sys.argv[1]))\n", encoding="utf-8")
     monkeypatch.setenv("MAMBA_CT_PYTHON", "current")
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "5"])
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit, match="5"):
         environment.run_inside(script)
-    assert left.value.code == 5
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a console's Ctrl-C cannot be sent to one process tree there")
 def test_ctrl_c_waits_until_the_program_has_saved(tmp_path: Path) -> None:
     """The program takes a second to save; killing it after a quarter of one would lose its state."""
     program = tmp_path / "program.py"
-    program.write_text(
-        "import pathlib, sys, time\n"
-        "try:\n"
-        "    print('running', flush=True)\n"
-        "    time.sleep(60)\n"
-        "except KeyboardInterrupt:\n"
-        "    time.sleep(1)\n"
-        "    pathlib.Path(sys.argv[1]).write_text('saved')\n"
-        "    sys.exit(130)\n",
-        encoding="utf-8",
-    )
+    waits = "try:\n    print('running', flush=True)\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    time.sleep(1)\n"
+    saves = "    pathlib.Path(sys.argv[1]).write_text('saved')\n    sys.exit(130)\n"
+    program.write_text(f"import pathlib, sys, time\n{waits}{saves}", encoding="utf-8")
     saved = tmp_path / "saved.txt"
     outer = (
         f"import sys; sys.path.insert(0, {str(REPOSITORY / 'scripts')!r}); import environment; "

@@ -32,34 +32,27 @@ def test_its_configuration_is_valid_and_every_command_names_a_script(script, tmp
         assert step.command[-2:] == ["--seed", "7"]
 
 
-def test_a_step_is_kept_only_for_the_same_command(script, tmp_path: Path) -> None:
+def test_a_step_is_kept_only_for_the_same_command_and_where_it_succeeded(script, tmp_path: Path) -> None:
     quickstart = script("quickstart")
     step = quickstart.Step("one", "title", ["-c", "print('done')"])
     seconds, ran = quickstart.run_step(step, tmp_path)
     assert ran and quickstart.run_step(step, tmp_path) == (seconds, False)
     assert quickstart.run_step(step, tmp_path, repeat=True)[1]
-    assert quickstart.run_step(quickstart.Step("one", "title", ["-c", "pass"]), tmp_path)[1]
-
-
-def test_a_failing_step_ends_with_its_status_and_is_not_kept(script, tmp_path: Path) -> None:
-    quickstart = script("quickstart")
-    step = quickstart.Step("bad", "title", ["-c", "raise SystemExit(3)"])
+    assert quickstart.run_step(step._replace(command=["-c", "pass"]), tmp_path)[1]
     for _ in range(2):
         with pytest.raises(SystemExit, match="3"):
-            quickstart.run_step(step, tmp_path)
+            quickstart.run_step(step._replace(command=["-c", "raise SystemExit(3)"]), tmp_path)
 
 
 def test_summary_holds_what_the_report_card_measured(script, tmp_path: Path) -> None:
     quickstart = script("quickstart")
     names = ("location_acc", "type_acc", "size_within_4mm", "exact_acc", "garbled_rate")
-    scores = {
-        key: {name: {"value": value, "n": 4} for name in names} for key, value in (("own", 0.5), ("shuffled", 0.25))
-    }
+    own, shuffled = ({name: {"value": value, "n": 4} for name in names} for value in (0.5, 0.25))
+    card = json.dumps({"whole_reports": {"own": own, "shuffled": shuffled}})
     (tmp_path / "card").mkdir()
-    (tmp_path / "card" / "report_card.json").write_text(json.dumps({"whole_reports": scores}), encoding="utf-8")
-    (tmp_path / "card" / "reports.csv").write_text(
-        "\ufeffimage_path,reference,generated\na.nii.gz,一,二\n", encoding="utf-8"
-    )
+    (tmp_path / "card" / "report_card.json").write_text(card, encoding="utf-8")
+    reports = "image_path,reference,generated\na.nii.gz,一,二\n"
+    (tmp_path / "card" / "reports.csv").write_text(reports, encoding="utf-8-sig")
     steps = [quickstart.Step("stage2", "title", [], steps=10), quickstart.Step("scores", "title", [])]
     quickstart.summarise(tmp_path, steps, {"stage2": 5.0, "scores": 1.0}, seed=3)
     written = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))

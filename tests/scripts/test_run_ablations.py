@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,18 +15,7 @@ from config.schema import build_config, write_config
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.unet import SegmentationUNet
 from models.vim_bridge import grid_side
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("run_ablations", REPOSITORY / "scripts" / "run_ablations.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
-
+from scripts import run_ablations
 
 BASES = [
     {"encoder_target_spatial": 8, "max_visual_tokens": 16},
@@ -38,9 +25,9 @@ BASES = [
 
 
 @pytest.mark.parametrize("keys", BASES)
-def test_every_variant_is_valid_has_room_for_its_tokens_and_differs_from_the_baseline(script, keys):
+def test_every_variant_is_valid_has_room_for_its_tokens_and_differs_from_the_baseline(keys):
     base = build_config(keys, "test")
-    baseline, *found = script.variants(base)
+    baseline, *found = run_ablations.variants(base)
     assert baseline.axis == "baseline" and len({(v.axis, v.name) for v in found}) == len(found)
     for variant in found:
         config = base.replace(**variant.keys)
@@ -54,8 +41,8 @@ def test_every_variant_is_valid_has_room_for_its_tokens_and_differs_from_the_bas
 class Runs:
     """Stands for the three scripts: writes what they write, and records its calls."""
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.calls, self.fail = root, [], ""
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root, self.monkeypatch, self.calls, self.fail = root, monkeypatch, [], ""
 
     def __call__(self, command: list[str], **_: object) -> subprocess.CompletedProcess:
         self.calls.append(command[1:])
@@ -73,26 +60,24 @@ class Runs:
             (out / "report_card.json").write_text(json.dumps({"whole_reports": {"own": own}}), encoding="utf-8")
         return subprocess.CompletedProcess(command, 0)
 
+    def start(self, *flags: str) -> None:
+        command = ["--base", self.root / "base.yaml", "--data", self.root, "--out", self.root / "out", *flags]
+        self.monkeypatch.setattr(sys, "argv", ["run_ablations.py", *map(str, command)])
+        run_ablations.main()
+
 
 @pytest.fixture
-def runs(tmp_path, script, monkeypatch, assets) -> Runs:
+def runs(tmp_path, monkeypatch, assets) -> Runs:
     network = assets / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth"
     write_config(build_config({"nnunet_encoder_checkpoint": str(network)}, "test"), tmp_path / "base.yaml")
-    found = Runs(tmp_path)
-    monkeypatch.setattr(script.subprocess, "run", found)
+    found = Runs(tmp_path, monkeypatch)
+    monkeypatch.setattr(subprocess, "run", found)
     return found
 
 
-def start(script: ModuleType, runs: Runs, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
-    root = runs.root
-    command = ["--base", str(root / "base.yaml"), "--data", str(root), "--out", str(root / "out"), *flags]
-    monkeypatch.setattr(sys, "argv", ["run_ablations.py", *command])
-    script.main()
-
-
-def test_a_table_is_written_and_nothing_is_run_twice(script, runs, monkeypatch):
+def test_a_table_is_written_and_nothing_is_run_twice(runs):
     only = ["--only", "Stage-1 start", "rotate 5"]
-    start(script, runs, monkeypatch, *only)
+    runs.start(*only)
     scripts = [call[0] for call in runs.calls]
     assert scripts.count("train.py") == 3 and scripts.count("train_vlm.py") == 4  # none of Stage 1 from scratch
     scratch = next(call for call in runs.calls if "--from_scratch" in call)
@@ -101,24 +86,23 @@ def test_a_table_is_written_and_nothing_is_run_twice(script, runs, monkeypatch):
     assert "| augmentation | rotate 5 | 42 | 0.500 [0.250, 0.750] |" in table and "| none | 2.000 1.500 |" in table
     assert "Held-out synthetic cases: 2." in table and "--only" in table
     assert len(json.loads((runs.root / "out" / "ablations.json").read_text(encoding="utf-8"))) == 4
-    start(script, runs, monkeypatch, *only)
+    runs.start(*only)
     assert len(runs.calls) == len(scripts)
-    start(script, runs, monkeypatch, *only, "--epochs", "6")
+    runs.start(*only, "--epochs", "6")
     assert len(runs.calls) == 2 * len(scripts), "another number of epochs is another run"
 
 
-def test_a_failing_run_is_one_line_and_the_others_are_kept(script, runs, monkeypatch):
+def test_a_failing_run_is_one_line_and_the_others_are_kept(runs):
     runs.fail = "scripts/evaluate_reports.py"
-    with pytest.raises(
-        InputError, match="baseline baseline: scripts/evaluate_reports.py ended with status 3, see .*run.log"
-    ):
-        start(script, runs, monkeypatch)
+    words = "baseline baseline: scripts/evaluate_reports.py ended with status 3, see .*run.log"
+    with pytest.raises(InputError, match=words):
+        runs.start()
     with pytest.raises(InputError, match="--only nonsense: there is no such axis or variant"):
-        start(script, runs, monkeypatch, "--only", "nonsense")
+        runs.start("--only", "nonsense")
 
 
-def test_the_random_encoder_is_the_same_network_untrained(script, runs, monkeypatch, assets):
-    start(script, runs, monkeypatch, "--only", "random, trained")
+def test_the_random_encoder_is_the_same_network_untrained(runs, assets):
+    runs.start("--only", "random, trained")
     source = load_nnunet_checkpoint(assets / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth")
     other = load_nnunet_checkpoint(runs.root / "out" / "random_encoder.pth")
     assert other.architecture == source.architecture and other.plans == source.plans

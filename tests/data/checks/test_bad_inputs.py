@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import struct
 import zipfile
 from collections.abc import Callable
@@ -66,22 +65,8 @@ def series(**tags: object) -> Callable[[Path], None]:
     return make
 
 
-def folder_of(**files: bytes) -> Callable[[Path], None]:
-    def make(path: Path) -> None:
-        path.mkdir()
-        for name, content in files.items():
-            (path / name).write_bytes(content)
-
-    return make
-
-
-def two_series(path: Path) -> None:
-    write_series(path, marked(), "a", series="1.1")
-    write_series(path, marked(), "b", series="1.2")
-
-
-def gap(path: Path) -> None:
-    write_series(path, marked())[1].unlink()
+def folder_with(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda path: (path.mkdir(), (path / name).write_bytes(content))
 
 
 def truncated_gzip(path: Path) -> None:
@@ -96,46 +81,38 @@ def half_pair(path: Path) -> None:
 
 
 GOOD = marked().transpose(2, 1, 0)
-FLOAT = GOOD.astype(np.float32)
 COLOUR = np.zeros((3, 3, 3), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
 SINGULAR = np.array([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
 
 
-def placed(array: np.ndarray, place: tuple[int, ...], value: float) -> np.ndarray:
-    changed = array.copy()
-    changed[place] = value
-    return changed
+def with_one(value: float) -> np.ndarray:
+    """A good image with ``value`` in one voxel."""
+    return np.where(np.arange(GOOD.size).reshape(GOOD.shape) == 0, value, GOOD).astype(np.float32)
 
 
 IMAGES: list[tuple[str, Callable[[Path], None], str]] = [
     ("absent.nii.gz", lambda path: None, "file not found"),
     ("absent.mha", lambda path: None, "file not found"),
-    ("absent", lambda path: None, "file not found"),
     ("empty.nii.gz", raw(b""), "file is empty (0 bytes)"),
-    ("empty.nrrd", raw(b""), "file is empty (0 bytes)"),
     ("text.nii.gz", raw(b"not even gzip"), "not a readable NIfTI"),
     ("text.nii", raw(b"no image " * 100), "not a readable NIfTI"),
     ("packed_text.nii.gz", raw(gzip.compress(b"no image " * 100)), "not a readable NIfTI"),
     ("scan.png", raw(b"\x89PNG\r\n\x1a\n" + b"\0" * 200), "pictures and text are no CT"),
-    ("scan.txt", raw(b"hello"), "pictures and text are no CT"),
     ("no_suffix", raw(b"hello"), "pictures and text are no CT"),
     ("cut.nii.gz", truncated_gzip, "truncated"),
     ("cut.nii", lambda path: (nifti(GOOD)(path), path.write_bytes(path.read_bytes()[:-1])), "truncated"),
     ("flat.nii.gz", nifti(GOOD[:, :, 0]), "expected three axes"),
     ("series.nii.gz", nifti(np.stack([GOOD, GOOD], axis=-1)), "expected three axes"),
     ("bomb.nii.gz", nifti(GOOD, dim=[3, 30000, 30000, 30000, 1, 1, 1, 1]), "more than a file of"),
-    ("huge.nii", nifti(GOOD, dim=[3, 600, 600, 600, 1, 1, 1, 1]), "more than a file of"),
     ("no_axis.nii", nifti(GOOD, dim=[3, 6, 0, 4, 1, 1, 1, 1]), "axis is empty"),
-    ("negative.nii", nifti(GOOD, dim=[3, 6, -5, 4, 1, 1, 1, 1]), "axis is empty"),
     ("many_axes.nii", nifti(GOOD, dim=[99, 6, 5, 4, 1, 1, 1, 1]), "not a readable NIfTI"),
     ("colour.nii.gz", nifti(COLOUR), "voxels are colours (RGB)"),
     ("complex.nii.gz", nifti(GOOD.astype(np.complex64)), "voxels are complex numbers"),
     ("type.nii", nifti(GOOD, datatype=7777), "not a readable NIfTI"),
     ("units.nii", nifti(GOOD, xyzt_units=7), "unknown unit of length"),
-    ("nan.nii.gz", nifti(placed(FLOAT, (0, 0, 0), np.nan)), "1 voxels are NaN and 0 infinite"),
-    ("inf.nii.gz", nifti(placed(FLOAT, (0, 0, 0), np.inf)), "0 voxels are NaN and 1 infinite"),
+    ("nan.nii.gz", nifti(with_one(np.nan)), "1 voxels are NaN and 0 infinite"),
+    ("inf.nii.gz", nifti(with_one(np.inf)), "0 voxels are NaN and 1 infinite"),
     ("constant.nii.gz", nifti(np.full((4, 4, 4), -1000, np.int16)), "every voxel is -1000"),
-    ("zero.nii.gz", nifti(np.zeros((4, 4, 4), np.int16)), "every voxel is 0"),
     ("slope.nii", nifti(GOOD, scl_slope=np.inf), "NIfTI"),
     ("steep.nii", nifti(GOOD, scl_slope=3e38, scl_inter=1), "infinite"),
     ("singular.nii", nifti(GOOD, srow_x=SINGULAR[0], srow_y=SINGULAR[1], srow_z=SINGULAR[2]), "not independent"),
@@ -151,14 +128,14 @@ IMAGES: list[tuple[str, Callable[[Path], None], str]] = [
     ("type.mha", itk(marked(), elementtype="ElementType = MET_STRING"), "'MET_STRING', expected integers"),
     ("text.mha", raw(b"no header here\n" * 9), "its header has no end"),
     ("size.mha", itk(marked(), dimsize="DimSize = a b c"), "no 'dimsize' in its header"),
-    ("still.mha", itk(marked(), elementspacing="ElementSpacing = 0 1 1"), "scan"),
+    ("still.mha", itk(marked(), elementspacing="ElementSpacing = 0 1 1"), "mm"),
     ("text.nrrd", raw(b"PLAIN text\n"), "no NRRD mark"),
     ("outside.nrrd", itk(marked(), encoding="encoding: raw\ndata file: /etc/passwd"), "voxels lie in another file"),
     ("cut.nrrd", lambda path: (itk(marked())(path), path.write_bytes(path.read_bytes()[:-9])), "more than a file of"),
-    ("none", folder_of(), "no DICOM file"),
-    ("pictures", folder_of(a_png=b"\x89PNG"), "no DICOM file"),
-    ("garbage", folder_of(**{"bad.dcm": b"\0" * 128 + b"DICM" + b"\xff" * 50}), "not a readable DICOM file"),
-    ("text", folder_of(**{"bad.dcm": b"hello" * 100}), "not a readable DICOM file"),
+    ("none", Path.mkdir, "no DICOM file"),
+    ("pictures", folder_with("a.png", b"\x89PNG"), "no DICOM file"),
+    ("garbage", folder_with("bad.dcm", b"\0" * 128 + b"DICM" + b"\xff" * 50), "not a readable DICOM file"),
+    ("text", folder_with("bad.dcm", b"hello" * 100), "not a readable DICOM file"),
     ("mr", series(Modality="MR"), "modality MR, expected CT"),
     ("colours", series(SamplesPerPixel=3), "colours, expected HU"),
     ("frames", series(NumberOfFrames=4), "several frames in one file"),
@@ -167,15 +144,15 @@ IMAGES: list[tuple[str, Callable[[Path], None], str]] = [
     ("no_place", series(ImagePositionPatient=None), "no position in the patient"),
     ("scout", series(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), "a scout"),
     ("pixels", series(PixelData=b"\0" * 20), "pixels cannot be read"),
-    ("gap", gap, "1 slice(s) are missing"),
-    ("two", two_series, "holds 2 CT series"),
+    ("gap", lambda path: write_series(path, marked())[1].unlink(), "1 slice(s) are missing"),
+    ("two", lambda path: [write_series(path, marked(), n, series=f"1.{n}") for n in "12"], "holds 2 CT series"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "make", "words"), IMAGES, ids=[name for name, *_ in IMAGES])
 def test_images(tmp_path, name, make, words):
     make(tmp_path / name)
-    expect(lambda: read_volume(tmp_path / name), tmp_path, words if words != "scan" else "mm")
+    expect(lambda: read_volume(tmp_path / name), tmp_path, words)
 
 
 def expect(read: Callable[[], object], folder: Path, words: str) -> None:
@@ -186,21 +163,21 @@ def expect(read: Callable[[], object], folder: Path, words: str) -> None:
     assert "\n" not in message and len(message) < 600
 
 
-MASKS: list[tuple[str, np.ndarray, str]] = [
-    ("shape", np.zeros((6, 5, 3), np.uint8), "own grid"),
-    ("fractions", np.full((6, 5, 4), 0.5, np.float32), "fractions"),
-    ("negative", np.full((6, 5, 4), -1, np.int16), "whole labels"),
-    ("nan", np.full((6, 5, 4), np.nan, np.float32), "whole labels"),
-    ("large", np.full((6, 5, 4), 40000, np.uint16), "whole labels"),
-]
-
-
-@pytest.mark.parametrize(("name", "labels", "words"), MASKS, ids=[name for name, *_ in MASKS])
-def test_masks(tmp_path, name, labels, words):
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (np.zeros((6, 5, 3), np.uint8), "own grid"),
+        (np.full((6, 5, 4), 0.5, np.float32), "fractions"),
+        (np.full((6, 5, 4), -1, np.int16), "whole labels"),
+        (np.full((6, 5, 4), np.nan, np.float32), "whole labels"),
+        (np.full((6, 5, 4), 40000, np.uint16), "whole labels"),
+    ],
+)
+def test_masks(tmp_path, labels, words):
     store_as(tmp_path / "scan.nii.gz", marked(), "LPS")
-    nib.save(nib.Nifti1Image(labels, AFFINE), tmp_path / f"{name}.nii.gz")
+    nib.save(nib.Nifti1Image(labels, AFFINE), tmp_path / "mask.nii.gz")
     image = read_volume(tmp_path / "scan.nii.gz")
-    expect(lambda: read_mask(tmp_path / f"{name}.nii.gz", image), tmp_path, words)
+    expect(lambda: read_mask(tmp_path / "mask.nii.gz", image), tmp_path, words)
 
 
 def bomb() -> bytes:
@@ -216,67 +193,40 @@ def bomb() -> bytes:
 GOOD_ROW = "image_path,question,answer\na.nii.gz,Q,Normal.\n"
 TABLES: list[tuple[str, str | bytes, str]] = [
     ("empty.csv", "", "is empty; expected a header: image_path,question,answer"),
-    ("mark.csv", "\ufeff", "is empty; expected a header"),
     ("blank.csv", "\r\n\r\n", "is empty; expected a header"),
     ("header.csv", "image_path,answer", "header but no rows"),
-    ("header_and_blanks.csv", "image_path,answer\r\n\r\n", "header but no rows"),
     ("no_header.csv", "a.nii.gz,Q,Normal.\n", "found a.nii.gz,Q,Normal.; expected image_path"),
     ("no_image.csv", "question,answer\nQ,N\n", "no column 'image_path' (nor a number of the examination); found qu"),
     ("no_report.csv", "image_path,question\na.nii.gz,Q\n", "no column 'answer'"),
     ("twice.csv", "image_path,answer,answer\na.nii.gz,1,2\n", "two columns 'answer'"),
-    ("commas.csv", GOOD_ROW + "a.nii.gz,Q,No nodule, no effusion.\n", "row 3: 4 cells under 3 columns; put quotation"),
     ("open.csv", GOOD_ROW + 'a.nii.gz,Q,"No nodule.\na.nii.gz,Q,N\n', "not a readable CSV at row 3: unexpected end"),
     ("quote.csv", GOOD_ROW + 'a.nii.gz,Q,"No" nodule.\na.nii.gz,Q,N\n', "not a readable CSV at row 3"),
     ("long.csv", GOOD_ROW + "a.nii.gz,Q," + "x" * 131073, "row 3: field larger than field limit"),
     ("no_answer.csv", GOOD_ROW + "a.nii.gz,Q, \n", "row 3: 'answer' is empty"),
-    ("short.csv", GOOD_ROW + "a.nii.gz,Q\n", "row 3: 'answer' is empty"),
     ("no_path.csv", GOOD_ROW + ",Q,Normal.\n", "row 3: 'image_path' is empty"),
-    ("missing.csv", GOOD_ROW + "z.nii.gz,Q,Normal.\n", "row 3: file not found"),
     ("report_as_path.csv", GOOD_ROW + "No nodule" * 30 + ",Q,a.nii.gz\n", "row 3: file not found"),
     ("windows.csv", GOOD_ROW + "d:\\ct\\z.nii.gz,Q,Normal.\n", "path_map"),
     ("mask.csv", "image_path,answer,mask\na.nii.gz,Normal.,m.nii.gz\n", "row 2: file not found"),
-    ("number.csv", "影像号,报告\n404,Normal.\n", "named '404'"),
-    ("rounded.csv", "影像号,报告\n1.23457E+15,Normal.\n", "Excel has rounded"),
-    ("two.csv", "影像号,报告\n12,Normal.\n", "'12' fits 2 images"),
-    ("lost.csv", GOOD_ROW + "a.nii.gz,Q,右肺\ufffd\ufffd\n", "lost in a conversion"),
-    ("zero.csv", GOOD_ROW + "a.nii.gz,Q,right\x01lung\n", "no text (U+0001)"),
-    ("latin.csv", "image_path,answer\na.nii.gz,poumon clair, côté\n".encode("latin-1"), "neither UTF-8 nor GBK"),
-    ("binary.csv", bytes(range(128, 256)) * 9, "neither UTF-8 nor GBK"),
     ("cut_utf16.csv", GOOD_ROW.encode("utf-16")[:-1], "damaged UTF-16 text"),
     ("book.xlsx", "no workbook", "not a readable workbook"),
     ("bomb.xlsx", bomb(), "unpacks to 600 MB"),
     ("old.xls", b"\xd0\xcf\x11\xe0", ".xls format"),
-    ("object.json", '{"train": []}', "expected a list of records"),
-    ("broken.json", '[{"image": ', "is not JSON"),
     ("line.jsonl", '{"image": "a.nii.gz", "report": "Normal."}\n{', "line 2"),
-    ("surrogate.json", json.dumps([{"image": "a.nii.gz", "report": "\ud800"}]), "U+D800"),
-    ("turns.json", json.dumps([{"conversations": [{"from": "gpt", "value": "N"}]}]), "row 1: a turn of 'gpt' is out"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "content", "words"), TABLES, ids=[name for name, *_ in TABLES])
 def test_tables(tmp_path, name, content, words):
-    for image in ("a.nii.gz", "x_12.nii.gz", "y_12.nii.gz"):
-        (tmp_path / image).touch()
+    (tmp_path / "a.nii.gz").touch()
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     expect(lambda: read_caption_table(tmp_path / name), tmp_path, words)
 
 
-PROMPTS = (
-    "",
-    "{}",
-    "[]",
-    '["Report?"]',
-    '{"caption_prompt": []}',
-    '{"caption_prompt": "Report?"}',
-    '{"caption_prompt": ["Report?", 3]}',
-    '{"caption_prompt": ["Report?", " "]}',
-    '{"caption_prompt": ["Report?"',
-    '{"caption_prompt": ["问题"]}',  # in GBK
-)
+# The last is in GBK.
+PROMPTS = [f'{{"caption_prompt": {value}}}' for value in ("[]", '"Q?"', '["Q?", " "]', '["问题"]')]
 
 
-@pytest.mark.parametrize("content", PROMPTS)
+@pytest.mark.parametrize("content", ["", "{}", '["Report?"]', *PROMPTS])
 def test_prompts(tmp_path, content):
     (tmp_path / "prompts.json").write_bytes(content.encode("gbk"))
     expect(lambda: read_prompts(tmp_path / "prompts.json"), tmp_path, "caption_prompt" if content else "not JSON")

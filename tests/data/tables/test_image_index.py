@@ -39,7 +39,3 @@ def index(tmp_path_factory) -> ImageIndex:
 )
 def test_the_best_match_decides_and_two_equal_ones_are_both_given(index, number, images):
     assert [path.relative_to(index.root).as_posix() for path in index.find(number)] == images
-
-
-def test_a_folder_that_is_missing_has_no_images(tmp_path):
-    assert ImageIndex(tmp_path / "absent").find("1") == []
