@@ -97,11 +97,14 @@ def statements(
     return made
 
 
+def touches(span: Span, words: Sequence[Span]) -> bool:
+    """Whether a token has a character of some word."""
+    return any(span[0] < end and span[1] > start for start, end in words)
+
+
 def log_probability(words: Sequence[Span], spans: Sequence[Span], log_probs: Sequence[float]) -> float:
     """Sum over the tokens that touch the words; log(1e-6) where there are none (a text that was cut)."""
-    touching = [
-        p for (a, b), p in zip(spans, log_probs, strict=True) if any(a < end and b > start for start, end in words)
-    ]
+    touching = [p for span, p in zip(spans, log_probs, strict=True) if touches(span, words)]
     return sum(touching) if touching else _LEAST
 
 

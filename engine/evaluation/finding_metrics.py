@@ -7,7 +7,7 @@ assigned to other cases at random.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from engine.evaluation.bootstrap import REPEATS, Score, case_weights, interval, 
 Mentions = Sequence[Sequence[FindingMention]]  # of each report
 DIAGNOSTIC_SECTIONS = ("", "findings", "impression")  # advice and tendency state no findings
 STATED = ("present", "uncertain")
+RATES = ("F1", "precision", "recall")
 
 
 @dataclass(frozen=True)
@@ -62,38 +63,34 @@ def label_matrix(reports: Mentions, sections: Sequence[str] = DIAGNOSTIC_SECTION
 
 
 def clinical_scores(
-    references: Mentions,
-    generated: Mentions,
-    sections: Sequence[str] = DIAGNOSTIC_SECTIONS,
-    repeats: int = REPEATS,
-    seed: int = 0,
+    references: Mentions, generated: Mentions, sections: Sequence[str] = DIAGNOSTIC_SECTIONS
 ) -> ClinicalScores:
     """Compare what reports state with what their references state, of at least one case."""
     truth, found = (label_matrix(reports, sections) for reports in (references, generated))
     n, known = len(truth), truth.any(0)
     once = np.ones((1, n), int)
-    counts = resampled_counts(truth, found, once)
-    drawn = resampled_counts(truth, found, case_weights(n, repeats, seed))
-    rng = np.random.default_rng(seed)
-    permuted = np.concatenate([resampled_counts(truth, found[rng.permutation(n)], once) for _ in range(repeats)])
-
-    def micro(formula: Callable[[np.ndarray], np.ndarray], what: str) -> Score:
-        return Score(float(formula(counts.sum(2))[0]), *interval(formula(drawn.sum(2))), n, what)
+    counts, drawn = (resampled_counts(truth, found, weights) for weights in (once, case_weights(n)))
+    rng = np.random.default_rng(0)
+    permuted = np.concatenate([resampled_counts(truth, found[rng.permutation(n)], once) for _ in range(REPEATS)])
+    micro = {
+        name: Score(float(value[0]), *interval(resampled), n, f"{name} of all case-finding pairs")
+        for name, value, resampled in zip(RATES, rates(counts.sum(2)), rates(drawn.sum(2)), strict=True)
+    }
 
     def chance(values: np.ndarray) -> Score:
         mean = float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
         return Score(mean, *interval(values), n, "reports dealt to other cases")
 
     macro, by_chance = float(macro_f1(counts, known)[0]), macro_f1(permuted, known)
-    hits = int((by_chance >= macro - 1e-12).sum()) if np.isfinite(macro) else repeats
+    hits = int((by_chance >= macro - 1e-12).sum()) if np.isfinite(macro) else REPEATS
     return ClinicalScores(
         macro_f1=Score(macro, *interval(macro_f1(drawn, known)), n, f"mean F1 of {int(known.sum())} findings"),
         chance=chance(by_chance),
-        p_value=(hits + 1) / (repeats + 1),
-        micro_f1=micro(_f1, "F1 of all case-finding pairs"),
-        micro_precision=micro(_precision, "precision of all case-finding pairs"),
-        micro_recall=micro(_recall, "recall of all case-finding pairs"),
-        micro_chance=chance(_f1(permuted.sum(2))),
+        p_value=(hits + 1) / (REPEATS + 1),
+        micro_f1=micro["F1"],
+        micro_precision=micro["precision"],
+        micro_recall=micro["recall"],
+        micro_chance=chance(rates(permuted.sum(2))[0]),
         by_finding=_by_finding(counts, drawn, n),
     )
 
@@ -108,36 +105,25 @@ def resampled_counts(truth: np.ndarray, found: np.ndarray, weights: np.ndarray) 
     return np.stack([weights @ part.astype(np.int64) for part in (truth & found, truth, found)], 1)
 
 
+def rates(counts: np.ndarray) -> np.ndarray:
+    """F1, precision and recall, [3, repeats] of counts [repeats, 3], or with a last axis of findings; NaN undefined."""
+    both, truth, found = counts[:, 0], counts[:, 1], counts[:, 2]
+    return np.stack([ratio(2 * both, truth + found), ratio(both, found), ratio(both, truth)])
+
+
 def macro_f1(counts: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Mean F1 over the known findings [repeats]; one that a sample lacks altogether is left out of its mean."""
-    values = _f1(counts)[:, known]
+    values = rates(counts)[0][:, known]
     defined = np.isfinite(values)
     return ratio(np.where(defined, values, 0).sum(1), defined.sum(1))
 
 
 def _by_finding(counts: np.ndarray, drawn: np.ndarray, n: int) -> list[FindingScore]:
-    precision, recall, f1 = (formula(counts)[0] for formula in (_precision, _recall, _f1))
-    resampled = _f1(drawn)
-    _, references, generated = counts[0]
-    return [
-        FindingScore(
-            FINDINGS[k], int(references[k]), int(generated[k]), float(precision[k]), float(recall[k]),
-            Score(float(f1[k]), *interval(resampled[:, k]), n, "F1"),
-        )
-        for k in np.flatnonzero(references + generated)
-    ]  # fmt: skip
-
-
-# Of counts [repeats, 3] or [repeats, 3, findings]; NaN where the denominator is 0.
-
-
-def _f1(counts: np.ndarray) -> np.ndarray:
-    return ratio(2 * counts[:, 0], counts[:, 1] + counts[:, 2])
-
-
-def _precision(counts: np.ndarray) -> np.ndarray:
-    return ratio(counts[:, 0], counts[:, 2])
-
-
-def _recall(counts: np.ndarray) -> np.ndarray:
-    return ratio(counts[:, 0], counts[:, 1])
+    f1, precision, recall = rates(counts)[:, 0].tolist()
+    resampled = rates(drawn)[0]
+    _, references, reports = counts[0].tolist()
+    rows = []
+    for k in np.flatnonzero(counts[0].any(0)):
+        score = Score(f1[k], *interval(resampled[:, k]), n, "F1")
+        rows.append(FindingScore(FINDINGS[k], references[k], reports[k], precision[k], recall[k], score))
+    return rows

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.evaluation.bootstrap import REPEATS, Score, case_weights, hit_score, interval, ratio_score
+from engine.evaluation.bootstrap import Score, case_weights, hit_score, interval, ratio_score
 from engine.evaluation.finding_metrics import Mentions, label_matrix, macro_f1, resampled_counts
 
 FEW_CASES = 20
@@ -37,23 +37,21 @@ class Verdict:
         return VERDICTS[self.code]
 
 
-def macro_difference(
-    references: Mentions, one: Mentions, other: Mentions, repeats: int = REPEATS, seed: int = 0
-) -> Score:
+def macro_difference(references: Mentions, one: Mentions, other: Mentions) -> Score:
     """Macro-F1 of ``one`` minus that of ``other`` on the same cases, with the interval of the paired difference."""
     truth, *reports = (label_matrix(mentions) for mentions in (references, one, other))
     n, known = len(truth), truth.any(0)
-    weights = np.concatenate([np.ones((1, n), int), case_weights(n, repeats, seed)])
+    weights = np.concatenate([np.ones((1, n), int), case_weights(n)])
     # In a sample that states no known finding macro-F1 counts as 0.
     a, b = (np.nan_to_num(macro_f1(resampled_counts(truth, found, weights), known)) for found in reports)
-    difference = a - b if known.any() else np.full(repeats + 1, np.nan)
+    difference = a - b if known.any() else np.full(len(weights), np.nan)
     return Score(float(difference[0]), *interval(difference[1:]), n, "difference of macro-F1, same cases")
 
 
-def loss_gap(own: Sequence[Mapping], other: Sequence[Mapping], repeats: int = REPEATS, seed: int = 0) -> Score:
+def loss_gap(own: Sequence[Mapping], other: Sequence[Mapping]) -> Score:
     """By how many nats per token the true report is less likely under ``other`` than under ``own``."""
     gaps = [b["nats"] - a["nats"] for a, b in zip(own, other, strict=True)]
-    return ratio_score(gaps, [record["tokens"] for record in own], "nats per token", repeats, seed)
+    return ratio_score(gaps, [record["tokens"] for record in own], "nats per token")
 
 
 def nats_per_token(records: Sequence[Mapping]) -> float:

@@ -183,6 +183,11 @@ def pair(
     return [(a, stated[partner[i]] if i in partner else None) for i, a in enumerate(truth)]
 
 
+def finding_agrees(stated: FindingMention, lesion: MeasuredLesion) -> bool:
+    """Whether a lesion has no name, or that of the finding."""
+    return lesion.name == stated.finding or lesion.name.startswith("label ")
+
+
 def side_agrees(stated: FindingMention, lesion: MeasuredLesion) -> bool:
     """Whether a statement has no side, or one that its lesion lies in."""
     return stated.side in (None, lesion.side, "bilateral")
@@ -204,7 +209,5 @@ def _mention_distance(a: FindingMention, b: FindingMention) -> tuple[float, ...]
 
 
 def _lesion_distance(stated: FindingMention, lesion: MeasuredLesion) -> tuple[float, ...]:
-    named = not lesion.name.startswith("label ")
-    differing = 2 * (named and lesion.name != stated.finding)
-    differing += (not side_agrees(stated, lesion)) + (not zone_agrees(stated, lesion))
-    return differing, abs((stated.size_mm or lesion.diameter_mm) - lesion.diameter_mm), -lesion.volume_mm3
+    agreeing = 2 * finding_agrees(stated, lesion) + side_agrees(stated, lesion) + zone_agrees(stated, lesion)
+    return -agreeing, abs((stated.size_mm or lesion.diameter_mm) - lesion.diameter_mm), -lesion.volume_mm3

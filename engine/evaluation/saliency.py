@@ -33,16 +33,17 @@ from data.imaging.reader import read_mask, read_volume
 from data.imaging.volume import Volume
 from data.lesions import MeasuredLesion
 from data.report_language.labeller import FindingMention
-from engine.evaluation.conditions import EvaluatedTable
-from engine.evaluation.confidence import Statement, split_sentences
+from engine.evaluation.conditions import OWN, ReportPasses
+from engine.evaluation.confidence import Statement, split_sentences, touches
 from engine.evaluation.heat_maps import FramedGrid, draw_heat, write_heat
-from engine.evaluation.localisation import MaskedCase, side_agrees, zone_agrees
-from engine.evaluation.report_writer import ReportWriter, answer_log_probs, token_spans
+from engine.evaluation.localisation import MaskedCase, finding_agrees, side_agrees, zone_agrees
+from engine.evaluation.report_writer import answer_log_probs, token_spans
 from models.medical_vlm import MedicalVLM
 from models.nnunet.encoder import NnUNetEncoder
 
 METHODS = ("evidence", "integrated", "occlusion")
 STEPS = 8
+Spans = Sequence[Sequence[int]]  # of tokens: positions in a report
 
 
 @dataclass(frozen=True)
@@ -66,115 +67,71 @@ class SentenceMap:
 class CaseMaps:
     """The maps of one case, with its scan and mask (None without a mask), which they are drawn over."""
 
-    volume: Volume | None
+    volume: Volume
     labels: np.ndarray | None
     grid: FramedGrid
     sentences: list[SentenceMap]
 
 
 def map_case(
-    writer: ReportWriter,
-    table: EvaluatedTable,
-    row: int,
-    batch: Mapping[str, Any],
-    record: Mapping[str, Any],
-    stated: Sequence[Statement],
-    masked: MaskedCase | None,
-    names: Mapping[int, str] | None,
-    baseline: Tensor,
-    method: str,
+    passes: ReportPasses, row: int, stated: Sequence[Statement], masked: MaskedCase | None, method: str
 ) -> CaseMaps:
-    """Maps of the sentences of one report that state a finding as present or possible.
+    """Maps of the sentences of one row's report that state a finding as present or possible.
 
     Args:
-        batch: of this case alone.
-        record: of its report, with ``ids``.
-        stated: its statements.
+        stated: statements of the report.
         masked: its lesions, where it has a mask.
-        names: of the mask's labels, where they are known.
-        baseline: mean features (K, C, T, T).
+        method: one of ``METHODS``.
     """
-    caption = table.data.rows[row]
+    data, writer, caption = passes.data, passes.writer, passes.data.rows[row]
+    record = passes.records(OWN)[row]
+    baseline, _ = passes.mean_image
     present = [s for s in stated if s.mention.polarity != "absent"]
     present = [s for s in present if s.mention.section != "impression"] or present
     numbers = sorted({s.sentence for s in present})
-    spans = token_spans(writer.tokenizer, record["ids"])
     words = [[w for s in present if s.sentence == n for w in s.words] for n in numbers]
-    tokens = [[k for k, (a, b) in enumerate(spans) if any(a < end and b > start for start, end in w)] for w in words]
-    maps = attribution_maps(writer.model, batch, record["ids"], tokens, baseline, method).numpy()
-    cached = table.data.cache.get(caption.image_path, caption.mask_path)
-    shape = tuple(baseline.shape[i] for i in (0, 2, 3))
-    grid = FramedGrid.of(table.data.view_selection, cached, shape, cached.axcodes)
-    volume = labels = None
-    if caption.mask_path is not None:
-        volume = read_volume(caption.image_path)
-        labels = read_mask(caption.mask_path, volume)
+    spans = token_spans(writer.tokenizer, record["ids"])
+    tokens = [[k for k, span in enumerate(spans) if touches(span, w)] for w in words]
+    report = ReportLikelihood(writer.model, passes.batch([data[row]]), record["ids"])
+    maps = attribution_maps(report, tokens, baseline, method).numpy()
+    cached = data.cache.get(caption.image_path, caption.mask_path)
+    grid = FramedGrid.of(data.view_selection, cached, tuple(baseline[:, 0].shape), cached.axcodes)
+    volume = read_volume(caption.image_path)
+    labels = None if caption.mask_path is None else read_mask(caption.mask_path, volume)
     pieces = split_sentences(record["text"])
     sentences = []
     for number, heat in zip(numbers, maps, strict=True):
         mentions = [s.mention for s in present if s.sentence == number]
-        hit, chance, why = _point(heat, mentions, masked, labels, names, grid)
+        hit, chance, why = _point(heat, mentions, masked, labels, grid)
         sentences.append(SentenceMap(number, pieces[number].strip(), heat, hit, chance, why))
     return CaseMaps(volume, labels, grid, sentences)
 
 
-def save_maps(folder: Path, name: str, case: CaseMaps, image: Path) -> Path | None:
+def save_maps(folder: Path, name: str, case: CaseMaps) -> Path | None:
     """Write ``NAME_sentence1.nii.gz`` … and ``NAME.png``; returns the figure, None where the report states nothing."""
     if not case.sentences:
         return None
-    volume = case.volume or read_volume(image)
     heats = [case.grid.lay_over(one.heat) for one in case.sentences]
     for number, heat in enumerate(heats, 1):
-        write_heat(folder / f"{name}_sentence{number}.nii.gz", heat, volume)
+        write_heat(folder / f"{name}_sentence{number}.nii.gz", heat, case.volume)
     marks = {True: "hit", False: "miss", None: "not played"}
     titles = [f"{one.text[:24]}\n{marks[one.hit]}" for one in case.sentences]
-    draw_heat(folder / f"{name}.png", volume, heats, titles, case.labels)
+    draw_heat(folder / f"{name}.png", case.volume, heats, titles, case.labels)
     return folder / f"{name}.png"
 
 
 # ---------------------------------------------------------------------------- attribution
 
 
-def attribution_maps(
-    model: MedicalVLM,
-    batch: Mapping[str, Any],
-    ids: Sequence[int],
-    spans: Sequence[Sequence[int]],
-    baseline: Tensor,
-    method: str = METHODS[0],
-    *,
-    steps: int = STEPS,
-    chunk: int = 8,
-) -> Tensor:
-    """Maps (S, K, T, T), float32 on the CPU, one for each of S spans of one report.
-
-    Args:
-        batch: of one case: ``images``, ``slice_position``, ``roi``, ``question_ids``, ``question_mask``.
-        ids: tokens of the report.
-        spans: positions in ``ids``.
-        baseline: (K, C, T, T), the mean features of many cases.
-        method: one of ``METHODS``.
-        steps: points between baseline and image at which the gradient is taken.
-        chunk: copies of the case in one forward pass.
-    """
-    report = ReportLikelihood(model, batch, ids)
-    K, _, T, U = report.features.shape
-    if not spans:
-        return torch.zeros(0, K, T, U)
-    baseline = baseline.to(report.features)
-    if method == "occlusion":
-        return _occlusion(report, spans, baseline, chunk)
-    gradients = _integrated(report, spans, baseline, steps, chunk)
-    if method == "integrated":
-        return gradients.sum(2)
-    width = feature_width(model.vision.encoder, batch["images"], (T, U))
-    return torch.stack([smoothed(heat, width) for heat in gradients.clamp(min=0).sum(2)])
-
-
 class ReportLikelihood:
     """Log-probabilities of one report's tokens as a function of the image's features. ``features``: (K, C, T, T)."""
 
     def __init__(self, model: MedicalVLM, batch: Mapping[str, Any], ids: Sequence[int]) -> None:
+        """
+        Args:
+            batch: of one case: ``images``, ``slice_position``, ``roi``, ``question_ids``, ``question_mask``.
+            ids: tokens of the report.
+        """
         with torch.no_grad():
             self.features = model.vision.features(batch["images"])[0]
         answer = torch.tensor([list(ids)], dtype=torch.long, device=self.features.device)
@@ -192,6 +149,30 @@ class ReportLikelihood:
         return torch.stack(answer_log_probs(self.model.lm, visual, copies))
 
 
+def attribution_maps(
+    report: ReportLikelihood, spans: Spans, baseline: Tensor, method: str, steps: int = STEPS, chunk: int = 8
+) -> Tensor:
+    """Maps (S, K, T, T), float32 on the CPU, one for each of S spans of one report.
+
+    Args:
+        baseline: (K, C, T, T), the mean features of many cases.
+        method: one of ``METHODS``.
+        steps: points between baseline and image at which the gradient is taken.
+        chunk: copies of the case in one forward pass.
+    """
+    K, _, T, U = report.features.shape
+    if not spans:
+        return torch.zeros(0, K, T, U)
+    baseline = baseline.to(report.features)
+    if method == "occlusion":
+        return _occlusion(report, spans, baseline, chunk)
+    gradients = _integrated(report, spans, baseline, steps, chunk)
+    if method == "integrated":
+        return gradients.sum(2)
+    width = feature_width(report.model.vision.encoder, report.case["images"], (T, U))
+    return torch.stack([smoothed(heat, width) for heat in gradients.clamp(min=0).sum(2)])
+
+
 def feature_width(
     encoder: NnUNetEncoder, images: Tensor | Sequence[Tensor], grid: tuple[int, int]
 ) -> tuple[float, float]:
@@ -206,9 +187,7 @@ def smoothed(heat: Tensor, width: tuple[float, float]) -> Tensor:
     return torch.from_numpy(ndimage.gaussian_filter(heat.numpy(), (0, *width), mode="nearest"))
 
 
-def _integrated(
-    report: ReportLikelihood, spans: Sequence[Sequence[int]], baseline: Tensor, steps: int, chunk: int
-) -> Tensor:
+def _integrated(report: ReportLikelihood, spans: Spans, baseline: Tensor, steps: int, chunk: int) -> Tensor:
     """Integrated gradients (S, K, C, T, T), float32 on the CPU."""
     difference = report.features - baseline
     total = torch.zeros(len(spans), *difference.shape, device=difference.device)
@@ -223,17 +202,16 @@ def _integrated(
 
 
 @torch.no_grad()
-def _occlusion(report: ReportLikelihood, spans: Sequence[Sequence[int]], baseline: Tensor, chunk: int) -> Tensor:
-    K, _, T, U = baseline.shape
+def _occlusion(report: ReportLikelihood, spans: Spans, baseline: Tensor, chunk: int) -> Tensor:
+    grid = tuple(baseline[:, 0].shape)  # K, T, U
     falls = []
-    for cells in torch.arange(K * T * U).split(chunk):
+    for cells in torch.arange(baseline[:, 0].numel(), device=baseline.device).split(chunk):
         copies = report.features.repeat(len(cells), 1, 1, 1, 1)
-        for copy, cell in zip(copies, cells.tolist(), strict=True):
-            k, i, j = cell // (T * U), cell // U % T, cell % U
-            copy[k, :, i, j] = baseline[k, :, i, j]
+        k, i, j = torch.unravel_index(cells, grid)
+        copies[torch.arange(len(cells)), k, :, i, j] = baseline[k, :, i, j]
         falls.append(report(copies))
     fall = report(report.features[None]) - torch.cat(falls)  # (cells, tokens)
-    return torch.stack([fall[:, list(positions)].sum(1).view(K, T, U).float().cpu() for positions in spans])
+    return torch.stack([fall[:, list(positions)].sum(1).view(grid).float().cpu() for positions in spans])
 
 
 # ---------------------------------------------------------------------------- pointing game
@@ -243,27 +221,26 @@ def _point(
     heat: np.ndarray,
     mentions: Sequence[FindingMention],
     masked: MaskedCase | None,
-    labels: np.ndarray | None,
-    names: Mapping[int, str] | None,
+    labels: np.ndarray,
     grid: FramedGrid,
 ) -> tuple[bool | None, float, str]:
     """Hit or miss, fraction of cells that would hit, and why the game is not played."""
-    if masked is None or labels is None:
-        return None, float("nan"), "no mask"
+    missed = None, float("nan")
+    if masked is None:
+        return *missed, "no mask"
     if masked.problem:
-        return None, float("nan"), "the lesions could not be measured"
-    stated = [lesion for lesion in masked.lesions if any(_agree(m, lesion, names) for m in mentions)]
+        return *missed, "the lesions could not be measured"
+    stated = [lesion for lesion in masked.lesions if any(_agree(m, lesion) for m in mentions)]
     if not stated:
-        return None, float("nan"), "the lesion that it states is not in the mask"
+        return *missed, "the lesion that it states is not in the mask"
     cells = grid.cells_of(_voxels(labels, stated))
     if not cells.any():
-        return None, float("nan"), "the lesion lies in no slice that the model was shown"
+        return *missed, "the lesion lies in no slice that the model was shown"
     return bool(cells.flat[int(heat.argmax())]), float(cells.mean()), ""
 
 
-def _agree(mention: FindingMention, lesion: MeasuredLesion, names: Mapping[int, str] | None) -> bool:
-    named = (names or {}).get(lesion.label, mention.finding)
-    return named == mention.finding and side_agrees(mention, lesion) and zone_agrees(mention, lesion)
+def _agree(mention: FindingMention, lesion: MeasuredLesion) -> bool:
+    return finding_agrees(mention, lesion) and side_agrees(mention, lesion) and zone_agrees(mention, lesion)
 
 
 def _voxels(labels: np.ndarray, lesions: Sequence[MeasuredLesion]) -> np.ndarray:

@@ -20,7 +20,7 @@ from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
-from engine.evaluation.bootstrap import REPEATS, Score, case_weights, interval, mean_score
+from engine.evaluation.bootstrap import Score, case_weights, interval, mean_score
 
 BLEU_TOKENIZER = {"zh": "zh", "en": "13a"}
 ROUGE_VERSION = "0.1.2"  # rouge-score does not say its own
@@ -39,49 +39,38 @@ class ReportTokenizer:
         return self._tokenizer(text.lower()).split()
 
 
-def language_scores(
-    references: Sequence[str], generated: Sequence[str], language: str, repeats: int = REPEATS, seed: int = 0
-) -> dict[str, Score]:
-    """BLEU-1 to 4 and chrF (0 to 100), ROUGE-L (0 to 1), CIDEr-D (0 to 10) of at least one report.
+def language_scores(references: Sequence[str], generated: Sequence[str], language: str) -> dict[str, Score]:
+    """BLEU-1 to 4 and chrF (0 to 100), ROUGE-L (0 to 1), CIDEr-D (0 to 10) of at least one report in "zh" or "en".
 
     An empty report scores 0 and counts like any other.
-
-    Args:
-        language: "zh" or "en".
     """
     tokenizer, tokens = ReportTokenizer(language), BLEU_TOKENIZER[language]
-    weights = case_weights(len(references), repeats, seed)
     scores = {}
     for order in range(1, 5):
         bleu, what = BLEU(tokenize=tokens, max_ngram_order=order, lowercase=True), f"BLEU-{order}"
-        scores[what] = corpus_score(bleu, references, generated, f"{what}, tok:{tokens}|smooth:exp|lc", weights)
+        scores[what] = corpus_score(bleu, references, generated, f"{what}, tok:{tokens}|smooth:exp|lc")
     chrf = CHRF(char_order=CHRF_ORDER, word_order=0, beta=2)
-    scores["chrF"] = corpus_score(chrf, references, generated, f"chrF2, character order {CHRF_ORDER}", weights)
+    scores["chrF"] = corpus_score(chrf, references, generated, f"chrF2, character order {CHRF_ORDER}")
     rouge = f"rouge-score {ROUGE_VERSION} rougeL F1, tokens {tokens} of sacrebleu, mean of cases, 0 to 1"
-    scores["ROUGE-L"] = mean_score(rouge_l(references, generated, language), rouge, repeats, seed)
+    scores["ROUGE-L"] = mean_score(rouge_l(references, generated, language), rouge)
     cider = f"own CIDEr-D, tokens {tokens} of sacrebleu, idf of the references scored, 0 to 10"
     token_lists = [[tokenizer.tokenize(text) for text in texts] for texts in (references, generated)]
-    scores["CIDEr-D"] = mean_score(cider_d(*token_lists), cider, repeats, seed)
+    scores["CIDEr-D"] = mean_score(cider_d(*token_lists), cider)
     return scores
 
 
-def corpus_score(
-    metric: BLEU | CHRF, references: Sequence[str], generated: Sequence[str], what: str, weights: np.ndarray
-) -> Score:
+def corpus_score(metric: BLEU | CHRF, references: Sequence[str], generated: Sequence[str], what: str) -> Score:
     """sacrebleu's corpus value, and its interval from sacrebleu's own counts of each case.
 
     sacrebleu's bootstrap gives half a width around the mean of its samples, which can leave the scale; here the
     percentiles are taken, as for every other score.
-
-    Args:
-        weights: [repeats, cases] of ``case_weights``.
     """
     counts = np.array(metric._extract_corpus_statistics(generated, [references]), np.int64)  # [cases, counts]
 
     def score(row: np.ndarray) -> float:
         return metric._compute_score_from_stats(row.tolist()).score
 
-    low, high = interval(np.array([score(row) for row in weights @ counts]))
+    low, high = interval(np.array([score(row) for row in case_weights(len(counts)) @ counts]))
     what = f"sacrebleu {sacrebleu.__version__} corpus {what}, 0 to 100"
     return Score(score(counts.sum(0)), low, high, len(references), what)
 
