@@ -20,6 +20,7 @@ from engine.evaluation.confidence import Statement, is_right
 MIN_STATEMENTS = 30  # to fit six numbers on
 FOLDS = 5
 FEATURES = 5
+CURVE_POINTS = 50  # of the card, spread evenly, the first and the last among them
 
 
 @dataclass(frozen=True)
@@ -141,35 +142,13 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class ConfidenceScores:
-    """``calibrated``: of each statement, in the order of ``Outcomes``; ``before``, ``after``: reliability without and
-    with calibration; ``calibrated_on``: in words. Without statements there is no reliability and no curve."""
+    """``calibrated``: confidence of each statement, in the order of ``Outcomes``; ``card``: JSON values. Without
+    statements there is no reliability and no curve."""
 
     calibrated: np.ndarray
-    calibrator: Logistic | None
-    calibrated_on: str
-    before: Reliability | None = None
-    after: Reliability | None = None
+    card: dict[str, Any]
+    reliability: Reliability | None = None
     curve: RiskCoverage | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """As the report card holds it."""
-        found: dict[str, Any] = {
-            "ece": self.after and self.after.ece,
-            "ece_before": self.before and self.before.ece,
-            "statements": len(self.calibrated),
-            "calibrated_on": self.calibrated_on,
-            "calibrator": self.calibrator and asdict(self.calibrator),
-        }
-        if self.after is None or self.curve is None:
-            return found
-        bins = zip(self.after.edges[:-1], self.after.confidence, self.after.accuracy, self.after.count, strict=True)
-        points = zip(*thinned(self.curve.coverage, self.curve.risk, self.curve.threshold), strict=True)
-        return found | {
-            "area_under_risk_coverage": self.curve.area,
-            "ece_of_perfect": ece_of_perfect(self.calibrated),
-            "reliability": [dict(zip(("from", "confidence", "right", "count"), row, strict=True)) for row in bins],
-            "risk_coverage": [dict(zip(("coverage", "risk", "threshold"), row, strict=True)) for row in points],
-        }
 
 
 def confidence_scores(outcomes: Outcomes, other: Outcomes | None, other_name: str) -> ConfidenceScores:
@@ -186,24 +165,30 @@ def confidence_scores(outcomes: Outcomes, other: Outcomes | None, other_name: st
         fitted = fit_logistic(outcomes.features, outcomes.right)
     else:
         calibrated, on = outcomes.raw, f"nothing: fewer than {MIN_STATEMENTS} statements to fit on"
+    card: dict[str, Any] = {"ece": None, "ece_before": None, "statements": len(calibrated), "calibrated_on": on}
+    card["calibrator"] = fitted and asdict(fitted)
     if not len(calibrated):
-        return ConfidenceScores(calibrated, fitted, on)
+        return ConfidenceScores(calibrated, card)
     before, after = (reliability(values, outcomes.right) for values in (outcomes.raw, calibrated))
-    return ConfidenceScores(calibrated, fitted, on, before, after, risk_coverage(calibrated, outcomes.right))
-
-
-def thinned(*curves: np.ndarray, limit: int = 50) -> list[np.ndarray]:
-    """At most ``limit`` points of each curve, spread evenly, the first and the last among them."""
-    size = len(curves[0])
-    chosen = np.unique(np.linspace(0, size - 1, min(limit, size)).round().astype(int))
-    return [curve[chosen] for curve in curves]
+    curve = risk_coverage(calibrated, outcomes.right)
+    bins = zip(after.edges[:-1], after.confidence, after.accuracy, after.count, strict=True)
+    size = len(curve.risk)
+    shown = np.unique(np.linspace(0, size - 1, min(CURVE_POINTS, size)).round().astype(int))
+    points = zip(curve.coverage[shown], curve.risk[shown], curve.threshold[shown], strict=True)
+    card |= {
+        "ece": after.ece,
+        "ece_before": before.ece,
+        "area_under_risk_coverage": curve.area,
+        "ece_of_perfect": ece_of_perfect(calibrated),
+        "reliability": [dict(zip(("from", "confidence", "right", "count"), row, strict=True)) for row in bins],
+        "risk_coverage": [dict(zip(("coverage", "risk", "threshold"), row, strict=True)) for row in points],
+    }
+    return ConfidenceScores(calibrated, card, after, curve)
 
 
 def _cross_fitted(outcomes: Outcomes) -> np.ndarray:
-    calibrated, fold_of = outcomes.raw.copy(), outcomes.case % FOLDS
-    for fold in range(FOLDS):
-        tested, fitted_on = fold_of == fold, fold_of != fold
-        if tested.any() and fitted_on.any():
-            logistic = fit_logistic(outcomes.features[fitted_on], outcomes.right[fitted_on])
-            calibrated[tested] = logistic(outcomes.features[tested])
+    calibrated, fold = outcomes.raw.copy(), outcomes.case % FOLDS
+    for tested in (fold == number for number in np.unique(fold) if (fold != number).any()):
+        fitted = fit_logistic(outcomes.features[~tested], outcomes.right[~tested])
+        calibrated[tested] = fitted(outcomes.features[tested])
     return calibrated

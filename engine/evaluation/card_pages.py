@@ -42,14 +42,7 @@ class Block:
     html: str
 
 
-@dataclass(frozen=True)
-class ShownCase:
-    """A report as the card shows it; ``figure``: its saliency maps, or None."""
-
-    name: str
-    reference: str
-    marked: str
-    figure: Path | None
+ShownCase = tuple[str, str, str, Path | None]  # name, reference, marked report, figure of its maps
 
 
 def card_blocks(card: Mapping[str, Any], plots: Sequence[tuple[Path, str]], cases: Sequence[ShownCase]) -> list[Block]:
@@ -67,10 +60,10 @@ def card_blocks(card: Mapping[str, Any], plots: Sequence[tuple[Path, str]], case
         *_sections(card["sections"], card["text"]),
         _heading("Reports"),
     ]  # fmt: skip
-    for case in cases:
-        blocks.append(_table([["case", case.name], ["reference", case.reference], ["generated", case.marked]]))
-        if case.figure is not None:
-            blocks.append(_figure(case.figure, f"{case.name}: where it looked; the lesion outlined", "maps/"))
+    for name, reference, marked, figure in cases:
+        blocks.append(_table([["case", name], ["reference", reference], ["generated", marked]]))
+        if figure is not None:
+            blocks.append(_figure(figure, f"{name}: where it looked; the lesion outlined", "maps/"))
     return blocks
 
 
@@ -86,7 +79,7 @@ def draw_plots(folder: Path, scores: ConfidenceScores) -> list[tuple[Path, str]]
     """Write the reliability diagram and the risk-coverage curve; none where there are no statements."""
     from matplotlib.figure import Figure  # without pyplot: no display and no global state
 
-    bins, curve = scores.after, scores.curve
+    bins, curve = scores.reliability, scores.curve
     if bins is None or curve is None:
         return []
     plots = [(folder / "reliability.png", "Reliability"), (folder / "risk_coverage.png", "Risk and coverage")]

@@ -82,16 +82,14 @@ def statements(
         if mention.section not in DIAGNOSTIC_SECTIONS:
             continue
         clause = next((c for c in clauses if any(w.start <= mention.start < w.end for w in c)), ())
-        words = {kind: [(w.start, w.end) for w in clause if w.kind == kind] for kind in ("size", "place")}
-        plain = [(w.start, w.end) for w in clause if w.kind != "size"] or [(mention.start, mention.end)]
-        finding = [span for span in plain if span not in words["place"]] or [(mention.start, mention.end)]
-        of_finding = log_probability(finding, spans, log_probs)
-        of_place, of_size = (
-            log_probability(words[kind], spans, log_probs) if words[kind] else 0.0 for kind in ("place", "size")
-        )
+        words: dict[str, list[Span]] = {"finding": [], "place": [], "size": []}
+        for word in clause:
+            words[word.kind if word.kind in words else "finding"].append((word.start, word.end))
+        words["finding"] = words["finding"] or [(mention.start, mention.end)]
+        parts = [log_probability(part, spans, log_probs) if part else 0.0 for part in words.values()]
         agreeing = sum(any(agrees(mention, other) for other in sample) for sample in others) / max(len(others), 1)
-        features = (of_finding, of_place, of_size, float(bool(words["size"])), agreeing)
-        carrying = (*plain, *words["size"])
+        features = (*parts, float(bool(words["size"])), agreeing)
+        carrying = tuple(span for part in words.values() for span in part)
         raw = math.exp(log_probability(carrying, spans, log_probs))
         made.append(Statement(mention, numbers[mention.start], carrying, raw, features))
     return made

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,18 +24,6 @@ RATES = ("F1", "precision", "recall")
 
 
 @dataclass(frozen=True)
-class FindingScore:
-    """One finding: the number of references and of reports that state it, precision, recall and F1 (NaN: undefined)."""
-
-    finding: str
-    references: int
-    reports: int
-    precision: float
-    recall: float
-    f1: Score
-
-
-@dataclass(frozen=True)
 class ClinicalScores:
     """All findings together.
 
@@ -43,7 +32,8 @@ class ClinicalScores:
         chance, micro_chance: mean of macro-F1 and micro-F1 over permutations, and the interval of single permutations.
         p_value: fraction of permutations whose macro-F1 reaches the true one, (hits + 1) / (permutations + 1).
         micro_f1, micro_precision, micro_recall: over all case–finding pairs.
-        by_finding: every finding that some reference or report states.
+        by_finding: of every finding that some reference or report states: ``finding``, how many ``references`` and
+            ``reports`` state it, ``precision``, ``recall`` (NaN: undefined) and ``f1``, a score.
     """
 
     macro_f1: Score
@@ -53,7 +43,7 @@ class ClinicalScores:
     micro_precision: Score
     micro_recall: Score
     micro_chance: Score
-    by_finding: list[FindingScore]
+    by_finding: list[dict[str, Any]]
 
 
 def label_matrix(reports: Mentions, sections: Sequence[str] = DIAGNOSTIC_SECTIONS) -> np.ndarray:
@@ -118,12 +108,12 @@ def macro_f1(counts: np.ndarray, known: np.ndarray) -> np.ndarray:
     return ratio(np.where(defined, values, 0).sum(1), defined.sum(1))
 
 
-def _by_finding(counts: np.ndarray, drawn: np.ndarray, n: int) -> list[FindingScore]:
-    f1, precision, recall = rates(counts)[:, 0].tolist()
+def _by_finding(counts: np.ndarray, drawn: np.ndarray, n: int) -> list[dict[str, Any]]:
+    columns = dict(zip(("f1", "precision", "recall"), rates(counts)[:, 0].tolist(), strict=True))
+    columns |= {"references": counts[0, 1].tolist(), "reports": counts[0, 2].tolist(), "finding": FINDINGS}
     resampled = rates(drawn)[0]
-    _, references, reports = counts[0].tolist()
     rows = []
     for k in np.flatnonzero(counts[0].any(0)):
-        score = Score(f1[k], *interval(resampled[:, k]), n, "F1")
-        rows.append(FindingScore(FINDINGS[k], references[k], reports[k], precision[k], recall[k], score))
+        row = {name: columns[name][k] for name in ("finding", "references", "reports", "precision", "recall")}
+        rows.append(row | {"f1": Score(columns["f1"][k], *interval(resampled[:, k]), n, "F1")})
     return rows

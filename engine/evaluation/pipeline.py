@@ -25,13 +25,13 @@ from data.report_language.terms import FINDINGS
 from engine.checkpoint import load_checkpoint
 from engine.cli import local_config
 from engine.evaluation.calibration import Outcomes, confidence_scores
-from engine.evaluation.card_pages import ShownCase, card_blocks, draw_plots, write_pages
+from engine.evaluation.card_pages import card_blocks, draw_plots, write_pages
 from engine.evaluation.conditions import AUDITED, OWN, SAMPLE, GenerationStore, ReportPasses
 from engine.evaluation.confidence import Labeller, Statement, statements
 from engine.evaluation.localisation import MaskedCase, measure_case
 from engine.evaluation.report_card import TableResults, language_of, marked_reports, report_card
 from engine.evaluation.report_writer import ReportWriter, token_spans
-from engine.evaluation.saliency import map_case, save_maps
+from engine.evaluation.saliency import map_case
 from engine.run import environment, jsonable, set_seeds
 from engine.segmentation import open_cache, prepare_cases
 from models.language_model.mamba_lm import MambaLM
@@ -255,9 +255,8 @@ def measure_lesions_and_maps(job: Job, accelerator: Accelerator) -> None:
 
     def make(part: list[int]) -> list[dict[str, Any]]:
         [row] = part
-        case = map_case(job.passes, row, job.stated[row], masked[row], job.args.attribution)
-        figure = save_maps(job.maps, f"case{row:04d}", case) if row < job.args.maps else None
-        return [{"sentences": [one.record() for one in case.sentences], "figure": figure and figure.name}]
+        out = job.maps if row < job.args.maps else None
+        return [map_case(job.passes, row, job.stated[row], masked[row], job.args.attribution, out)]
 
     job.passes.fill(job.key("maps"), wanted, 1, make)
     accelerator.wait_for_everyone()
@@ -293,7 +292,11 @@ def write_card(job: Job) -> dict[str, Any]:
     marked = marked_reports(results)
     write_reports(args.out / "reports.csv", job, results, marked)
     plots = draw_plots(args.out, results.confidence)
-    write_pages(args.out, card_blocks(card, plots, shown_cases(job, results, marked)))
+    names = [f"{row}: {one.image_path.name}" for row, one in enumerate(passes.data.rows[:_SHOWN])]
+    figures = [job.maps / record["figure"] if record and record["figure"] else None for record in results.pointing]
+    figures = [figure if figure and figure.is_file() else None for figure in figures]
+    cases = list(zip(names, results.references, marked, figures, strict=False))
+    write_pages(args.out, card_blocks(card, plots, cases))
     audit = card["audit"]
     macro = [card["findings"]["macro_f1"], card["findings"]["chance"], audit["shuffled"]["macro_f1"]]
     shown = [
@@ -309,17 +312,6 @@ def write_card(job: Job) -> dict[str, Any]:
 def outcomes(job: Job, passes: ReportPasses, stated: Sequence[Sequence[Statement]]) -> Outcomes:
     """Which statements of a table's reports its references confirm."""
     return Outcomes.of(stated, [job.label(row.answer) for row in passes.data.rows])
-
-
-def shown_cases(job: Job, results: TableResults, marked: Sequence[str]) -> list[ShownCase]:
-    """The first cases of the table, with their figure where it is there."""
-    shown = []
-    for row, text in enumerate(marked[:_SHOWN]):
-        record = results.pointing[row]
-        figure = job.maps / record["figure"] if record and record["figure"] else None
-        name = f"{row}: {job.passes.data.rows[row].image_path.name}"
-        shown.append(ShownCase(name, results.references[row], text, figure if figure and figure.is_file() else None))
-    return shown
 
 
 def write_reports(path: Path, job: Job, results: TableResults, marked: Sequence[str]) -> None:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from data.report_language.labeller import FindingMention, detect_language
 from data.report_language.sections import PREAMBLE, SECTIONS, section_shares, section_text
-from engine.evaluation import image_dependence
+from engine.evaluation import image_dependence as audit
 from engine.evaluation.bootstrap import Score, hit_score, mean_score
 from engine.evaluation.calibration import ConfidenceScores
 from engine.evaluation.confidence import Labeller, Statement, mark_unsure, sentence_confidences
@@ -39,7 +40,6 @@ class TableResults:
         confidence: of all statements, in their order.
         pointing: records of the pointing game, None for a row without maps.
         lesion_inputs: what the model is given of lesions beside the image, in words.
-        mentions, truth: findings of the reports of each condition, and of the references; read from the texts.
     """
 
     label: Labeller
@@ -51,16 +51,16 @@ class TableResults:
     pointing: list[Mapping[str, Any] | None]
     abstain_below: float = 0.5
     lesion_inputs: Sequence[str] = ()
-    mentions: dict[str, list[list[FindingMention]]] = field(init=False)
-    truth: list[list[FindingMention]] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.truth = [self.label(text) for text in self.references]
-        self.mentions = {name: [self.label(text) for text in self.texts(name)] for name in self.records}
+    @cached_property
+    def truth(self) -> list[list[FindingMention]]:
+        """Findings of the references."""
+        return [self.label(text) for text in self.references]
 
-    @property
-    def language(self) -> str:
-        return self.label.language
+    @cached_property
+    def mentions(self) -> dict[str, list[list[FindingMention]]]:
+        """Findings of the reports of each condition."""
+        return {name: [self.label(text) for text in self.texts(name)] for name in self.records}
 
     def texts(self, condition: str = "own") -> list[str]:
         return [record["text"] for record in self.records[condition]]
@@ -84,7 +84,12 @@ def report_card(results: TableResults) -> dict[str, Any]:
         "location_acc": own["location_acc"].value,
         "size_within_3mm": own["size_within_3mm"].value,
         "places": own,
-        "whole_reports": {name: _whole_reports(results, name) for name in ("own", "shuffled")},
+        "whole_reports": {
+            name: whole_report_scores(
+                results.truth, results.mentions[name], results.texts(name), results.label.language
+            )
+            for name in ("own", "shuffled")
+        },
         "mask": _mask(results),
         "sections": _sections(results),
         "text": _text(results),
@@ -101,14 +106,14 @@ def marked_reports(results: TableResults) -> list[str]:
     marked = []
     for text, stated in zip(results.texts(), results.statements, strict=True):
         confidences = sentence_confidences(text, stated, [float(next(values)) for _ in stated])
-        marked.append(mark_unsure(text, confidences, results.abstain_below, results.language))
+        marked.append(mark_unsure(text, confidences, results.abstain_below, results.label.language))
     return marked
 
 
 def _language(results: TableResults) -> dict[str, Any]:
-    scores = language_scores(results.references, results.texts(), results.language)
+    scores = language_scores(results.references, results.texts(), results.label.language)
     return {
-        "reports_in": results.language,
+        "reports_in": results.label.language,
         **{name: score.value for name, score in scores.items()},
         "intervals": {name: score.bounds for name, score in scores.items()},
         "definitions": {name: score.what for name, score in scores.items()},
@@ -125,14 +130,9 @@ def _findings(results: TableResults, scores: ClinicalScores) -> dict[str, Any]:
         **vars(scores),
         **_with_interval("macro_f1", scores.macro_f1),
         **_with_interval("chance", scores.chance),
-        "by_finding": [vars(row) | _with_interval("f1", row.f1) for row in scores.by_finding],
+        "by_finding": [row | _with_interval("f1", row["f1"]) for row in scores.by_finding],
         "by_section": by_section,
     }
-
-
-def _whole_reports(results: TableResults, condition: str) -> dict[str, Score]:
-    texts = results.texts(condition)
-    return whole_report_scores(results.truth, results.mentions[condition], texts, results.language)
 
 
 def _mask(results: TableResults) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def _sections(results: TableResults) -> dict[str, Any]:
         ]
         found[name] = {"in_reports": generated[name], "in_references": wanted[name], "cases": len(pairs)}
         if pairs:
-            scores = language_scores(*map(list, zip(*pairs, strict=True)), results.language)
+            scores = language_scores(*map(list, zip(*pairs, strict=True)), results.label.language)
             found[name] |= {key: scores[key] for key in ("BLEU-4", "ROUGE-L", "chrF")}
     complete = [all(section_text(text, name) for name in SECTIONS) for text in results.texts()]
     outside = [any(m.section == PREAMBLE for m in mentions) for mentions in results.mentions["own"]]
@@ -186,31 +186,26 @@ def _text(results: TableResults) -> dict[str, Any]:
 def _audit(
     results: TableResults, clinical: Mapping[str, ClinicalScores], places: Mapping[str, Mapping[str, Score]]
 ) -> dict[str, Any]:
-    own, found, differences, gaps = results.records["own"], {}, {}, {}
+    own, mentions, found = results.records["own"], results.mentions, {}
     for name, records in results.records.items():
         found[name] = {
             **_with_interval("macro_f1", clinical[name].macro_f1),
             "micro_f1": clinical[name].micro_f1.value,
             "location_acc": places[name]["location_acc"].value,
             "size_within_3mm": places[name]["size_within_3mm"].value,
-            "nats_per_token": image_dependence.nats_per_token(records),
+            "nats_per_token": audit.nats_per_token(records),
         }
         if name != "own":
-            gaps[name] = image_dependence.loss_gap(own, records)
-            differences[name] = image_dependence.macro_difference(
-                results.truth, results.mentions["own"], results.mentions[name]
-            )
             found[name] |= {
-                "loss_gap": gaps[name],
-                "macro_f1_difference": differences[name],
-                "same_reports": image_dependence.same_fraction(results.texts(), results.texts(name)),
+                "loss_gap": audit.loss_gap(own, records),
+                "macro_f1_difference": audit.macro_difference(results.truth, mentions["own"], mentions[name]),
+                "same_reports": audit.same_fraction(results.texts(), results.texts(name)),
             }
     duplicates, natural = find_duplicates(results.texts()), find_duplicates(results.references)
-    normal = image_dependence.false_findings_on_normal(results.truth, results.mentions["own"])
-    verdict = image_dependence.judge(
-        len(own), clinical["own"].p_value, differences, gaps, found["prior"]["same_reports"]
-    )
-    reasons = list(verdict.reasons)
+    normal = audit.false_findings_on_normal(results.truth, mentions["own"])
+    differences = (found[name]["macro_f1_difference"] for name in ("shuffled", "prior"))
+    gap, same = found["shuffled"]["loss_gap"], found["prior"]["same_reports"]
+    code, reasons = audit.judge(len(own), clinical["own"].p_value, *differences, gap, same)
     if results.lesion_inputs:
         alone = {"macro-F1": "macro_f1", "side and height": "location_acc", "size within 3 mm": "size_within_3mm"}
         values = {what: found["squares"][key] for what, key in alone.items()}
@@ -224,8 +219,8 @@ def _audit(
         "exact_duplicate_rate": duplicates.exact_share,
         "most_common_report": duplicates.most_common,
         "duplicate_rate_of_references": natural.near_share,
-        "verdict": verdict.text,
-        "verdict_code": verdict.code,
+        "verdict": audit.VERDICTS[code],
+        "verdict_code": code,
         "reasons": reasons,
     }
 
@@ -233,7 +228,7 @@ def _audit(
 def _confidence(results: TableResults) -> dict[str, Any]:
     touched = [marked != text for marked, text in zip(marked_reports(results), results.texts(), strict=True)]
     below = results.confidence.calibrated < results.abstain_below
-    return results.confidence.as_dict() | {
+    return results.confidence.card | {
         "abstain_below": results.abstain_below,
         "reports_with_marks": np.mean(touched),
         "statements_marked": below.mean() if len(below) else None,

@@ -23,13 +23,9 @@ _ALLOWED_CONTROLS = "\n\r\t"
 
 @dataclass(frozen=True)
 class Repetition:
-    """The worst loop of a text.
+    """The worst loop of a text: ``piece`` ("" for none) ``times`` in a row, a fraction ``share`` of its characters.
 
-    Attributes:
-        piece: what is repeated; "" where nothing is.
-        times: in a row.
-        share: fraction of the text's characters in the loop.
-        distinct_4grams: distinct by all 4-grams of characters; 1 where there is none.
+    ``distinct_4grams``: distinct by all 4-grams of characters; 1 where there is none.
     """
 
     piece: str
@@ -45,13 +41,8 @@ class Repetition:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """How alike a set of reports is.
-
-    Attributes:
-        exact_share: fraction of reports that equal another one but for white space.
-        near_share: fraction with another one at Jaccard similarity 0.9 of 5-character shingles, equal ones too.
-        most_common: fraction of the most frequent text.
-    """
+    """Fractions of a set of reports: equal to another one but for white space; equal, or at Jaccard similarity 0.9 of
+    5-character shingles; the most frequent text."""
 
     exact_share: float
     near_share: float

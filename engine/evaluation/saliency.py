@@ -20,7 +20,6 @@ the sentence states. Sentences about a lesion that is not there, or that the mod
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from scipy import ndimage
 from torch import Tensor
 
 from data.imaging.reader import read_mask, read_volume
-from data.imaging.volume import Volume
 from data.lesions import MeasuredLesion
 from data.report_language.labeller import FindingMention
 from engine.evaluation.conditions import OWN, ReportPasses
@@ -46,46 +44,28 @@ STEPS = 8
 Spans = Sequence[Sequence[int]]  # of tokens: positions in a report
 
 
-@dataclass(frozen=True)
-class SentenceMap:
-    """One sentence. ``heat``: (K, T, T); ``hit``: None where the game is not played, ``why`` then has the reason;
-    ``chance``: fraction of cells that hold the lesion."""
-
-    sentence: int
-    text: str
-    heat: np.ndarray
-    hit: bool | None
-    chance: float
-    why: str = ""
-
-    def record(self) -> dict[str, Any]:
-        """For the store, without text and map."""
-        return {"sentence": self.sentence, "hit": self.hit, "chance": self.chance, "why": self.why}
-
-
-@dataclass(frozen=True)
-class CaseMaps:
-    """The maps of one case, with its scan and mask (None without a mask), which they are drawn over."""
-
-    volume: Volume
-    labels: np.ndarray | None
-    grid: FramedGrid
-    sentences: list[SentenceMap]
-
-
 def map_case(
-    passes: ReportPasses, row: int, stated: Sequence[Statement], masked: MaskedCase | None, method: str
-) -> CaseMaps:
-    """Maps of the sentences of one row's report that state a finding as present or possible.
+    passes: ReportPasses,
+    row: int,
+    stated: Sequence[Statement],
+    masked: MaskedCase | None,
+    method: str,
+    out: Path | None,
+) -> dict[str, Any]:
+    """Maps and pointing game of the sentences of one row's report that state a finding as present or possible.
 
     Args:
         stated: statements of the report.
         masked: its lesions, where it has a mask.
         method: one of ``METHODS``.
+        out: folder to write ``case0000_sentence1.nii.gz`` … and ``case0000.png`` to, or None.
+
+    Returns:
+        ``sentences``: each with its number ``sentence``; ``hit``, None where the game is not played; ``chance``, the
+        fraction of cells that hold the lesion; ``why`` it is not played. ``figure``: file name, or None.
     """
     data, writer, caption = passes.data, passes.writer, passes.data.rows[row]
-    record = passes.records(OWN)[row]
-    baseline, _ = passes.mean_image
+    record, (baseline, _) = passes.records(OWN)[row], passes.mean_image
     present = [s for s in stated if s.mention.polarity != "absent"]
     present = [s for s in present if s.mention.section != "impression"] or present
     numbers = sorted({s.sentence for s in present})
@@ -98,26 +78,19 @@ def map_case(
     grid = FramedGrid.of(data.view_selection, cached, tuple(baseline[:, 0].shape), cached.axcodes)
     volume = read_volume(caption.image_path)
     labels = None if caption.mask_path is None else read_mask(caption.mask_path, volume)
-    pieces = split_sentences(record["text"])
     sentences = []
     for number, heat in zip(numbers, maps, strict=True):
         mentions = [s.mention for s in present if s.sentence == number]
-        hit, chance, why = _point(heat, mentions, masked, labels, grid)
-        sentences.append(SentenceMap(number, pieces[number].strip(), heat, hit, chance, why))
-    return CaseMaps(volume, labels, grid, sentences)
-
-
-def save_maps(folder: Path, name: str, case: CaseMaps) -> Path | None:
-    """Write ``NAME_sentence1.nii.gz`` … and ``NAME.png``; returns the figure, None where the report states nothing."""
-    if not case.sentences:
-        return None
-    heats = [case.grid.lay_over(one.heat) for one in case.sentences]
+        sentences.append({"sentence": number} | _point(heat, mentions, masked, labels, grid))
+    if out is None or not sentences:
+        return {"sentences": sentences, "figure": None}
+    name, heats = f"case{row:04d}", [grid.lay_over(heat) for heat in maps]
     for number, heat in enumerate(heats, 1):
-        write_heat(folder / f"{name}_sentence{number}.nii.gz", heat, case.volume)
-    marks = {True: "hit", False: "miss", None: "not played"}
-    titles = [f"{one.text[:24]}\n{marks[one.hit]}" for one in case.sentences]
-    draw_heat(folder / f"{name}.png", case.volume, heats, titles, case.labels)
-    return folder / f"{name}.png"
+        write_heat(out / f"{name}_sentence{number}.nii.gz", heat, volume)
+    pieces, marks = split_sentences(record["text"]), {True: "hit", False: "miss", None: "not played"}
+    titles = [f"{pieces[one['sentence']].strip()[:24]}\n{marks[one['hit']]}" for one in sentences]
+    draw_heat(out / f"{name}.png", volume, heats, titles, labels)
+    return {"sentences": sentences, "figure": f"{name}.png"}
 
 
 # ---------------------------------------------------------------------------- attribution
@@ -223,20 +196,20 @@ def _point(
     masked: MaskedCase | None,
     labels: np.ndarray,
     grid: FramedGrid,
-) -> tuple[bool | None, float, str]:
+) -> dict[str, Any]:
     """Hit or miss, fraction of cells that would hit, and why the game is not played."""
-    missed = None, float("nan")
+    why, cells = "", np.zeros(heat.shape, bool)
     if masked is None:
-        return *missed, "no mask"
-    if masked.problem:
-        return *missed, "the lesions could not be measured"
-    stated = [lesion for lesion in masked.lesions if any(_agree(m, lesion) for m in mentions)]
-    if not stated:
-        return *missed, "the lesion that it states is not in the mask"
-    cells = grid.cells_of(_voxels(labels, stated))
-    if not cells.any():
-        return *missed, "the lesion lies in no slice that the model was shown"
-    return bool(cells.flat[int(heat.argmax())]), float(cells.mean()), ""
+        why = "no mask"
+    elif masked.problem:
+        why = "the lesions could not be measured"
+    elif not (stated := [lesion for lesion in masked.lesions if any(_agree(m, lesion) for m in mentions)]):
+        why = "the lesion that it states is not in the mask"
+    elif not (cells := grid.cells_of(_voxels(labels, stated))).any():
+        why = "the lesion lies in no slice that the model was shown"
+    if why:
+        return {"hit": None, "chance": float("nan"), "why": why}
+    return {"hit": bool(cells.flat[int(heat.argmax())]), "chance": float(cells.mean()), "why": ""}
 
 
 def _agree(mention: FindingMention, lesion: MeasuredLesion) -> bool:

@@ -60,8 +60,7 @@ def outcomes(n: int, seed: int) -> Outcomes:
 
 
 def test_confidence_is_calibrated_on_other_cases() -> None:
-    found = confidence_scores(outcomes(4000, 1), outcomes(2000, 2), "validation")
-    card = found.as_dict()
+    card = confidence_scores(outcomes(4000, 1), outcomes(2000, 2), "validation").card
     assert card["ece_before"] > 0.05 > card["ece"] and card["calibrated_on"] == "validation (2000 statements)"
     assert card["risk_coverage"][9]["risk"] < card["risk_coverage"][-1]["risk"] - 0.05
     assert card["risk_coverage"][-1]["coverage"] == 1 and sum(b["count"] for b in card["reliability"]) == 4000
@@ -75,12 +74,12 @@ def test_ece_of_perfect_calibration_falls_with_statements() -> None:
 
 
 def test_without_another_table_folds_of_cases_are_held_out() -> None:
-    card = confidence_scores(outcomes(3000, 3), None, "").as_dict()
+    card = confidence_scores(outcomes(3000, 3), None, "").card
     assert card["ece"] < 0.05 and "cross-fitted over 5 folds" in card["calibrated_on"]
 
 
 def test_too_few_statements_are_not_calibrated() -> None:
     few = confidence_scores(outcomes(40, 1), outcomes(10, 2), "validation")
-    assert few.calibrator is None and "fewer than 30" in few.calibrated_on
+    assert few.card["calibrator"] is None and "fewer than 30" in few.card["calibrated_on"]
     none = confidence_scores(Outcomes.of([], []), None, "")
-    assert none.as_dict()["ece"] is None and none.as_dict()["statements"] == 0
+    assert none.card["ece"] is None and none.card["statements"] == 0
