@@ -13,48 +13,43 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from data.report_language.labeller import FindingMention
+from data.tables.caption_table import CaptionRow
 from engine.evaluation.bootstrap import ratio
-from engine.evaluation.confidence import Statement, is_right
+from engine.evaluation.confidence import Labeller, Statement, is_right
 
 MIN_STATEMENTS = 30  # to fit six numbers on
 FOLDS = 5
 FEATURES = 5
+EDGES = np.linspace(0, 1, 11)  # of the bins of confidence
+RIDGE = 1.0  # half of it times the squared weights of the standardised features is added to the sum of all losses
 CURVE_POINTS = 50  # of the card, spread evenly, the first and the last among them
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """Expected calibration error and its bins.
-
-    Attributes:
-        ece: Σ (bin size / n) · |accuracy − confidence| (Naeini et al. 2015).
-        edges: [bins + 1].
-        confidence, accuracy: mean of each bin, NaN where empty.
-        count: of each bin.
-    """
+    """``ece``: Σ (bin size / n) · |accuracy − confidence| (Naeini et al. 2015); ``confidence``, ``accuracy``: mean of
+    each bin of ``EDGES``, NaN where empty; ``count``: of each."""
 
     ece: float
-    edges: np.ndarray
     confidence: np.ndarray
     accuracy: np.ndarray
     count: np.ndarray
 
 
-def reliability(confidences: np.ndarray, right: np.ndarray, bins: int = 10) -> Reliability:
+def reliability(confidences: np.ndarray, right: np.ndarray) -> Reliability:
     """ECE with bins of equal width of N ≥ 1 confidences in [0, 1]; one on an edge belongs to the bin above it."""
-    edges = np.linspace(0, 1, bins + 1)
-    where = np.clip(np.searchsorted(edges, confidences, side="right") - 1, 0, bins - 1)
+    bins = len(EDGES) - 1
+    where = np.clip(np.searchsorted(EDGES, confidences, side="right") - 1, 0, bins - 1)
     count = np.bincount(where, minlength=bins)
     confidence, accuracy = (ratio(np.bincount(where, values, bins), count) for values in (confidences, right))
     gaps = np.where(count > 0, np.abs(accuracy - confidence), 0)
-    return Reliability(float((gaps * count).sum() / len(where)), edges, confidence, accuracy, count)
+    return Reliability(float((gaps * count).sum() / len(where)), confidence, accuracy, count)
 
 
-def ece_of_perfect(confidences: np.ndarray, draws: int = 200, seed: int = 0) -> float:
+def ece_of_perfect(confidences: np.ndarray) -> float:
     """Mean ECE of perfectly calibrated statements with these confidences: what chance alone leaves."""
-    rng = np.random.default_rng(seed)
-    values = [reliability(confidences, rng.random(len(confidences)) < confidences).ece for _ in range(draws)]
+    rng = np.random.default_rng(0)
+    values = [reliability(confidences, rng.random(len(confidences)) < confidences).ece for _ in range(200)]
     return float(np.mean(values))
 
 
@@ -89,13 +84,10 @@ class Logistic:
         return expit(np.asarray(features, float) @ np.array(self.weights) + self.offset)
 
 
-def fit_logistic(features: np.ndarray, right: np.ndarray, ridge: float = 1.0) -> Logistic:
+def fit_logistic(features: np.ndarray, right: np.ndarray) -> Logistic:
     """Maximum likelihood with Platt's smoothed targets (Platt 1999) and a ridge penalty.
 
-    Args:
-        features: (N, F) with N ≥ 1; one that does not vary gets weight 0.
-        right: (N,).
-        ridge: half of it times the squared weights of the standardised features is added to the sum of all losses.
+    ``features``: (N, F) with N ≥ 1; one that does not vary gets weight 0. ``right``: (N,).
     """
     right = np.asarray(right, float)
     good, bad = right.sum(), len(right) - right.sum()
@@ -107,8 +99,8 @@ def fit_logistic(features: np.ndarray, right: np.ndarray, ridge: float = 1.0) ->
     def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
         a = z @ theta[:-1] + theta[-1]
         error = expit(a) - target
-        value = (np.logaddexp(0, a) - target * a).sum() + ridge * (theta[:-1] ** 2).sum() / 2
-        return float(value), np.append(z.T @ error + ridge * theta[:-1], error.sum())
+        value = (np.logaddexp(0, a) - target * a).sum() + RIDGE * (theta[:-1] ** 2).sum() / 2
+        return float(value), np.append(z.T @ error + RIDGE * theta[:-1], error.sum())
 
     theta = minimize(loss, np.zeros(features.shape[1] + 1), jac=True, method="L-BFGS-B").x
     weights = theta[:-1] / scale
@@ -129,10 +121,12 @@ class Outcomes:
     right: np.ndarray
 
     @classmethod
-    def of(cls, stated: Sequence[Sequence[Statement]], references: Sequence[Sequence[FindingMention]]) -> Outcomes:
+    def of(cls, stated: Sequence[Sequence[Statement]], table: Sequence[CaptionRow], label: Labeller) -> Outcomes:
+        """Of the statements of each row's report."""
+        truths = [label(row.answer) for row in table]
         rows = [
             (case, statement.raw, statement.features, is_right(statement.mention, truth))
-            for case, (statements, truth) in enumerate(zip(stated, references, strict=True))
+            for case, (statements, truth) in enumerate(zip(stated, truths, strict=True))
             for statement in statements
         ]
         case, raw, features, right = zip(*rows, strict=True) if rows else ((), (), (), ())
@@ -171,7 +165,7 @@ def confidence_scores(outcomes: Outcomes, other: Outcomes | None, other_name: st
         return ConfidenceScores(calibrated, card)
     before, after = (reliability(values, outcomes.right) for values in (outcomes.raw, calibrated))
     curve = risk_coverage(calibrated, outcomes.right)
-    bins = zip(after.edges[:-1], after.confidence, after.accuracy, after.count, strict=True)
+    bins = zip(EDGES[:-1], after.confidence, after.accuracy, after.count, strict=True)
     size = len(curve.risk)
     shown = np.unique(np.linspace(0, size - 1, min(CURVE_POINTS, size)).round().astype(int))
     points = zip(curve.coverage[shown], curve.risk[shown], curve.threshold[shown], strict=True)

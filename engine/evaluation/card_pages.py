@@ -16,7 +16,7 @@ import numpy as np
 
 from config.files import write_text
 from data.report_language.sections import SECTIONS
-from engine.evaluation.calibration import ConfidenceScores
+from engine.evaluation.calibration import EDGES, ConfidenceScores
 from engine.evaluation.conditions import AUDITED, OWN
 from engine.evaluation.confidence import TO_CHECK
 
@@ -85,12 +85,12 @@ def draw_plots(folder: Path, scores: ConfidenceScores) -> list[tuple[Path, str]]
     plots = [(folder / "reliability.png", "Reliability"), (folder / "risk_coverage.png", "Risk and coverage")]
     figure = Figure(figsize=(4, 4.6), layout="constrained")
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    width = np.diff(bins.edges)
-    top.bar(bins.edges[:-1], np.nan_to_num(bins.accuracy), width, align="edge", color="#4c78a8", edgecolor="white")
+    left, width = EDGES[:-1], np.diff(EDGES)
+    top.bar(left, np.nan_to_num(bins.accuracy), width, align="edge", color="#4c78a8", edgecolor="white")
     top.plot([0, 1], [0, 1], "--", color="#555555", linewidth=1)
     top.plot(bins.confidence, bins.accuracy, "o", color="#f58518", markersize=4)
     top.set(ylabel="fraction right", ylim=(0, 1), title=f"statements  ECE {bins.ece:.3f}")
-    below.bar(bins.edges[:-1], bins.count, width, align="edge", color="#9d9d9d", edgecolor="white")
+    below.bar(left, bins.count, width, align="edge", color="#9d9d9d", edgecolor="white")
     below.set(xlabel="confidence", ylabel="count", xlim=(0, 1))
     figure.savefig(plots[0][0], dpi=150)
     figure = Figure(figsize=(4, 3), layout="constrained")

@@ -95,7 +95,7 @@ class GenerationStore:
 class ReportPasses:
     """The reports of one table, condition by condition; each process takes its own rows.
 
-    ``table``: a digest of its file; ``cases``: digests of image and mask by row.
+    ``table``: a digest of its file.
     """
 
     writer: ReportWriter
@@ -103,15 +103,19 @@ class ReportPasses:
     store: GenerationStore
     table: str
     data: MedicalVLMDataset
-    cases: list[str]
     batch_size: int
     seed: int
     process: int = 0
     processes: int = 1
     _answers: dict[tuple, str] = field(default_factory=dict)  # texts that depend on condition and question alone
 
+    @functools.cached_property
+    def cases(self) -> list[str]:
+        """Digests of image and mask by row."""
+        return [self.data.cache.entry(row.image_path, row.mask_path).name for row in self.data.rows]
+
     def __len__(self) -> int:
-        return len(self.cases)
+        return len(self.data)
 
     def run(self, condition: str) -> None:
         """Generate what is missing."""

@@ -157,27 +157,18 @@ def split_sentences(text: str) -> list[str]:
     return [piece for piece in _SENTENCE.findall(text) if piece]
 
 
-def sentence_confidences(text: str, stated: Sequence[Statement], calibrated: Sequence[float]) -> list[float]:
-    """The lowest confidence of the statements of each sentence; 1 for a sentence that states no finding."""
-    values = [1.0] * len(split_sentences(text))
-    for statement, value in zip(stated, calibrated, strict=True):
-        values[statement.sentence] = min(values[statement.sentence], float(value))
-    return values
+def mark_unsure(
+    text: str, stated: Sequence[Statement], calibrated: Sequence[float], threshold: float, language: str = "zh"
+) -> str:
+    """Put 【待核实】 behind every sentence with a statement whose confidence is below the threshold in [0, 1].
 
-
-def mark_unsure(text: str, confidences: Sequence[float], threshold: float, language: str = "zh") -> str:
-    """Put 【待核实】 behind every sentence whose confidence is below the threshold; nothing is removed.
-
-    Args:
-        confidences: one per piece of :func:`split_sentences`.
-        threshold: in [0, 1].
-        language: of the mark.
+    Nothing is removed. A sentence that states no finding is never marked.
     """
+    unsure = {one.sentence for one, confidence in zip(stated, calibrated, strict=True) if confidence < threshold}
     marked = []
-    for piece, confidence in zip(split_sentences(text), confidences, strict=True):
+    for number, piece in enumerate(split_sentences(text)):
         body = piece.rstrip()
-        unsure = confidence < threshold and body
-        marked.append(body + TO_CHECK[language] + piece[len(body) :] if unsure else piece)
+        marked.append(body + TO_CHECK[language] + piece[len(body) :] if body and number in unsure else piece)
     return "".join(marked)
 
 

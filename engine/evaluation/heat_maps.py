@@ -36,12 +36,10 @@ class FramedGrid:
 
     weights: Sequence[np.ndarray]
     axes: tuple[int, int, int]
-    orientation: str = "LPS"
+    orientation: str
 
     @classmethod
-    def of(
-        cls, selection: ViewSelection, cached: CachedVolume, grid: tuple[int, int, int], orientation: str = "LPS"
-    ) -> FramedGrid:
+    def of(cls, selection: ViewSelection, cached: CachedVolume, grid: tuple[int, int, int]) -> FramedGrid:
         """The grid (K, T, T) of the views that ``selection`` takes of a preprocessed case."""
         voxel_map = cached.voxel_map
         starts, sizes = selection.box(cached)
@@ -49,7 +47,7 @@ class FramedGrid:
         weights = [_axis(voxel_map, axis, starts[axis], sizes[axis], grid[axis], offsets[axis]) for axis in range(3)]
         if len(selection.patch_size) == 2:
             weights[0] = _chosen_slices(voxel_map, selection.chosen_slices(cached))
-        return cls(weights, tuple(voxel_map.transpose_forward), orientation)
+        return cls(weights, tuple(voxel_map.transpose_forward), cached.axcodes)
 
     @property
     def cells(self) -> list[np.ndarray]:

@@ -109,7 +109,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"--out {args.out} is a file: expected the name of a folder")
     read_mask_labels(args.mask_labels)
-    Labeller("zh", read_merged(args.same_finding))
+    Labeller("zh", same_finding(args))
 
 
 def read_mask_labels(given: Sequence[str] | None) -> dict[int, str] | None:
@@ -138,10 +138,9 @@ def read_mask_labels(given: Sequence[str] | None) -> dict[int, str] | None:
     return names
 
 
-def read_merged(given: Sequence[str] | None) -> dict[str, str]:
+def same_finding(args: argparse.Namespace) -> dict[str, str]:
     """``miliary=tree_in_bud`` → the first counts as the second."""
-    pairs = [pair.partition("=") for pair in given or []]
-    return {one: other for one, _, other in pairs}
+    return {one: other for one, _, other in (pair.partition("=") for pair in args.same_finding or [])}
 
 
 def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
@@ -164,8 +163,8 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
             prepare_cases(data.cache, data.rows)
         return data
 
-    table, other = load(args.csv, args.limit), calibration_csv(args, config)
-    calibration = load(other) if other else None
+    tables, other = {args.csv: load(args.csv, args.limit)}, calibration_csv(args, config)
+    tables |= {other: load(other)} if other else {}
     lm = MambaLM.load(
         config.mamba_model, dtype=config.mamba_dtype, device=accelerator.device, adapters=checkpoint.adapters
     )
@@ -177,23 +176,18 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     store = GenerationStore(args.out, generated_from(args, config, lm), accelerator.process_index)
     collator = CaptionCollator(lm.tokenizer, config.max_question_tokens, config.max_answer_tokens)
     writer = ReportWriter(MedicalVLM(vision, lm).eval(), args.max_new_tokens)
-
-    def passes(path: Path, data: MedicalVLMDataset) -> ReportPasses:
-        name, cases = (
-            file_digest(path).hex()[:12],
-            [data.cache.entry(r.image_path, r.mask_path).name for r in data.rows],
-        )
-        processes = accelerator.process_index, accelerator.num_processes
-        return ReportPasses(writer, collator, store, name, data, cases, args.batch_size, args.seed, *processes)
-
-    language = language_of([row.answer for row in table.rows]) if args.language == "auto" else args.language
+    options = args.batch_size, args.seed, accelerator.process_index, accelerator.num_processes
+    passes, *calibration = (
+        ReportPasses(writer, collator, store, file_digest(path).hex()[:12], data, *options)
+        for path, data in tables.items()
+    )
+    answers = [row.answer for row in passes.data.rows]
+    label = Labeller(language_of(answers) if args.language == "auto" else args.language, same_finding(args))
     if accelerator.is_main_process:
-        where = f"{len(calibration)} cases to calibrate on" if calibration else "no other table to calibrate on"
-        print(f"evaluation: {len(table)} cases, {where}, reports in {language}, device {accelerator.device}, "
+        where = f"{len(calibration[0])} cases to calibrate on" if calibration else "no other table to calibrate on"
+        print(f"evaluation: {len(passes)} cases, {where}, reports in {label.language}, device {accelerator.device}, "
               f"{accelerator.num_processes} process(es), generations {store.identity}", flush=True)  # fmt: skip
-    label = Labeller(language, read_merged(args.same_finding))
-    calibrated = passes(other, calibration) if calibration else None
-    return Job(args, passes(args.csv, table), calibrated, read_mask_labels(args.mask_labels), label)
+    return Job(args, passes, calibration[0] if calibration else None, read_mask_labels(args.mask_labels), label)
 
 
 def calibration_csv(args: argparse.Namespace, config: Config) -> Path | None:
@@ -272,16 +266,16 @@ def masked_cases(job: Job) -> list[MaskedCase | None]:
 
 def write_card(job: Job) -> dict[str, Any]:
     """Score everything and write the card's files."""
-    args, passes, other = job.args, job.passes, None
-    if job.calibration:
-        other = outcomes(job, job.calibration, table_statements(job, job.calibration))
+    args, passes, other = job.args, job.passes, job.calibration
+    outcomes = Outcomes.of(job.stated, passes.data.rows, job.label)
+    held_out = Outcomes.of(table_statements(job, other), other.data.rows, job.label) if other else None
     results = TableResults(
         label=job.label,
         references=[row.answer for row in passes.data.rows],
         records={name: passes.records(name) for name in AUDITED},
         masked=masked_cases(job),
         statements=job.stated,
-        confidence=confidence_scores(outcomes(job, passes, job.stated), other, "the calibration table"),
+        confidence=confidence_scores(outcomes, held_out, "the calibration table"),
         pointing=passes.stored(job.key("maps")),
         abstain_below=args.abstain_below,
         lesion_inputs=job.lesion_inputs,
@@ -292,26 +286,20 @@ def write_card(job: Job) -> dict[str, Any]:
     marked = marked_reports(results)
     write_reports(args.out / "reports.csv", job, results, marked)
     plots = draw_plots(args.out, results.confidence)
-    names = [f"{row}: {one.image_path.name}" for row, one in enumerate(passes.data.rows[:_SHOWN])]
     figures = [job.maps / record["figure"] if record and record["figure"] else None for record in results.pointing]
-    figures = [figure if figure and figure.is_file() else None for figure in figures]
-    cases = list(zip(names, results.references, marked, figures, strict=False))
+    cases = [
+        (f"{row}: {one.image_path.name}", one.answer, marked[row], figure if figure and figure.is_file() else None)
+        for row, (one, figure) in enumerate(zip(passes.data.rows[:_SHOWN], figures, strict=False))
+    ]
     write_pages(args.out, card_blocks(card, plots, cases))
     audit = card["audit"]
-    macro = [card["findings"]["macro_f1"], card["findings"]["chance"], audit["shuffled"]["macro_f1"]]
-    shown = [
-        "none" if value is None else f"{value:.3f}"
-        for value in (*macro, audit["blank"]["macro_f1"], card["confidence"]["ece"], card["pointing_game"])
-    ]
-    print("macro-F1 {} (chance {}), shuffled {}, blank {}; ECE {}; pointing game {}".format(*shown))
+    macro = [one["macro_f1"] for one in (card["findings"], audit["shuffled"], audit["blank"])]
+    values = (*macro, card["findings"]["chance"], card["confidence"]["ece"], card["pointing_game"])
+    shown = ["none" if value is None else f"{value:.3f}" for value in values]
+    print("macro-F1 {0} (chance {3}), shuffled {1}, blank {2}; ECE {4}; pointing game {5}".format(*shown))
     print(f"verdict: {audit['verdict']}")
     print(f"report card: {args.out / 'report_card.html'}", flush=True)
     return card
-
-
-def outcomes(job: Job, passes: ReportPasses, stated: Sequence[Sequence[Statement]]) -> Outcomes:
-    """Which statements of a table's reports its references confirm."""
-    return Outcomes.of(stated, [job.label(row.answer) for row in passes.data.rows])
 
 
 def write_reports(path: Path, job: Job, results: TableResults, marked: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from data.report_language.sections import PREAMBLE, SECTIONS, section_shares, se
 from engine.evaluation import image_dependence as audit
 from engine.evaluation.bootstrap import Score, hit_score, mean_score
 from engine.evaluation.calibration import ConfidenceScores
-from engine.evaluation.confidence import Labeller, Statement, mark_unsure, sentence_confidences
+from engine.evaluation.confidence import Labeller, Statement, mark_unsure
 from engine.evaluation.finding_metrics import ClinicalScores, clinical_scores
 from engine.evaluation.localisation import MaskedCase, mask_scores, place_scores, whole_report_scores
 from engine.evaluation.report_checks import find_duplicates, find_repetition, is_garbled
@@ -76,7 +76,7 @@ def report_card(results: TableResults) -> dict[str, Any]:
     """All measures; see docs/evaluation.md for each key."""
     clinical = {name: clinical_scores(results.truth, mentions) for name, mentions in results.mentions.items()}
     places = {name: place_scores(results.truth, mentions) for name, mentions in results.mentions.items()}
-    own = places["own"]
+    own, language = places["own"], results.label.language
     card = {
         "cases": len(results.references),
         "language": _language(results),
@@ -85,9 +85,7 @@ def report_card(results: TableResults) -> dict[str, Any]:
         "size_within_3mm": own["size_within_3mm"].value,
         "places": own,
         "whole_reports": {
-            name: whole_report_scores(
-                results.truth, results.mentions[name], results.texts(name), results.label.language
-            )
+            name: whole_report_scores(results.truth, results.mentions[name], results.texts(name), language)
             for name in ("own", "shuffled")
         },
         "mask": _mask(results),
@@ -102,12 +100,10 @@ def report_card(results: TableResults) -> dict[str, Any]:
 
 def marked_reports(results: TableResults) -> list[str]:
     """The reports with 待核实 behind each sentence whose confidence is below the threshold; nothing is removed."""
-    values = iter(results.confidence.calibrated)
-    marked = []
-    for text, stated in zip(results.texts(), results.statements, strict=True):
-        confidences = sentence_confidences(text, stated, [float(next(values)) for _ in stated])
-        marked.append(mark_unsure(text, confidences, results.abstain_below, results.label.language))
-    return marked
+    values = iter(results.confidence.calibrated.tolist())
+    options = results.abstain_below, results.label.language
+    reports = zip(results.texts(), results.statements, strict=True)
+    return [mark_unsure(text, stated, [next(values) for _ in stated], *options) for text, stated in reports]
 
 
 def _language(results: TableResults) -> dict[str, Any]:
@@ -121,17 +117,18 @@ def _language(results: TableResults) -> dict[str, Any]:
 
 
 def _findings(results: TableResults, scores: ClinicalScores) -> dict[str, Any]:
-    by_section = {}
-    for section in SECTIONS[:2]:
-        if any(mention.section == section for mentions in results.truth for mention in mentions):
-            one = clinical_scores(results.truth, results.mentions["own"], (section,))
-            by_section[section] = {"macro_f1": one.macro_f1, "micro_f1": one.micro_f1}
+    stated_in = {mention.section for mentions in results.truth for mention in mentions}
+    sections = [name for name in SECTIONS[:2] if name in stated_in]
+    parts = [clinical_scores(results.truth, results.mentions["own"], (name,)) for name in sections]
     return {
         **vars(scores),
         **_with_interval("macro_f1", scores.macro_f1),
         **_with_interval("chance", scores.chance),
         "by_finding": [row | _with_interval("f1", row["f1"]) for row in scores.by_finding],
-        "by_section": by_section,
+        "by_section": {
+            name: {"macro_f1": part.macro_f1, "micro_f1": part.micro_f1}
+            for name, part in zip(sections, parts, strict=True)
+        },
     }
 
 
@@ -236,14 +233,10 @@ def _confidence(results: TableResults) -> dict[str, Any]:
 
 
 def _pointing(results: TableResults) -> dict[str, Any]:
-    hits, chances, why = [], [], Counter()
-    for case, record in enumerate(results.pointing):
-        for one in record["sentences"] if record else []:
-            if one["hit"] is None:
-                why[one["why"]] += 1
-            else:
-                hits.append((case, one["hit"]))
-                chances.append(one["chance"])
+    sentences = [(case, one) for case, record in enumerate(results.pointing) if record for one in record["sentences"]]
+    hits = [(case, one["hit"]) for case, one in sentences if one["hit"] is not None]
+    chances = [one["chance"] for _, one in sentences if one["hit"] is not None]
+    why = Counter(one["why"] for _, one in sentences if one["hit"] is None)
     score = hit_score(hits, len(results.pointing), "sentences whose map peaks in a cell that sees their lesion")
     detail = score.as_dict() | {"chance": np.mean(chances) if chances else None, "not_played": why}
     return {"pointing_game": score.value, "pointing": detail}

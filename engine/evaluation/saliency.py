@@ -75,7 +75,7 @@ def map_case(
     report = ReportLikelihood(writer.model, passes.batch([data[row]]), record["ids"])
     maps = attribution_maps(report, tokens, baseline, method).numpy()
     cached = data.cache.get(caption.image_path, caption.mask_path)
-    grid = FramedGrid.of(data.view_selection, cached, tuple(baseline[:, 0].shape), cached.axcodes)
+    grid = FramedGrid.of(data.view_selection, cached, tuple(baseline[:, 0].shape))
     volume = read_volume(caption.image_path)
     labels = None if caption.mask_path is None else read_mask(caption.mask_path, volume)
     sentences = []

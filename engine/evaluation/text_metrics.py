@@ -17,8 +17,6 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
-from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
 from engine.evaluation.bootstrap import Score, case_weights, interval, mean_score
 
@@ -33,7 +31,7 @@ class ReportTokenizer:
     """Tokens as BLEU counts them, lower-cased; the interface is that of rouge-score's tokenizers."""
 
     def __init__(self, language: str) -> None:
-        self._tokenizer = TokenizerZh() if language == "zh" else Tokenizer13a()
+        self._tokenizer = BLEU(tokenize=BLEU_TOKENIZER[language]).tokenizer
 
     def tokenize(self, text: str) -> list[str]:
         return self._tokenizer(text.lower()).split()
@@ -52,7 +50,9 @@ def language_scores(references: Sequence[str], generated: Sequence[str], languag
     chrf = CHRF(char_order=CHRF_ORDER, word_order=0, beta=2)
     scores["chrF"] = corpus_score(chrf, references, generated, f"chrF2, character order {CHRF_ORDER}")
     rouge = f"rouge-score {ROUGE_VERSION} rougeL F1, tokens {tokens} of sacrebleu, mean of cases, 0 to 1"
-    scores["ROUGE-L"] = mean_score(rouge_l(references, generated, language), rouge)
+    scorer = RougeScorer(["rougeL"], tokenizer=tokenizer)
+    common = [scorer.score(a, b)["rougeL"].fmeasure for a, b in zip(references, generated, strict=True)]
+    scores["ROUGE-L"] = mean_score(common, rouge)
     cider = f"own CIDEr-D, tokens {tokens} of sacrebleu, idf of the references scored, 0 to 10"
     token_lists = [[tokenizer.tokenize(text) for text in texts] for texts in (references, generated)]
     scores["CIDEr-D"] = mean_score(cider_d(*token_lists), cider)
@@ -73,12 +73,6 @@ def corpus_score(metric: BLEU | CHRF, references: Sequence[str], generated: Sequ
     low, high = interval(np.array([score(row) for row in case_weights(len(counts)) @ counts]))
     what = f"sacrebleu {sacrebleu.__version__} corpus {what}, 0 to 100"
     return Score(score(counts.sum(0)), low, high, len(references), what)
-
-
-def rouge_l(references: Sequence[str], generated: Sequence[str], language: str) -> list[float]:
-    """F1 of the longest common subsequence of tokens, per case."""
-    scorer = RougeScorer(["rougeL"], tokenizer=ReportTokenizer(language))
-    return [scorer.score(a, b)["rougeL"].fmeasure for a, b in zip(references, generated, strict=True)]
 
 
 def cider_d(references: Sequence[Sequence[str]], generated: Sequence[Sequence[str]]) -> list[float]:

@@ -14,6 +14,7 @@ from engine.evaluation.calibration import (
     reliability,
     risk_coverage,
 )
+from engine.evaluation.confidence import Labeller
 
 
 def test_ece_by_hand() -> None:
@@ -81,5 +82,5 @@ def test_without_another_table_folds_of_cases_are_held_out() -> None:
 def test_too_few_statements_are_not_calibrated() -> None:
     few = confidence_scores(outcomes(40, 1), outcomes(10, 2), "validation")
     assert few.card["calibrator"] is None and "fewer than 30" in few.card["calibrated_on"]
-    none = confidence_scores(Outcomes.of([], []), None, "")
+    none = confidence_scores(Outcomes.of([], [], Labeller("zh")), None, "")
     assert none.card["ece"] is None and none.card["statements"] == 0

@@ -30,6 +30,8 @@ KINDS = ("nodule", "cavity", "consolidation", "fibrosis", "calcification")
 class Table:
     """Cases whose image is one number, their row's; reports of phantoms, every fifth one normal."""
 
+    cache = SimpleNamespace(entry=lambda image, mask: image)
+
     def __init__(self, n: int) -> None:
         rng = np.random.default_rng(5)
         self.rows, self.questions = [], ["问题甲", "问题乙"] * n
@@ -95,8 +97,8 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
 
 
 def passes_of(folder: Path, data: Table, model: Model, process: int = 0, processes: int = 1) -> ReportPasses:
-    store, cases = GenerationStore(folder, {"looks": model.looks}, process), [str(k) for k in range(len(data))]
-    return ReportPasses(model, collate, store, "t", data, cases, 7, 1, process, processes)
+    store = GenerationStore(folder, {"looks": model.looks}, process)
+    return ReportPasses(model, collate, store, "t", data, 7, 1, process, processes)
 
 
 def audit(folder: Path, n: int, looks: bool) -> tuple[dict[str, Any], Model]:
@@ -111,7 +113,7 @@ def audit(folder: Path, n: int, looks: bool) -> tuple[dict[str, Any], Model]:
         {name: passes.records(name) for name in AUDITED},
         [None] * n,
         none,
-        confidence_scores(Outcomes.of(none, none), None, ""),
+        confidence_scores(Outcomes.of(none, data.rows, Labeller("zh")), None, ""),
         [None] * n,
         lesion_inputs=["heights of slices", "squares of lesions"],
     )
@@ -188,8 +190,9 @@ def test_processes_take_their_own_rows_and_changed_cases_are_missing(tmp_path: P
     assert [model.written for model in models] == [6, 6]
     passes = passes_of(tmp_path, data, models[0])
     assert len(passes.records("shuffled")) == 12
-    assert replace(passes, cases=["changed", *passes.cases[1:]]).stored("shuffled/12").count(None) == 1
     assert replace(passes, table="other").stored("shuffled/12") == [None] * 12
+    data.rows[3] = replace(data.rows[3], image_path=Path("changed.nii.gz"))
+    assert replace(passes).stored("shuffled/12").count(None) == 1
 
 
 def record(row: int, text: str) -> dict:

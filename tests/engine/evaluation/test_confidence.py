@@ -13,11 +13,11 @@ from config.errors import InputError
 from engine.evaluation.confidence import (
     TO_CHECK,
     Labeller,
+    Statement,
     content_words,
     is_right,
     log_probability,
     mark_unsure,
-    sentence_confidences,
     split_sentences,
     statements,
 )
@@ -85,30 +85,34 @@ def test_findings_counted_as_one() -> None:
         Labeller("zh", {"miliary": "tumour"})
 
 
-def test_a_sentence_is_as_sure_as_its_least_sure_statement() -> None:
-    said = statements(TEXT, ZH, characters(TEXT), [0.0] * len(TEXT))
-    assert sentence_confidences(TEXT, said, [0.9, 0.3, 0.6]) == [0.9, 0.3, 0.6, 1.0]
-    both = "右肺结节，左肺空洞。未见异常。"
-    said = statements(both, ZH, characters(both), [0.0] * len(both))
-    assert sentence_confidences(both, said, [0.9, 0.4]) == [0.4, 1.0] and len(split_sentences(both)) == 2
-
-
 def test_sentences_end_at_stops_but_not_within_numbers() -> None:
     assert split_sentences("大小3.5cm。未见积液；\n结论：结节") == ["大小3.5cm。", "未见积液；\n", "结论：结节"]
     assert split_sentences("A 3.5 cm nodule. No effusion.") == ["A 3.5 cm nodule.", " No effusion."]
     assert split_sentences("") == []
 
 
-@given(st.text(alphabet="右肺结节。；.!\n 3a", max_size=40))
-def test_sentences_are_the_text_and_marks_take_nothing_out(text: str) -> None:
-    pieces = split_sentences(text)
-    assert "".join(pieces) == text
-    marked = mark_unsure(text, [0.0] * len(pieces), 0.5)
-    assert marked.replace(TO_CHECK["zh"], "") == text
-    assert mark_unsure(text, [1.0] * len(pieces), 0.5) == text
+@given(st.text(alphabet="右肺结节。；.!\n 3a", max_size=40), st.integers(0, 5))
+def test_sentences_are_the_text_and_marks_take_nothing_out(text: str, sentence: int) -> None:
+    assert "".join(split_sentences(text)) == text
+    unsure = Statement(None, sentence, (), 0.0, (0.0,) * 5)
+    assert mark_unsure(text, [unsure], [0.0], 0.5).replace(TO_CHECK["zh"], "") == text
 
 
-def test_only_the_unsure_sentence_is_marked() -> None:
-    text = "右肺结节。左侧胸腔积液。\n结论：结节。"
-    assert mark_unsure(text, [0.9, 0.2, 0.9], 0.5) == "右肺结节。左侧胸腔积液。【待核实】\n结论：结节。"
-    assert mark_unsure("A nodule. An effusion.", [0.1, 0.9], 0.5, "en") == "A nodule.[to be verified] An effusion."
+@pytest.mark.parametrize(
+    ("confidences", "marked"),
+    [
+        ([0.9, 0.4, 0.5, 0.9], "右肺结节，左肺空洞。【待核实】左侧胸腔积液。\n结论：结节。建议：随访。"),
+        ([0.9, 0.6, 0.2, 0.9], "右肺结节，左肺空洞。左侧胸腔积液。【待核实】\n结论：结节。建议：随访。"),
+        ([0.5, 0.5, 0.5, 0.5], "右肺结节，左肺空洞。左侧胸腔积液。\n结论：结节。建议：随访。"),
+    ],
+)
+def test_a_sentence_is_as_sure_as_its_least_sure_statement(confidences: list[float], marked: str) -> None:
+    text = marked.replace(TO_CHECK["zh"], "")
+    said = statements(text, ZH, characters(text), [0.0] * len(text))
+    assert mark_unsure(text, said, confidences, 0.5) == marked
+
+
+def test_the_mark_is_in_the_language_of_the_report() -> None:
+    text = "A nodule. An effusion."
+    said = statements(text, Labeller("en"), characters(text), [0.0] * len(text))
+    assert mark_unsure(text, said, [0.1, 0.9], 0.5, "en") == "A nodule.[to be verified] An effusion."

@@ -77,7 +77,7 @@ def test_a_marked_voxel_lands_where_it_was(
     selection = ViewSelection(plan, (16, 16), 3 if kind == "2d_plain" else patch[0], "mask")
     images, *_ = selection(cached)
     shown = images[:, 0] if kind == "2d_plain" else images[0]
-    grid = FramedGrid.of(selection, cached, tuple(shown.shape), orientation)
+    grid = FramedGrid.of(selection, cached, tuple(shown.shape))
     heat = np.where(shown.numpy() > 0.5 * float(shown.max()), 1.0, 0.0)
     heat[np.unravel_index(int(shown.argmax()), shown.shape)] += 1e-6
     volume = read_volume(image)
@@ -102,7 +102,7 @@ def test_cells_of_a_coarse_grid_hold_their_voxels(assets: Path, tmp_path: Path, 
     plan = plan_of(assets, kind)
     cached = VolumeCache(tmp_path / "cache", plan).get(image, mask)
     selection = ViewSelection(plan, (16, 16), 2, "mask")
-    grid = FramedGrid.of(selection, cached, (2, 4, 4), plan.orientation)
+    grid = FramedGrid.of(selection, cached, (2, 4, 4))
     volume = read_volume(image)
     labels = read_mask(mask, volume)
     held = grid.cells_of(labels > 0)
@@ -125,7 +125,7 @@ def test_a_voxel_lies_in_the_cell_whose_receptive_field_is_nearest(assets: Path,
     plan = plan_of(assets, "2d_plain", spacing=volume.spacing[1:], patch_size=(96, 96))
     cached = VolumeCache(tmp_path / "cache", plan).get(image)
     selection = ViewSelection(plan, (16, 16), 1, "middle", receptive_field_offset=lead)
-    grid = FramedGrid.of(selection, cached, (1, 6, 6), plan.orientation)
+    grid = FramedGrid.of(selection, cached, (1, 6, 6))
     (middle,) = np.flatnonzero(grid.lay_over(np.ones((1, 6, 6))).any((1, 2)))
     starts, _ = selection.box(cached)
     first = [
@@ -157,7 +157,7 @@ def test_of_a_thinned_volume_the_offset_is_in_planes_that_were_kept(assets: Path
     seen = {}
     for lead in (0.0, 1.0):
         selection = ViewSelection(plan, (16, 16, 16), 4, "uniform", receptive_field_offset=(lead, 0.0, 0.0))
-        grid = FramedGrid.of(selection, cached, (4, 4, 4), plan.orientation)
+        grid = FramedGrid.of(selection, cached, (4, 4, 4))
         seen[lead] = [int((grid.cells[0] == cell).sum()) for cell in range(4)]
     moved = round(len(grid.cells[0][grid.cells[0] >= 0]) / 16)
     assert (
@@ -169,7 +169,7 @@ def test_padding_has_cells_but_no_voxels(assets: Path, tmp_path: Path) -> None:
     image, mask, _ = write_marked(tmp_path, "LPS", False, (30, 40, 12))
     plan = plan_of(assets, "2d_plain", spacing=(2.0, 2.0), patch_size=(128, 128))
     cached = VolumeCache(tmp_path / "cache", plan).get(image, mask)
-    grid = FramedGrid.of(ViewSelection(plan, (16, 16), 1, "mask"), cached, (1, 8, 8), plan.orientation)
+    grid = FramedGrid.of(ViewSelection(plan, (16, 16), 1, "mask"), cached, (1, 8, 8))
     everything = grid.cells_of(np.ones(read_volume(image).array.shape, bool))
     assert everything[0, 3:5, 3:5].all() and not everything[0, 0].any() and not everything[0, :, 7].any()
 
