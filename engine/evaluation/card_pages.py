@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,15 @@ import numpy as np
 
 from config.files import write_text
 from data.report_language.sections import SECTIONS
-from engine.evaluation.calibration import EDGES, ConfidenceScores
 from engine.evaluation.conditions import AUDITED, OWN
-from engine.evaluation.confidence import TO_CHECK
+from engine.evaluation.confidence import EDGES, TO_CHECK, ConfidenceScores
 
 _STYLE = """body{font:15px/1.55 sans-serif;margin:2em auto;max-width:1150px;padding:0 1em}
 table{border-collapse:collapse;margin:.6em 0}td,th{border:1px solid #bbb;padding:.25em .6em;text-align:left;
 vertical-align:top}th{background:#eee}img{max-width:100%}.verdict{font-size:1.25em;font-weight:bold;padding:.5em .8em;
 border-left:6px solid #888;background:#f4f4f4}.depends{border-color:#2a8f3c}.independent{border-color:#b00020}
 .partly,.unclear{border-color:#c77d00}mark{background:#ffd9a0}"""
+_MARK = re.compile("|".join(map(re.escape, TO_CHECK.values())))
 _IMAGES = {
     "own": "the case's own",
     "shuffled": "another patient's",
@@ -133,25 +134,17 @@ def _table(rows: Sequence[Sequence[str]]) -> Block:
     lines = []
     for number, row in enumerate(rows):
         tag = "td" if number else "th"
-        marked = (_marked(html.escape(cell).replace("\n", "<br>")) for cell in row)
+        marked = (_MARK.sub(r"<mark>\g<0></mark>", html.escape(cell).replace("\n", "<br>")) for cell in row)
         lines.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in marked) + "</tr>")
     return Block("\n".join(f"| {' | '.join(row)} |" for row in cells), f"<table>{''.join(lines)}</table>")
-
-
-def _marked(cell: str) -> str:
-    for mark in TO_CHECK.values():
-        cell = cell.replace(mark, f"<mark>{mark}</mark>")
-    return cell
 
 
 # ---------------------------------------------------------------------------- content
 
 
-def show(value: Any, digits: int = 3) -> str:
+def show(value: Any) -> str:
     """A number as the card prints it; a dash where there is none."""
-    if value is None:
-        return "—"
-    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+    return "—" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _with_interval(value: float | None, interval: Sequence[float | None]) -> str:
@@ -244,7 +237,7 @@ def _sections(sections: Mapping[str, Any], text: Mapping[str, Any]) -> list[Bloc
     faults = (
         f"Loops: {_scored(text['looping'])} of the reports; garbled: {_scored(text['garbled'])}; empty: "
         f"{show(text['empty'])}; cut at the limit of tokens: {show(text['cut_at_limit'])}. Distinct 4-grams: "
-        f"{show(text['distinct_4grams'])}; mean length {show(text['mean_characters'], 0)} characters. Measured only: "
+        f"{show(text['distinct_4grams'])}; mean length {text['mean_characters']:.0f} characters. Measured only: "
         "the reports stand as the model wrote them."
     )
     return [_heading("Sections and text"), _table(rows), _text(faults)]

@@ -184,16 +184,14 @@ class ReportPasses:
             return replace(sample, **nothing, slice_position=self.mean_image[1].cpu().clone())
         return sample
 
-    def _visual(self, batch: Mapping[str, Any], condition: str) -> Tensor:
-        if condition == PRIOR:
-            return self.writer.visual_of_features(*self.mean_image, batch)
-        if condition == SQUARES:
-            return self.writer.visual_of_features(self.mean_image[0], batch["slice_position"], batch, batch["roi"])
-        return self.writer.visual(batch)
-
     def _generate(self, samples: Sequence[Sample], condition: str) -> list[Record]:
         batch = self.batch(samples)
-        visual = self._visual(batch, condition)
+        if condition == PRIOR:
+            visual = self.writer.visual_of_features(*self.mean_image, batch)
+        elif condition == SQUARES:
+            visual = self.writer.visual_of_features(self.mean_image[0], batch["slice_position"], batch, batch["roi"])
+        else:
+            visual = self.writer.visual(batch)
         if condition.startswith(SAMPLE):
             torch.manual_seed(self.seed * 1_000_003 + samples[0].row * 101 + int(condition.removeprefix(SAMPLE)))
             return [{"text": one.text} for one in self.writer.write(visual, batch, Decoding(temperature=1.0))]

@@ -24,10 +24,9 @@ from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from data.report_language.terms import FINDINGS
 from engine.checkpoint import load_checkpoint
 from engine.cli import local_config
-from engine.evaluation.calibration import Outcomes, confidence_scores
 from engine.evaluation.card_pages import card_blocks, draw_plots, write_pages
 from engine.evaluation.conditions import AUDITED, OWN, SAMPLE, GenerationStore, ReportPasses
-from engine.evaluation.confidence import Labeller, Statement, statements
+from engine.evaluation.confidence import Labeller, Outcomes, Statement, confidence_scores, statements
 from engine.evaluation.localisation import MaskedCase, measure_case
 from engine.evaluation.report_card import TableResults, language_of, marked_reports, report_card
 from engine.evaluation.report_writer import ReportWriter, token_spans

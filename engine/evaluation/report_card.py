@@ -18,14 +18,11 @@ from data.report_language.labeller import FindingMention, detect_language
 from data.report_language.sections import PREAMBLE, SECTIONS, section_shares, section_text
 from engine.evaluation import image_dependence as audit
 from engine.evaluation.bootstrap import Score, hit_score, mean_score
-from engine.evaluation.calibration import ConfidenceScores
-from engine.evaluation.confidence import Labeller, Statement, mark_unsure
+from engine.evaluation.confidence import ConfidenceScores, Labeller, Statement, mark_unsure
 from engine.evaluation.finding_metrics import ClinicalScores, clinical_scores
 from engine.evaluation.localisation import MaskedCase, mask_scores, place_scores, whole_report_scores
 from engine.evaluation.report_checks import find_duplicates, find_repetition, is_garbled
 from engine.evaluation.text_metrics import language_scores
-
-Records = Sequence[Mapping[str, Any]]
 
 
 @dataclass
@@ -44,7 +41,7 @@ class TableResults:
 
     label: Labeller
     references: list[str]
-    records: dict[str, Records]
+    records: dict[str, list[dict[str, Any]]]
     masked: list[MaskedCase | None]
     statements: list[list[Statement]]
     confidence: ConfidenceScores

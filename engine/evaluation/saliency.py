@@ -45,19 +45,13 @@ Spans = Sequence[Sequence[int]]  # of tokens: positions in a report
 
 
 def map_case(
-    passes: ReportPasses,
-    row: int,
-    stated: Sequence[Statement],
-    masked: MaskedCase | None,
-    method: str,
-    out: Path | None,
+    passes: ReportPasses, row: int, stated: list[Statement], masked: MaskedCase | None, method: str, out: Path | None
 ) -> dict[str, Any]:
     """Maps and pointing game of the sentences of one row's report that state a finding as present or possible.
 
     Args:
         stated: statements of the report.
-        masked: its lesions, where it has a mask.
-        method: one of ``METHODS``.
+        masked: lesions of the mask, where there is one.
         out: folder to write ``case0000_sentence1.nii.gz`` … and ``case0000.png`` to, or None.
 
     Returns:

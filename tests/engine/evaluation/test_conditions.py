@@ -18,9 +18,8 @@ from data.medical_vlm_dataset import Sample
 from data.phantom.finding import Finding
 from data.phantom.report import write_report
 from data.tables.caption_table import CaptionRow
-from engine.evaluation.calibration import Outcomes, confidence_scores
 from engine.evaluation.conditions import AUDITED, GenerationStore, ReportPasses, shuffled_order
-from engine.evaluation.confidence import Labeller
+from engine.evaluation.confidence import Labeller, Outcomes, confidence_scores
 from engine.evaluation.report_card import TableResults, report_card
 from engine.evaluation.report_writer import Report
 
