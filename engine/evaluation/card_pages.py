@@ -80,25 +80,26 @@ def draw_plots(folder: Path, scores: ConfidenceScores) -> list[tuple[Path, str]]
     """Write the reliability diagram and the risk-coverage curve; none where there are no statements."""
     from matplotlib.figure import Figure  # without pyplot: no display and no global state
 
-    bins, curve = scores.reliability, scores.curve
-    if bins is None or curve is None:
+    bins, curve, card = scores.bins, scores.curve, scores.card
+    if not bins:
         return []
     plots = [(folder / "reliability.png", "Reliability"), (folder / "risk_coverage.png", "Risk and coverage")]
     figure = Figure(figsize=(4, 4.6), layout="constrained")
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    left, width = EDGES[:-1], np.diff(EDGES)
-    top.bar(left, np.nan_to_num(bins.accuracy), width, align="edge", color="#4c78a8", edgecolor="white")
+    left, width = bins["from"], np.diff(EDGES)
+    top.bar(left, np.nan_to_num(bins["right"]), width, align="edge", color="#4c78a8", edgecolor="white")
     top.plot([0, 1], [0, 1], "--", color="#555555", linewidth=1)
-    top.plot(bins.confidence, bins.accuracy, "o", color="#f58518", markersize=4)
-    top.set(ylabel="fraction right", ylim=(0, 1), title=f"statements  ECE {bins.ece:.3f}")
-    below.bar(left, bins.count, width, align="edge", color="#9d9d9d", edgecolor="white")
+    top.plot(bins["confidence"], bins["right"], "o", color="#f58518", markersize=4)
+    top.set(ylabel="fraction right", ylim=(0, 1), title=f"statements  ECE {card['ece']:.3f}")
+    below.bar(left, bins["count"], width, align="edge", color="#9d9d9d", edgecolor="white")
     below.set(xlabel="confidence", ylabel="count", xlim=(0, 1))
     figure.savefig(plots[0][0], dpi=150)
     figure = Figure(figsize=(4, 3), layout="constrained")
     axis = figure.subplots()
-    axis.step(curve.coverage, curve.risk, where="post", color="#4c78a8")
+    axis.step(curve["coverage"], curve["risk"], where="post", color="#4c78a8")
     axis.set(xlabel="fraction of statements kept, the surest first", ylabel="fraction of them wrong", xlim=(0, 1))
-    axis.set(ylim=(0, max(0.05, 1.15 * float(curve.risk.max()))), title=f"statements  area {curve.area:.3f}")
+    axis.set(ylim=(0, max(0.05, 1.15 * float(curve["risk"].max()))))
+    axis.set(title=f"statements  area {card['area_under_risk_coverage']:.3f}")
     figure.savefig(plots[1][0], dpi=150)
     return plots
 

@@ -39,6 +39,7 @@ EDGES = np.linspace(0, 1, 11)  # of the bins of confidence
 RIDGE = 1.0  # half of it times the squared weights of the standardised features is added to the sum of all losses
 CURVE_POINTS = 50  # of the card, spread evenly, the first and the last among them
 Span = tuple[int, int]
+Columns = dict[str, np.ndarray]  # of a table, by name
 
 
 @dataclass(frozen=True)
@@ -193,51 +194,43 @@ def mark_unsure(
 # ---------------------------------------------------------------------------- calibration
 
 
-@dataclass(frozen=True)
-class Reliability:
-    """``ece``: Σ (bin size / n) · |accuracy − confidence| (Naeini et al. 2015); ``confidence``, ``accuracy``: mean of
-    each bin of ``EDGES``, NaN where empty; ``count``: of each."""
+def reliability(confidences: np.ndarray, right: np.ndarray) -> tuple[float, Columns]:
+    """Expected calibration error: Σ (bin size / n) · |accuracy − confidence| (Naeini et al. 2015).
 
-    ece: float
-    confidence: np.ndarray
-    accuracy: np.ndarray
-    count: np.ndarray
+    Args:
+        confidences: N ≥ 1 in [0, 1]; one on an edge belongs to the bin above it.
 
-
-def reliability(confidences: np.ndarray, right: np.ndarray) -> Reliability:
-    """ECE with bins of equal width of N ≥ 1 confidences in [0, 1]; one on an edge belongs to the bin above it."""
+    Returns:
+        The error and its bins of equal width: ``from``, mean ``confidence``, fraction ``right``, NaN where empty, and
+        ``count``.
+    """
     bins = len(EDGES) - 1
     where = np.clip(np.searchsorted(EDGES, confidences, side="right") - 1, 0, bins - 1)
     count = np.bincount(where, minlength=bins)
     confidence, accuracy = (ratio(np.bincount(where, values, bins), count) for values in (confidences, right))
     gaps = np.where(count > 0, np.abs(accuracy - confidence), 0)
-    return Reliability(float((gaps * count).sum() / len(where)), confidence, accuracy, count)
+    columns = {"from": EDGES[:-1], "confidence": confidence, "right": accuracy, "count": count}
+    return float((gaps * count).sum() / len(where)), columns
 
 
 def ece_of_perfect(confidences: np.ndarray) -> float:
     """Mean ECE of perfectly calibrated statements with these confidences: what chance alone leaves."""
     rng = np.random.default_rng(0)
-    values = [reliability(confidences, rng.random(len(confidences)) < confidences).ece for _ in range(200)]
+    values = [reliability(confidences, rng.random(len(confidences)) < confidences)[0] for _ in range(200)]
     return float(np.mean(values))
 
 
-@dataclass(frozen=True)
-class RiskCoverage:
-    """Error among the most confident fraction: ``risk[k]`` at ``coverage[k]``, of the statements whose confidence
-    reaches ``threshold[k]``; ``area`` is its mean (AURC)."""
+def risk_coverage(confidences: np.ndarray, right: np.ndarray) -> tuple[float, Columns]:
+    """Selective prediction (Geifman and El-Yaniv 2017): the area under its curve, and the curve.
 
-    coverage: np.ndarray
-    risk: np.ndarray
-    threshold: np.ndarray
-    area: float
-
-
-def risk_coverage(confidences: np.ndarray, right: np.ndarray) -> RiskCoverage:
-    """The curve of selective prediction (Geifman and El-Yaniv 2017); equal confidences are one point."""
+    The curve has the error ``risk`` among the fraction ``coverage`` of the statements whose confidence reaches
+    ``threshold``; equal confidences are one point. The area is its mean over statements.
+    """
     threshold, where, size = np.unique(-confidences, return_inverse=True, return_counts=True)
     kept = size.cumsum()
     risk = np.bincount(where, 1 - np.asarray(right, float)).cumsum() / kept
-    return RiskCoverage(kept / kept[-1], risk, -threshold, float((risk * size).sum() / kept[-1]))
+    curve = {"coverage": kept / kept[-1], "risk": risk, "threshold": -threshold}
+    return float((risk * size).sum() / kept[-1]), curve
 
 
 @dataclass(frozen=True)
@@ -304,13 +297,13 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class ConfidenceScores:
-    """``calibrated``: confidence of each statement, in the order of ``Outcomes``; ``card``: JSON values. Without
-    statements there is no reliability and no curve."""
+    """``calibrated``: confidence of each statement, in the order of ``Outcomes``; ``card``: JSON values; ``bins`` and
+    ``curve``: of :func:`reliability` and :func:`risk_coverage`, empty without statements."""
 
     calibrated: np.ndarray
     card: dict[str, Any]
-    reliability: Reliability | None = None
-    curve: RiskCoverage | None = None
+    bins: Columns = field(default_factory=dict)
+    curve: Columns = field(default_factory=dict)
 
 
 def confidence_scores(outcomes: Outcomes, other: Outcomes | None, other_name: str) -> ConfidenceScores:
@@ -331,21 +324,22 @@ def confidence_scores(outcomes: Outcomes, other: Outcomes | None, other_name: st
     card["calibrator"] = fitted and asdict(fitted)
     if not len(calibrated):
         return ConfidenceScores(calibrated, card)
-    before, after = (reliability(values, outcomes.right) for values in (outcomes.raw, calibrated))
-    curve = risk_coverage(calibrated, outcomes.right)
-    bins = zip(EDGES[:-1], after.confidence, after.accuracy, after.count, strict=True)
-    size = len(curve.risk)
+    (ece, bins), (area, curve) = (rate(calibrated, outcomes.right) for rate in (reliability, risk_coverage))
+    size = len(curve["risk"])
     shown = np.unique(np.linspace(0, size - 1, min(CURVE_POINTS, size)).round().astype(int))
-    points = zip(curve.coverage[shown], curve.risk[shown], curve.threshold[shown], strict=True)
     card |= {
-        "ece": after.ece,
-        "ece_before": before.ece,
-        "area_under_risk_coverage": curve.area,
+        "ece": ece,
+        "ece_before": reliability(outcomes.raw, outcomes.right)[0],
+        "area_under_risk_coverage": area,
         "ece_of_perfect": ece_of_perfect(calibrated),
-        "reliability": [dict(zip(("from", "confidence", "right", "count"), row, strict=True)) for row in bins],
-        "risk_coverage": [dict(zip(("coverage", "risk", "threshold"), row, strict=True)) for row in points],
+        "reliability": _rows(bins),
+        "risk_coverage": _rows({name: values[shown] for name, values in curve.items()}),
     }
-    return ConfidenceScores(calibrated, card, after, curve)
+    return ConfidenceScores(calibrated, card, bins, curve)
+
+
+def _rows(columns: Columns) -> list[dict[str, float]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _cross_fitted(outcomes: Outcomes) -> np.ndarray:

@@ -8,7 +8,6 @@ assigned to other cases at random.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,29 +22,6 @@ STATED = ("present", "uncertain")
 RATES = ("F1", "precision", "recall")
 
 
-@dataclass(frozen=True)
-class ClinicalScores:
-    """All findings together.
-
-    Attributes:
-        macro_f1: mean F1 over the findings that some reference states.
-        chance, micro_chance: mean of macro-F1 and micro-F1 over permutations, and the interval of single permutations.
-        p_value: fraction of permutations whose macro-F1 reaches the true one, (hits + 1) / (permutations + 1).
-        micro_f1, micro_precision, micro_recall: over all case–finding pairs.
-        by_finding: of every finding that some reference or report states: ``finding``, how many ``references`` and
-            ``reports`` state it, ``precision``, ``recall`` (NaN: undefined) and ``f1``, a score.
-    """
-
-    macro_f1: Score
-    chance: Score
-    p_value: float
-    micro_f1: Score
-    micro_precision: Score
-    micro_recall: Score
-    micro_chance: Score
-    by_finding: list[dict[str, Any]]
-
-
 def label_matrix(reports: Mentions, sections: Sequence[str] = DIAGNOSTIC_SECTIONS) -> np.ndarray:
     """Which finding is stated in which report: bool [reports, findings], in the order of ``FINDINGS``."""
     rows = [report_labels(mentions, sections) for mentions in reports]
@@ -54,8 +30,18 @@ def label_matrix(reports: Mentions, sections: Sequence[str] = DIAGNOSTIC_SECTION
 
 def clinical_scores(
     references: Mentions, generated: Mentions, sections: Sequence[str] = DIAGNOSTIC_SECTIONS
-) -> ClinicalScores:
-    """Compare what reports state with what their references state, of at least one case."""
+) -> dict[str, Any]:
+    """Compare what reports state with what their references state, of at least one case.
+
+    Returns:
+        ``macro_f1``: mean F1 over the findings that some reference states.
+        ``chance``, ``micro_chance``: mean of macro-F1 and micro-F1 over permutations, and the interval of single
+        permutations.
+        ``p_value``: fraction of permutations whose macro-F1 reaches the true one, (hits + 1) / (permutations + 1).
+        ``micro_f1``, ``micro_precision``, ``micro_recall``: over all case–finding pairs.
+        ``by_finding``: of every finding that some reference or report states: ``finding``, how many ``references`` and
+        ``reports`` state it, ``precision``, ``recall`` (NaN: undefined) and ``f1``, a score.
+    """
     truth, found = (label_matrix(reports, sections) for reports in (references, generated))
     n, known = len(truth), truth.any(0)
     once = np.ones((1, n), int)
@@ -63,7 +49,7 @@ def clinical_scores(
     rng = np.random.default_rng(0)
     permuted = np.concatenate([resampled_counts(truth, found[rng.permutation(n)], once) for _ in range(REPEATS)])
     micro = {
-        name: Score(float(value[0]), *interval(resampled), n, f"{name} of all case-finding pairs")
+        f"micro_{name.lower()}": Score(float(value[0]), *interval(resampled), n, f"{name} of all case-finding pairs")
         for name, value, resampled in zip(RATES, rates(counts.sum(2)), rates(drawn.sum(2)), strict=True)
     }
 
@@ -73,16 +59,14 @@ def clinical_scores(
 
     macro, by_chance = float(macro_f1(counts, known)[0]), macro_f1(permuted, known)
     hits = int((by_chance >= macro - 1e-12).sum()) if np.isfinite(macro) else REPEATS
-    return ClinicalScores(
-        macro_f1=Score(macro, *interval(macro_f1(drawn, known)), n, f"mean F1 of {int(known.sum())} findings"),
-        chance=chance(by_chance),
-        p_value=(hits + 1) / (REPEATS + 1),
-        micro_f1=micro["F1"],
-        micro_precision=micro["precision"],
-        micro_recall=micro["recall"],
-        micro_chance=chance(rates(permuted.sum(2))[0]),
-        by_finding=_by_finding(counts, drawn, n),
-    )
+    return {
+        "macro_f1": Score(macro, *interval(macro_f1(drawn, known)), n, f"mean F1 of {int(known.sum())} findings"),
+        "chance": chance(by_chance),
+        "p_value": (hits + 1) / (REPEATS + 1),
+        **micro,
+        "micro_chance": chance(rates(permuted.sum(2))[0]),
+        "by_finding": _by_finding(counts, drawn, n),
+    }
 
 
 def resampled_counts(truth: np.ndarray, found: np.ndarray, weights: np.ndarray) -> np.ndarray:

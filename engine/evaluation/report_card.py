@@ -19,7 +19,7 @@ from data.report_language.sections import PREAMBLE, SECTIONS, section_shares, se
 from engine.evaluation import image_dependence as audit
 from engine.evaluation.bootstrap import Score, hit_score, mean_score
 from engine.evaluation.confidence import ConfidenceScores, Labeller, Statement, mark_unsure
-from engine.evaluation.finding_metrics import ClinicalScores, clinical_scores
+from engine.evaluation.finding_metrics import clinical_scores
 from engine.evaluation.localisation import MaskedCase, mask_scores, place_scores, whole_report_scores
 from engine.evaluation.report_checks import find_duplicates, find_repetition, is_garbled
 from engine.evaluation.text_metrics import language_scores
@@ -113,17 +113,17 @@ def _language(results: TableResults) -> dict[str, Any]:
     }
 
 
-def _findings(results: TableResults, scores: ClinicalScores) -> dict[str, Any]:
+def _findings(results: TableResults, scores: Mapping[str, Any]) -> dict[str, Any]:
     stated_in = {mention.section for mentions in results.truth for mention in mentions}
     sections = [name for name in SECTIONS[:2] if name in stated_in]
     parts = [clinical_scores(results.truth, results.mentions["own"], (name,)) for name in sections]
     return {
-        **vars(scores),
-        **_with_interval("macro_f1", scores.macro_f1),
-        **_with_interval("chance", scores.chance),
-        "by_finding": [row | _with_interval("f1", row["f1"]) for row in scores.by_finding],
+        **scores,
+        **_with_interval("macro_f1", scores["macro_f1"]),
+        **_with_interval("chance", scores["chance"]),
+        "by_finding": [row | _with_interval("f1", row["f1"]) for row in scores["by_finding"]],
         "by_section": {
-            name: {"macro_f1": part.macro_f1, "micro_f1": part.micro_f1}
+            name: {key: part[key] for key in ("macro_f1", "micro_f1")}
             for name, part in zip(sections, parts, strict=True)
         },
     }
@@ -178,13 +178,13 @@ def _text(results: TableResults) -> dict[str, Any]:
 
 
 def _audit(
-    results: TableResults, clinical: Mapping[str, ClinicalScores], places: Mapping[str, Mapping[str, Score]]
+    results: TableResults, clinical: Mapping[str, Mapping], places: Mapping[str, Mapping[str, Score]]
 ) -> dict[str, Any]:
     own, mentions, found = results.records["own"], results.mentions, {}
     for name, records in results.records.items():
         found[name] = {
-            **_with_interval("macro_f1", clinical[name].macro_f1),
-            "micro_f1": clinical[name].micro_f1.value,
+            **_with_interval("macro_f1", clinical[name]["macro_f1"]),
+            "micro_f1": clinical[name]["micro_f1"].value,
             "location_acc": places[name]["location_acc"].value,
             "size_within_3mm": places[name]["size_within_3mm"].value,
             "nats_per_token": audit.nats_per_token(records),
@@ -195,11 +195,10 @@ def _audit(
                 "macro_f1_difference": audit.macro_difference(results.truth, mentions["own"], mentions[name]),
                 "same_reports": audit.same_fraction(results.texts(), results.texts(name)),
             }
-    duplicates, natural = find_duplicates(results.texts()), find_duplicates(results.references)
     normal = audit.false_findings_on_normal(results.truth, mentions["own"])
     differences = (found[name]["macro_f1_difference"] for name in ("shuffled", "prior"))
     gap, same = found["shuffled"]["loss_gap"], found["prior"]["same_reports"]
-    code, reasons = audit.judge(len(own), clinical["own"].p_value, *differences, gap, same)
+    code, reasons = audit.judge(len(own), clinical["own"]["p_value"], *differences, gap, same)
     if results.lesion_inputs:
         alone = {"macro-F1": "macro_f1", "side and height": "location_acc", "size within 3 mm": "size_within_3mm"}
         values = {what: found["squares"][key] for what, key in alone.items()}
@@ -209,10 +208,8 @@ def _audit(
         "normal_false_finding_rate": normal.value,
         "normal_false_finding_interval": normal.bounds,
         "normal_cases": normal.n,
-        "duplicate_rate": duplicates.near_share,
-        "exact_duplicate_rate": duplicates.exact_share,
-        "most_common_report": duplicates.most_common,
-        "duplicate_rate_of_references": natural.near_share,
+        **find_duplicates(results.texts()),
+        "duplicate_rate_of_references": find_duplicates(results.references)["duplicate_rate"],
         "verdict": audit.VERDICTS[code],
         "verdict_code": code,
         "reasons": reasons,

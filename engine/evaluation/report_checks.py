@@ -39,16 +39,6 @@ class Repetition:
         return self.share > 0.2
 
 
-@dataclass(frozen=True)
-class Duplicates:
-    """Fractions of a set of reports: equal to another one but for white space; equal, or at Jaccard similarity 0.9 of
-    5-character shingles; the most frequent text."""
-
-    exact_share: float
-    near_share: float
-    most_common: float
-
-
 def find_repetition(text: str) -> Repetition:
     """The loop that covers most of a text: a piece of 1 to 80 characters at least three times in a row.
 
@@ -82,15 +72,22 @@ def _is_foreign(char: str) -> bool:
     return category[0] == "L" and not char.isascii() and not any(script in name for script in _SCRIPTS)
 
 
-def find_duplicates(texts: Sequence[str]) -> Duplicates:
-    """Exact and near-duplicates of at least one text. Memory grows with the pairs that have a shingle in common."""
+def find_duplicates(texts: Sequence[str]) -> dict[str, float]:
+    """Duplicates of at least one text, as fractions. Memory grows with the pairs that have a shingle in common.
+
+    Returns:
+        ``duplicate_rate``: equal to another one, or at Jaccard similarity 0.9 of 5-character shingles.
+        ``exact_duplicate_rate``: equal to another one but for white space.
+        ``most_common_report``: the most frequent text.
+    """
     plain = ["".join(text.split()) for text in texts]
     counts = Counter(plain)
     distinct = list(counts)
     near = _near(distinct)
     exact = sum(counts[text] for text in distinct if counts[text] > 1)
     alike = sum(counts[text] for text, has in zip(distinct, near, strict=True) if has or counts[text] > 1)
-    return Duplicates(exact / len(texts), alike / len(texts), max(counts.values()) / len(texts))
+    found = {"duplicate_rate": alike, "exact_duplicate_rate": exact, "most_common_report": max(counts.values())}
+    return {name: count / len(texts) for name, count in found.items()}
 
 
 def _near(texts: Sequence[str]) -> list[bool]:

@@ -140,16 +140,13 @@ def attribution_maps(
     return torch.stack([smoothed(heat, width) for heat in gradients.clamp(min=0).sum(2)])
 
 
-def feature_width(
-    encoder: NnUNetEncoder, images: Tensor | Sequence[Tensor], grid: tuple[int, int]
-) -> tuple[float, float]:
+def feature_width(encoder: NnUNetEncoder, images: Sequence[Tensor], grid: tuple[int, int]) -> tuple[float, ...]:
     """Extent of one feature of the encoder's stage, (rows, columns), in cells of the ``grid`` it is pooled to."""
     axes = zip(encoder.total_stride[-2:], grid, images[0].shape[-2:], strict=True)
-    rows, columns = (stride * cells / extent for stride, cells, extent in axes)
-    return rows, columns
+    return tuple(stride * cells / extent for stride, cells, extent in axes)
 
 
-def smoothed(heat: Tensor, width: tuple[float, float]) -> Tensor:
+def smoothed(heat: Tensor, width: tuple[float, ...]) -> Tensor:
     """(K, T, U) under an in-plane Gaussian of standard deviations ``width`` in cells; the border is replicated."""
     return torch.from_numpy(ndimage.gaussian_filter(heat.numpy(), (0, *width), mode="nearest"))
 

@@ -126,18 +126,18 @@ def test_the_mark_is_in_the_language_of_the_report() -> None:
 
 
 def test_ece_by_hand() -> None:
-    bins = reliability(np.array([0.15, 0.15, 0.95, 0.85, 1.0]), np.array([0, 1, 1, 0, 1]))
+    ece, bins = reliability(np.array([0.15, 0.15, 0.95, 0.85, 1.0]), np.array([0, 1, 1, 0, 1]))
     # Bins of a tenth: 0.1 (n 2, confidence .15, accuracy .5), 0.8 (n 1, .85, 0), 0.9 (n 2, .975, 1).
-    assert bins.count.tolist() == [0, 2, 0, 0, 0, 0, 0, 0, 1, 2]
-    assert bins.ece == pytest.approx((2 * 0.35 + 0.85 + 2 * 0.025) / 5)
-    assert np.isnan(bins.accuracy[0]) and bins.accuracy[1] == 0.5
+    assert bins["count"].tolist() == [0, 2, 0, 0, 0, 0, 0, 0, 1, 2]
+    assert ece == pytest.approx((2 * 0.35 + 0.85 + 2 * 0.025) / 5)
+    assert np.isnan(bins["right"][0]) and bins["right"][1] == 0.5
 
 
 def test_outcomes_that_come_as_often_as_said_are_calibrated() -> None:
     rng = np.random.default_rng(0)
     confidence = rng.random(20_000)
-    assert reliability(confidence, rng.random(20_000) < confidence).ece < 0.02
-    assert reliability(confidence, rng.random(20_000) < confidence**3).ece > 0.15
+    assert reliability(confidence, rng.random(20_000) < confidence)[0] < 0.02
+    assert reliability(confidence, rng.random(20_000) < confidence**3)[0] > 0.15
 
 
 def test_logistic_regression_finds_weights_and_offset_and_stays_finite() -> None:
@@ -153,11 +153,11 @@ def test_logistic_regression_finds_weights_and_offset_and_stays_finite() -> None
 
 
 def test_risk_and_coverage_by_hand() -> None:
-    curve = risk_coverage(np.array([0.9, 0.8, 0.8, 0.1]), np.array([True, True, False, False]))
-    assert curve.coverage.tolist() == [0.25, 0.75, 1.0]
-    assert curve.risk.tolist() == pytest.approx([0, 1 / 3, 0.5])
-    assert curve.threshold.tolist() == [0.9, 0.8, 0.1]
-    assert curve.area == pytest.approx((0 + 2 / 3 + 0.5) / 4)
+    area, curve = risk_coverage(np.array([0.9, 0.8, 0.8, 0.1]), np.array([True, True, False, False]))
+    assert curve["coverage"].tolist() == [0.25, 0.75, 1.0]
+    assert curve["risk"].tolist() == pytest.approx([0, 1 / 3, 0.5])
+    assert curve["threshold"].tolist() == [0.9, 0.8, 0.1]
+    assert area == pytest.approx((0 + 2 / 3 + 0.5) / 4)
 
 
 def outcomes(n: int, seed: int) -> Outcomes:

@@ -72,9 +72,9 @@ def test_duplicates_by_hand() -> None:
     )
     near = base.replace("12mm", "13mm", 1)
     found = find_duplicates([base, " " + base, near, "双肺未见异常。"])
-    assert found.exact_share == 0.5 and found.most_common == 0.5
-    assert found.near_share == 0.75 if _jaccard(base, near) >= 0.9 else 0.5
-    assert find_duplicates(["甲", "乙"]).near_share == 0
+    assert found["exact_duplicate_rate"] == 0.5 and found["most_common_report"] == 0.5
+    assert found["duplicate_rate"] == 0.75 if _jaccard(base, near) >= 0.9 else 0.5
+    assert find_duplicates(["甲", "乙"])["duplicate_rate"] == 0
 
 
 def _jaccard(a: str, b: str) -> float:
@@ -93,4 +93,4 @@ def test_near_duplicates_are_the_pairs_of_the_definition() -> None:
         texts.append("".join(changed))
     expected = [any(_jaccard(a, b) >= 0.9 for b in texts if b != a) for a in texts]
     assert 0 < sum(expected) < len(texts)
-    assert find_duplicates(texts).near_share == pytest.approx(sum(expected) / len(texts))
+    assert find_duplicates(texts)["duplicate_rate"] == pytest.approx(sum(expected) / len(texts))
