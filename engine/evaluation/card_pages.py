@@ -9,7 +9,6 @@ import base64
 import html
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +32,7 @@ _IMAGES = {
     "prior": "none (mean of all)",
     "squares": "mean of all, own slice heights and lesion squares",
 }
-
-
-@dataclass(frozen=True)
-class Block:
-    """One part of the card in both formats."""
-
-    markdown: str
-    html: str
-
-
+Block = tuple[str, str]  # Markdown, HTML
 ShownCase = tuple[str, str, str, Path | None]  # name, reference, marked report, figure of its maps
 
 
@@ -70,10 +60,11 @@ def card_blocks(card: Mapping[str, Any], plots: Sequence[tuple[Path, str]], case
 
 def write_pages(folder: Path, blocks: Sequence[Block]) -> None:
     """Write ``report_card.md``, which links its figures, and ``report_card.html``, which holds them."""
-    write_text(folder / "report_card.md", "\n\n".join(["# Report card", *(block.markdown for block in blocks)]) + "\n")
+    markdown, parts = zip(*blocks, strict=True)
+    write_text(folder / "report_card.md", "\n\n".join(["# Report card", *markdown]) + "\n")
     head = f"<!doctype html><html><head><meta charset='utf-8'><title>Report card</title><style>{_STYLE}</style></head>"
-    body = ["<body><h1>Report card</h1>", *(block.html for block in blocks), "</body></html>"]
-    write_text(folder / "report_card.html", "\n".join([head, *body]))
+    page = [head, "<body><h1>Report card</h1>", *parts, "</body></html>"]
+    write_text(folder / "report_card.html", "\n".join(page))
 
 
 def draw_plots(folder: Path, scores: ConfidenceScores) -> list[tuple[Path, str]]:
@@ -108,16 +99,16 @@ def draw_plots(folder: Path, scores: ConfidenceScores) -> list[tuple[Path, str]]
 
 
 def _heading(text: str) -> Block:
-    return Block(f"## {text}", f"<h2>{html.escape(text)}</h2>")
+    return (f"## {text}", f"<h2>{html.escape(text)}</h2>")
 
 
 def _text(text: str) -> Block:
-    return Block(text, f"<p>{html.escape(text)}</p>")
+    return (text, f"<p>{html.escape(text)}</p>")
 
 
 def _list(lines: Sequence[str]) -> Block:
     items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-    return Block("\n".join(f"- {line}" for line in lines), f"<ul>{items}</ul>")
+    return ("\n".join(f"- {line}" for line in lines), f"<ul>{items}</ul>")
 
 
 def _figure(path: Path, caption: str, folder: str = "") -> Block:
@@ -125,7 +116,7 @@ def _figure(path: Path, caption: str, folder: str = "") -> Block:
     content = base64.b64encode(path.read_bytes()).decode("ascii")
     escaped = html.escape(caption)
     image = f"<img alt='{escaped}' src='data:image/png;base64,{content}'>"
-    return Block(f"![{caption}]({folder}{path.name})", f"<figure>{image}<figcaption>{escaped}</figcaption></figure>")
+    return (f"![{caption}]({folder}{path.name})", f"<figure>{image}<figcaption>{escaped}</figcaption></figure>")
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Block:
@@ -137,7 +128,7 @@ def _table(rows: Sequence[Sequence[str]]) -> Block:
         tag = "td" if number else "th"
         marked = (_MARK.sub(r"<mark>\g<0></mark>", html.escape(cell).replace("\n", "<br>")) for cell in row)
         lines.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in marked) + "</tr>")
-    return Block("\n".join(f"| {' | '.join(row)} |" for row in cells), f"<table>{''.join(lines)}</table>")
+    return ("\n".join(f"| {' | '.join(row)} |" for row in cells), f"<table>{''.join(lines)}</table>")
 
 
 # ---------------------------------------------------------------------------- content
@@ -174,8 +165,8 @@ def _audit(audit: Mapping[str, Any]) -> list[Block]:
         f"{show(audit['duplicate_rate'])} (of the references: {show(audit['duplicate_rate_of_references'])}); the most "
         f"frequent report makes up {show(audit['most_common_report'])}."
     )
-    verdict = f"<p class='verdict {audit['verdict_code']}'>{audit['verdict']}</p>"
-    heading, verdict = _heading("Does it look at the image?"), Block(f"**{audit['verdict']}**", verdict)
+    verdict = f"**{audit['verdict']}**", f"<p class='verdict {audit['verdict_code']}'>{audit['verdict']}</p>"
+    heading = _heading("Does it look at the image?")
     return [heading, verdict, _list(audit["reasons"]), _table(rows), _text(text)]
 
 

@@ -133,7 +133,7 @@ class ReportPasses:
         known = self.stored(key)
         mine = [row for row in rows if known[row] is None and row % self.processes == self.process]
         with tqdm(total=len(mine), desc=key, unit="case", dynamic_ncols=True, disable=None if mine else True) as bar:
-            for part in chunks(mine, size):
+            for part in (mine[start : start + size] for start in range(0, len(mine), size)):
                 self.store.add(
                     {"table": self.table, "condition": key, "row": row, "case": self.cases[row]} | record
                     for row, record in zip(part, make(part), strict=True)
@@ -169,8 +169,8 @@ class ReportPasses:
         step = max(1, -(-len(self) // _BASELINE_CASES))
         chosen = range(0, len(self), step)
         features, position = 0, 0
-        for rows in chunks(chosen, self.batch_size):
-            batch = self.batch([self.data[row] for row in rows])
+        for start in range(0, len(chosen), self.batch_size):
+            batch = self.batch([self.data[row] for row in chosen[start : start + self.batch_size]])
             with torch.no_grad():
                 features = features + self.writer.model.vision.features(batch["images"]).float().sum(0)
             position = position + batch["slice_position"].sum(0)
@@ -238,12 +238,6 @@ def shuffled_order(patients: Sequence[str], seed: int) -> list[int]:
     for position, case in enumerate(around):
         order[case] = around[(position + most) % len(around)]
     return order
-
-
-def chunks(rows: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Consecutive parts of at most ``size`` rows."""
-    for start in range(0, len(rows), size):
-        yield list(rows[start : start + size])
 
 
 def _whole_lines(path: Path) -> Iterator[Record]:

@@ -155,10 +155,10 @@ def mask_scores(cases: Sequence[MaskedCase | None], reports: Mentions) -> dict[s
             continue
         for stated in described(mentions):
             lesion = min(masked.lesions, key=lambda x: _lesion_distance(stated, x), default=None)
-            if stated.side is not None:
-                hits["side_acc"].append((case, lesion is not None and side_agrees(stated, lesion)))
-            if stated.zone is not None:
-                hits["zone_acc"].append((case, lesion is not None and zone_agrees(stated, lesion)))
+            same = agreement(stated, lesion) if lesion else {"side": False, "zone": False}
+            for name in ("side", "zone"):
+                if getattr(stated, name) is not None:
+                    hits[f"{name}_acc"].append((case, same[name]))
             if stated.size_mm is not None and stated.finding not in _DEPTHS:
                 close = lesion is not None and sizes_agree(lesion.diameter_mm, stated.size_mm)
                 hits["size_within_3mm"].append((case, close))
@@ -181,19 +181,13 @@ def pair(
     return [(a, stated[partner[i]] if i in partner else None) for i, a in enumerate(truth)]
 
 
-def finding_agrees(stated: FindingMention, lesion: MeasuredLesion) -> bool:
-    """Whether a lesion has no name, or that of the finding."""
-    return lesion.name == stated.finding or lesion.name.startswith("label ")
-
-
-def side_agrees(stated: FindingMention, lesion: MeasuredLesion) -> bool:
-    """Whether a statement has no side, or one that its lesion lies in."""
-    return stated.side in (None, lesion.side, "bilateral")
-
-
-def zone_agrees(stated: FindingMention, lesion: MeasuredLesion) -> bool:
-    """Whether a statement has no zone, or that of its lesion."""
-    return stated.zone in (None, lesion.zone)
+def agreement(stated: FindingMention, lesion: MeasuredLesion) -> dict[str, bool]:
+    """Whether a statement has the name, side and zone of a lesion, or one of the two has none."""
+    return {
+        "finding": lesion.name == stated.finding or lesion.name.startswith("label "),
+        "side": stated.side in (None, lesion.side, "bilateral"),
+        "zone": stated.zone in (None, lesion.zone),
+    }
 
 
 def sizes_agree(a: float, b: float | None) -> bool:
@@ -207,5 +201,6 @@ def _mention_distance(a: FindingMention, b: FindingMention) -> tuple[float, ...]
 
 
 def _lesion_distance(stated: FindingMention, lesion: MeasuredLesion) -> tuple[float, ...]:
-    agreeing = 2 * finding_agrees(stated, lesion) + side_agrees(stated, lesion) + zone_agrees(stated, lesion)
+    same = agreement(stated, lesion)
+    agreeing = 2 * same["finding"] + same["side"] + same["zone"]
     return -agreeing, abs((stated.size_mm or lesion.diameter_mm) - lesion.diameter_mm), -lesion.volume_mm3

@@ -67,10 +67,6 @@ class Job:
         """Conditions of the sampled reports."""
         return [f"{SAMPLE}{k}" for k in range(1, self.args.samples + 1)]
 
-    @property
-    def maps(self) -> Path:
-        return self.args.out / "maps"
-
     def key(self, name: str) -> str:
         """Key in the store of what depends on the mask's labels and on how maps are made."""
         settings = [self.args.attribution, self.names and sorted(self.names.items()), self.label.merged, self.args.maps]
@@ -123,10 +119,8 @@ def read_mask_labels(given: Sequence[str] | None) -> dict[int, str] | None:
         path = Path(given[0])
         try:
             labels = json.loads(path.read_text(encoding="utf-8-sig"))["labels"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"--mask_labels {path}: expected nnU-Net's dataset.json with 'labels' ({error})"
-            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as why:
+            raise InputError(f"--mask_labels {path}: expected nnU-Net's dataset.json with 'labels' ({why})") from why
         return {int(v): name for name, v in labels.items() if name in FINDINGS and not isinstance(v, list)} or None
     names = {}
     for pair in given:
@@ -152,7 +146,8 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     config = local_config(args, checkpoint.config)
     remedy = "use a checkpoint that was trained with your own models"
     check_toy_models(config, [args.csv], args.allow_toy_model, remedy)
-    vision = checkpoint.build_vision().to(accelerator.device).eval()
+    device = accelerator.device
+    vision = checkpoint.build_vision().to(device).eval()
 
     def load(path: Path, limit: int | None = None) -> MedicalVLMDataset:
         cache = open_cache(config, checkpoint.preprocess_plan)
@@ -164,9 +159,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
 
     tables, other = {args.csv: load(args.csv, args.limit)}, calibration_csv(args, config)
     tables |= {other: load(other)} if other else {}
-    lm = MambaLM.load(
-        config.mamba_model, dtype=config.mamba_dtype, device=accelerator.device, adapters=checkpoint.adapters
-    )
+    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, adapters=checkpoint.adapters)
     if lm.width != checkpoint.llm["width"]:
         raise InputError(
             f"mamba_model '{config.mamba_model}' has width {lm.width}, {args.checkpoint} was trained for width "
@@ -184,7 +177,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     label = Labeller(language_of(answers) if args.language == "auto" else args.language, same_finding(args))
     if accelerator.is_main_process:
         where = f"{len(calibration[0])} cases to calibrate on" if calibration else "no other table to calibrate on"
-        print(f"evaluation: {len(passes)} cases, {where}, reports in {label.language}, device {accelerator.device}, "
+        print(f"evaluation: {len(passes)} cases, {where}, reports in {label.language}, device {device}, "
               f"{accelerator.num_processes} process(es), generations {store.identity}", flush=True)  # fmt: skip
     return Job(args, passes, calibration[0] if calibration else None, read_mask_labels(args.mask_labels), label)
 
@@ -248,7 +241,7 @@ def measure_lesions_and_maps(job: Job, accelerator: Accelerator) -> None:
 
     def make(part: list[int]) -> list[dict[str, Any]]:
         [row] = part
-        out = job.maps if row < job.args.maps else None
+        out = job.args.out / "maps" if row < job.args.maps else None
         return [map_case(job.passes, row, job.stated[row], masked[row], job.args.attribution, out)]
 
     job.passes.fill(job.key("maps"), wanted, 1, make)
@@ -285,11 +278,11 @@ def write_card(job: Job) -> dict[str, Any]:
     marked = marked_reports(results)
     write_reports(args.out / "reports.csv", job, results, marked)
     plots = draw_plots(args.out, results.confidence)
-    figures = [job.maps / record["figure"] if record and record["figure"] else None for record in results.pointing]
-    cases = [
-        (f"{row}: {one.image_path.name}", one.answer, marked[row], figure if figure and figure.is_file() else None)
-        for row, (one, figure) in enumerate(zip(passes.data.rows[:_SHOWN], figures, strict=False))
-    ]
+    cases = []
+    for row, (one, record) in enumerate(zip(passes.data.rows[:_SHOWN], results.pointing, strict=False)):
+        figure = args.out / "maps" / record["figure"] if record and record["figure"] else None
+        shown = figure if figure and figure.is_file() else None
+        cases.append((f"{row}: {one.image_path.name}", one.answer, marked[row], shown))
     write_pages(args.out, card_blocks(card, plots, cases))
     audit = card["audit"]
     macro = [one["macro_f1"] for one in (card["findings"], audit["shuffled"], audit["blank"])]

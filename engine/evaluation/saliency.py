@@ -2,16 +2,15 @@
 
     features [1, K, C, T, T] → bridge → (CMI) → Mamba → Σ log p(tokens of the span) → map [K, T, T]
 
-All methods compare the image with a baseline, the mean features of many cases.
+All methods compare the image with a baseline, the mean features of many cases:
 
-``integrated``: integrated gradients (Sundararajan et al. 2017), summed over channels. The values of a map add up to the
-change that the image makes; a positive value supports the span.
+``integrated``: integrated gradients (Sundararajan et al. 2017), summed over channels: they add up to the change that
+the image makes; a positive value supports the span.
 
 ``evidence``, the default: the positive integrated gradients of single channels, summed, then smoothed by a Gaussian
 whose standard deviation is the extent of one feature, because its receptive field is much larger than its cell.
 
-``occlusion``: the fall of the log-probability when the features of a cell are replaced by the baseline's (Zeiler &
-Fergus 2014).
+``occlusion``: the fall of the log-probability when a cell has the baseline's features (Zeiler & Fergus 2014).
 
 The pointing game (Zhang et al. 2018): a map hits where its maximum lies in a cell that holds voxels of the lesion that
 the sentence states. Sentences about a lesion that is not there, or that the model was not shown, are not played.
@@ -34,7 +33,7 @@ from data.report_language.labeller import FindingMention
 from engine.evaluation.conditions import OWN, ReportPasses
 from engine.evaluation.confidence import Statement, split_sentences, touches
 from engine.evaluation.heat_maps import FramedGrid, draw_heat, write_heat
-from engine.evaluation.localisation import MaskedCase, finding_agrees, side_agrees, zone_agrees
+from engine.evaluation.localisation import MaskedCase, agreement
 from engine.evaluation.report_writer import answer_log_probs, token_spans
 from models.medical_vlm import MedicalVLM
 from models.nnunet.encoder import NnUNetEncoder
@@ -194,7 +193,7 @@ def _point(
         why = "no mask"
     elif masked.problem:
         why = "the lesions could not be measured"
-    elif not (stated := [lesion for lesion in masked.lesions if any(_agree(m, lesion) for m in mentions)]):
+    elif not (stated := [x for x in masked.lesions if any(all(agreement(m, x).values()) for m in mentions)]):
         why = "the lesion that it states is not in the mask"
     elif not (cells := grid.cells_of(_voxels(labels, stated))).any():
         why = "the lesion lies in no slice that the model was shown"
@@ -203,18 +202,12 @@ def _point(
     return {"hit": bool(cells.flat[int(heat.argmax())]), "chance": float(cells.mean()), "why": ""}
 
 
-def _agree(mention: FindingMention, lesion: MeasuredLesion) -> bool:
-    return finding_agrees(mention, lesion) and side_agrees(mention, lesion) and zone_agrees(mention, lesion)
-
-
 def _voxels(labels: np.ndarray, lesions: Sequence[MeasuredLesion]) -> np.ndarray:
     """Voxels of the components that hold these lesions, bool of the shape of ``labels``."""
     found = np.zeros(labels.shape, bool)
     for label in {lesion.label for lesion in lesions}:
         parts, count = ndimage.label(labels == label, np.ones((3, 3, 3), bool))
-        centres = ndimage.center_of_mass(labels == label, parts, range(1, count + 1))
-        wanted = [(x.z, x.y, x.x) for x in lesions if x.label == label]
-        for number, centre in enumerate(centres, 1):
-            if any(np.allclose(centre, other, atol=1e-3) for other in wanted):
-                found |= parts == number
+        centres = np.array(ndimage.center_of_mass(labels == label, parts, range(1, count + 1)))
+        for x in (lesion for lesion in lesions if lesion.label == label):
+            found |= parts == 1 + np.abs(centres - (x.z, x.y, x.x)).max(1).argmin()
     return found

@@ -67,13 +67,8 @@ def test_reports_of_phantoms_are_clean() -> None:
 
 
 def test_duplicates_by_hand() -> None:
-    base = (
-        "右肺上叶见一12mm软组织结节，边缘较光滑，邻近胸膜未见牵拉，余肺野内未见明确实变影及结节影，双侧胸腔未见积液。"
-    )
-    near = base.replace("12mm", "13mm", 1)
-    found = find_duplicates([base, " " + base, near, "双肺未见异常。"])
-    assert found["exact_duplicate_rate"] == 0.5 and found["most_common_report"] == 0.5
-    assert found["duplicate_rate"] == 0.75 if _jaccard(base, near) >= 0.9 else 0.5
+    found = find_duplicates(["右肺上叶结节。", " 右肺上叶 结节。", "双肺未见异常。", "左肺空洞。"])
+    assert found == {"duplicate_rate": 0.5, "exact_duplicate_rate": 0.5, "most_common_report": 0.5}
     assert find_duplicates(["甲", "乙"])["duplicate_rate"] == 0
 
 
