@@ -100,8 +100,7 @@ def draw_heat(
     """Write a figure: for each map the slice of its peak, in lung window, patient's right on the left.
 
     Args:
-        heats: (z, y, x) each, on the canonical grid.
-        titles: one for each.
+        heats: at least one, each (z, y, x) on the canonical grid, with a title.
         lesion: labels (z, y, x), outlined.
     """
     from matplotlib.figure import Figure
@@ -110,11 +109,9 @@ def draw_heat(
 
     figure = Figure(figsize=(3.1 * (len(heats) + 1), 3.4), dpi=110, layout="constrained")
     axes = figure.subplots(1, len(heats) + 1, squeeze=False)[0]
-    font = cjk_font()
-    aspect = volume.spacing[1] / volume.spacing[2]
+    font, aspect = cjk_font(), volume.spacing[1] / volume.spacing[2]
     slices = [int(np.abs(heat).max((1, 2)).argmax()) for heat in heats]
-    first = slices[0] if slices else volume.array.shape[0] // 2
-    panels = [(first, None, ""), *zip(slices, heats, titles, strict=True)]
+    panels = [(slices[0], None, ""), *zip(slices, heats, titles, strict=True)]
     for axis, (index, heat, title) in zip(axes, panels, strict=True):
         axis.imshow(volume.array[index], cmap="gray", vmin=LUNG_WINDOW_HU[0], vmax=LUNG_WINDOW_HU[1], aspect=aspect)
         if heat is not None:

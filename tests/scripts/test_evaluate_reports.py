@@ -14,8 +14,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from config.errors import InputError
 from config.nnunet_plans import PreprocessPlan
@@ -28,6 +26,7 @@ from models.language_model.mamba_lm import lm_identity
 from models.medical_vlm import VisionBridge
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.encoder import NnUNetEncoder
+from tests.models.language_model.tiny import byte_tokenizer, random_mamba
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "evaluate_reports.py"
 LABELS = [f"{value}={name}" for value, name in enumerate(FINDING_TYPES) if value]
@@ -38,22 +37,12 @@ PROMISED = (
 )
 
 
-def write_language_model(folder: Path) -> None:
-    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, "<|endoftext|>": 256}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = MambaConfig(vocab_size=257, hidden_size=16, num_hidden_layers=2, state_size=4)
-    MambaForCausalLM(config).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> tuple[Path, DatasetPaths]:
     root = tmp_path_factory.mktemp("desk")
     data = make_dataset(root / "data", 0, 3, 6, seed=3, workers=1, normal_share=0.3)
-    write_language_model(root / "lm")
+    byte_tokenizer(pad_token=None).save_pretrained(root / "lm")
+    random_mamba(vocab_size=257, hidden_size=16, num_hidden_layers=2, state_size=4).save_pretrained(root / "lm")
     source = load_nnunet_checkpoint(assets / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth")
     config = load_config(
         None, bridge_width=8, bridge_depth=1, encoder_target_spatial=4, max_visual_tokens=4,

@@ -23,6 +23,7 @@ from engine.evaluation.confidence import Labeller, Outcomes, confidence_scores
 from engine.evaluation.report_card import TableResults, report_card
 from engine.evaluation.report_writer import Report
 
+ZH = Labeller("zh")
 KINDS = ("nodule", "cavity", "consolidation", "fibrosis", "calcification")
 
 
@@ -52,9 +53,7 @@ class Model:
     device = torch.device("cpu")
 
     def __init__(self, table: Table, looks: bool) -> None:
-        self.reports = [row.answer for row in table.rows]
-        self.looks = looks
-        self.written = 0
+        self.reports, self.looks, self.written = [row.answer for row in table.rows], looks, 0
         self.shown: list[tuple[Tensor, Tensor | None]] = []
         self.model = SimpleNamespace(vision=SimpleNamespace(features=lambda images: images[:, None]))
 
@@ -106,16 +105,9 @@ def audit(folder: Path, n: int, looks: bool) -> tuple[dict[str, Any], Model]:
     passes = passes_of(folder, data, model)
     for condition in AUDITED:
         passes.run(condition)
-    results = TableResults(
-        Labeller("zh"),
-        [row.answer for row in data.rows],
-        {name: passes.records(name) for name in AUDITED},
-        [None] * n,
-        none,
-        confidence_scores(Outcomes.of(none, data.rows, Labeller("zh")), None, ""),
-        [None] * n,
-        lesion_inputs=["heights of slices", "squares of lesions"],
-    )
+    records, truth = {name: passes.records(name) for name in AUDITED}, [row.answer for row in data.rows]
+    confidence, lesions = confidence_scores(Outcomes.of(none, data.rows, ZH), None, ""), ["heights", "squares"]
+    results = TableResults(ZH, truth, records, [None] * n, none, confidence, [None] * n, lesion_inputs=lesions)
     return report_card(results), model
 
 
@@ -148,7 +140,7 @@ def test_squares_are_the_mean_image_with_what_is_known_of_the_case(tmp_path: Pat
     assert [position.shape for position in prior] == [(1,)] * 2
     assert [(position.shape, roi.shape) for position, roi in squares] == [((7, 1), (7, 1, 4))] * 2
     assert card["audit"]["squares"]["macro_f1"] < card["audit"]["own"]["macro_f1"]
-    alone = "heights of slices and squares of lesions alone, with the mean image, give macro-F1"
+    alone = "heights and squares alone, with the mean image, give macro-F1"
     assert card["audit"]["reasons"][-1].startswith(alone)
     assert card["audit"]["verdict_code"] == "unclear", "with 14 cases"
 
@@ -198,21 +190,24 @@ def record(row: int, text: str) -> dict:
     return {"table": "t", "condition": "own", "row": row, "case": f"digest{row}", "text": text}
 
 
+def text_of(store: GenerationStore, row: int) -> str | None:
+    found = store.get("t", "own", row, f"digest{row}")
+    return found and found["text"]
+
+
 def test_a_line_that_a_crash_cut_short_is_missing_and_spoils_no_other(tmp_path: Path) -> None:
     GenerationStore(tmp_path, {"a": 1}).add([record(0, "右肺结节。"), record(1, "空洞。")])
     [path] = tmp_path.glob("generations-*.jsonl")
     path.write_bytes(path.read_bytes()[:-8])  # in the middle of a character
     store = GenerationStore(tmp_path, {"a": 1})
-    assert store.get("t", "own", 0, "digest0")["text"] == "右肺结节。" and store.get("t", "own", 1, "digest1") is None
+    assert text_of(store, 0) == "右肺结节。" and text_of(store, 1) is None
     store.add([record(1, "实变。")])
-    assert GenerationStore(tmp_path, {"a": 1}).get("t", "own", 1, "digest1")["text"] == "实变。"
+    assert text_of(GenerationStore(tmp_path, {"a": 1}), 1) == "实变。"
 
 
 def test_processes_read_each_other_and_no_other_identity(tmp_path: Path) -> None:
     first, second = (GenerationStore(tmp_path, {"a": 1}, process) for process in (0, 1))
     second.add([record(0, "结节。")])
-    assert first.get("t", "own", 0, "digest0") is None
+    assert text_of(first, 0) is None
     first.reload()
-    assert first.get("t", "own", 0, "digest0")["text"] == "结节。"
-    assert first.get("t", "own", 0, "another image") is None
-    assert GenerationStore(tmp_path, {"a": 2}).get("t", "own", 0, "digest0") is None
+    assert text_of(first, 0) == "结节。" and text_of(GenerationStore(tmp_path, {"a": 2}), 0) is None
