@@ -33,6 +33,8 @@ _CJK_FONTS = ("Microsoft YaHei", "SimHei", "Noto Sans CJK SC", "Source Han Sans 
 _STYLE = """body{font:15px/1.5 sans-serif;margin:1.5em;max-width:1300px}img{max-width:100%}
 section{border-top:1px solid #bbb;padding:.8em 0}pre{white-space:pre-wrap;font:inherit;margin:.3em 0}"""
 
+Range, Sides = tuple[float, float], tuple[str, str]
+
 
 @dataclass(frozen=True)
 class ModelView:
@@ -40,9 +42,9 @@ class ModelView:
     indices in the scan; ``sides``: what lies left and right on a plane."""
 
     planes: np.ndarray
-    grey: tuple[float, float]
+    grey: Range
     slices: list[int]
-    sides: tuple[str, str]
+    sides: Sides
 
 
 def draw_case(
@@ -93,9 +95,8 @@ def write_sheet(cases: list[tuple[CheckedImage, str, Path | None]], problems: li
     by_row: dict[tuple[str, int], list[Problem]] = defaultdict(list)
     for problem in problems:
         by_row[problem.table, problem.row].append(problem)
-    general = [problem for problem in problems if problem.row == 0]
-    parts = [f"<!doctype html><meta charset='utf-8'><title>Contact sheet</title><style>{_STYLE}</style>"]
-    parts += ["<h1>Contact sheet</h1>", _listed(general)]
+    head = f"<!doctype html><meta charset='utf-8'><title>Contact sheet</title><style>{_STYLE}</style>"
+    parts = [head, "<h1>Contact sheet</h1>", _listed([problem for problem in problems if problem.row == 0])]
     for checked, table, figure in cases:
         row = checked.row
         shown = f"<img loading='lazy' src='{figure.relative_to(out).as_posix()}'>" if figure else ""
@@ -104,18 +105,14 @@ def write_sheet(cases: list[tuple[CheckedImage, str, Path | None]], problems: li
             f"{html.escape(_facts(checked))}{_listed(by_row[table, row.number])}{shown}"
             f"<pre><b>{html.escape(row.question)}</b></pre><pre>{html.escape(row.answer)}</pre></section>"
         )
+    if figures := [figure for _, _, figure in cases if figure][:_IN_ONE_FIGURE]:
+        _stack(figures, out / "contact_sheet.png")
     page = out / "contact_sheet.html"
     write_text(page, "\n".join(parts))
-    figures = [figure for _, _, figure in cases if figure][:_IN_ONE_FIGURE]
-    if figures:
-        _stack(figures, out / "contact_sheet.png")
     return page
 
 
-def _show(
-    axis: Axes, plane: np.ndarray, grey: tuple[float, float], title: str, aspect: float,
-    sides: tuple[str, str] = ("R", "L"),
-) -> None:  # fmt: skip
+def _show(axis: Axes, plane: np.ndarray, grey: Range, title: str, aspect: float, sides: Sides = ("R", "L")) -> None:
     axis.imshow(plane, cmap="gray", vmin=grey[0], vmax=grey[1], aspect=aspect)
     axis.set_title(title, fontsize=8, pad=2)
     for place, side, align in ((0.02, sides[0], "left"), (0.98, sides[1], "right")):

@@ -22,31 +22,24 @@ from engine.cli import add_model_flags, positive_int, run_main
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate the reports of a checkpoint")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="written by train_vlm.py")
-    parser.add_argument("--csv", type=Path, required=True, help="table of held-out cases")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the report card")
-    parser.add_argument(
-        "--config", type=Path, help="take tables, model folder and cache from here instead of the checkpoint"
-    )
-    parser.add_argument("--batch_size", type=positive_int, default=16, help="cases generated together, per process")
-    parser.add_argument("--limit", type=positive_int, help="only the first so many cases")
-    parser.add_argument("--max_new_tokens", type=positive_int, default=300, help="a report is cut there")
-    parser.add_argument(
-        "--calibration_csv", type=Path, help="cases to calibrate confidence on; default: caption_csv_val"
-    )
-    parser.add_argument("--abstain_below", type=float, default=0.5, help="surer sentences are not marked")
-    parser.add_argument("--samples", type=int, default=0, help="reports sampled per case, for agreement; 0: none")
-    parser.add_argument("--maps", type=int, default=12, help="cases whose maps are saved as PNG and NIfTI")
-    parser.add_argument("--pointing_cases", type=int, help="at most so many cases for the pointing game; default: all")
-    parser.add_argument("--attribution", choices=("evidence", "integrated", "occlusion"), default="evidence")
-    parser.add_argument(
-        "--mask_labels", nargs="+", metavar="N=FINDING", help="names of mask values, or nnU-Net's dataset.json"
-    )
-    parser.add_argument(
-        "--same_finding", nargs="+", metavar="A=B", help="count finding A as B, in reports and references alike"
-    )
-    parser.add_argument("--language", choices=("auto", "zh", "en"), default="auto", help="of the reports")
-    parser.add_argument("--seed", type=int, default=42)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="written by train_vlm.py")
+    add("--csv", type=Path, required=True, help="table of held-out cases")
+    add("--out", type=Path, required=True, help="folder of the report card")
+    add("--config", type=Path, help="take tables, model folder and cache from here instead of the checkpoint")
+    add("--batch_size", type=positive_int, default=16, help="cases generated together, per process")
+    add("--limit", type=positive_int, help="only the first so many cases")
+    add("--max_new_tokens", type=positive_int, default=300, help="a report is cut there")
+    add("--calibration_csv", type=Path, help="cases to calibrate confidence on; default: caption_csv_val")
+    add("--abstain_below", type=float, default=0.5, help="surer sentences are not marked")
+    add("--samples", type=int, default=0, help="reports sampled per case, for agreement; 0: none")
+    add("--maps", type=int, default=12, help="cases whose maps are saved as PNG and NIfTI")
+    add("--pointing_cases", type=int, help="at most so many cases for the pointing game; default: all")
+    add("--attribution", choices=("evidence", "integrated", "occlusion"), default="evidence")
+    add("--mask_labels", nargs="+", metavar="N=FINDING", help="names of mask values, or nnU-Net's dataset.json")
+    add("--same_finding", nargs="+", metavar="A=B", help="count finding A as B, in reports and references alike")
+    add("--language", choices=("auto", "zh", "en"), default="auto", help="of the reports")
+    add("--seed", type=int, default=42)
     add_model_flags(parser)
     return parser.parse_args()
 

@@ -6,7 +6,7 @@ Percentile bootstrap (Efron 1979): cases are drawn with replacement, as often as
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,9 +41,9 @@ class Score:
         return {"value": self.value, "interval": self.bounds, "n": self.n, "what": self.what}
 
 
-def case_weights(n: int, repeats: int = REPEATS, seed: int = 0) -> np.ndarray:
-    """How often each case is drawn: int64 [repeats, n], each row sums to n."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=repeats) if n else np.zeros((repeats, 0))
+def case_weights(n: int) -> np.ndarray:
+    """How often each case is drawn: int64 [REPEATS, n], each row sums to n; always the same draws."""
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=REPEATS) if n else np.zeros((REPEATS, 0))
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -61,25 +61,20 @@ def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0)
 
 
-def ratio_score(
-    above: Sequence[float], below: Sequence[float], what: str = "", repeats: int = REPEATS, seed: int = 0
-) -> Score:
+def ratio_score(above: Sequence[float], below: Sequence[float], what: str = "") -> Score:
     """Σ ``above`` / Σ ``below``, each with one value per case; NaN where Σ ``below`` is 0."""
     parts = np.array([above, below], float)  # [2, cases]
-    drawn = case_weights(parts.shape[1], repeats, seed) @ parts.T
+    drawn = case_weights(parts.shape[1]) @ parts.T
     return Score(float(ratio(*parts.sum(1))), *interval(ratio(*drawn.T)), parts.shape[1], what)
 
 
-def mean_score(values: Sequence[float], what: str = "", repeats: int = REPEATS, seed: int = 0) -> Score:
+def mean_score(values: Sequence[float], what: str = "") -> Score:
     """Mean of one value per case; NaN without a case."""
-    return ratio_score(values, np.ones(len(values)), what, repeats, seed)
+    return ratio_score(values, np.ones(len(values)), what)
 
 
-def hit_score(hits: Sequence[tuple[int, bool]], cases: int, what: str, repeats: int = REPEATS, seed: int = 0) -> Score:
+def hit_score(hits: Sequence[tuple[int, bool]], cases: int, what: str) -> Score:
     """Fraction of hits, which are (case, hit or miss), several or none per case; ``n`` is their number."""
-    right, total = np.zeros(cases), np.zeros(cases)
-    for case, hit in hits:
-        right[case] += hit
-        total[case] += 1
-    score = ratio_score(right, total, what, repeats, seed)
-    return Score(score.value, score.low, score.high, len(hits), what)
+    case, hit = np.array(hits, int).reshape(-1, 2).T
+    score = ratio_score(np.bincount(case, hit, cases), np.bincount(case, minlength=cases), what)
+    return replace(score, n=len(hits))

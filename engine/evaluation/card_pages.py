@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,15 @@ import numpy as np
 
 from config.files import write_text
 from data.report_language.sections import SECTIONS
-from engine.evaluation.calibration import ConfidenceScores, Reliability, RiskCoverage
 from engine.evaluation.conditions import AUDITED, OWN
-from engine.evaluation.confidence import TO_CHECK
+from engine.evaluation.confidence import EDGES, TO_CHECK, ConfidenceScores
 
 _STYLE = """body{font:15px/1.55 sans-serif;margin:2em auto;max-width:1150px;padding:0 1em}
 table{border-collapse:collapse;margin:.6em 0}td,th{border:1px solid #bbb;padding:.25em .6em;text-align:left;
 vertical-align:top}th{background:#eee}img{max-width:100%}.verdict{font-size:1.25em;font-weight:bold;padding:.5em .8em;
 border-left:6px solid #888;background:#f4f4f4}.depends{border-color:#2a8f3c}.independent{border-color:#b00020}
 .partly,.unclear{border-color:#c77d00}mark{background:#ffd9a0}"""
+_MARK = re.compile("|".join(map(re.escape, TO_CHECK.values())))
 _IMAGES = {
     "own": "the case's own",
     "shuffled": "another patient's",
@@ -32,126 +32,83 @@ _IMAGES = {
     "prior": "none (mean of all)",
     "squares": "mean of all, own slice heights and lesion squares",
 }
-Rows = Sequence[Sequence[str]]  # of a table, the first its head
-
-
-@dataclass(frozen=True)
-class Block:
-    """One part of the card in both formats."""
-
-    markdown: str
-    html: str
-
-
-@dataclass(frozen=True)
-class ShownCase:
-    """A report as the card shows it; ``figure``: its saliency maps, or None."""
-
-    name: str
-    reference: str
-    marked: str
-    figure: Path | None
+Block = tuple[str, str]  # Markdown, HTML
+ShownCase = tuple[str, str, str, Path | None]  # name, reference, marked report, figure of its maps
 
 
 def card_blocks(card: Mapping[str, Any], plots: Sequence[tuple[Path, str]], cases: Sequence[ShownCase]) -> list[Block]:
     """The whole card."""
-    audit, mask = card["audit"], card["mask"]
-    places = [["measure", "value", "of", "what"], *_score_rows(card["places"])]
-    for who in ("reports", "references"):
-        places += _score_rows(mask[who] or {}, f"mask, {who}: ")
     blocks = [
         _text(f"{card['cases']} cases of {card['csv']}, checkpoint {card['checkpoint']}. In brackets: the 95 % "
               "interval over cases. Definitions: docs/evaluation.md."),
-        _heading("Does it look at the image?"),
-        Block(f"**{audit['verdict']}**", f"<p class='verdict {audit['verdict_code']}'>{audit['verdict']}</p>"),
-        _list(audit["reasons"]),
-        _table(_audit_rows(audit)),
-        _text(_audit_text(audit)),
-        _heading("Findings"),
-        _text(_findings_text(card["findings"])),
-        _table(_finding_rows(card["findings"]["by_finding"])),
-        _heading("Side, height and size"),
-        _table(places),
-        *([_list(mask["problems"])] if mask["problems"] else []),
-        _heading("Confidence"),
-        _text(_confidence_text(card["confidence"])),
+        *_audit(card["audit"]),
+        *_findings(card["findings"]),
+        *_places(card["places"], card["mask"]),
+        *_confidence(card["confidence"]),
         *(_figure(path, caption) for path, caption in plots),
-        _heading("Where it looked"),
-        _text(_pointing_text(card["pointing"])),
-        _heading("Language"),
-        _table(_language_rows(card["language"])),
-        _heading("Sections and text"),
-        _table(_section_rows(card["sections"])),
-        _text(_faults_text(card["text"])),
+        *_pointing(card["pointing"]),
+        *_language(card["language"]),
+        *_sections(card["sections"], card["text"]),
         _heading("Reports"),
     ]  # fmt: skip
-    for case in cases:
-        blocks.append(_table([["case", case.name], ["reference", case.reference], ["generated", case.marked]]))
-        if case.figure is not None:
-            blocks.append(_figure(case.figure, f"{case.name}: where it looked; the lesion outlined", "maps/"))
+    for name, reference, marked, figure in cases:
+        blocks.append(_table([["case", name], ["reference", reference], ["generated", marked]]))
+        if figure is not None:
+            blocks.append(_figure(figure, f"{name}: where it looked; the lesion outlined", "maps/"))
     return blocks
 
 
 def write_pages(folder: Path, blocks: Sequence[Block]) -> None:
     """Write ``report_card.md``, which links its figures, and ``report_card.html``, which holds them."""
-    write_text(folder / "report_card.md", "\n\n".join(["# Report card", *(block.markdown for block in blocks)]) + "\n")
+    markdown, parts = zip(*blocks, strict=True)
+    write_text(folder / "report_card.md", "\n\n".join(["# Report card", *markdown]) + "\n")
     head = f"<!doctype html><html><head><meta charset='utf-8'><title>Report card</title><style>{_STYLE}</style></head>"
-    body = ["<body><h1>Report card</h1>", *(block.html for block in blocks), "</body></html>"]
-    write_text(folder / "report_card.html", "\n".join([head, *body]))
+    page = [head, "<body><h1>Report card</h1>", *parts, "</body></html>"]
+    write_text(folder / "report_card.html", "\n".join(page))
 
 
 def draw_plots(folder: Path, scores: ConfidenceScores) -> list[tuple[Path, str]]:
     """Write the reliability diagram and the risk-coverage curve; none where there are no statements."""
-    if scores.after is None or scores.curve is None:
-        return []
-    plots = [(folder / "reliability.png", "Reliability"), (folder / "risk_coverage.png", "Risk and coverage")]
-    draw_reliability(scores.after, plots[0][0])
-    draw_risk_coverage(scores.curve, plots[1][0])
-    return plots
-
-
-def draw_reliability(bins: Reliability, path: Path) -> None:
-    """Accuracy of each bin against its confidence, and how many statements it holds."""
     from matplotlib.figure import Figure  # without pyplot: no display and no global state
 
+    bins, curve, card = scores.bins, scores.curve, scores.card
+    if not bins:
+        return []
+    plots = [(folder / "reliability.png", "Reliability"), (folder / "risk_coverage.png", "Risk and coverage")]
     figure = Figure(figsize=(4, 4.6), layout="constrained")
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    width = np.diff(bins.edges)
-    top.bar(bins.edges[:-1], np.nan_to_num(bins.accuracy), width, align="edge", color="#4c78a8", edgecolor="white")
+    left, width = bins["from"], np.diff(EDGES)
+    top.bar(left, np.nan_to_num(bins["right"]), width, align="edge", color="#4c78a8", edgecolor="white")
     top.plot([0, 1], [0, 1], "--", color="#555555", linewidth=1)
-    top.plot(bins.confidence, bins.accuracy, "o", color="#f58518", markersize=4)
-    top.set(ylabel="fraction right", ylim=(0, 1), title=f"statements  ECE {bins.ece:.3f}")
-    below.bar(bins.edges[:-1], bins.count, width, align="edge", color="#9d9d9d", edgecolor="white")
+    top.plot(bins["confidence"], bins["right"], "o", color="#f58518", markersize=4)
+    top.set(ylabel="fraction right", ylim=(0, 1), title=f"statements  ECE {card['ece']:.3f}")
+    below.bar(left, bins["count"], width, align="edge", color="#9d9d9d", edgecolor="white")
     below.set(xlabel="confidence", ylabel="count", xlim=(0, 1))
-    figure.savefig(path, dpi=150)
-
-
-def draw_risk_coverage(curve: RiskCoverage, path: Path) -> None:
-    """Error among the statements that are kept, by how many are kept."""
-    from matplotlib.figure import Figure
-
+    figure.savefig(plots[0][0], dpi=150)
     figure = Figure(figsize=(4, 3), layout="constrained")
     axis = figure.subplots()
-    axis.step(curve.coverage, curve.risk, where="post", color="#4c78a8")
+    axis.step(curve["coverage"], curve["risk"], where="post", color="#4c78a8")
     axis.set(xlabel="fraction of statements kept, the surest first", ylabel="fraction of them wrong", xlim=(0, 1))
-    axis.set(ylim=(0, max(0.05, 1.15 * float(curve.risk.max()))), title=f"statements  area {curve.area:.3f}")
-    figure.savefig(path, dpi=150)
+    axis.set(ylim=(0, max(0.05, 1.15 * float(curve["risk"].max()))))
+    axis.set(title=f"statements  area {card['area_under_risk_coverage']:.3f}")
+    figure.savefig(plots[1][0], dpi=150)
+    return plots
 
 
 # ---------------------------------------------------------------------------- blocks
 
 
 def _heading(text: str) -> Block:
-    return Block(f"## {text}", f"<h2>{html.escape(text)}</h2>")
+    return (f"## {text}", f"<h2>{html.escape(text)}</h2>")
 
 
 def _text(text: str) -> Block:
-    return Block(text, f"<p>{html.escape(text)}</p>")
+    return (text, f"<p>{html.escape(text)}</p>")
 
 
 def _list(lines: Sequence[str]) -> Block:
     items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-    return Block("\n".join(f"- {line}" for line in lines), f"<ul>{items}</ul>")
+    return ("\n".join(f"- {line}" for line in lines), f"<ul>{items}</ul>")
 
 
 def _figure(path: Path, caption: str, folder: str = "") -> Block:
@@ -159,34 +116,27 @@ def _figure(path: Path, caption: str, folder: str = "") -> Block:
     content = base64.b64encode(path.read_bytes()).decode("ascii")
     escaped = html.escape(caption)
     image = f"<img alt='{escaped}' src='data:image/png;base64,{content}'>"
-    return Block(f"![{caption}]({folder}{path.name})", f"<figure>{image}<figcaption>{escaped}</figcaption></figure>")
+    return (f"![{caption}]({folder}{path.name})", f"<figure>{image}<figcaption>{escaped}</figcaption></figure>")
 
 
-def _table(rows: Rows) -> Block:
+def _table(rows: Sequence[Sequence[str]]) -> Block:
+    """The first row is the head."""
     cells = [[cell.replace("|", "\\|").replace("\n", "<br>") for cell in row] for row in rows]
     cells.insert(1, ["---"] * len(rows[0]))
     lines = []
     for number, row in enumerate(rows):
         tag = "td" if number else "th"
-        marked = (_marked(html.escape(cell).replace("\n", "<br>")) for cell in row)
+        marked = (_MARK.sub(r"<mark>\g<0></mark>", html.escape(cell).replace("\n", "<br>")) for cell in row)
         lines.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in marked) + "</tr>")
-    return Block("\n".join(f"| {' | '.join(row)} |" for row in cells), f"<table>{''.join(lines)}</table>")
-
-
-def _marked(cell: str) -> str:
-    for mark in TO_CHECK.values():
-        cell = cell.replace(mark, f"<mark>{mark}</mark>")
-    return cell
+    return ("\n".join(f"| {' | '.join(row)} |" for row in cells), f"<table>{''.join(lines)}</table>")
 
 
 # ---------------------------------------------------------------------------- content
 
 
-def show(value: Any, digits: int = 3) -> str:
+def show(value: Any) -> str:
     """A number as the card prints it; a dash where there is none."""
-    if value is None:
-        return "—"
-    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+    return "—" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _with_interval(value: float | None, interval: Sequence[float | None]) -> str:
@@ -202,45 +152,48 @@ def _scored(score: Mapping[str, Any] | None, absent: str = "") -> str:
     return _with_interval(score["value"], score["interval"]) if score else absent
 
 
-def _score_rows(scores: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
-    return [[prefix + name, _scored(score), str(score["n"]), score["what"]] for name, score in scores.items()]
-
-
-def _audit_rows(audit: Mapping[str, Any]) -> list[list[str]]:
+def _audit(audit: Mapping[str, Any]) -> list[Block]:
     rows = [["image", "macro-F1", "side and height", "size within 3 mm", "nats per token", "loss gap", "same reports"]]
     for name in AUDITED:
         one = audit[name]
         numbers = [show(one[key]) for key in ("location_acc", "size_within_3mm", "nats_per_token")]
         same = show(one["same_reports"]) if name != OWN else ""
         rows.append([_IMAGES[name], _named(one, "macro_f1"), *numbers, _scored(one.get("loss_gap")), same])
-    return rows
-
-
-def _audit_text(audit: Mapping[str, Any]) -> str:
     normal = _with_interval(audit["normal_false_finding_rate"], audit["normal_false_finding_interval"])
-    return (
+    text = (
         f"Normal cases with a false finding: {normal} of {audit['normal_cases']}. Duplicate or near-duplicate reports: "
         f"{show(audit['duplicate_rate'])} (of the references: {show(audit['duplicate_rate_of_references'])}); the most "
         f"frequent report makes up {show(audit['most_common_report'])}."
     )
+    verdict = f"**{audit['verdict']}**", f"<p class='verdict {audit['verdict_code']}'>{audit['verdict']}</p>"
+    heading = _heading("Does it look at the image?")
+    return [heading, verdict, _list(audit["reasons"]), _table(rows), _text(text)]
 
 
-def _findings_text(found: Mapping[str, Any]) -> str:
-    return (
+def _findings(found: Mapping[str, Any]) -> list[Block]:
+    text = (
         f"Macro-F1 {_named(found, 'macro_f1')}; by chance (reports dealt to other cases) {_named(found, 'chance')}, "
         f"p = {show(found['p_value'])}. Micro: F1 {_scored(found['micro_f1'])}, precision "
         f"{_scored(found['micro_precision'])}, recall {_scored(found['micro_recall'])}."
     )
-
-
-def _finding_rows(findings: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    rows = [["finding", "in references", "in reports", "precision", "recall", "F1"]]
     keys = ("finding", "references", "reports", "precision", "recall")
-    rows = [[*(show(one[key]) for key in keys), _named(one, "f1")] for one in findings]
-    return [["finding", "in references", "in reports", "precision", "recall", "F1"], *rows]
+    rows += [[*(show(one[key]) for key in keys), _named(one, "f1")] for one in found["by_finding"]]
+    return [_heading("Findings"), _text(text), _table(rows)]
 
 
-def _confidence_text(found: Mapping[str, Any]) -> str:
-    return (
+def _places(places: Mapping[str, Any], mask: Mapping[str, Any]) -> list[Block]:
+    rows = [["measure", "value", "of", "what"]]
+    groups = (("", places), ("mask, reports: ", mask["reports"]), ("mask, references: ", mask["references"]))
+    for prefix, scores in groups:
+        for name, score in (scores or {}).items():
+            rows.append([prefix + name, _scored(score), str(score["n"]), score["what"]])
+    problems = [_list(mask["problems"])] if mask["problems"] else []
+    return [_heading("Side, height and size"), _table(rows), *problems]
+
+
+def _confidence(found: Mapping[str, Any]) -> list[Block]:
+    text = (
         f"Expected calibration error {show(found['ece'])} of {found['statements']} statements (before calibration "
         f"{show(found['ece_before'])}; of perfect calibration, by chance, {show(found.get('ece_of_perfect'))}); "
         f"calibrated on {found['calibrated_on']}. Below {found['abstain_below']} a sentence is marked "
@@ -248,35 +201,35 @@ def _confidence_text(found: Mapping[str, Any]) -> str:
         f"{show(found['reports_with_marks'])} of the reports. Area under the risk-coverage curve: "
         f"{show(found.get('area_under_risk_coverage'))}."
     )
+    return [_heading("Confidence"), _text(text)]
 
 
-def _pointing_text(found: Mapping[str, Any]) -> str:
-    if not found["n"]:
-        return "Pointing game: not played, no sentence about a lesion of a mask that the model was shown."
-    why = "; ".join(f"{reason}: {count}" for reason, count in found["not_played"].items())
-    text = f"Pointing game: {_scored(found)} of {found['n']} sentences; by chance {show(found['chance'])}."
-    return text + (f" Not played: {why}." if why else "")
+def _pointing(found: Mapping[str, Any]) -> list[Block]:
+    text = "Pointing game: not played, no sentence about a lesion of a mask that the model was shown."
+    if found["n"]:
+        text = f"Pointing game: {_scored(found)} of {found['n']} sentences; by chance {show(found['chance'])}."
+        why = "; ".join(f"{reason}: {count}" for reason, count in found["not_played"].items())
+        text += f" Not played: {why}." if why else ""
+    return [_heading("Where it looked"), _text(text)]
 
 
-def _language_rows(found: Mapping[str, Any]) -> list[list[str]]:
+def _language(found: Mapping[str, Any]) -> list[Block]:
     metrics = found["definitions"].items()
     rows = [[name, _with_interval(found[name], found["intervals"][name]), what] for name, what in metrics]
-    return [["metric", "value", "definition"], *rows]
+    return [_heading("Language"), _table([["metric", "value", "definition"], *rows])]
 
 
-def _section_rows(found: Mapping[str, Any]) -> list[list[str]]:
+def _sections(sections: Mapping[str, Any], text: Mapping[str, Any]) -> list[Block]:
     rows = [["section", "in reports", "in references", "BLEU-4", "ROUGE-L", "chrF"]]
     for name in SECTIONS:
-        one = found[name]
+        one = sections[name]
         scores = [_scored(one.get(key), "—") for key in ("BLEU-4", "ROUGE-L", "chrF")]
         rows.append([name, show(one["in_reports"]), show(one["in_references"]), *scores])
-    return [*rows, ["all four", _scored(found["all_four"]), "", "", "", ""]]
-
-
-def _faults_text(found: Mapping[str, Any]) -> str:
-    return (
-        f"Loops: {_scored(found['looping'])} of the reports; garbled: {_scored(found['garbled'])}; empty: "
-        f"{show(found['empty'])}; cut at the limit of tokens: {show(found['cut_at_limit'])}. Distinct 4-grams: "
-        f"{show(found['distinct_4grams'])}; mean length {show(found['mean_characters'], 0)} characters. Measured only: "
+    rows.append(["all four", _scored(sections["all_four"]), "", "", "", ""])
+    faults = (
+        f"Loops: {_scored(text['looping'])} of the reports; garbled: {_scored(text['garbled'])}; empty: "
+        f"{show(text['empty'])}; cut at the limit of tokens: {show(text['cut_at_limit'])}. Distinct 4-grams: "
+        f"{show(text['distinct_4grams'])}; mean length {text['mean_characters']:.0f} characters. Measured only: "
         "the reports stand as the model wrote them."
     )
+    return [_heading("Sections and text"), _table(rows), _text(faults)]

@@ -1,4 +1,4 @@
-"""Every report that an evaluation needs: with the case's own image, and without it.
+"""Every report that an evaluation needs, with the case's own image and without it, and the store that keeps them.
 
 =========  ===========================================================================================
 own        the case's image
@@ -11,13 +11,23 @@ sample1…   the case's image, sampled at temperature 1
 
 The prior keeps the number of visual tokens. A prompt without them is one that the language model was never trained
 on; the mean image is in distribution and holds nothing of the patient.
+
+    OUT/generations-<identity>-<process>.jsonl     a line per report; the first line: what the identity is a digest of
+
+Lines are written as they come, so that a stopped evaluation resumes. Files of another identity are not read, so a
+folder can hold the generations of several checkpoints. Every process writes its own file and reads all of them, so the
+number of processes may change between two starts.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +36,6 @@ from tqdm import tqdm
 
 from config.errors import InputError
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset, Sample
-from engine.evaluation.generation_store import GenerationStore
 from engine.evaluation.report_writer import ReportWriter
 from models.language_model.decoding import Decoding
 
@@ -34,87 +43,116 @@ OWN, SHUFFLED, BLANK, PRIOR, SQUARES, SAMPLE = "own", "shuffled", "blank", "prio
 AUDITED = (OWN, SHUFFLED, BLANK, PRIOR, SQUARES)
 _BASELINE_CASES = 256  # that the mean image is made of
 Record = dict[str, Any]
-Maker = Callable[[list[int]], list[Record]]  # records of these rows
 
 
-@dataclass
-class EvaluatedTable:
-    """A table with its samples. ``name``: a digest of its file; ``cases``: digests of image and mask by row."""
+class GenerationStore:
+    """Records by table, condition and row; the last one of a key counts."""
 
-    name: str
-    data: MedicalVLMDataset
-    cases: list[str]
+    def __init__(self, folder: Path, described: Mapping[str, Any], process: int = 0) -> None:
+        """
+        Args:
+            folder: made if absent.
+            described: JSON values that decide what is generated; the identity is their digest.
+            process: number of this process.
+        """
+        text = json.dumps(described, sort_keys=True, ensure_ascii=False)
+        self.identity = blake2b(text.encode("utf-8"), digest_size=6).hexdigest()
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"generations-{self.identity}-{process}.jsonl"
+        self._described = dict(described)
+        self.reload()
 
-    @classmethod
-    def of(cls, name: str, data: MedicalVLMDataset) -> EvaluatedTable:
-        return cls(name, data, [data.cache.entry(row.image_path, row.mask_path).name for row in data.rows])
+    def reload(self) -> None:
+        """Read what all processes have written so far."""
+        self._records: dict[tuple[str, str, int], Record] = {}
+        for path in sorted(self.folder.glob(f"generations-{self.identity}-*.jsonl")):
+            for record in _whole_lines(path):
+                if "condition" in record:
+                    self._records[record["table"], record["condition"], record["row"]] = record
 
-    def __len__(self) -> int:
-        return len(self.data)
+    def get(self, table: str, condition: str, row: int, case: str) -> Record | None:
+        """The record of a row; None where it has none, or its image or mask has changed since (``case``: digest)."""
+        record = self._records.get((table, condition, row))
+        return record if record is not None and record["case"] == case else None
 
-
-@dataclass(frozen=True)
-class MeanImage:
-    """Mean over the images of a table. ``features``: (K, C, T, T); ``position``: (K,)."""
-
-    features: Tensor
-    position: Tensor
+    def add(self, records: Iterable[Record]) -> None:
+        """Append records, each with table, condition, row and case, to the process's file."""
+        new = not self._path.is_file() or not self._path.stat().st_size
+        # A line that a crash cut short must not swallow the next one.
+        torn = not new and not self._path.read_bytes().endswith(b"\n")
+        with self._path.open("a", encoding="utf-8", newline="\n") as stream:
+            if new:
+                stream.write(json.dumps(self._described, ensure_ascii=False) + "\n")
+            if torn:
+                stream.write("\n")
+            for record in records:
+                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+                self._records[record["table"], record["condition"], record["row"]] = record
 
 
 @dataclass
 class ReportPasses:
-    """Fills a store with the reports of a table, condition by condition; each process takes its own rows."""
+    """The reports of one table, condition by condition; each process takes its own rows.
+
+    ``table``: a digest of its file.
+    """
 
     writer: ReportWriter
     collator: CaptionCollator
     store: GenerationStore
+    table: str
+    data: MedicalVLMDataset
     batch_size: int
     seed: int
     process: int = 0
     processes: int = 1
+    _answers: dict[tuple, str] = field(default_factory=dict)  # texts that depend on condition and question alone
 
-    def run(self, table: EvaluatedTable, condition: str, mean: MeanImage | None = None) -> None:
-        """Generate what is missing. ``mean`` is needed by ``blank``, ``prior`` and ``squares``."""
-        order = list(range(len(table)))
+    @functools.cached_property
+    def cases(self) -> list[str]:
+        """Digests of image and mask by row."""
+        return [self.data.cache.entry(row.image_path, row.mask_path).name for row in self.data.rows]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def run(self, condition: str) -> None:
+        """Generate what is missing."""
+        order = list(range(len(self)))
         if condition == SHUFFLED:
-            order = shuffled_order([row.patient or str(row.image_path) for row in table.data.rows], self.seed)
-        known: dict[tuple, Record] = {}
+            order = shuffled_order([row.patient or str(row.image_path) for row in self.data.rows], self.seed)
 
         def make(rows: list[int]) -> list[Record]:
-            samples = [self._sample(table, row, order[row], condition, mean) for row in rows]
-            batch = self.batch(samples)
-            return self._records(self._visual(batch, condition, mean), batch, samples, condition, known)
+            return self._generate([self._sample(row, order[row], condition) for row in rows], condition)
 
-        self._fill(table, key_of(table, condition), range(len(table)), self.batch_size, make)
+        self.fill(self.key(condition), range(len(self)), self.batch_size, make)
 
-    def run_rows(self, table: EvaluatedTable, key: str, rows: Sequence[int], make: Callable[[int], Record]) -> None:
-        """Make what is missing of these rows' records, one at a time."""
-        self._fill(table, key, rows, 1, lambda row: [make(*row)])
-
-    def _fill(self, table: EvaluatedTable, key: str, rows: Sequence[int], size: int, make: Maker) -> None:
-        """Make and store the records of the missing rows, ``size`` at a time."""
-        mine = [row for row in self._missing(table, key, rows) if row % self.processes == self.process]
+    def fill(self, key: str, rows: Iterable[int], size: int, make: Callable[[list[int]], list[Record]]) -> None:
+        """Make and store the missing records of these rows, ``size`` rows at a time."""
+        known = self.stored(key)
+        mine = [row for row in rows if known[row] is None and row % self.processes == self.process]
         with tqdm(total=len(mine), desc=key, unit="case", dynamic_ncols=True, disable=None if mine else True) as bar:
-            for part in chunks(mine, size):
+            for part in (mine[start : start + size] for start in range(0, len(mine), size)):
                 self.store.add(
-                    {"table": table.name, "condition": key, "row": row, "case": table.cases[row]} | record
+                    {"table": self.table, "condition": key, "row": row, "case": self.cases[row]} | record
                     for row, record in zip(part, make(part), strict=True)
                 )
                 bar.update(len(part))
 
-    def complete(self, table: EvaluatedTable, condition: str) -> bool:
-        """Whether every row has its report under this condition."""
-        return not self._missing(table, key_of(table, condition), range(len(table)))
+    def key(self, condition: str) -> str:
+        """Key of a condition in the store: the shuffled order and the mean image depend on the number of rows."""
+        return f"{condition}/{len(self)}" if condition in (SHUFFLED, BLANK, PRIOR, SQUARES) else condition
 
-    def _missing(self, table: EvaluatedTable, key: str, rows: Sequence[int]) -> list[int]:
-        return [row for row in rows if self.store.get(table.name, key, row, table.cases[row]) is None]
+    def stored(self, key: str) -> list[Record | None]:
+        """Records by row, None where there is none. After other processes have written, ``store.reload()`` first."""
+        return [self.store.get(self.table, key, row, case) for row, case in enumerate(self.cases)]
 
-    def records(self, table: EvaluatedTable, condition: str) -> list[Record]:
-        """Of every row, in order. Call ``store.reload()`` first where other processes have written."""
-        key = key_of(table, condition)
-        found = [self.store.get(table.name, key, row, case) for row, case in enumerate(table.cases)]
+    def records(self, condition: str) -> list[Record]:
+        """As :meth:`stored`, of every row."""
+        found = self.stored(self.key(condition))
         if None in found:
-            raise RuntimeError(f"{found.count(None)} reports of {table.name}/{condition} are missing")
+            raise RuntimeError(f"{found.count(None)} reports of {self.table}/{condition} are missing")
         return found
 
     def batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -125,64 +163,56 @@ class ReportPasses:
             for key, value in self.collator(samples).items()
         }
 
-    def mean_image(self, table: EvaluatedTable) -> MeanImage:
-        """Mean features and slice positions of up to 256 cases, spread evenly over the table."""
-        step = max(1, -(-len(table) // _BASELINE_CASES))
-        chosen = range(0, len(table), step)
+    @functools.cached_property
+    def mean_image(self) -> tuple[Tensor, Tensor]:
+        """Mean features (K, C, T, T) and slice positions (K,) of up to 256 cases, spread evenly over the table."""
+        step = max(1, -(-len(self) // _BASELINE_CASES))
+        chosen = range(0, len(self), step)
         features, position = 0, 0
-        for rows in chunks(chosen, self.batch_size):
-            batch = self.batch([table.data[row] for row in rows])
+        for start in range(0, len(chosen), self.batch_size):
+            batch = self.batch([self.data[row] for row in chosen[start : start + self.batch_size]])
             with torch.no_grad():
                 features = features + self.writer.model.vision.features(batch["images"]).float().sum(0)
             position = position + batch["slice_position"].sum(0)
-        return MeanImage(features / len(chosen), position / len(chosen))
+        return features / len(chosen), position / len(chosen)
 
-    def _sample(self, table: EvaluatedTable, row: int, image_of: int, condition: str, mean: MeanImage | None) -> Sample:
-        sample = table.data[image_of]
-        sample = replace(sample, question=table.data.questions[row], answer=table.data.rows[row].answer, row=row)
+    def _sample(self, row: int, image_of: int, condition: str) -> Sample:
+        sample = self.data[image_of]
+        sample = replace(sample, question=self.data.questions[row], answer=self.data.rows[row].answer, row=row)
         if condition == BLANK:
             nothing = {"images": torch.zeros_like(sample.images), "roi": torch.zeros_like(sample.roi)}
-            return replace(sample, **nothing, slice_position=mean.position.cpu().clone())
+            return replace(sample, **nothing, slice_position=self.mean_image[1].cpu().clone())
         return sample
 
-    def _visual(self, batch: Mapping[str, Any], condition: str, mean: MeanImage | None) -> Tensor:
+    def _generate(self, samples: Sequence[Sample], condition: str) -> list[Record]:
+        batch = self.batch(samples)
         if condition == PRIOR:
-            return self.writer.visual_of_features(mean.features, mean.position, batch)
-        if condition == SQUARES:
-            return self.writer.visual_of_features(mean.features, batch["slice_position"], batch, batch["roi"])
-        return self.writer.visual(batch)
-
-    def _records(
-        self, visual: Tensor, batch: Mapping[str, Any], samples: Sequence[Sample], condition: str, known: dict
-    ) -> list[Record]:
+            visual = self.writer.visual_of_features(*self.mean_image, batch)
+        elif condition == SQUARES:
+            visual = self.writer.visual_of_features(self.mean_image[0], batch["slice_position"], batch, batch["roi"])
+        else:
+            visual = self.writer.visual(batch)
         if condition.startswith(SAMPLE):
             torch.manual_seed(self.seed * 1_000_003 + samples[0].row * 101 + int(condition.removeprefix(SAMPLE)))
             return [{"text": one.text} for one in self.writer.write(visual, batch, Decoding(temperature=1.0))]
         losses = [{"nats": nats, "tokens": tokens} for nats, tokens in self.writer.losses(visual, batch)]
         if condition in (BLANK, PRIOR):
-            texts = self._shared_texts(visual, batch, samples, known)
+            keys = [(condition, sample.question, tuple(sample.images.shape)) for sample in samples]
+            texts = [{"text": text} for text in self._shared_texts(visual, batch, keys)]
         else:
             written = self.writer.write(visual, batch)
             texts = [asdict(one) if condition == OWN else {"text": one.text} for one in written]
         return [text | loss for text, loss in zip(texts, losses, strict=True)]
 
-    def _shared_texts(
-        self, visual: Tensor, batch: Mapping[str, Any], samples: Sequence[Sample], known: dict
-    ) -> list[Record]:
-        """Reports that depend on the question alone: each question is answered once."""
-        keys = [(sample.question, tuple(sample.images.shape)) for sample in samples]
-        new = {key: b for b, key in enumerate(keys) if key not in known}
+    def _shared_texts(self, visual: Tensor, batch: Mapping[str, Any], keys: Sequence[tuple]) -> list[str]:
+        """Reports that depend on their key alone: each is generated once."""
+        new = {key: b for b, key in enumerate(keys) if key not in self._answers}
         if new:
             rows = torch.tensor(list(new.values()), device=visual.device)
             part = {name: batch[name][rows] for name in ("question_ids", "question_mask")}
-            for key, one in zip(new, self.writer.write(visual[rows], part), strict=True):
-                known[key] = {"text": one.text}
-        return [known[key] for key in keys]
-
-
-def key_of(table: EvaluatedTable, condition: str) -> str:
-    """Key of a condition in the store: the shuffled order and the mean image depend on the number of rows."""
-    return f"{condition}/{len(table)}" if condition in (SHUFFLED, BLANK, PRIOR, SQUARES) else condition
+            written = self.writer.write(visual[rows], part)
+            self._answers |= {key: one.text for key, one in zip(new, written, strict=True)}
+        return [self._answers[key] for key in keys]
 
 
 def shuffled_order(patients: Sequence[str], seed: int) -> list[int]:
@@ -210,7 +240,10 @@ def shuffled_order(patients: Sequence[str], seed: int) -> list[int]:
     return order
 
 
-def chunks(rows: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Consecutive parts of at most ``size`` rows."""
-    for start in range(0, len(rows), size):
-        yield list(rows[start : start + size])
+def _whole_lines(path: Path) -> Iterator[Record]:
+    """Records of the complete lines; one that a crash cut short is generated again."""
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            yield json.loads(line)
+        except ValueError:  # also bytes that are no UTF-8
+            continue

@@ -1,8 +1,8 @@
-"""Statements of a report, each with the probability that the model gives its words.
+"""Statements of a report with the probability of their words, and the calibration of this confidence.
 
 A statement is the clause of a finding in its sentence: words of finding, place, size, number and negation. Its raw
 confidence is the probability of the tokens of these words alone, because the phrases around them can be put in many
-ways. :mod:`engine.evaluation.calibration` turns its features into a calibrated confidence.
+ways. A logistic regression on its features, fitted on other cases, gives the calibrated confidence.
 """
 
 from __future__ import annotations
@@ -11,12 +11,19 @@ import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import expit
 
 from config.errors import InputError
 from data.report_language.labeller import LANGUAGES, FindingMention, label_report
 from data.report_language.lexer import Lexer, Token, normal_form, sentences
 from data.report_language.terms import FINDINGS
+from data.tables.caption_table import CaptionRow
+from engine.evaluation.bootstrap import ratio
 from engine.evaluation.finding_metrics import DIAGNOSTIC_SECTIONS, STATED
 from engine.evaluation.localisation import sizes_agree
 
@@ -25,7 +32,14 @@ _SENTENCE = re.compile(r"[^。；;!！\n.]*(?:\.(?=\d)[^。；;!！\n.]*)*(?:[�
 _MAYBE = ("maybe", "maybe_before", "maybe_after")
 _CONTENT = ("term", "head", "organ", "place", "size", "count", "negate", "denied", *_MAYBE)
 _LEAST = math.log(1e-6)
+MIN_STATEMENTS = 30  # to fit six numbers on
+FOLDS = 5
+FEATURES = 5
+EDGES = np.linspace(0, 1, 11)  # of the bins of confidence
+RIDGE = 1.0  # half of it times the squared weights of the standardised features is added to the sum of all losses
+CURVE_POINTS = 50  # of the card, spread evenly, the first and the last among them
 Span = tuple[int, int]
+Columns = dict[str, np.ndarray]  # of a table, by name
 
 
 @dataclass(frozen=True)
@@ -82,26 +96,27 @@ def statements(
         if mention.section not in DIAGNOSTIC_SECTIONS:
             continue
         clause = next((c for c in clauses if any(w.start <= mention.start < w.end for w in c)), ())
-        words = {kind: [(w.start, w.end) for w in clause if w.kind == kind] for kind in ("size", "place")}
-        plain = [(w.start, w.end) for w in clause if w.kind != "size"] or [(mention.start, mention.end)]
-        finding = [span for span in plain if span not in words["place"]] or [(mention.start, mention.end)]
-        of_finding = log_probability(finding, spans, log_probs)
-        of_place, of_size = (
-            log_probability(words[kind], spans, log_probs) if words[kind] else 0.0 for kind in ("place", "size")
-        )
+        words: dict[str, list[Span]] = {"finding": [], "place": [], "size": []}
+        for word in clause:
+            words[word.kind if word.kind in words else "finding"].append((word.start, word.end))
+        words["finding"] = words["finding"] or [(mention.start, mention.end)]
+        parts = [log_probability(part, spans, log_probs) if part else 0.0 for part in words.values()]
         agreeing = sum(any(agrees(mention, other) for other in sample) for sample in others) / max(len(others), 1)
-        features = (of_finding, of_place, of_size, float(bool(words["size"])), agreeing)
-        carrying = (*plain, *words["size"])
+        features = (*parts, float(bool(words["size"])), agreeing)
+        carrying = tuple(span for part in words.values() for span in part)
         raw = math.exp(log_probability(carrying, spans, log_probs))
         made.append(Statement(mention, numbers[mention.start], carrying, raw, features))
     return made
 
 
+def touches(span: Span, words: Sequence[Span]) -> bool:
+    """Whether a token has a character of some word."""
+    return any(span[0] < end and span[1] > start for start, end in words)
+
+
 def log_probability(words: Sequence[Span], spans: Sequence[Span], log_probs: Sequence[float]) -> float:
     """Sum over the tokens that touch the words; log(1e-6) where there are none (a text that was cut)."""
-    touching = [
-        p for (a, b), p in zip(spans, log_probs, strict=True) if any(a < end and b > start for start, end in words)
-    ]
+    touching = [p for span, p in zip(spans, log_probs, strict=True) if touches(span, words)]
     return sum(touching) if touching else _LEAST
 
 
@@ -127,6 +142,11 @@ def content_words(text: str, language: str) -> list[list[Token]]:
                 (groups[-1] if groups else waiting).extend(clause)
         found += groups
     return found
+
+
+@functools.cache
+def _lexer(language: str) -> Lexer:
+    return Lexer(LANGUAGES[language].rules)
 
 
 def is_right(mention: FindingMention, truth: Sequence[FindingMention]) -> bool:
@@ -156,30 +176,175 @@ def split_sentences(text: str) -> list[str]:
     return [piece for piece in _SENTENCE.findall(text) if piece]
 
 
-def sentence_confidences(text: str, stated: Sequence[Statement], calibrated: Sequence[float]) -> list[float]:
-    """The lowest confidence of the statements of each sentence; 1 for a sentence that states no finding."""
-    values = [1.0] * len(split_sentences(text))
-    for statement, value in zip(stated, calibrated, strict=True):
-        values[statement.sentence] = min(values[statement.sentence], float(value))
-    return values
+def mark_unsure(
+    text: str, stated: Sequence[Statement], calibrated: Sequence[float], threshold: float, language: str = "zh"
+) -> str:
+    """Put 【待核实】 behind every sentence with a statement whose confidence is below the threshold in [0, 1].
 
-
-def mark_unsure(text: str, confidences: Sequence[float], threshold: float, language: str = "zh") -> str:
-    """Put 【待核实】 behind every sentence whose confidence is below the threshold; nothing is removed.
-
-    Args:
-        confidences: one per piece of :func:`split_sentences`.
-        threshold: in [0, 1].
-        language: of the mark.
+    Nothing is removed. A sentence that states no finding is never marked.
     """
+    unsure = {one.sentence for one, confidence in zip(stated, calibrated, strict=True) if confidence < threshold}
     marked = []
-    for piece, confidence in zip(split_sentences(text), confidences, strict=True):
+    for number, piece in enumerate(split_sentences(text)):
         body = piece.rstrip()
-        unsure = confidence < threshold and body
-        marked.append(body + TO_CHECK[language] + piece[len(body) :] if unsure else piece)
+        marked.append(body + TO_CHECK[language] + piece[len(body) :] if body and number in unsure else piece)
     return "".join(marked)
 
 
-@functools.cache
-def _lexer(language: str) -> Lexer:
-    return Lexer(LANGUAGES[language].rules)
+# ---------------------------------------------------------------------------- calibration
+
+
+def reliability(confidences: np.ndarray, right: np.ndarray) -> tuple[float, Columns]:
+    """Expected calibration error: Σ (bin size / n) · |accuracy − confidence| (Naeini et al. 2015).
+
+    Args:
+        confidences: N ≥ 1 in [0, 1]; one on an edge belongs to the bin above it.
+
+    Returns:
+        The error and its bins of equal width: ``from``, mean ``confidence``, fraction ``right``, NaN where empty, and
+        ``count``.
+    """
+    bins = len(EDGES) - 1
+    where = np.clip(np.searchsorted(EDGES, confidences, side="right") - 1, 0, bins - 1)
+    count = np.bincount(where, minlength=bins)
+    confidence, accuracy = (ratio(np.bincount(where, values, bins), count) for values in (confidences, right))
+    gaps = np.where(count > 0, np.abs(accuracy - confidence), 0)
+    columns = {"from": EDGES[:-1], "confidence": confidence, "right": accuracy, "count": count}
+    return float((gaps * count).sum() / len(where)), columns
+
+
+def ece_of_perfect(confidences: np.ndarray) -> float:
+    """Mean ECE of perfectly calibrated statements with these confidences: what chance alone leaves."""
+    rng = np.random.default_rng(0)
+    values = [reliability(confidences, rng.random(len(confidences)) < confidences)[0] for _ in range(200)]
+    return float(np.mean(values))
+
+
+def risk_coverage(confidences: np.ndarray, right: np.ndarray) -> tuple[float, Columns]:
+    """Selective prediction (Geifman and El-Yaniv 2017): the area under its curve, and the curve.
+
+    The curve has the error ``risk`` among the fraction ``coverage`` of the statements whose confidence reaches
+    ``threshold``; equal confidences are one point. The area is its mean over statements.
+    """
+    threshold, where, size = np.unique(-confidences, return_inverse=True, return_counts=True)
+    kept = size.cumsum()
+    risk = np.bincount(where, 1 - np.asarray(right, float)).cumsum() / kept
+    curve = {"coverage": kept / kept[-1], "risk": risk, "threshold": -threshold}
+    return float((risk * size).sum() / kept[-1]), curve
+
+
+@dataclass(frozen=True)
+class Logistic:
+    """Logistic regression on several features: σ(features · weights + offset)."""
+
+    weights: tuple[float, ...]
+    offset: float
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Probabilities (N,) of features (N, F)."""
+        return expit(np.asarray(features, float) @ np.array(self.weights) + self.offset)
+
+
+def fit_logistic(features: np.ndarray, right: np.ndarray) -> Logistic:
+    """Maximum likelihood with Platt's smoothed targets (Platt 1999) and a ridge penalty.
+
+    ``features``: (N, F) with N ≥ 1; one that does not vary gets weight 0. ``right``: (N,).
+    """
+    right = np.asarray(right, float)
+    good, bad = right.sum(), len(right) - right.sum()
+    target = np.where(right > 0, (good + 1) / (good + 2), 1 / (bad + 2))
+    mean, deviation = features.mean(0), features.std(0)
+    scale = np.where(deviation > 0, deviation, np.inf)
+    z = (features - mean) / scale
+
+    def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        a = z @ theta[:-1] + theta[-1]
+        error = expit(a) - target
+        value = (np.logaddexp(0, a) - target * a).sum() + RIDGE * (theta[:-1] ** 2).sum() / 2
+        return float(value), np.append(z.T @ error + RIDGE * theta[:-1], error.sum())
+
+    theta = minimize(loss, np.zeros(features.shape[1] + 1), jac=True, method="L-BFGS-B").x
+    weights = theta[:-1] / scale
+    return Logistic(tuple(weights.tolist()), float(theta[-1] - mean @ weights))
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """N statements of one table with their outcome.
+
+    ``case`` (N,); ``raw`` (N,) and ``features`` (N, 5) as of ``Statement``; ``right`` (N,): whether the reference of
+    the case confirms the statement.
+    """
+
+    case: np.ndarray
+    raw: np.ndarray
+    features: np.ndarray
+    right: np.ndarray
+
+    @classmethod
+    def of(cls, stated: Sequence[Sequence[Statement]], table: Sequence[CaptionRow], label: Labeller) -> Outcomes:
+        """Of the statements of each row's report."""
+        truths = [label(row.answer) for row in table]
+        rows = [
+            (case, statement.raw, statement.features, is_right(statement.mention, truth))
+            for case, (statements, truth) in enumerate(zip(stated, truths, strict=True))
+            for statement in statements
+        ]
+        case, raw, features, right = zip(*rows, strict=True) if rows else ((), (), (), ())
+        features = np.array(features, float).reshape(-1, FEATURES)
+        return cls(np.array(case, int), np.array(raw, float), features, np.array(right, bool))
+
+
+@dataclass(frozen=True)
+class ConfidenceScores:
+    """``calibrated``: confidence of each statement, in the order of ``Outcomes``; ``card``: JSON values; ``bins`` and
+    ``curve``: of :func:`reliability` and :func:`risk_coverage`, empty without statements."""
+
+    calibrated: np.ndarray
+    card: dict[str, Any]
+    bins: Columns = field(default_factory=dict)
+    curve: Columns = field(default_factory=dict)
+
+
+def confidence_scores(outcomes: Outcomes, other: Outcomes | None, other_name: str) -> ConfidenceScores:
+    """Calibrate on ``other``, or where there is none by cross-fitting: each fifth of the cases on the rest.
+
+    With fewer than 30 statements to fit on, the raw confidence is kept, and ``calibrated_on`` has the reason.
+    """
+    fitted = None
+    if other is not None and len(other.raw) >= MIN_STATEMENTS:
+        fitted = fit_logistic(other.features, other.right)
+        calibrated, on = fitted(outcomes.features), f"{other_name} ({len(other.raw)} statements)"
+    elif other is None and len(outcomes.raw) >= MIN_STATEMENTS * FOLDS / (FOLDS - 1):
+        calibrated, on = _cross_fitted(outcomes), f"the same table, cross-fitted over {FOLDS} folds of cases"
+        fitted = fit_logistic(outcomes.features, outcomes.right)
+    else:
+        calibrated, on = outcomes.raw, f"nothing: fewer than {MIN_STATEMENTS} statements to fit on"
+    card: dict[str, Any] = {"ece": None, "ece_before": None, "statements": len(calibrated), "calibrated_on": on}
+    card["calibrator"] = fitted and asdict(fitted)
+    if not len(calibrated):
+        return ConfidenceScores(calibrated, card)
+    (ece, bins), (area, curve) = (rate(calibrated, outcomes.right) for rate in (reliability, risk_coverage))
+    size = len(curve["risk"])
+    shown = np.unique(np.linspace(0, size - 1, min(CURVE_POINTS, size)).round().astype(int))
+    card |= {
+        "ece": ece,
+        "ece_before": reliability(outcomes.raw, outcomes.right)[0],
+        "area_under_risk_coverage": area,
+        "ece_of_perfect": ece_of_perfect(calibrated),
+        "reliability": _rows(bins),
+        "risk_coverage": _rows({name: values[shown] for name, values in curve.items()}),
+    }
+    return ConfidenceScores(calibrated, card, bins, curve)
+
+
+def _rows(columns: Columns) -> list[dict[str, float]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _cross_fitted(outcomes: Outcomes) -> np.ndarray:
+    calibrated, fold = outcomes.raw.copy(), outcomes.case % FOLDS
+    for tested in (fold == number for number in np.unique(fold) if (fold != number).any()):
+        fitted = fit_logistic(outcomes.features[~tested], outcomes.right[~tested])
+        calibrated[tested] = fitted(outcomes.features[tested])
+    return calibrated

@@ -7,8 +7,8 @@ assigned to other cases at random.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,40 +19,7 @@ from engine.evaluation.bootstrap import REPEATS, Score, case_weights, interval, 
 Mentions = Sequence[Sequence[FindingMention]]  # of each report
 DIAGNOSTIC_SECTIONS = ("", "findings", "impression")  # advice and tendency state no findings
 STATED = ("present", "uncertain")
-
-
-@dataclass(frozen=True)
-class FindingScore:
-    """One finding: the number of references and of reports that state it, precision, recall and F1 (NaN: undefined)."""
-
-    finding: str
-    references: int
-    reports: int
-    precision: float
-    recall: float
-    f1: Score
-
-
-@dataclass(frozen=True)
-class ClinicalScores:
-    """All findings together.
-
-    Attributes:
-        macro_f1: mean F1 over the findings that some reference states.
-        chance, micro_chance: mean of macro-F1 and micro-F1 over permutations, and the interval of single permutations.
-        p_value: fraction of permutations whose macro-F1 reaches the true one, (hits + 1) / (permutations + 1).
-        micro_f1, micro_precision, micro_recall: over all case–finding pairs.
-        by_finding: every finding that some reference or report states.
-    """
-
-    macro_f1: Score
-    chance: Score
-    p_value: float
-    micro_f1: Score
-    micro_precision: Score
-    micro_recall: Score
-    micro_chance: Score
-    by_finding: list[FindingScore]
+RATES = ("F1", "precision", "recall")
 
 
 def label_matrix(reports: Mentions, sections: Sequence[str] = DIAGNOSTIC_SECTIONS) -> np.ndarray:
@@ -62,40 +29,44 @@ def label_matrix(reports: Mentions, sections: Sequence[str] = DIAGNOSTIC_SECTION
 
 
 def clinical_scores(
-    references: Mentions,
-    generated: Mentions,
-    sections: Sequence[str] = DIAGNOSTIC_SECTIONS,
-    repeats: int = REPEATS,
-    seed: int = 0,
-) -> ClinicalScores:
-    """Compare what reports state with what their references state, of at least one case."""
+    references: Mentions, generated: Mentions, sections: Sequence[str] = DIAGNOSTIC_SECTIONS
+) -> dict[str, Any]:
+    """Compare what reports state with what their references state, of at least one case.
+
+    Returns:
+        ``macro_f1``: mean F1 over the findings that some reference states.
+        ``chance``, ``micro_chance``: mean of macro-F1 and micro-F1 over permutations, and the interval of single
+        permutations.
+        ``p_value``: fraction of permutations whose macro-F1 reaches the true one, (hits + 1) / (permutations + 1).
+        ``micro_f1``, ``micro_precision``, ``micro_recall``: over all case–finding pairs.
+        ``by_finding``: of every finding that some reference or report states: ``finding``, how many ``references`` and
+        ``reports`` state it, ``precision``, ``recall`` (NaN: undefined) and ``f1``, a score.
+    """
     truth, found = (label_matrix(reports, sections) for reports in (references, generated))
     n, known = len(truth), truth.any(0)
     once = np.ones((1, n), int)
-    counts = resampled_counts(truth, found, once)
-    drawn = resampled_counts(truth, found, case_weights(n, repeats, seed))
-    rng = np.random.default_rng(seed)
-    permuted = np.concatenate([resampled_counts(truth, found[rng.permutation(n)], once) for _ in range(repeats)])
-
-    def micro(formula: Callable[[np.ndarray], np.ndarray], what: str) -> Score:
-        return Score(float(formula(counts.sum(2))[0]), *interval(formula(drawn.sum(2))), n, what)
+    counts, drawn = (resampled_counts(truth, found, weights) for weights in (once, case_weights(n)))
+    rng = np.random.default_rng(0)
+    permuted = np.concatenate([resampled_counts(truth, found[rng.permutation(n)], once) for _ in range(REPEATS)])
+    micro = {
+        f"micro_{name.lower()}": Score(float(value[0]), *interval(resampled), n, f"{name} of all case-finding pairs")
+        for name, value, resampled in zip(RATES, rates(counts.sum(2)), rates(drawn.sum(2)), strict=True)
+    }
 
     def chance(values: np.ndarray) -> Score:
         mean = float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
         return Score(mean, *interval(values), n, "reports dealt to other cases")
 
     macro, by_chance = float(macro_f1(counts, known)[0]), macro_f1(permuted, known)
-    hits = int((by_chance >= macro - 1e-12).sum()) if np.isfinite(macro) else repeats
-    return ClinicalScores(
-        macro_f1=Score(macro, *interval(macro_f1(drawn, known)), n, f"mean F1 of {int(known.sum())} findings"),
-        chance=chance(by_chance),
-        p_value=(hits + 1) / (repeats + 1),
-        micro_f1=micro(_f1, "F1 of all case-finding pairs"),
-        micro_precision=micro(_precision, "precision of all case-finding pairs"),
-        micro_recall=micro(_recall, "recall of all case-finding pairs"),
-        micro_chance=chance(_f1(permuted.sum(2))),
-        by_finding=_by_finding(counts, drawn, n),
-    )
+    hits = int((by_chance >= macro - 1e-12).sum()) if np.isfinite(macro) else REPEATS
+    return {
+        "macro_f1": Score(macro, *interval(macro_f1(drawn, known)), n, f"mean F1 of {int(known.sum())} findings"),
+        "chance": chance(by_chance),
+        "p_value": (hits + 1) / (REPEATS + 1),
+        **micro,
+        "micro_chance": chance(rates(permuted.sum(2))[0]),
+        "by_finding": _by_finding(counts, drawn, n),
+    }
 
 
 def resampled_counts(truth: np.ndarray, found: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -108,36 +79,25 @@ def resampled_counts(truth: np.ndarray, found: np.ndarray, weights: np.ndarray) 
     return np.stack([weights @ part.astype(np.int64) for part in (truth & found, truth, found)], 1)
 
 
+def rates(counts: np.ndarray) -> np.ndarray:
+    """F1, precision and recall, [3, repeats] of counts [repeats, 3], or with a last axis of findings; NaN undefined."""
+    both, truth, found = counts[:, 0], counts[:, 1], counts[:, 2]
+    return np.stack([ratio(2 * both, truth + found), ratio(both, found), ratio(both, truth)])
+
+
 def macro_f1(counts: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Mean F1 over the known findings [repeats]; one that a sample lacks altogether is left out of its mean."""
-    values = _f1(counts)[:, known]
+    values = rates(counts)[0][:, known]
     defined = np.isfinite(values)
     return ratio(np.where(defined, values, 0).sum(1), defined.sum(1))
 
 
-def _by_finding(counts: np.ndarray, drawn: np.ndarray, n: int) -> list[FindingScore]:
-    precision, recall, f1 = (formula(counts)[0] for formula in (_precision, _recall, _f1))
-    resampled = _f1(drawn)
-    _, references, generated = counts[0]
-    return [
-        FindingScore(
-            FINDINGS[k], int(references[k]), int(generated[k]), float(precision[k]), float(recall[k]),
-            Score(float(f1[k]), *interval(resampled[:, k]), n, "F1"),
-        )
-        for k in np.flatnonzero(references + generated)
-    ]  # fmt: skip
-
-
-# Of counts [repeats, 3] or [repeats, 3, findings]; NaN where the denominator is 0.
-
-
-def _f1(counts: np.ndarray) -> np.ndarray:
-    return ratio(2 * counts[:, 0], counts[:, 1] + counts[:, 2])
-
-
-def _precision(counts: np.ndarray) -> np.ndarray:
-    return ratio(counts[:, 0], counts[:, 2])
-
-
-def _recall(counts: np.ndarray) -> np.ndarray:
-    return ratio(counts[:, 0], counts[:, 1])
+def _by_finding(counts: np.ndarray, drawn: np.ndarray, n: int) -> list[dict[str, Any]]:
+    columns = dict(zip(("f1", "precision", "recall"), rates(counts)[:, 0].tolist(), strict=True))
+    columns |= {"references": counts[0, 1].tolist(), "reports": counts[0, 2].tolist(), "finding": FINDINGS}
+    resampled = rates(drawn)[0]
+    rows = []
+    for k in np.flatnonzero(counts[0].any(0)):
+        row = {name: columns[name][k] for name in ("finding", "references", "reports", "precision", "recall")}
+        rows.append(row | {"f1": Score(columns["f1"][k], *interval(resampled[:, k]), n, "F1")})
+    return rows

@@ -30,29 +30,30 @@ class FramedGrid:
     Attributes:
         weights: per axis of the preprocessed volume (voxels of the scan, cells): the weight of each cell in a voxel;
             rows of zeros are voxels outside of the model's input.
-        cells: per axis, the cell of each voxel, -1 outside of the model's input.
         axes: of the scan, in the order of the preprocessed volume.
         orientation: that the preprocessing reads scans in. The methods take and return (z, y, x) in LPS.
     """
 
-    weights: tuple[np.ndarray, np.ndarray, np.ndarray]
-    cells: tuple[np.ndarray, np.ndarray, np.ndarray]
+    weights: Sequence[np.ndarray]
     axes: tuple[int, int, int]
-    orientation: str = "LPS"
+    orientation: str
 
     @classmethod
-    def of(
-        cls, selection: ViewSelection, cached: CachedVolume, grid: tuple[int, int, int], orientation: str = "LPS"
-    ) -> FramedGrid:
+    def of(cls, selection: ViewSelection, cached: CachedVolume, grid: tuple[int, int, int]) -> FramedGrid:
         """The grid (K, T, T) of the views that ``selection`` takes of a preprocessed case."""
         voxel_map = cached.voxel_map
         starts, sizes = selection.box(cached)
         offsets = selection.offset_fractions(sizes)
-        axes = [_axis(voxel_map, axis, starts[axis], sizes[axis], grid[axis], offsets[axis]) for axis in range(3)]
+        weights = [_axis(voxel_map, axis, starts[axis], sizes[axis], grid[axis], offsets[axis]) for axis in range(3)]
         if len(selection.patch_size) == 2:
-            axes[0] = _chosen_slices(voxel_map, selection.chosen_slices(cached))
-        weights, cells = zip(*axes, strict=True)
-        return cls(weights, cells, tuple(voxel_map.transpose_forward), orientation)
+            weights[0] = _chosen_slices(voxel_map, selection.chosen_slices(cached))
+        return cls(weights, tuple(voxel_map.transpose_forward), cached.axcodes)
+
+    @property
+    def cells(self) -> list[np.ndarray]:
+        """Per axis, the cell of each voxel: the one whose centre is nearest; -1 outside of the model's input."""
+        nearest = (weight.shape[1] - 1 - weight[:, ::-1].argmax(1) for weight in self.weights)
+        return [np.where(weight.any(1), cell, -1) for weight, cell in zip(self.weights, nearest, strict=True)]
 
     def lay_over(self, heat: np.ndarray) -> np.ndarray:
         """A map (K, T, T) as float32 (z, y, x) on the scan's grid; 0 outside of the model's input."""
@@ -66,14 +67,11 @@ class FramedGrid:
         centred nearest to a voxel."""
         solid = turned(solid, "LPS", self.orientation)
         found = np.zeros([weight.shape[1] for weight in self.weights], bool)
-        points = [index[axis_points] for index, axis_points in zip(
-            self.cells, np.nonzero(solid.transpose(self.axes)), strict=True
-        )]  # fmt: skip
-        seen = np.logical_and.reduce([axis >= 0 for axis in points])
-        found[tuple(axis[seen] for axis in points)] = True
+        voxels = np.nonzero(solid.transpose(self.axes))
+        points = np.stack([cell[voxel] for cell, voxel in zip(self.cells, voxels, strict=True)])
+        found[tuple(points[:, (points >= 0).all(0)])] = True
         # Copies of one slice hold the same voxels.
-        weights_z = self.weights[0]
-        alike = (weights_z[:, :, None] == weights_z[:, None]).all(axis=0)  # (K, K)
+        alike = (self.weights[0][:, :, None] == self.weights[0][:, None]).all(axis=0)  # (K, K)
         return np.einsum("kj,jyx->kyx", alike, found)
 
 
@@ -102,22 +100,18 @@ def draw_heat(
     """Write a figure: for each map the slice of its peak, in lung window, patient's right on the left.
 
     Args:
-        heats: (z, y, x) each, on the canonical grid.
-        titles: one for each.
+        heats: at least one, each (z, y, x) on the canonical grid, with a title.
         lesion: labels (z, y, x), outlined.
     """
     from matplotlib.figure import Figure
 
     from engine.figures import cjk_font
 
-    size = (3.1 * (len(heats) + 1), 3.4)
-    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    figure = Figure(figsize=(3.1 * (len(heats) + 1), 3.4), dpi=110, layout="constrained")
     axes = figure.subplots(1, len(heats) + 1, squeeze=False)[0]
-    font = cjk_font()
-    aspect = volume.spacing[1] / volume.spacing[2]
+    font, aspect = cjk_font(), volume.spacing[1] / volume.spacing[2]
     slices = [int(np.abs(heat).max((1, 2)).argmax()) for heat in heats]
-    first = slices[0] if slices else volume.array.shape[0] // 2
-    panels = [(first, None, ""), *zip(slices, heats, titles, strict=True)]
+    panels = [(slices[0], None, ""), *zip(slices, heats, titles, strict=True)]
     for axis, (index, heat, title) in zip(axes, panels, strict=True):
         axis.imshow(volume.array[index], cmap="gray", vmin=LUNG_WINDOW_HU[0], vmax=LUNG_WINDOW_HU[1], aspect=aspect)
         if heat is not None:
@@ -134,35 +128,22 @@ def draw_heat(
     figure.savefig(path)
 
 
-def _axis(
-    voxel_map: VoxelMap, axis: int, start: int, size: int, cells: int, offset: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (voxels of the scan, cells) and cell of each voxel, along one axis of the preprocessed volume.
+def _axis(voxel_map: VoxelMap, axis: int, start: int, size: int, cells: int, offset: float) -> np.ndarray:
+    """Weights (voxels of the scan, cells) along one axis of the preprocessed volume.
     ``offset``: receptive-field offset of the features, as a fraction of the input."""
     inner, seen = _preprocessed(voxel_map, axis)
-    at = (inner - start + 0.5) / size * cells
+    at = (inner - start + 0.5) / size * cells  # k to k + 1 is cell k
     seen = seen & (at >= 0) & (at < cells)
-    at = np.clip(at + offset * cells, 0, np.nextafter(cells, 0))  # k to k + 1 is cell k
-    weights = np.zeros((len(at), cells))
-    left = np.clip(at - 0.5, 0, cells - 1)
-    low = np.minimum(left.astype(int), max(cells - 2, 0))
-    rows = np.flatnonzero(seen)
-    weights[rows, low[rows]] = 1 - (left - low)[rows]
-    weights[rows, np.minimum(low + 1, cells - 1)[rows]] += (left - low)[rows]
-    return weights, np.where(seen, np.clip(at.astype(int), 0, cells - 1), -1)
+    centre = np.clip(at + offset * cells - 0.5, 0, cells - 1)
+    return np.clip(1 - np.abs(centre[:, None] - np.arange(cells)), 0, None) * seen[:, None]
 
 
-def _chosen_slices(voxel_map: VoxelMap, chosen: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Along z of 2-D views: the chosen slices and no others; one that is chosen twice has its first cell."""
+def _chosen_slices(voxel_map: VoxelMap, chosen: Sequence[int]) -> np.ndarray:
+    """Along z of 2-D views: the chosen slices and no others; copies of one slice share its weight."""
     inner, seen = _preprocessed(voxel_map, 0)
     nearest = np.clip(np.floor(inner + 0.5).astype(int), 0, voxel_map.shape[0] - 1)
-    cell_of = {index: cell for cell, index in reversed(list(enumerate(chosen)))}
-    cells = np.array([cell_of.get(int(n), -1) if s else -1 for n, s in zip(nearest, seen, strict=True)])
-    weights = np.zeros((len(cells), len(chosen)))
-    for index, cell in cell_of.items():
-        same = [k for k, other in enumerate(chosen) if other == index]
-        weights[np.ix_(cells == cell, same)] = 1 / len(same)
-    return weights, cells
+    shown = (nearest[:, None] == np.array(chosen)) & seen[:, None]
+    return shown / np.maximum(shown.sum(1, keepdims=True), 1)
 
 
 def _preprocessed(voxel_map: VoxelMap, axis: int) -> tuple[np.ndarray, np.ndarray]:

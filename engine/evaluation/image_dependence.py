@@ -7,11 +7,10 @@ image, a blank one or none at all must then make its reports worse, and does not
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from engine.evaluation.bootstrap import REPEATS, Score, case_weights, hit_score, interval, ratio_score
+from engine.evaluation.bootstrap import Score, case_weights, hit_score, interval, ratio_score
 from engine.evaluation.finding_metrics import Mentions, label_matrix, macro_f1, resampled_counts
 
 FEW_CASES = 20
@@ -25,35 +24,21 @@ VERDICTS = {
 }
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """``code``: a key of ``VERDICTS``; ``reasons``: the numbers that it rests on."""
-
-    code: str
-    reasons: list[str]
-
-    @property
-    def text(self) -> str:
-        return VERDICTS[self.code]
-
-
-def macro_difference(
-    references: Mentions, one: Mentions, other: Mentions, repeats: int = REPEATS, seed: int = 0
-) -> Score:
+def macro_difference(references: Mentions, one: Mentions, other: Mentions) -> Score:
     """Macro-F1 of ``one`` minus that of ``other`` on the same cases, with the interval of the paired difference."""
     truth, *reports = (label_matrix(mentions) for mentions in (references, one, other))
     n, known = len(truth), truth.any(0)
-    weights = np.concatenate([np.ones((1, n), int), case_weights(n, repeats, seed)])
+    weights = np.concatenate([np.ones((1, n), int), case_weights(n)])
     # In a sample that states no known finding macro-F1 counts as 0.
     a, b = (np.nan_to_num(macro_f1(resampled_counts(truth, found, weights), known)) for found in reports)
-    difference = a - b if known.any() else np.full(repeats + 1, np.nan)
+    difference = a - b if known.any() else np.full(len(weights), np.nan)
     return Score(float(difference[0]), *interval(difference[1:]), n, "difference of macro-F1, same cases")
 
 
-def loss_gap(own: Sequence[Mapping], other: Sequence[Mapping], repeats: int = REPEATS, seed: int = 0) -> Score:
+def loss_gap(own: Sequence[Mapping], other: Sequence[Mapping]) -> Score:
     """By how many nats per token the true report is less likely under ``other`` than under ``own``."""
     gaps = [b["nats"] - a["nats"] for a, b in zip(own, other, strict=True)]
-    return ratio_score(gaps, [record["tokens"] for record in own], "nats per token", repeats, seed)
+    return ratio_score(gaps, [record["tokens"] for record in own], "nats per token")
 
 
 def nats_per_token(records: Sequence[Mapping]) -> float:
@@ -73,22 +58,18 @@ def same_fraction(texts: Sequence[str], others: Sequence[str]) -> float:
     return float(np.mean(["".join(a.split()) == "".join(b.split()) for a, b in zip(texts, others, strict=True)]))
 
 
-def judge(
-    cases: int, p_value: float, differences: Mapping[str, Score], gaps: Mapping[str, Score], same_as_prior: float
-) -> Verdict:
-    """The verdict, from four criteria.
+def judge(cases: int, p_value: float, shuffled: Score, prior: Score, gap: Score, same: float) -> tuple[str, list[str]]:
+    """The verdict, a key of ``VERDICTS``, from four criteria; and the numbers that it rests on.
 
     The reports depend on the image where all criteria hold. They do not where none holds, or where nearly all reports
     equal those of the prior. Otherwise they depend on it in part.
 
     Args:
-        cases: number of cases.
         p_value: of macro-F1 against the permutation baseline.
-        differences: macro-F1 with the own image minus that under ``shuffled`` and ``prior``.
-        gaps: loss gap under ``shuffled``.
-        same_as_prior: fraction of reports equal to those of the prior.
+        shuffled, prior: macro-F1 with the own image minus that under the condition.
+        gap: loss gap under ``shuffled``.
+        same: fraction of reports equal to those of the prior.
     """
-    shuffled, prior, gap = differences["shuffled"], differences["prior"], gaps["shuffled"]
 
     def fall(score: Score) -> str:
         return f"{-score.value:+.3f} [{-score.high:+.3f}, {-score.low:+.3f}]"
@@ -100,11 +81,11 @@ def judge(
         f"shuffled images cost {gap.value:.3f} nats per token [{gap.low:.3f}, {gap.high:.3f}]": gap.low > _MIN_GAP,
     }
     reasons = [f"{'yes' if holds else 'no'}: {criterion}" for criterion, holds in criteria.items()]
-    reasons.append(f"{same_as_prior:.0%} of the reports are word for word those without an image")
+    reasons.append(f"{same:.0%} of the reports are word for word those without an image")
     if cases < FEW_CASES:
         code = "unclear"
-    elif same_as_prior >= _SAME or not any(criteria.values()):
+    elif same >= _SAME or not any(criteria.values()):
         code = "independent"
     else:
         code = "depends" if all(criteria.values()) else "partly"
-    return Verdict(code, reasons)
+    return code, reasons

@@ -6,6 +6,7 @@ failing both its impression. Statements are those of :mod:`data.report_language.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +22,27 @@ from engine.evaluation.report_checks import is_garbled
 
 SIZE_TOLERANCE_MM = 3.0
 WHOLE_REPORT_TOLERANCE_MM = 4.0
+PLACES = {
+    "location_acc": "true findings whose statement has their side and height",
+    "location_acc_found": "the same, of findings named rightly",
+    "size_within_3mm": "true findings whose statement is within 3 mm of their size",
+    "size_within_3mm_found": "the same, of findings named rightly",
+}
+WHOLE_REPORTS = {
+    "location_acc": "true findings whose statement has their side and height",
+    "type_acc": "true findings named rightly, and normal cases reported as normal",
+    "size_within_4mm": "true findings whose statement is within 4 mm of their size",
+    "exact_acc": "reports right in number, place, name and size of their findings",
+    "garbled_rate": "reports that cannot be read",
+}
+MASKS = {
+    "side_acc": "statements with the side of a lesion of the mask",
+    "zone_acc": "statements with the zone of that lesion",
+    "size_within_3mm": "statements within 3 mm of that lesion's longest axial diameter",
+}
 _MIN_LESION_MM3 = 20.0  # smaller components are specks of a mask
 _DEPTHS = ("effusion", "pleural_thickening")  # their stated size is a depth, not a diameter
+Hits = defaultdict[str, list[tuple[int, bool]]]  # (case, right or wrong) by name of the score
 
 
 def described(mentions: Sequence[FindingMention]) -> list[FindingMention]:
@@ -38,35 +58,25 @@ def same_place(truth: FindingMention, stated: FindingMention) -> bool:
 
 
 def place_scores(references: Mentions, generated: Mentions) -> dict[str, Score]:
-    """Reports against references. True and stated findings of a case are paired one to one, greedily: the pair that
-    agrees in most of finding, side and level first, then the smaller difference in size. A true finding without a
-    partner is wrong.
+    """Reports against references: the scores of ``PLACES``.
 
-    Returns:
-        ``location_acc``: true findings with a side whose partner has the same side, and the same level where the
-        reference has one.
-        ``size_within_3mm``: true findings with a size whose partner is within 3 mm.
-        ``location_acc_found``, ``size_within_3mm_found``: the same among pairs of the same finding.
+    True and stated findings of a case are paired one to one, greedily: the pair that agrees in most of finding, side
+    and level first, then the smaller difference in size. A true finding without a partner is wrong. Its place counts
+    where the reference has a side, its size where the reference has one.
     """
-    place, size, place_found, size_found = [], [], [], []
+    hits: Hits = defaultdict(list)
     for case, (truth, stated) in enumerate(zip(references, generated, strict=True)):
         for a, b in pair(described(truth), described(stated)):
-            found = b is not None and a.finding == b.finding
+            right = {}
             if a.side is not None:
-                same = b is not None and same_place(a, b)
-                place.append((case, same))
-                place_found += [(case, same)] if found else []
+                right["location_acc"] = b is not None and same_place(a, b)
             if a.size_mm is not None:
-                same = b is not None and sizes_agree(a.size_mm, b.size_mm)
-                size.append((case, same))
-                size_found += [(case, same)] if found else []
-    n = len(references)
-    return {
-        "location_acc": hit_score(place, n, "true findings whose statement has their side and height"),
-        "location_acc_found": hit_score(place_found, n, "the same, of findings named rightly"),
-        "size_within_3mm": hit_score(size, n, "true findings whose statement is within 3 mm of their size"),
-        "size_within_3mm_found": hit_score(size_found, n, "the same, of findings named rightly"),
-    }
+                right["size_within_3mm"] = b is not None and sizes_agree(a.size_mm, b.size_mm)
+            for name, hit in right.items():
+                hits[name].append((case, hit))
+                if b is not None and a.finding == b.finding:
+                    hits[f"{name}_found"].append((case, hit))
+    return _scored(hits, PLACES, len(references))
 
 
 def stated_in_full(mentions: Sequence[FindingMention]) -> list[FindingMention]:
@@ -78,45 +88,37 @@ def stated_in_full(mentions: Sequence[FindingMention]) -> list[FindingMention]:
 def whole_report_scores(
     references: Mentions, generated: Mentions, texts: Sequence[str], language: str
 ) -> dict[str, Score]:
-    """Whole reports against references that state every finding in full, as synthetic ones do; cases with another
-    reference are left out. Findings are paired as in :func:`place_scores`.
+    """Whole reports against references that state every finding in full, as synthetic ones do: ``WHOLE_REPORTS``.
+
+    Cases with another reference are left out. Findings are paired as in :func:`place_scores`. A report is garbled
+    that has characters that no report holds, or states neither a finding in full nor that both lungs are normal; it
+    is wrong in everything.
 
     Args:
         generated, texts: mentions and text of each report.
-
-    Returns:
-        ``location_acc``: true findings whose partner has the same side and level.
-        ``type_acc``: true findings whose partner is the same finding, and normal cases whose report states none.
-        ``size_within_4mm``: true findings whose partner's size is within 4 mm.
-        ``exact_acc``: cases with as many findings as true ones and every pair right in all of this.
-        ``garbled_rate``: cases whose report has characters that no report holds, or states neither a finding in
-        full nor that both lungs are normal. Such a report is wrong in everything.
     """
-    place, kind, size, exact, garbled = [], [], [], [], []
+    hits: Hits = defaultdict(list)
     for case, (reference, mentions, text) in enumerate(zip(references, generated, texts, strict=True)):
         truth, stated = stated_in_full(reference), stated_in_full(mentions)
         if len(truth) < len(described(reference)):
             continue
-        unreadable = is_garbled(text) or not (stated or states_normal(text, language))
-        garbled.append((case, unreadable))
-        right = [
-            (False, False, False)
-            if b is None or unreadable
-            else (same_place(a, b), a.finding == b.finding, abs(a.size_mm - b.size_mm) <= WHOLE_REPORT_TOLERANCE_MM)
-            for a, b in pair(truth, stated)
-        ]
-        place += [(case, hit) for hit, _, _ in right]
-        kind += [(case, hit) for _, hit, _ in right] if truth else [(case, not stated and not unreadable)]
-        size += [(case, hit) for _, _, hit in right]
-        exact.append((case, not unreadable and len(stated) == len(truth) and all(map(all, right))))
-    n = len(references)
-    return {
-        "location_acc": hit_score(place, n, "true findings whose statement has their side and height"),
-        "type_acc": hit_score(kind, n, "true findings named rightly, and normal cases reported as normal"),
-        "size_within_4mm": hit_score(size, n, "true findings whose statement is within 4 mm of their size"),
-        "exact_acc": hit_score(exact, n, "reports right in number, place, name and size of their findings"),
-        "garbled_rate": hit_score(garbled, n, "reports that cannot be read"),
-    }
+        garbled = is_garbled(text) or not (stated or states_normal(text, language))
+        exact = not garbled and len(stated) == len(truth)
+        for a, b in pair(truth, stated):
+            known = b is not None and not garbled
+            right = {
+                "location_acc": known and same_place(a, b),
+                "type_acc": known and a.finding == b.finding,
+                "size_within_4mm": known and abs(a.size_mm - b.size_mm) <= WHOLE_REPORT_TOLERANCE_MM,
+            }
+            for name, hit in right.items():
+                hits[name].append((case, hit))
+            exact = exact and all(right.values())
+        if not truth:
+            hits["type_acc"].append((case, not stated and not garbled))
+        hits["exact_acc"].append((case, exact))
+        hits["garbled_rate"].append((case, garbled))
+    return _scored(hits, WHOLE_REPORTS, len(references))
 
 
 @dataclass(frozen=True)
@@ -141,34 +143,30 @@ def measure_case(image: Path, mask: Path, names: Mapping[int, str] | None) -> Ma
 
 
 def mask_scores(cases: Sequence[MaskedCase | None], reports: Mentions) -> dict[str, Score]:
-    """What reports describe against their masks; cases without a mask count for nothing.
+    """What reports describe against their masks: the scores of ``MASKS``. Cases without a mask count for nothing.
 
     A statement is compared with the lesion that agrees best in finding (where the mask's labels have names), side
-    and zone, then size. Several statements may mean the same lesion.
-
-    Returns:
-        ``side_acc``, ``zone_acc``: statements with a side (a zone) that their lesion has.
-        ``size_within_3mm``: statements with a size within 3 mm of their lesion's longest axial diameter. Effusions
-        and pleural thickening, whose size is a depth, are left out.
+    and zone, then size. Several statements may mean the same lesion. The size of a lesion is its longest axial
+    diameter. Effusions and pleural thickening, whose stated size is a depth, have none.
     """
-    side, zone, size = [], [], []
+    hits: Hits = defaultdict(list)
     for case, (masked, mentions) in enumerate(zip(cases, reports, strict=True)):
         if masked is None or masked.problem:
             continue
         for stated in described(mentions):
             lesion = min(masked.lesions, key=lambda x: _lesion_distance(stated, x), default=None)
-            if stated.side is not None:
-                side.append((case, lesion is not None and side_agrees(stated, lesion)))
-            if stated.zone is not None:
-                zone.append((case, lesion is not None and zone_agrees(stated, lesion)))
+            same = agreement(stated, lesion) if lesion else {"side": False, "zone": False}
+            for name in ("side", "zone"):
+                if getattr(stated, name) is not None:
+                    hits[f"{name}_acc"].append((case, same[name]))
             if stated.size_mm is not None and stated.finding not in _DEPTHS:
-                size.append((case, lesion is not None and sizes_agree(lesion.diameter_mm, stated.size_mm)))
-    n = len(reports)
-    return {
-        "side_acc": hit_score(side, n, "statements with the side of a lesion of the mask"),
-        "zone_acc": hit_score(zone, n, "statements with the zone of that lesion"),
-        "size_within_3mm": hit_score(size, n, "statements within 3 mm of that lesion's longest axial diameter"),
-    }
+                close = lesion is not None and sizes_agree(lesion.diameter_mm, stated.size_mm)
+                hits["size_within_3mm"].append((case, close))
+    return _scored(hits, MASKS, len(reports))
+
+
+def _scored(hits: Hits, definitions: Mapping[str, str], cases: int) -> dict[str, Score]:
+    return {name: hit_score(hits[name], cases, what) for name, what in definitions.items()}
 
 
 def pair(
@@ -183,14 +181,13 @@ def pair(
     return [(a, stated[partner[i]] if i in partner else None) for i, a in enumerate(truth)]
 
 
-def side_agrees(stated: FindingMention, lesion: MeasuredLesion) -> bool:
-    """Whether a statement has no side, or one that its lesion lies in."""
-    return stated.side in (None, lesion.side, "bilateral")
-
-
-def zone_agrees(stated: FindingMention, lesion: MeasuredLesion) -> bool:
-    """Whether a statement has no zone, or that of its lesion."""
-    return stated.zone in (None, lesion.zone)
+def agreement(stated: FindingMention, lesion: MeasuredLesion) -> dict[str, bool]:
+    """Whether a statement has the name, side and zone of a lesion, or one of the two has none."""
+    return {
+        "finding": lesion.name == stated.finding or lesion.name.startswith("label "),
+        "side": stated.side in (None, lesion.side, "bilateral"),
+        "zone": stated.zone in (None, lesion.zone),
+    }
 
 
 def sizes_agree(a: float, b: float | None) -> bool:
@@ -204,7 +201,6 @@ def _mention_distance(a: FindingMention, b: FindingMention) -> tuple[float, ...]
 
 
 def _lesion_distance(stated: FindingMention, lesion: MeasuredLesion) -> tuple[float, ...]:
-    named = not lesion.name.startswith("label ")
-    differing = 2 * (named and lesion.name != stated.finding)
-    differing += (not side_agrees(stated, lesion)) + (not zone_agrees(stated, lesion))
-    return differing, abs((stated.size_mm or lesion.diameter_mm) - lesion.diameter_mm), -lesion.volume_mm3
+    same = agreement(stated, lesion)
+    agreeing = 2 * same["finding"] + same["side"] + same["zone"]
+    return -agreeing, abs((stated.size_mm or lesion.diameter_mm) - lesion.diameter_mm), -lesion.volume_mm3

@@ -7,6 +7,7 @@ import csv
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,15 @@ from data.cache import file_digest
 from data.lesions import MeasuredLesion
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from data.report_language.terms import FINDINGS
-from engine.checkpoint import Checkpoint, load_checkpoint
+from engine.checkpoint import load_checkpoint
 from engine.cli import local_config
-from engine.evaluation.calibration import Outcomes, confidence_scores
-from engine.evaluation.card_pages import ShownCase, card_blocks, draw_plots, write_pages
-from engine.evaluation.conditions import AUDITED, OWN, SAMPLE, EvaluatedTable, ReportPasses
-from engine.evaluation.confidence import Labeller, Statement, statements
-from engine.evaluation.generation_store import GenerationStore
+from engine.evaluation.card_pages import card_blocks, draw_plots, write_pages
+from engine.evaluation.conditions import AUDITED, OWN, SAMPLE, GenerationStore, ReportPasses
+from engine.evaluation.confidence import Labeller, Outcomes, Statement, confidence_scores, statements
 from engine.evaluation.localisation import MaskedCase, measure_case
 from engine.evaluation.report_card import TableResults, language_of, marked_reports, report_card
 from engine.evaluation.report_writer import ReportWriter, token_spans
-from engine.evaluation.saliency import map_case, save_maps
+from engine.evaluation.saliency import map_case
 from engine.run import environment, jsonable, set_seeds
 from engine.segmentation import open_cache, prepare_cases
 from models.language_model.mamba_lm import MambaLM
@@ -43,41 +42,36 @@ _SHOWN = 40  # reports on the card
 
 @dataclass
 class Job:
-    """What every step needs."""
+    """What every step needs. ``names``: of the mask's labels, where they are known."""
 
     args: argparse.Namespace
     passes: ReportPasses
-    table: EvaluatedTable
-    calibration: EvaluatedTable | None
+    calibration: ReportPasses | None
     names: dict[int, str] | None
     label: Labeller
 
     @property
     def lesion_inputs(self) -> list[str]:
         """What the model is given of lesions beside the image, in words."""
-        by_lesion = self.table.data.view_selection.policy in ("mask", "nnunet")
+        by_lesion = self.passes.data.view_selection.policy in ("mask", "nnunet")
         squares = self.passes.writer.model.vision.bridge.spec.lesion_side > 0
         return [*(["heights of slices"] if by_lesion else []), *(["squares of lesions"] if squares else [])]
+
+    @cached_property
+    def stated(self) -> list[list[Statement]]:
+        """Statements of the table's reports."""
+        return table_statements(self, self.passes)
 
     @property
     def sampled(self) -> list[str]:
         """Conditions of the sampled reports."""
         return [f"{SAMPLE}{k}" for k in range(1, self.args.samples + 1)]
 
-    @property
-    def maps(self) -> Path:
-        return self.args.out / "maps"
-
     def key(self, name: str) -> str:
         """Key in the store of what depends on the mask's labels and on how maps are made."""
         settings = [self.args.attribution, self.names and sorted(self.names.items()), self.label.merged, self.args.maps]
         digest = blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
-        return f"{name}/{digest}/{len(self.table)}"
-
-    def row_records(self, name: str) -> list[dict[str, Any] | None]:
-        """Records under :meth:`key` by row of the table; None where a row has none."""
-        store, key = self.passes.store, self.key(name)
-        return [store.get(self.table.name, key, row, case) for row, case in enumerate(self.table.cases)]
+        return f"{name}/{digest}/{len(self.passes)}"
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -110,7 +104,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"--out {args.out} is a file: expected the name of a folder")
     read_mask_labels(args.mask_labels)
-    Labeller("zh", read_merged(args.same_finding))
+    Labeller("zh", same_finding(args))
 
 
 def read_mask_labels(given: Sequence[str] | None) -> dict[int, str] | None:
@@ -125,10 +119,8 @@ def read_mask_labels(given: Sequence[str] | None) -> dict[int, str] | None:
         path = Path(given[0])
         try:
             labels = json.loads(path.read_text(encoding="utf-8-sig"))["labels"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"--mask_labels {path}: expected nnU-Net's dataset.json with 'labels' ({error})"
-            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as why:
+            raise InputError(f"--mask_labels {path}: expected nnU-Net's dataset.json with 'labels' ({why})") from why
         return {int(v): name for name, v in labels.items() if name in FINDINGS and not isinstance(v, list)} or None
     names = {}
     for pair in given:
@@ -139,10 +131,9 @@ def read_mask_labels(given: Sequence[str] | None) -> dict[int, str] | None:
     return names
 
 
-def read_merged(given: Sequence[str] | None) -> dict[str, str]:
+def same_finding(args: argparse.Namespace) -> dict[str, str]:
     """``miliary=tree_in_bud`` → the first counts as the second."""
-    pairs = [pair.partition("=") for pair in given or []]
-    return {one: other for one, _, other in pairs}
+    return {one: other for one, _, other in (pair.partition("=") for pair in args.same_finding or [])}
 
 
 def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
@@ -152,24 +143,23 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         raise InputError(
             f"{args.checkpoint} is a Stage-1 checkpoint, which writes no reports yet: train_vlm.py comes next"
         )
-    config = resolve(args, checkpoint)
-    vision = checkpoint.build_vision().to(accelerator.device).eval()
+    config = local_config(args, checkpoint.config)
+    remedy = "use a checkpoint that was trained with your own models"
+    check_toy_models(config, [args.csv], args.allow_toy_model, remedy)
+    device = accelerator.device
+    vision = checkpoint.build_vision().to(device).eval()
 
-    def load(path: Path, limit: int | None = None) -> EvaluatedTable:
-        data = MedicalVLMDataset.from_config(
-            config, path, open_cache(config, checkpoint.preprocess_plan), vision.encoder, args.seed
-        )
+    def load(path: Path, limit: int | None = None) -> MedicalVLMDataset:
+        cache = open_cache(config, checkpoint.preprocess_plan)
+        data = MedicalVLMDataset.from_config(config, path, cache, vision.encoder, args.seed)
         data.rows, data.questions = data.rows[:limit], data.questions[:limit]
         with accelerator.main_process_first():
             prepare_cases(data.cache, data.rows)
-        return EvaluatedTable.of(file_digest(path).hex()[:12], data)
+        return data
 
-    table = load(args.csv, args.limit)
-    other = calibration_csv(args, config)
-    calibration = load(other) if other else None
-    lm = MambaLM.load(
-        config.mamba_model, dtype=config.mamba_dtype, device=accelerator.device, adapters=checkpoint.adapters
-    )
+    tables, other = {args.csv: load(args.csv, args.limit)}, calibration_csv(args, config)
+    tables |= {other: load(other)} if other else {}
+    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, adapters=checkpoint.adapters)
     if lm.width != checkpoint.llm["width"]:
         raise InputError(
             f"mamba_model '{config.mamba_model}' has width {lm.width}, {args.checkpoint} was trained for width "
@@ -177,17 +167,19 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         )
     store = GenerationStore(args.out, generated_from(args, config, lm), accelerator.process_index)
     collator = CaptionCollator(lm.tokenizer, config.max_question_tokens, config.max_answer_tokens)
-    passes = ReportPasses(
-        ReportWriter(MedicalVLM(vision, lm).eval(), args.max_new_tokens), collator, store, batch_size=args.batch_size,
-        seed=args.seed, process=accelerator.process_index, processes=accelerator.num_processes,
-    )  # fmt: skip
-    language = language_of([row.answer for row in table.data.rows]) if args.language == "auto" else args.language
+    writer = ReportWriter(MedicalVLM(vision, lm).eval(), args.max_new_tokens)
+    options = args.batch_size, args.seed, accelerator.process_index, accelerator.num_processes
+    passes, *calibration = (
+        ReportPasses(writer, collator, store, file_digest(path).hex()[:12], data, *options)
+        for path, data in tables.items()
+    )
+    answers = [row.answer for row in passes.data.rows]
+    label = Labeller(language_of(answers) if args.language == "auto" else args.language, same_finding(args))
     if accelerator.is_main_process:
-        where = f"{len(calibration)} cases to calibrate on" if calibration else "no other table to calibrate on"
-        print(f"evaluation: {len(table)} cases, {where}, reports in {language}, device {accelerator.device}, "
+        where = f"{len(calibration[0])} cases to calibrate on" if calibration else "no other table to calibrate on"
+        print(f"evaluation: {len(passes)} cases, {where}, reports in {label.language}, device {device}, "
               f"{accelerator.num_processes} process(es), generations {store.identity}", flush=True)  # fmt: skip
-    label = Labeller(language, read_merged(args.same_finding))
-    return Job(args, passes, table, calibration, read_mask_labels(args.mask_labels), label)
+    return Job(args, passes, calibration[0] if calibration else None, read_mask_labels(args.mask_labels), label)
 
 
 def calibration_csv(args: argparse.Namespace, config: Config) -> Path | None:
@@ -212,131 +204,94 @@ def generated_from(args: argparse.Namespace, config: Config, lm: MambaLM) -> dic
     }
 
 
-def resolve(args: argparse.Namespace, checkpoint: Checkpoint) -> Config:
-    """The training configuration, with places and paths of --config where it is given, and --mamba_model.
-
-    Raises InputError when a toy model would read scans that are not synthetic.
-    """
-    config = local_config(args, checkpoint.config)
-    remedy = "use a checkpoint that was trained with your own models"
-    check_toy_models(config, [args.csv], args.allow_toy_model, remedy)
-    return config
-
-
 def generate(job: Job, accelerator: Accelerator) -> None:
     """All reports: of the calibration table with its own images, of the table in every condition."""
     if job.calibration:
         for condition in (OWN, *job.sampled):
-            job.passes.run(job.calibration, condition)
-    wanted = [condition for condition in (*AUDITED, *job.sampled) if not job.passes.complete(job.table, condition)]
-    mean = job.passes.mean_image(job.table) if wanted else None
-    for condition in wanted:
-        job.passes.run(job.table, condition, mean)
+            job.calibration.run(condition)
+    for condition in (*AUDITED, *job.sampled):
+        job.passes.run(condition)
     accelerator.wait_for_everyone()
     job.passes.store.reload()
 
 
-def table_statements(job: Job, table: EvaluatedTable) -> list[list[Statement]]:
+def table_statements(job: Job, passes: ReportPasses) -> list[list[Statement]]:
     """Statements of all reports of a table, with their raw confidence."""
-    samples = [[record["text"] for record in job.passes.records(table, condition)] for condition in job.sampled]
+    samples = [[record["text"] for record in passes.records(condition)] for condition in job.sampled]
     found = []
-    for row, record in enumerate(job.passes.records(table, OWN)):
-        spans = token_spans(job.passes.writer.tokenizer, record["ids"])
+    for row, record in enumerate(passes.records(OWN)):
+        spans = token_spans(passes.writer.tokenizer, record["ids"])
         others = [texts[row] for texts in samples]
         found.append(statements(record["text"], job.label, spans, record["log_probs"], others))
     return found
 
 
 def measure_lesions_and_maps(job: Job, accelerator: Accelerator) -> None:
-    """Lesions of the masks, then maps of the reports and the pointing game; each process takes its own rows."""
-    rows = job.table.data.rows
+    """Lesions of the masks, then the pointing game and the maps of the first ``--maps`` rows, which are saved; each
+    process takes its own rows."""
+    rows = job.passes.data.rows
     with_mask = [r for r, row in enumerate(rows) if row.mask_path is not None]
-    job.passes.run_rows(
-        job.table, job.key("lesions"), with_mask,
-        lambda r: asdict(measure_case(rows[r].image_path, rows[r].mask_path, job.names)),
-    )  # fmt: skip
+
+    def measure(part: list[int]) -> list[dict[str, Any]]:
+        return [asdict(measure_case(rows[r].image_path, rows[r].mask_path, job.names)) for r in part]
+
+    job.passes.fill(job.key("lesions"), with_mask, 1, measure)
     wanted = sorted({*range(min(job.args.maps, len(rows))), *with_mask[: job.args.pointing_cases]})
-    known = job.row_records("maps")
-    if any(known[r] is None for r in wanted):
-        make_maps(job, wanted)
+    masked = masked_cases(job)
+
+    def make(part: list[int]) -> list[dict[str, Any]]:
+        [row] = part
+        out = job.args.out / "maps" if row < job.args.maps else None
+        return [map_case(job.passes, row, job.stated[row], masked[row], job.args.attribution, out)]
+
+    job.passes.fill(job.key("maps"), wanted, 1, make)
     accelerator.wait_for_everyone()
-
-
-def make_maps(job: Job, rows: Sequence[int]) -> None:
-    """The pointing game of these rows; the maps of the first ``--maps`` rows are saved."""
-    mean, masked = job.passes.mean_image(job.table), masked_cases(job)
-    records, stated = job.passes.records(job.table, OWN), table_statements(job, job.table)
-
-    def make(row: int) -> dict[str, Any]:
-        case = map_case(
-            job.passes.writer, job.table, row, job.passes.batch([job.table.data[row]]), records[row], stated[row],
-            masked[row], job.names, mean.features, job.args.attribution,
-        )  # fmt: skip
-        figure = None
-        if row < job.args.maps:
-            figure = save_maps(job.maps, f"case{row:04d}", case, job.table.data.rows[row].image_path)
-        return {"sentences": [one.record() for one in case.sentences], "figure": figure and figure.name}
-
-    job.passes.run_rows(job.table, job.key("maps"), rows, make)
 
 
 def masked_cases(job: Job) -> list[MaskedCase | None]:
     """Lesions by row of the table, None for a row without a mask."""
     return [
         record and MaskedCase([MeasuredLesion(**lesion) for lesion in record["lesions"]], record["problem"])
-        for record in job.row_records("lesions")
+        for record in job.passes.stored(job.key("lesions"))
     ]
 
 
 def write_card(job: Job) -> dict[str, Any]:
     """Score everything and write the card's files."""
-    references = [row.answer for row in job.table.data.rows]
-    stated = table_statements(job, job.table)
-    outcomes = Outcomes.of(stated, [job.label(text) for text in references])
-    other = None
-    if job.calibration:
-        truth = [job.label(row.answer) for row in job.calibration.data.rows]
-        other = Outcomes.of(table_statements(job, job.calibration), truth)
+    args, passes, other = job.args, job.passes, job.calibration
+    outcomes = Outcomes.of(job.stated, passes.data.rows, job.label)
+    held_out = Outcomes.of(table_statements(job, other), other.data.rows, job.label) if other else None
     results = TableResults(
         label=job.label,
-        references=references,
-        records={name: job.passes.records(job.table, name) for name in AUDITED},
+        references=[row.answer for row in passes.data.rows],
+        records={name: passes.records(name) for name in AUDITED},
         masked=masked_cases(job),
-        statements=stated,
-        confidence=confidence_scores(outcomes, other, "the calibration table"),
-        pointing=job.row_records("maps"),
-        abstain_below=job.args.abstain_below,
+        statements=job.stated,
+        confidence=confidence_scores(outcomes, held_out, "the calibration table"),
+        pointing=passes.stored(job.key("maps")),
+        abstain_below=args.abstain_below,
         lesion_inputs=job.lesion_inputs,
     )
-    card = {"checkpoint": str(job.args.checkpoint), "csv": str(job.args.csv)} | report_card(results)
-    card |= {"run": {"flags": jsonable(vars(job.args)), **environment()}}
-    out = job.args.out
-    write_text(out / "report_card.json", json.dumps(card, ensure_ascii=False, indent=1))
+    card = {"checkpoint": str(args.checkpoint), "csv": str(args.csv)} | report_card(results)
+    card |= {"run": {"flags": jsonable(vars(args)), **environment()}}
+    write_text(args.out / "report_card.json", json.dumps(card, ensure_ascii=False, indent=1))
     marked = marked_reports(results)
-    write_reports(out / "reports.csv", job, results, marked)
-    write_pages(out, card_blocks(card, draw_plots(out, results.confidence), shown_cases(job, results, marked)))
+    write_reports(args.out / "reports.csv", job, results, marked)
+    plots = draw_plots(args.out, results.confidence)
+    cases = []
+    for row, (one, record) in enumerate(zip(passes.data.rows[:_SHOWN], results.pointing, strict=False)):
+        figure = args.out / "maps" / record["figure"] if record and record["figure"] else None
+        shown = figure if figure and figure.is_file() else None
+        cases.append((f"{row}: {one.image_path.name}", one.answer, marked[row], shown))
+    write_pages(args.out, card_blocks(card, plots, cases))
     audit = card["audit"]
-    print(f"macro-F1 {printed(card['findings']['macro_f1'])} (chance {printed(card['findings']['chance'])}), "
-          f"shuffled {printed(audit['shuffled']['macro_f1'])}, blank {printed(audit['blank']['macro_f1'])}; "
-          f"ECE {printed(card['confidence']['ece'])}; pointing game {printed(card['pointing_game'])}")  # fmt: skip
+    macro = [one["macro_f1"] for one in (card["findings"], audit["shuffled"], audit["blank"])]
+    values = (*macro, card["findings"]["chance"], card["confidence"]["ece"], card["pointing_game"])
+    shown = ["none" if value is None else f"{value:.3f}" for value in values]
+    print("macro-F1 {0} (chance {3}), shuffled {1}, blank {2}; ECE {4}; pointing game {5}".format(*shown))
     print(f"verdict: {audit['verdict']}")
-    print(f"report card: {out / 'report_card.html'}", flush=True)
+    print(f"report card: {args.out / 'report_card.html'}", flush=True)
     return card
-
-
-def printed(value: float | None) -> str:
-    return "none" if value is None else f"{value:.3f}"
-
-
-def shown_cases(job: Job, results: TableResults, marked: Sequence[str]) -> list[ShownCase]:
-    """The first cases of the table, with their figure where it is there."""
-    shown = []
-    for row, text in enumerate(marked[:_SHOWN]):
-        record = results.pointing[row]
-        figure = job.maps / record["figure"] if record and record["figure"] else None
-        name = f"{row}: {job.table.data.rows[row].image_path.name}"
-        shown.append(ShownCase(name, results.references[row], text, figure if figure and figure.is_file() else None))
-    return shown
 
 
 def write_reports(path: Path, job: Job, results: TableResults, marked: Sequence[str]) -> None:
@@ -344,6 +299,6 @@ def write_reports(path: Path, job: Job, results: TableResults, marked: Sequence[
     with path.open("w", encoding="utf-8-sig", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["row", "image_path", "question", "reference", "generated", "marked"])
-        questions, texts = job.table.data.questions, results.texts()
-        for row, question, text, mark in zip(job.table.data.rows, questions, texts, marked, strict=True):
+        data = job.passes.data
+        for row, question, text, mark in zip(data.rows, data.questions, results.texts(), marked, strict=True):
             writer.writerow([row.number, row.image_path, question, row.answer, text, mark])

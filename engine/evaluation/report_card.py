@@ -8,23 +8,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from data.report_language.labeller import FindingMention, detect_language
 from data.report_language.sections import PREAMBLE, SECTIONS, section_shares, section_text
-from engine.evaluation import image_dependence
+from engine.evaluation import image_dependence as audit
 from engine.evaluation.bootstrap import Score, hit_score, mean_score
-from engine.evaluation.calibration import ConfidenceScores
-from engine.evaluation.confidence import Labeller, Statement, mark_unsure, sentence_confidences
-from engine.evaluation.finding_metrics import ClinicalScores, clinical_scores
+from engine.evaluation.confidence import ConfidenceScores, Labeller, Statement, mark_unsure
+from engine.evaluation.finding_metrics import clinical_scores
 from engine.evaluation.localisation import MaskedCase, mask_scores, place_scores, whole_report_scores
 from engine.evaluation.report_checks import find_duplicates, find_repetition, is_garbled
 from engine.evaluation.text_metrics import language_scores
-
-Records = Sequence[Mapping[str, Any]]
 
 
 @dataclass
@@ -39,28 +37,27 @@ class TableResults:
         confidence: of all statements, in their order.
         pointing: records of the pointing game, None for a row without maps.
         lesion_inputs: what the model is given of lesions beside the image, in words.
-        mentions, truth: findings of the reports of each condition, and of the references; read from the texts.
     """
 
     label: Labeller
     references: list[str]
-    records: dict[str, Records]
+    records: dict[str, list[dict[str, Any]]]
     masked: list[MaskedCase | None]
     statements: list[list[Statement]]
     confidence: ConfidenceScores
     pointing: list[Mapping[str, Any] | None]
     abstain_below: float = 0.5
     lesion_inputs: Sequence[str] = ()
-    mentions: dict[str, list[list[FindingMention]]] = field(init=False)
-    truth: list[list[FindingMention]] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.truth = [self.label(text) for text in self.references]
-        self.mentions = {name: [self.label(text) for text in self.texts(name)] for name in self.records}
+    @cached_property
+    def truth(self) -> list[list[FindingMention]]:
+        """Findings of the references."""
+        return [self.label(text) for text in self.references]
 
-    @property
-    def language(self) -> str:
-        return self.label.language
+    @cached_property
+    def mentions(self) -> dict[str, list[list[FindingMention]]]:
+        """Findings of the reports of each condition."""
+        return {name: [self.label(text) for text in self.texts(name)] for name in self.records}
 
     def texts(self, condition: str = "own") -> list[str]:
         return [record["text"] for record in self.records[condition]]
@@ -76,7 +73,7 @@ def report_card(results: TableResults) -> dict[str, Any]:
     """All measures; see docs/evaluation.md for each key."""
     clinical = {name: clinical_scores(results.truth, mentions) for name, mentions in results.mentions.items()}
     places = {name: place_scores(results.truth, mentions) for name, mentions in results.mentions.items()}
-    own = places["own"]
+    own, language = places["own"], results.label.language
     card = {
         "cases": len(results.references),
         "language": _language(results),
@@ -84,7 +81,10 @@ def report_card(results: TableResults) -> dict[str, Any]:
         "location_acc": own["location_acc"].value,
         "size_within_3mm": own["size_within_3mm"].value,
         "places": own,
-        "whole_reports": {name: _whole_reports(results, name) for name in ("own", "shuffled")},
+        "whole_reports": {
+            name: whole_report_scores(results.truth, results.mentions[name], results.texts(name), language)
+            for name in ("own", "shuffled")
+        },
         "mask": _mask(results),
         "sections": _sections(results),
         "text": _text(results),
@@ -97,42 +97,36 @@ def report_card(results: TableResults) -> dict[str, Any]:
 
 def marked_reports(results: TableResults) -> list[str]:
     """The reports with 待核实 behind each sentence whose confidence is below the threshold; nothing is removed."""
-    values = iter(results.confidence.calibrated)
-    marked = []
-    for text, stated in zip(results.texts(), results.statements, strict=True):
-        confidences = sentence_confidences(text, stated, [float(next(values)) for _ in stated])
-        marked.append(mark_unsure(text, confidences, results.abstain_below, results.language))
-    return marked
+    values = iter(results.confidence.calibrated.tolist())
+    options = results.abstain_below, results.label.language
+    reports = zip(results.texts(), results.statements, strict=True)
+    return [mark_unsure(text, stated, [next(values) for _ in stated], *options) for text, stated in reports]
 
 
 def _language(results: TableResults) -> dict[str, Any]:
-    scores = language_scores(results.references, results.texts(), results.language)
+    scores = language_scores(results.references, results.texts(), results.label.language)
     return {
-        "reports_in": results.language,
+        "reports_in": results.label.language,
         **{name: score.value for name, score in scores.items()},
         "intervals": {name: score.bounds for name, score in scores.items()},
         "definitions": {name: score.what for name, score in scores.items()},
     }
 
 
-def _findings(results: TableResults, scores: ClinicalScores) -> dict[str, Any]:
-    by_section = {}
-    for section in SECTIONS[:2]:
-        if any(mention.section == section for mentions in results.truth for mention in mentions):
-            one = clinical_scores(results.truth, results.mentions["own"], (section,))
-            by_section[section] = {"macro_f1": one.macro_f1, "micro_f1": one.micro_f1}
+def _findings(results: TableResults, scores: Mapping[str, Any]) -> dict[str, Any]:
+    stated_in = {mention.section for mentions in results.truth for mention in mentions}
+    sections = [name for name in SECTIONS[:2] if name in stated_in]
+    parts = [clinical_scores(results.truth, results.mentions["own"], (name,)) for name in sections]
     return {
-        **vars(scores),
-        **_with_interval("macro_f1", scores.macro_f1),
-        **_with_interval("chance", scores.chance),
-        "by_finding": [vars(row) | _with_interval("f1", row.f1) for row in scores.by_finding],
-        "by_section": by_section,
+        **scores,
+        **_with_interval("macro_f1", scores["macro_f1"]),
+        **_with_interval("chance", scores["chance"]),
+        "by_finding": [row | _with_interval("f1", row["f1"]) for row in scores["by_finding"]],
+        "by_section": {
+            name: {key: part[key] for key in ("macro_f1", "micro_f1")}
+            for name, part in zip(sections, parts, strict=True)
+        },
     }
-
-
-def _whole_reports(results: TableResults, condition: str) -> dict[str, Score]:
-    texts = results.texts(condition)
-    return whole_report_scores(results.truth, results.mentions[condition], texts, results.language)
 
 
 def _mask(results: TableResults) -> dict[str, Any]:
@@ -159,7 +153,7 @@ def _sections(results: TableResults) -> dict[str, Any]:
         ]
         found[name] = {"in_reports": generated[name], "in_references": wanted[name], "cases": len(pairs)}
         if pairs:
-            scores = language_scores(*map(list, zip(*pairs, strict=True)), results.language)
+            scores = language_scores(*map(list, zip(*pairs, strict=True)), results.label.language)
             found[name] |= {key: scores[key] for key in ("BLEU-4", "ROUGE-L", "chrF")}
     complete = [all(section_text(text, name) for name in SECTIONS) for text in results.texts()]
     outside = [any(m.section == PREAMBLE for m in mentions) for mentions in results.mentions["own"]]
@@ -184,33 +178,27 @@ def _text(results: TableResults) -> dict[str, Any]:
 
 
 def _audit(
-    results: TableResults, clinical: Mapping[str, ClinicalScores], places: Mapping[str, Mapping[str, Score]]
+    results: TableResults, clinical: Mapping[str, Mapping], places: Mapping[str, Mapping[str, Score]]
 ) -> dict[str, Any]:
-    own, found, differences, gaps = results.records["own"], {}, {}, {}
+    own, mentions, found = results.records["own"], results.mentions, {}
     for name, records in results.records.items():
         found[name] = {
-            **_with_interval("macro_f1", clinical[name].macro_f1),
-            "micro_f1": clinical[name].micro_f1.value,
+            **_with_interval("macro_f1", clinical[name]["macro_f1"]),
+            "micro_f1": clinical[name]["micro_f1"].value,
             "location_acc": places[name]["location_acc"].value,
             "size_within_3mm": places[name]["size_within_3mm"].value,
-            "nats_per_token": image_dependence.nats_per_token(records),
+            "nats_per_token": audit.nats_per_token(records),
         }
         if name != "own":
-            gaps[name] = image_dependence.loss_gap(own, records)
-            differences[name] = image_dependence.macro_difference(
-                results.truth, results.mentions["own"], results.mentions[name]
-            )
             found[name] |= {
-                "loss_gap": gaps[name],
-                "macro_f1_difference": differences[name],
-                "same_reports": image_dependence.same_fraction(results.texts(), results.texts(name)),
+                "loss_gap": audit.loss_gap(own, records),
+                "macro_f1_difference": audit.macro_difference(results.truth, mentions["own"], mentions[name]),
+                "same_reports": audit.same_fraction(results.texts(), results.texts(name)),
             }
-    duplicates, natural = find_duplicates(results.texts()), find_duplicates(results.references)
-    normal = image_dependence.false_findings_on_normal(results.truth, results.mentions["own"])
-    verdict = image_dependence.judge(
-        len(own), clinical["own"].p_value, differences, gaps, found["prior"]["same_reports"]
-    )
-    reasons = list(verdict.reasons)
+    normal = audit.false_findings_on_normal(results.truth, mentions["own"])
+    differences = (found[name]["macro_f1_difference"] for name in ("shuffled", "prior"))
+    gap, same = found["shuffled"]["loss_gap"], found["prior"]["same_reports"]
+    code, reasons = audit.judge(len(own), clinical["own"]["p_value"], *differences, gap, same)
     if results.lesion_inputs:
         alone = {"macro-F1": "macro_f1", "side and height": "location_acc", "size within 3 mm": "size_within_3mm"}
         values = {what: found["squares"][key] for what, key in alone.items()}
@@ -220,12 +208,10 @@ def _audit(
         "normal_false_finding_rate": normal.value,
         "normal_false_finding_interval": normal.bounds,
         "normal_cases": normal.n,
-        "duplicate_rate": duplicates.near_share,
-        "exact_duplicate_rate": duplicates.exact_share,
-        "most_common_report": duplicates.most_common,
-        "duplicate_rate_of_references": natural.near_share,
-        "verdict": verdict.text,
-        "verdict_code": verdict.code,
+        **find_duplicates(results.texts()),
+        "duplicate_rate_of_references": find_duplicates(results.references)["duplicate_rate"],
+        "verdict": audit.VERDICTS[code],
+        "verdict_code": code,
         "reasons": reasons,
     }
 
@@ -233,7 +219,7 @@ def _audit(
 def _confidence(results: TableResults) -> dict[str, Any]:
     touched = [marked != text for marked, text in zip(marked_reports(results), results.texts(), strict=True)]
     below = results.confidence.calibrated < results.abstain_below
-    return results.confidence.as_dict() | {
+    return results.confidence.card | {
         "abstain_below": results.abstain_below,
         "reports_with_marks": np.mean(touched),
         "statements_marked": below.mean() if len(below) else None,
@@ -241,14 +227,10 @@ def _confidence(results: TableResults) -> dict[str, Any]:
 
 
 def _pointing(results: TableResults) -> dict[str, Any]:
-    hits, chances, why = [], [], Counter()
-    for case, record in enumerate(results.pointing):
-        for one in record["sentences"] if record else []:
-            if one["hit"] is None:
-                why[one["why"]] += 1
-            else:
-                hits.append((case, one["hit"]))
-                chances.append(one["chance"])
+    sentences = [(case, one) for case, record in enumerate(results.pointing) if record for one in record["sentences"]]
+    hits = [(case, one["hit"]) for case, one in sentences if one["hit"] is not None]
+    chances = [one["chance"] for _, one in sentences if one["hit"] is not None]
+    why = Counter(one["why"] for _, one in sentences if one["hit"] is None)
     score = hit_score(hits, len(results.pointing), "sentences whose map peaks in a cell that sees their lesion")
     detail = score.as_dict() | {"chance": np.mean(chances) if chances else None, "not_played": why}
     return {"pointing_game": score.value, "pointing": detail}

@@ -23,13 +23,9 @@ _ALLOWED_CONTROLS = "\n\r\t"
 
 @dataclass(frozen=True)
 class Repetition:
-    """The worst loop of a text.
+    """The worst loop of a text: ``piece`` ("" for none) ``times`` in a row, a fraction ``share`` of its characters.
 
-    Attributes:
-        piece: what is repeated; "" where nothing is.
-        times: in a row.
-        share: fraction of the text's characters in the loop.
-        distinct_4grams: distinct by all 4-grams of characters; 1 where there is none.
+    ``distinct_4grams``: distinct by all 4-grams of characters; 1 where there is none.
     """
 
     piece: str
@@ -41,21 +37,6 @@ class Repetition:
     def looping(self) -> bool:
         """Whether more than a fifth of the text is one loop."""
         return self.share > 0.2
-
-
-@dataclass(frozen=True)
-class Duplicates:
-    """How alike a set of reports is.
-
-    Attributes:
-        exact_share: fraction of reports that equal another one but for white space.
-        near_share: fraction with another one at Jaccard similarity 0.9 of 5-character shingles, equal ones too.
-        most_common: fraction of the most frequent text.
-    """
-
-    exact_share: float
-    near_share: float
-    most_common: float
 
 
 def find_repetition(text: str) -> Repetition:
@@ -91,15 +72,22 @@ def _is_foreign(char: str) -> bool:
     return category[0] == "L" and not char.isascii() and not any(script in name for script in _SCRIPTS)
 
 
-def find_duplicates(texts: Sequence[str]) -> Duplicates:
-    """Exact and near-duplicates of at least one text. Memory grows with the pairs that have a shingle in common."""
+def find_duplicates(texts: Sequence[str]) -> dict[str, float]:
+    """Duplicates of at least one text, as fractions. Memory grows with the pairs that have a shingle in common.
+
+    Returns:
+        ``duplicate_rate``: equal to another one, or at Jaccard similarity 0.9 of 5-character shingles.
+        ``exact_duplicate_rate``: equal to another one but for white space.
+        ``most_common_report``: the most frequent text.
+    """
     plain = ["".join(text.split()) for text in texts]
     counts = Counter(plain)
     distinct = list(counts)
     near = _near(distinct)
     exact = sum(counts[text] for text in distinct if counts[text] > 1)
     alike = sum(counts[text] for text, has in zip(distinct, near, strict=True) if has or counts[text] > 1)
-    return Duplicates(exact / len(texts), alike / len(texts), max(counts.values()) / len(texts))
+    found = {"duplicate_rate": alike, "exact_duplicate_rate": exact, "most_common_report": max(counts.values())}
+    return {name: count / len(texts) for name, count in found.items()}
 
 
 def _near(texts: Sequence[str]) -> list[bool]:

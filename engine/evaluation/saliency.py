@@ -2,16 +2,15 @@
 
     features [1, K, C, T, T] → bridge → (CMI) → Mamba → Σ log p(tokens of the span) → map [K, T, T]
 
-All methods compare the image with a baseline, the mean features of many cases.
+All methods compare the image with a baseline, the mean features of many cases:
 
-``integrated``: integrated gradients (Sundararajan et al. 2017), summed over channels. The values of a map add up to the
-change that the image makes; a positive value supports the span.
+``integrated``: integrated gradients (Sundararajan et al. 2017), summed over channels: they add up to the change that
+the image makes; a positive value supports the span.
 
 ``evidence``, the default: the positive integrated gradients of single channels, summed, then smoothed by a Gaussian
 whose standard deviation is the extent of one feature, because its receptive field is much larger than its cell.
 
-``occlusion``: the fall of the log-probability when the features of a cell are replaced by the baseline's (Zeiler &
-Fergus 2014).
+``occlusion``: the fall of the log-probability when a cell has the baseline's features (Zeiler & Fergus 2014).
 
 The pointing game (Zhang et al. 2018): a map hits where its maximum lies in a cell that holds voxels of the lesion that
 the sentence states. Sentences about a lesion that is not there, or that the model was not shown, are not played.
@@ -20,7 +19,6 @@ the sentence states. Sentences about a lesion that is not there, or that the mod
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,151 +28,76 @@ from scipy import ndimage
 from torch import Tensor
 
 from data.imaging.reader import read_mask, read_volume
-from data.imaging.volume import Volume
 from data.lesions import MeasuredLesion
 from data.report_language.labeller import FindingMention
-from engine.evaluation.conditions import EvaluatedTable
-from engine.evaluation.confidence import Statement, split_sentences
+from engine.evaluation.conditions import OWN, ReportPasses
+from engine.evaluation.confidence import Statement, split_sentences, touches
 from engine.evaluation.heat_maps import FramedGrid, draw_heat, write_heat
-from engine.evaluation.localisation import MaskedCase, side_agrees, zone_agrees
-from engine.evaluation.report_writer import ReportWriter, answer_log_probs, token_spans
+from engine.evaluation.localisation import MaskedCase, agreement
+from engine.evaluation.report_writer import answer_log_probs, token_spans
 from models.medical_vlm import MedicalVLM
 from models.nnunet.encoder import NnUNetEncoder
 
 METHODS = ("evidence", "integrated", "occlusion")
 STEPS = 8
-
-
-@dataclass(frozen=True)
-class SentenceMap:
-    """One sentence. ``heat``: (K, T, T); ``hit``: None where the game is not played, ``why`` then has the reason;
-    ``chance``: fraction of cells that hold the lesion."""
-
-    sentence: int
-    text: str
-    heat: np.ndarray
-    hit: bool | None
-    chance: float
-    why: str = ""
-
-    def record(self) -> dict[str, Any]:
-        """For the store, without text and map."""
-        return {"sentence": self.sentence, "hit": self.hit, "chance": self.chance, "why": self.why}
-
-
-@dataclass(frozen=True)
-class CaseMaps:
-    """The maps of one case, with its scan and mask (None without a mask), which they are drawn over."""
-
-    volume: Volume | None
-    labels: np.ndarray | None
-    grid: FramedGrid
-    sentences: list[SentenceMap]
+Spans = Sequence[Sequence[int]]  # of tokens: positions in a report
 
 
 def map_case(
-    writer: ReportWriter,
-    table: EvaluatedTable,
-    row: int,
-    batch: Mapping[str, Any],
-    record: Mapping[str, Any],
-    stated: Sequence[Statement],
-    masked: MaskedCase | None,
-    names: Mapping[int, str] | None,
-    baseline: Tensor,
-    method: str,
-) -> CaseMaps:
-    """Maps of the sentences of one report that state a finding as present or possible.
+    passes: ReportPasses, row: int, stated: list[Statement], masked: MaskedCase | None, method: str, out: Path | None
+) -> dict[str, Any]:
+    """Maps and pointing game of the sentences of one row's report that state a finding as present or possible.
 
     Args:
-        batch: of this case alone.
-        record: of its report, with ``ids``.
-        stated: its statements.
-        masked: its lesions, where it has a mask.
-        names: of the mask's labels, where they are known.
-        baseline: mean features (K, C, T, T).
+        stated: statements of the report.
+        masked: lesions of the mask, where there is one.
+        out: folder to write ``case0000_sentence1.nii.gz`` … and ``case0000.png`` to, or None.
+
+    Returns:
+        ``sentences``: each with its number ``sentence``; ``hit``, None where the game is not played; ``chance``, the
+        fraction of cells that hold the lesion; ``why`` it is not played. ``figure``: file name, or None.
     """
-    caption = table.data.rows[row]
+    data, writer, caption = passes.data, passes.writer, passes.data.rows[row]
+    record, (baseline, _) = passes.records(OWN)[row], passes.mean_image
     present = [s for s in stated if s.mention.polarity != "absent"]
     present = [s for s in present if s.mention.section != "impression"] or present
     numbers = sorted({s.sentence for s in present})
-    spans = token_spans(writer.tokenizer, record["ids"])
     words = [[w for s in present if s.sentence == n for w in s.words] for n in numbers]
-    tokens = [[k for k, (a, b) in enumerate(spans) if any(a < end and b > start for start, end in w)] for w in words]
-    maps = attribution_maps(writer.model, batch, record["ids"], tokens, baseline, method).numpy()
-    cached = table.data.cache.get(caption.image_path, caption.mask_path)
-    shape = tuple(baseline.shape[i] for i in (0, 2, 3))
-    grid = FramedGrid.of(table.data.view_selection, cached, shape, cached.axcodes)
-    volume = labels = None
-    if caption.mask_path is not None:
-        volume = read_volume(caption.image_path)
-        labels = read_mask(caption.mask_path, volume)
-    pieces = split_sentences(record["text"])
+    spans = token_spans(writer.tokenizer, record["ids"])
+    tokens = [[k for k, span in enumerate(spans) if touches(span, w)] for w in words]
+    report = ReportLikelihood(writer.model, passes.batch([data[row]]), record["ids"])
+    maps = attribution_maps(report, tokens, baseline, method).numpy()
+    cached = data.cache.get(caption.image_path, caption.mask_path)
+    grid = FramedGrid.of(data.view_selection, cached, tuple(baseline[:, 0].shape))
+    volume = read_volume(caption.image_path)
+    labels = None if caption.mask_path is None else read_mask(caption.mask_path, volume)
     sentences = []
     for number, heat in zip(numbers, maps, strict=True):
         mentions = [s.mention for s in present if s.sentence == number]
-        hit, chance, why = _point(heat, mentions, masked, labels, names, grid)
-        sentences.append(SentenceMap(number, pieces[number].strip(), heat, hit, chance, why))
-    return CaseMaps(volume, labels, grid, sentences)
-
-
-def save_maps(folder: Path, name: str, case: CaseMaps, image: Path) -> Path | None:
-    """Write ``NAME_sentence1.nii.gz`` … and ``NAME.png``; returns the figure, None where the report states nothing."""
-    if not case.sentences:
-        return None
-    volume = case.volume or read_volume(image)
-    heats = [case.grid.lay_over(one.heat) for one in case.sentences]
+        sentences.append({"sentence": number} | _point(heat, mentions, masked, labels, grid))
+    if out is None or not sentences:
+        return {"sentences": sentences, "figure": None}
+    name, heats = f"case{row:04d}", [grid.lay_over(heat) for heat in maps]
     for number, heat in enumerate(heats, 1):
-        write_heat(folder / f"{name}_sentence{number}.nii.gz", heat, volume)
-    marks = {True: "hit", False: "miss", None: "not played"}
-    titles = [f"{one.text[:24]}\n{marks[one.hit]}" for one in case.sentences]
-    draw_heat(folder / f"{name}.png", volume, heats, titles, case.labels)
-    return folder / f"{name}.png"
+        write_heat(out / f"{name}_sentence{number}.nii.gz", heat, volume)
+    pieces, marks = split_sentences(record["text"]), {True: "hit", False: "miss", None: "not played"}
+    titles = [f"{pieces[one['sentence']].strip()[:24]}\n{marks[one['hit']]}" for one in sentences]
+    draw_heat(out / f"{name}.png", volume, heats, titles, labels)
+    return {"sentences": sentences, "figure": f"{name}.png"}
 
 
 # ---------------------------------------------------------------------------- attribution
-
-
-def attribution_maps(
-    model: MedicalVLM,
-    batch: Mapping[str, Any],
-    ids: Sequence[int],
-    spans: Sequence[Sequence[int]],
-    baseline: Tensor,
-    method: str = METHODS[0],
-    *,
-    steps: int = STEPS,
-    chunk: int = 8,
-) -> Tensor:
-    """Maps (S, K, T, T), float32 on the CPU, one for each of S spans of one report.
-
-    Args:
-        batch: of one case: ``images``, ``slice_position``, ``roi``, ``question_ids``, ``question_mask``.
-        ids: tokens of the report.
-        spans: positions in ``ids``.
-        baseline: (K, C, T, T), the mean features of many cases.
-        method: one of ``METHODS``.
-        steps: points between baseline and image at which the gradient is taken.
-        chunk: copies of the case in one forward pass.
-    """
-    report = ReportLikelihood(model, batch, ids)
-    K, _, T, U = report.features.shape
-    if not spans:
-        return torch.zeros(0, K, T, U)
-    baseline = baseline.to(report.features)
-    if method == "occlusion":
-        return _occlusion(report, spans, baseline, chunk)
-    gradients = _integrated(report, spans, baseline, steps, chunk)
-    if method == "integrated":
-        return gradients.sum(2)
-    width = feature_width(model.vision.encoder, batch["images"], (T, U))
-    return torch.stack([smoothed(heat, width) for heat in gradients.clamp(min=0).sum(2)])
 
 
 class ReportLikelihood:
     """Log-probabilities of one report's tokens as a function of the image's features. ``features``: (K, C, T, T)."""
 
     def __init__(self, model: MedicalVLM, batch: Mapping[str, Any], ids: Sequence[int]) -> None:
+        """
+        Args:
+            batch: of one case: ``images``, ``slice_position``, ``roi``, ``question_ids``, ``question_mask``.
+            ids: tokens of the report.
+        """
         with torch.no_grad():
             self.features = model.vision.features(batch["images"])[0]
         answer = torch.tensor([list(ids)], dtype=torch.long, device=self.features.device)
@@ -192,23 +115,42 @@ class ReportLikelihood:
         return torch.stack(answer_log_probs(self.model.lm, visual, copies))
 
 
-def feature_width(
-    encoder: NnUNetEncoder, images: Tensor | Sequence[Tensor], grid: tuple[int, int]
-) -> tuple[float, float]:
+def attribution_maps(
+    report: ReportLikelihood, spans: Spans, baseline: Tensor, method: str, steps: int = STEPS, chunk: int = 8
+) -> Tensor:
+    """Maps (S, K, T, T), float32 on the CPU, one for each of S spans of one report.
+
+    Args:
+        baseline: (K, C, T, T), the mean features of many cases.
+        method: one of ``METHODS``.
+        steps: points between baseline and image at which the gradient is taken.
+        chunk: copies of the case in one forward pass.
+    """
+    K, _, T, U = report.features.shape
+    if not spans:
+        return torch.zeros(0, K, T, U)
+    baseline = baseline.to(report.features)
+    if method == "occlusion":
+        return _occlusion(report, spans, baseline, chunk)
+    gradients = _integrated(report, spans, baseline, steps, chunk)
+    if method == "integrated":
+        return gradients.sum(2)
+    width = feature_width(report.model.vision.encoder, report.case["images"], (T, U))
+    return torch.stack([smoothed(heat, width) for heat in gradients.clamp(min=0).sum(2)])
+
+
+def feature_width(encoder: NnUNetEncoder, images: Sequence[Tensor], grid: tuple[int, int]) -> tuple[float, ...]:
     """Extent of one feature of the encoder's stage, (rows, columns), in cells of the ``grid`` it is pooled to."""
     axes = zip(encoder.total_stride[-2:], grid, images[0].shape[-2:], strict=True)
-    rows, columns = (stride * cells / extent for stride, cells, extent in axes)
-    return rows, columns
+    return tuple(stride * cells / extent for stride, cells, extent in axes)
 
 
-def smoothed(heat: Tensor, width: tuple[float, float]) -> Tensor:
+def smoothed(heat: Tensor, width: tuple[float, ...]) -> Tensor:
     """(K, T, U) under an in-plane Gaussian of standard deviations ``width`` in cells; the border is replicated."""
     return torch.from_numpy(ndimage.gaussian_filter(heat.numpy(), (0, *width), mode="nearest"))
 
 
-def _integrated(
-    report: ReportLikelihood, spans: Sequence[Sequence[int]], baseline: Tensor, steps: int, chunk: int
-) -> Tensor:
+def _integrated(report: ReportLikelihood, spans: Spans, baseline: Tensor, steps: int, chunk: int) -> Tensor:
     """Integrated gradients (S, K, C, T, T), float32 on the CPU."""
     difference = report.features - baseline
     total = torch.zeros(len(spans), *difference.shape, device=difference.device)
@@ -223,17 +165,16 @@ def _integrated(
 
 
 @torch.no_grad()
-def _occlusion(report: ReportLikelihood, spans: Sequence[Sequence[int]], baseline: Tensor, chunk: int) -> Tensor:
-    K, _, T, U = baseline.shape
+def _occlusion(report: ReportLikelihood, spans: Spans, baseline: Tensor, chunk: int) -> Tensor:
+    grid = tuple(baseline[:, 0].shape)  # K, T, U
     falls = []
-    for cells in torch.arange(K * T * U).split(chunk):
+    for cells in torch.arange(baseline[:, 0].numel(), device=baseline.device).split(chunk):
         copies = report.features.repeat(len(cells), 1, 1, 1, 1)
-        for copy, cell in zip(copies, cells.tolist(), strict=True):
-            k, i, j = cell // (T * U), cell // U % T, cell % U
-            copy[k, :, i, j] = baseline[k, :, i, j]
+        k, i, j = torch.unravel_index(cells, grid)
+        copies[torch.arange(len(cells)), k, :, i, j] = baseline[k, :, i, j]
         falls.append(report(copies))
     fall = report(report.features[None]) - torch.cat(falls)  # (cells, tokens)
-    return torch.stack([fall[:, list(positions)].sum(1).view(K, T, U).float().cpu() for positions in spans])
+    return torch.stack([fall[:, list(positions)].sum(1).view(grid).float().cpu() for positions in spans])
 
 
 # ---------------------------------------------------------------------------- pointing game
@@ -243,27 +184,22 @@ def _point(
     heat: np.ndarray,
     mentions: Sequence[FindingMention],
     masked: MaskedCase | None,
-    labels: np.ndarray | None,
-    names: Mapping[int, str] | None,
+    labels: np.ndarray,
     grid: FramedGrid,
-) -> tuple[bool | None, float, str]:
+) -> dict[str, Any]:
     """Hit or miss, fraction of cells that would hit, and why the game is not played."""
-    if masked is None or labels is None:
-        return None, float("nan"), "no mask"
-    if masked.problem:
-        return None, float("nan"), "the lesions could not be measured"
-    stated = [lesion for lesion in masked.lesions if any(_agree(m, lesion, names) for m in mentions)]
-    if not stated:
-        return None, float("nan"), "the lesion that it states is not in the mask"
-    cells = grid.cells_of(_voxels(labels, stated))
-    if not cells.any():
-        return None, float("nan"), "the lesion lies in no slice that the model was shown"
-    return bool(cells.flat[int(heat.argmax())]), float(cells.mean()), ""
-
-
-def _agree(mention: FindingMention, lesion: MeasuredLesion, names: Mapping[int, str] | None) -> bool:
-    named = (names or {}).get(lesion.label, mention.finding)
-    return named == mention.finding and side_agrees(mention, lesion) and zone_agrees(mention, lesion)
+    why, cells = "", np.zeros(heat.shape, bool)
+    if masked is None:
+        why = "no mask"
+    elif masked.problem:
+        why = "the lesions could not be measured"
+    elif not (stated := [x for x in masked.lesions if any(all(agreement(m, x).values()) for m in mentions)]):
+        why = "the lesion that it states is not in the mask"
+    elif not (cells := grid.cells_of(_voxels(labels, stated))).any():
+        why = "the lesion lies in no slice that the model was shown"
+    if why:
+        return {"hit": None, "chance": float("nan"), "why": why}
+    return {"hit": bool(cells.flat[int(heat.argmax())]), "chance": float(cells.mean()), "why": ""}
 
 
 def _voxels(labels: np.ndarray, lesions: Sequence[MeasuredLesion]) -> np.ndarray:
@@ -271,9 +207,7 @@ def _voxels(labels: np.ndarray, lesions: Sequence[MeasuredLesion]) -> np.ndarray
     found = np.zeros(labels.shape, bool)
     for label in {lesion.label for lesion in lesions}:
         parts, count = ndimage.label(labels == label, np.ones((3, 3, 3), bool))
-        centres = ndimage.center_of_mass(labels == label, parts, range(1, count + 1))
-        wanted = [(x.z, x.y, x.x) for x in lesions if x.label == label]
-        for number, centre in enumerate(centres, 1):
-            if any(np.allclose(centre, other, atol=1e-3) for other in wanted):
-                found |= parts == number
+        centres = np.array(ndimage.center_of_mass(labels == label, parts, range(1, count + 1)))
+        for x in (lesion for lesion in lesions if lesion.label == label):
+            found |= parts == 1 + np.abs(centres - (x.z, x.y, x.x)).max(1).argmin()
     return found

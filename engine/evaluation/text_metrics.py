@@ -17,10 +17,8 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
-from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
-from engine.evaluation.bootstrap import REPEATS, Score, case_weights, interval, mean_score
+from engine.evaluation.bootstrap import Score, case_weights, interval, mean_score
 
 BLEU_TOKENIZER = {"zh": "zh", "en": "13a"}
 ROUGE_VERSION = "0.1.2"  # rouge-score does not say its own
@@ -33,63 +31,48 @@ class ReportTokenizer:
     """Tokens as BLEU counts them, lower-cased; the interface is that of rouge-score's tokenizers."""
 
     def __init__(self, language: str) -> None:
-        self._tokenizer = TokenizerZh() if language == "zh" else Tokenizer13a()
+        self._tokenizer = BLEU(tokenize=BLEU_TOKENIZER[language]).tokenizer
 
     def tokenize(self, text: str) -> list[str]:
         return self._tokenizer(text.lower()).split()
 
 
-def language_scores(
-    references: Sequence[str], generated: Sequence[str], language: str, repeats: int = REPEATS, seed: int = 0
-) -> dict[str, Score]:
-    """BLEU-1 to 4 and chrF (0 to 100), ROUGE-L (0 to 1), CIDEr-D (0 to 10) of at least one report.
+def language_scores(references: Sequence[str], generated: Sequence[str], language: str) -> dict[str, Score]:
+    """BLEU-1 to 4 and chrF (0 to 100), ROUGE-L (0 to 1), CIDEr-D (0 to 10) of at least one report in "zh" or "en".
 
     An empty report scores 0 and counts like any other.
-
-    Args:
-        language: "zh" or "en".
     """
     tokenizer, tokens = ReportTokenizer(language), BLEU_TOKENIZER[language]
-    weights = case_weights(len(references), repeats, seed)
     scores = {}
     for order in range(1, 5):
         bleu, what = BLEU(tokenize=tokens, max_ngram_order=order, lowercase=True), f"BLEU-{order}"
-        scores[what] = corpus_score(bleu, references, generated, f"{what}, tok:{tokens}|smooth:exp|lc", weights)
+        scores[what] = corpus_score(bleu, references, generated, f"{what}, tok:{tokens}|smooth:exp|lc")
     chrf = CHRF(char_order=CHRF_ORDER, word_order=0, beta=2)
-    scores["chrF"] = corpus_score(chrf, references, generated, f"chrF2, character order {CHRF_ORDER}", weights)
+    scores["chrF"] = corpus_score(chrf, references, generated, f"chrF2, character order {CHRF_ORDER}")
     rouge = f"rouge-score {ROUGE_VERSION} rougeL F1, tokens {tokens} of sacrebleu, mean of cases, 0 to 1"
-    scores["ROUGE-L"] = mean_score(rouge_l(references, generated, language), rouge, repeats, seed)
+    scorer = RougeScorer(["rougeL"], tokenizer=tokenizer)
+    common = [scorer.score(a, b)["rougeL"].fmeasure for a, b in zip(references, generated, strict=True)]
+    scores["ROUGE-L"] = mean_score(common, rouge)
     cider = f"own CIDEr-D, tokens {tokens} of sacrebleu, idf of the references scored, 0 to 10"
     token_lists = [[tokenizer.tokenize(text) for text in texts] for texts in (references, generated)]
-    scores["CIDEr-D"] = mean_score(cider_d(*token_lists), cider, repeats, seed)
+    scores["CIDEr-D"] = mean_score(cider_d(*token_lists), cider)
     return scores
 
 
-def corpus_score(
-    metric: BLEU | CHRF, references: Sequence[str], generated: Sequence[str], what: str, weights: np.ndarray
-) -> Score:
+def corpus_score(metric: BLEU | CHRF, references: Sequence[str], generated: Sequence[str], what: str) -> Score:
     """sacrebleu's corpus value, and its interval from sacrebleu's own counts of each case.
 
     sacrebleu's bootstrap gives half a width around the mean of its samples, which can leave the scale; here the
     percentiles are taken, as for every other score.
-
-    Args:
-        weights: [repeats, cases] of ``case_weights``.
     """
     counts = np.array(metric._extract_corpus_statistics(generated, [references]), np.int64)  # [cases, counts]
 
     def score(row: np.ndarray) -> float:
         return metric._compute_score_from_stats(row.tolist()).score
 
-    low, high = interval(np.array([score(row) for row in weights @ counts]))
+    low, high = interval(np.array([score(row) for row in case_weights(len(counts)) @ counts]))
     what = f"sacrebleu {sacrebleu.__version__} corpus {what}, 0 to 100"
     return Score(score(counts.sum(0)), low, high, len(references), what)
-
-
-def rouge_l(references: Sequence[str], generated: Sequence[str], language: str) -> list[float]:
-    """F1 of the longest common subsequence of tokens, per case."""
-    scorer = RougeScorer(["rougeL"], tokenizer=ReportTokenizer(language))
-    return [scorer.score(a, b)["rougeL"].fmeasure for a, b in zip(references, generated, strict=True)]
 
 
 def cider_d(references: Sequence[Sequence[str]], generated: Sequence[Sequence[str]]) -> list[float]:

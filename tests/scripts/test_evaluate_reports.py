@@ -14,8 +14,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from config.errors import InputError
 from config.nnunet_plans import PreprocessPlan
@@ -28,6 +26,7 @@ from models.language_model.mamba_lm import lm_identity
 from models.medical_vlm import VisionBridge
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.encoder import NnUNetEncoder
+from tests.models.language_model.tiny import byte_tokenizer, random_mamba
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "evaluate_reports.py"
 LABELS = [f"{value}={name}" for value, name in enumerate(FINDING_TYPES) if value]
@@ -38,33 +37,21 @@ PROMISED = (
 )
 
 
-def write_language_model(folder: Path) -> None:
-    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, "<|endoftext|>": 256}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = MambaConfig(vocab_size=257, hidden_size=16, num_hidden_layers=2, state_size=4)
-    MambaForCausalLM(config).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> tuple[Path, DatasetPaths]:
     root = tmp_path_factory.mktemp("desk")
     data = make_dataset(root / "data", 0, 3, 6, seed=3, workers=1, normal_share=0.3)
-    write_language_model(root / "lm")
+    byte_tokenizer(pad_token=None).save_pretrained(root / "lm")
+    random_mamba(vocab_size=257, hidden_size=16, num_hidden_layers=2, state_size=4).save_pretrained(root / "lm")
     source = load_nnunet_checkpoint(assets / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth")
     config = load_config(
         None, bridge_width=8, bridge_depth=1, encoder_target_spatial=4, max_visual_tokens=4,
         mamba_model=str(root / "lm"), cache_dir=str(root / "cache"), caption_csv_train=None,
-        caption_csv_val=str(data.val_csv),
-        caption_prompt_json=str(data.prompt_json),
+        caption_csv_val=str(data.val_csv), caption_prompt_json=str(data.prompt_json),
     )  # fmt: skip
     torch.manual_seed(1)
-    vision = VisionBridge.build(
-        config, NnUNetEncoder.from_checkpoint(source, target_spatial=4, planes=1), 16, 0.5, with_cmi=False
-    )
+    encoder = NnUNetEncoder.from_checkpoint(source, target_spatial=4, planes=1)
+    vision = VisionBridge.build(config, encoder, 16, 0.5, with_cmi=False)
     diagnostics = {"token_std": 0.5, "image_std": 0.5, "effective_rank": 3.0, "expected_std": 0.5, "collapsed": False}
     save_checkpoint(
         root / "vlm.pt", vision, stage="vlm", step=1, epoch=1, val_loss=1.0, config=config,
@@ -81,9 +68,9 @@ def evaluate(desk: tuple[Path, DatasetPaths], monkeypatch: pytest.MonkeyPatch) -
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
 
-    def run(out: str, *flags: str, csv_file: Path = data.test_csv) -> Path:
-        command = [str(SCRIPT), "--checkpoint", str(root / "vlm.pt"), "--csv", str(csv_file), "--out", str(root / out)]
-        monkeypatch.setattr(sys, "argv", [*command, "--max_new_tokens", "12", "--batch_size", "4", *flags])
+    def run(out: str, *flags: str) -> Path:
+        command = [SCRIPT, "--checkpoint", root / "vlm.pt", "--csv", data.test_csv, "--out", root / out]
+        monkeypatch.setattr(sys, "argv", [*map(str, command), "--max_new_tokens", "12", "--batch_size", "4", *flags])
         script.main()
         return root / out
 
@@ -169,6 +156,7 @@ def test_more_cases_keep_what_was_generated(evaluate: Callable[..., Path]) -> No
         (["--mask_labels", "1=tumour"], "--mask_labels 1=tumour: expected N=FINDING"),
         (["--mask_labels", "none.json"], "--mask_labels none.json: expected nnU-Net's dataset.json"),
         (["--same_finding", "miliary"], "'' is no finding"),
+        (["--csv", "none.csv"], "table not found"),
         (["--calibration_csv", "none.csv"], "--calibration_csv not found: none.csv"),
         (["--limit", "1"], "images cannot be shuffled between patients"),
     ],
@@ -176,8 +164,3 @@ def test_more_cases_keep_what_was_generated(evaluate: Callable[..., Path]) -> No
 def test_what_cannot_be_used_is_said_in_one_line(evaluate: Callable[..., Path], flags: list[str], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         evaluate("bad", *flags)
-
-
-def test_a_missing_table(evaluate: Callable[..., Path]) -> None:
-    with pytest.raises(InputError, match="table not found"):
-        evaluate("bad", csv_file=Path("none.csv"))

@@ -41,7 +41,7 @@ def test_what_the_model_sees_in_file_order_lies_where_the_lesion_is(tmp_path, ax
     framing = ViewSelection(FILE_ORDER, (1, 1), 1, "mask")
     position = float(framing.select(cached).slice_position)
     assert position > 0.5 if axcodes[2] in "SI" else position != 0.5, "0 is the lowest slice, whatever the order"
-    grid = FramedGrid.of(framing, cached, (1, 8, 8), cached.axcodes)
+    grid = FramedGrid.of(framing, cached, (1, 8, 8))
     heat = grid.lay_over(grid.cells_of(marked() > 0).astype(np.float32))
     assert heat.shape == marked().shape and np.unravel_index(heat.argmax(), heat.shape) == (3, 4, 5)
 

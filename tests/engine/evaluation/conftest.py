@@ -6,38 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from config.schema import load_config
 from data.medical_vlm_dataset import pad_tokens
-from models.language_model.mamba_lm import MambaLM
 from models.medical_vlm import MedicalVLM, VisionBridge
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.encoder import NnUNetEncoder
+from tests.models.language_model.tiny import sharp_lm
 
 WIDTH = 16
-
-
-def make_lm() -> MambaLM:
-    """Random weights, large enough that the text depends on what was read; one token a byte."""
-    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, "<|endoftext|>": 256}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    end = "<|endoftext|>"
-    torch.manual_seed(0)
-    config = MambaConfig(
-        vocab_size=264, hidden_size=WIDTH, num_hidden_layers=2, state_size=4, tie_word_embeddings=False
-    )
-    model = MambaForCausalLM(config).eval()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(40)
-        for layer in model.backbone.layers:
-            for part in (layer.mixer.in_proj, layer.mixer.x_proj, layer.mixer.conv1d):
-                part.weight.mul_(3)
-    return MambaLM(model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end), "random")
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +25,9 @@ def model(assets: Path) -> MedicalVLM:
     config = load_config(
         None, bridge_width=8, bridge_depth=1, encoder_target_spatial=4, max_visual_tokens=8, slices=2, use_cmi=True
     )
+    lm = sharp_lm(hidden_size=WIDTH, num_hidden_layers=2, state_size=4)
     torch.manual_seed(1)
-    return MedicalVLM(VisionBridge.build(config, encoder, WIDTH, 1.0, with_cmi=True), make_lm()).eval()
+    return MedicalVLM(VisionBridge.build(config, encoder, WIDTH, 1.0, with_cmi=True), lm).eval()
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,16 @@ from engine.evaluation.bootstrap import case_weights, hit_score, interval, mean_
 
 
 def test_weights_are_samples_with_replacement() -> None:
-    weights = case_weights(7, repeats=200, seed=3)
-    assert weights.shape == (200, 7) and (weights.sum(1) == 7).all() and weights.max() > 1
-    assert (weights == case_weights(7, repeats=200, seed=3)).all()
+    weights = case_weights(7)
+    assert weights.shape == (1000, 7) and (weights.sum(1) == 7).all() and weights.max() > 1
+    assert (weights == case_weights(7)).all()
 
 
 def test_interval_of_a_mean_covers_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     covered = 0
-    for trial in range(200):
-        score = mean_score(rng.normal(1.0, 2.0, 60), repeats=300, seed=trial)
+    for _ in range(200):
+        score = mean_score(rng.normal(1.0, 2.0, 60))
         covered += score.low <= 1.0 <= score.high
     assert 0.88 <= covered / 200 <= 0.99
 
@@ -32,7 +32,7 @@ def test_intervals_of_nothing() -> None:
 
 def test_hits_are_counted_and_resampled_by_case() -> None:
     """Hits of one case are drawn together: with all of them in one case, every sample has the same value."""
-    score = hit_score([(1, True), (1, False), (1, True)], 4, "hits", repeats=300)
+    score = hit_score([(1, True), (1, False), (1, True)], 4, "hits")
     assert (score.value, score.low, score.high, score.n) == (pytest.approx(2 / 3), *[pytest.approx(2 / 3)] * 2, 3)
-    spread = hit_score([(0, True), (1, False), (2, True)], 4, "hits", repeats=300)
+    spread = hit_score([(0, True), (1, False), (2, True)], 4, "hits")
     assert spread.value == pytest.approx(2 / 3) and spread.low < 0.5 and spread.high == 1

@@ -1,8 +1,9 @@
-"""Conditions from images to the verdict: a model that ignores the image by construction, and one that does not."""
+"""Conditions from images to the verdict, of a model that ignores the image and one that does not; the store on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,18 +18,19 @@ from data.medical_vlm_dataset import Sample
 from data.phantom.finding import Finding
 from data.phantom.report import write_report
 from data.tables.caption_table import CaptionRow
-from engine.evaluation.calibration import Outcomes, confidence_scores
-from engine.evaluation.conditions import AUDITED, EvaluatedTable, ReportPasses, shuffled_order
-from engine.evaluation.confidence import Labeller
-from engine.evaluation.generation_store import GenerationStore
+from engine.evaluation.conditions import AUDITED, GenerationStore, ReportPasses, shuffled_order
+from engine.evaluation.confidence import Labeller, Outcomes, confidence_scores
 from engine.evaluation.report_card import TableResults, report_card
 from engine.evaluation.report_writer import Report
 
+ZH = Labeller("zh")
 KINDS = ("nodule", "cavity", "consolidation", "fibrosis", "calcification")
 
 
 class Table:
     """Cases whose image is one number, their row's; reports of phantoms, every fifth one normal."""
+
+    cache = SimpleNamespace(entry=lambda image, mask: image)
 
     def __init__(self, n: int) -> None:
         rng = np.random.default_rng(5)
@@ -51,9 +53,7 @@ class Model:
     device = torch.device("cpu")
 
     def __init__(self, table: Table, looks: bool) -> None:
-        self.reports = [row.answer for row in table.rows]
-        self.looks = looks
-        self.written = 0
+        self.reports, self.looks, self.written = [row.answer for row in table.rows], looks, 0
         self.shown: list[tuple[Tensor, Tensor | None]] = []
         self.model = SimpleNamespace(vision=SimpleNamespace(features=lambda images: images[:, None]))
 
@@ -94,24 +94,20 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
     }
 
 
+def passes_of(folder: Path, data: Table, model: Model, process: int = 0, processes: int = 1) -> ReportPasses:
+    store = GenerationStore(folder, {"looks": model.looks}, process)
+    return ReportPasses(model, collate, store, "t", data, 7, 1, process, processes)
+
+
 def audit(folder: Path, n: int, looks: bool) -> tuple[dict[str, Any], Model]:
     data = Table(n)
-    table, model = EvaluatedTable("t", data, [str(k) for k in range(n)]), Model(data, looks)
-    passes = ReportPasses(model, collate, GenerationStore(folder, {"looks": looks}), batch_size=7, seed=1)
-    mean = passes.mean_image(table)
+    model, none = Model(data, looks), [[] for _ in range(n)]
+    passes = passes_of(folder, data, model)
     for condition in AUDITED:
-        passes.run(table, condition, mean)
-    none = [[] for _ in range(n)]
-    results = TableResults(
-        Labeller("zh"),
-        [row.answer for row in data.rows],
-        {name: passes.records(table, name) for name in AUDITED},
-        [None] * n,
-        none,
-        confidence_scores(Outcomes.of(none, none), None, ""),
-        [None] * n,
-        lesion_inputs=["heights of slices", "squares of lesions"],
-    )
+        passes.run(condition)
+    records, truth = {name: passes.records(name) for name in AUDITED}, [row.answer for row in data.rows]
+    confidence, lesions = confidence_scores(Outcomes.of(none, data.rows, ZH), None, ""), ["heights", "squares"]
+    results = TableResults(ZH, truth, records, [None] * n, none, confidence, [None] * n, lesion_inputs=lesions)
     return report_card(results), model
 
 
@@ -144,51 +140,74 @@ def test_squares_are_the_mean_image_with_what_is_known_of_the_case(tmp_path: Pat
     assert [position.shape for position in prior] == [(1,)] * 2
     assert [(position.shape, roi.shape) for position, roi in squares] == [((7, 1), (7, 1, 4))] * 2
     assert card["audit"]["squares"]["macro_f1"] < card["audit"]["own"]["macro_f1"]
-    alone = "heights of slices and squares of lesions alone, with the mean image, give macro-F1"
+    alone = "heights and squares alone, with the mean image, give macro-F1"
     assert card["audit"]["reasons"][-1].startswith(alone)
     assert card["audit"]["verdict_code"] == "unclear", "with 14 cases"
 
 
-@pytest.mark.parametrize(
-    "patients", [list("abcdefgh"), list("aabbccdd"), list("aaabbcde"), list("aaaabbbb"), list("ab")]
-)
-def test_nobody_gets_an_image_of_his_own(patients: list[str]) -> None:
+@pytest.mark.parametrize("patients", ["abcdefgh", "aabbccdd", "aaabbcde", "aaaabbbb", "ab"])
+def test_nobody_gets_an_image_of_his_own(patients: str) -> None:
     for seed in range(20):
-        order = shuffled_order(patients, seed)
+        order = shuffled_order(list(patients), seed)
         assert sorted(order) == list(range(len(patients)))
         assert all(patients[case] != patients[image] for case, image in enumerate(order))
 
 
-def test_one_patient_alone_cannot_be_shuffled() -> None:
-    for patients in (["a"], list("aaab")):
-        with pytest.raises(InputError, match="cannot be shuffled between patients"):
-            shuffled_order(patients, 0)
+@pytest.mark.parametrize("patients", ["a", "aaab"])
+def test_one_patient_alone_cannot_be_shuffled(patients: str) -> None:
+    with pytest.raises(InputError, match="cannot be shuffled between patients"):
+        shuffled_order(list(patients), 0)
 
 
 def test_a_stopped_evaluation_goes_on(tmp_path: Path) -> None:
     data = Table(30)
-    table = EvaluatedTable("t", data, [str(k) for k in range(30)])
-    first, second = Model(data, looks=True), Model(data, looks=True)
-    ReportPasses(first, collate, GenerationStore(tmp_path, {"a": 1}), batch_size=4, seed=1).run(table, "own")
+    passes_of(tmp_path, data, Model(data, looks=True)).run("own")
     [path] = tmp_path.glob("generations-*.jsonl")
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:20]))  # the head and 19 records
-    again = ReportPasses(second, collate, GenerationStore(tmp_path, {"a": 1}), batch_size=4, seed=1)
-    assert not again.complete(table, "own")
-    again.run(table, "own")
-    assert second.written == 30 - 19
-    assert [r["text"] for r in again.records(table, "own")] == [row.answer for row in data.rows]
+    model = Model(data, looks=True)
+    again = passes_of(tmp_path, data, model)
+    with pytest.raises(RuntimeError, match="11 reports of t/own are missing"):
+        again.records("own")
+    again.run("own")
+    assert model.written == 30 - 19
+    assert [r["text"] for r in again.records("own")] == [row.answer for row in data.rows]
 
 
 def test_processes_take_their_own_rows_and_changed_cases_are_missing(tmp_path: Path) -> None:
     data = Table(12)
-    table = EvaluatedTable("t", data, [str(k) for k in range(12)])
     models = [Model(data, looks=True) for _ in range(2)]
     for process, model in enumerate(models):
-        store = GenerationStore(tmp_path, {"a": 1}, process)
-        ReportPasses(model, collate, store, batch_size=4, seed=1, process=process, processes=2).run(table, "shuffled")
+        passes_of(tmp_path, data, model, process, 2).run("shuffled")
     assert [model.written for model in models] == [6, 6]
+    passes = passes_of(tmp_path, data, models[0])
+    assert len(passes.records("shuffled")) == 12
+    assert replace(passes, table="other").stored("shuffled/12") == [None] * 12
+    data.rows[3] = replace(data.rows[3], image_path=Path("changed.nii.gz"))
+    assert replace(passes).stored("shuffled/12").count(None) == 1
+
+
+def record(row: int, text: str) -> dict:
+    return {"table": "t", "condition": "own", "row": row, "case": f"digest{row}", "text": text}
+
+
+def text_of(store: GenerationStore, row: int) -> str | None:
+    found = store.get("t", "own", row, f"digest{row}")
+    return found and found["text"]
+
+
+def test_a_line_that_a_crash_cut_short_is_missing_and_spoils_no_other(tmp_path: Path) -> None:
+    GenerationStore(tmp_path, {"a": 1}).add([record(0, "右肺结节。"), record(1, "空洞。")])
+    [path] = tmp_path.glob("generations-*.jsonl")
+    path.write_bytes(path.read_bytes()[:-8])  # in the middle of a character
     store = GenerationStore(tmp_path, {"a": 1})
-    passes = ReportPasses(Model(data, looks=True), collate, store, batch_size=4, seed=1)
-    assert passes.complete(table, "shuffled")
-    assert not passes.complete(EvaluatedTable("t", data, ["changed", *map(str, range(1, 12))]), "shuffled")
-    assert not passes.complete(EvaluatedTable("other", data, table.cases), "shuffled")
+    assert text_of(store, 0) == "右肺结节。" and text_of(store, 1) is None
+    store.add([record(1, "实变。")])
+    assert text_of(GenerationStore(tmp_path, {"a": 1}), 1) == "实变。"
+
+
+def test_processes_read_each_other_and_no_other_identity(tmp_path: Path) -> None:
+    first, second = (GenerationStore(tmp_path, {"a": 1}, process) for process in (0, 1))
+    second.add([record(0, "结节。")])
+    assert text_of(first, 0) is None
+    first.reload()
+    assert text_of(first, 0) == "结节。" and text_of(GenerationStore(tmp_path, {"a": 2}), 0) is None

@@ -12,8 +12,9 @@ from nibabel.affines import apply_affine
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
 from config.nnunet_plans import PreprocessPlan
-from data.cache import VolumeCache
+from data.cache import CachedVolume, VolumeCache
 from data.imaging.reader import read_mask, read_volume
+from data.imaging.volume import Volume
 from data.view_selection import ViewSelection
 from engine.evaluation.heat_maps import FramedGrid, draw_heat, write_heat
 from models.nnunet.checkpoint import load_nnunet_checkpoint
@@ -77,7 +78,7 @@ def test_a_marked_voxel_lands_where_it_was(
     selection = ViewSelection(plan, (16, 16), 3 if kind == "2d_plain" else patch[0], "mask")
     images, *_ = selection(cached)
     shown = images[:, 0] if kind == "2d_plain" else images[0]
-    grid = FramedGrid.of(selection, cached, tuple(shown.shape), orientation)
+    grid = FramedGrid.of(selection, cached, tuple(shown.shape))
     heat = np.where(shown.numpy() > 0.5 * float(shown.max()), 1.0, 0.0)
     heat[np.unravel_index(int(shown.argmax()), shown.shape)] += 1e-6
     volume = read_volume(image)
@@ -95,20 +96,31 @@ def test_a_marked_voxel_lands_where_it_was(
     assert shown.numpy()[cells].mean() > 0.4 * float(shown.max())  # at its rim the block is blurred by resampling
 
 
-@pytest.mark.parametrize("kind", ["2d_plain", "3d_plain"])
-def test_cells_of_a_coarse_grid_hold_their_voxels(assets: Path, tmp_path: Path, kind: str) -> None:
-    marked = (30, 40, 12)
-    image, mask, world = write_marked(tmp_path, "LPS", False, marked)
-    plan = plan_of(assets, kind)
-    cached = VolumeCache(tmp_path / "cache", plan).get(image, mask)
-    selection = ViewSelection(plan, (16, 16), 2, "mask")
-    grid = FramedGrid.of(selection, cached, (2, 4, 4), plan.orientation)
+@pytest.fixture
+def scan(tmp_path: Path) -> tuple[Volume, np.ndarray]:
+    """A marked scan and its labels."""
+    image, mask, _ = write_marked(tmp_path, "LPS", False, (30, 40, 12))
     volume = read_volume(image)
-    labels = read_mask(mask, volume)
+    return volume, read_mask(mask, volume)
+
+
+def cached_and_selection(
+    volume: Volume, plan: PreprocessPlan, cells: int, policy: str, offset: tuple[float, ...] | None = None
+) -> tuple[CachedVolume, ViewSelection]:
+    """With the mask beside the scan; ``cells``: of the first axis, the slices in 2D."""
+    folder, stride = volume.path.parent, (16,) * len(plan.patch_size)
+    cached = VolumeCache(folder / "cache", plan).get(volume.path, folder / "mask.nii.gz")
+    return cached, ViewSelection(plan, stride, cells, policy, receptive_field_offset=offset)
+
+
+@pytest.mark.parametrize("kind", ["2d_plain", "3d_plain"])
+def test_cells_of_a_coarse_grid_hold_their_voxels(assets: Path, scan: tuple[Volume, np.ndarray], kind: str) -> None:
+    volume, labels = scan
+    cached, selection = cached_and_selection(volume, plan_of(assets, kind), 2, "mask")
+    grid = FramedGrid.of(selection, cached, (2, 4, 4))
     held = grid.cells_of(labels > 0)
     assert 1 <= held.sum() <= 4
-    heat = grid.lay_over(held.astype(float))
-    assert heat[labels > 0].mean() > 0.5
+    assert grid.lay_over(held.astype(float))[labels > 0].mean() > 0.5
     # What the model did not see has no value: a map of ones is one where it looked and zero elsewhere.
     seen = grid.lay_over(np.ones((2, 4, 4)))
     assert set(np.unique(np.round(seen, 5))) == {0.0, 1.0}
@@ -117,67 +129,57 @@ def test_cells_of_a_coarse_grid_hold_their_voxels(assets: Path, tmp_path: Path, 
     assert not grid.cells_of(np.zeros(labels.shape, bool)).any()
 
 
-@pytest.mark.parametrize("lead", [(0.0, 0.0), (1.5, 0.5), (7.5, 7.5)])
-def test_a_voxel_lies_in_the_cell_whose_receptive_field_is_nearest(assets: Path, tmp_path: Path, lead: tuple) -> None:
-    """With the scan's own voxels as the encoder's input, by distance to what each feature sees the middle of."""
-    image, _, _ = write_marked(tmp_path, "LPS", False, (30, 40, 12))
-    volume = read_volume(image)
+@pytest.mark.parametrize("offset", [(0.0, 0.0), (1.5, 0.5), (7.5, 7.5)])
+def test_a_voxel_lies_in_the_cell_whose_receptive_field_is_nearest(
+    assets: Path, scan: tuple[Volume, np.ndarray], offset: tuple[float, float]
+) -> None:
+    """With the scan's own voxels as the encoder's input, by distance to the centre of each receptive field."""
+    volume, _ = scan
     plan = plan_of(assets, "2d_plain", spacing=volume.spacing[1:], patch_size=(96, 96))
-    cached = VolumeCache(tmp_path / "cache", plan).get(image)
-    selection = ViewSelection(plan, (16, 16), 1, "middle", receptive_field_offset=lead)
-    grid = FramedGrid.of(selection, cached, (1, 6, 6), plan.orientation)
+    cached, selection = cached_and_selection(volume, plan, 1, "middle", offset)
+    grid = FramedGrid.of(selection, cached, (1, 6, 6))
     (middle,) = np.flatnonzero(grid.lay_over(np.ones((1, 6, 6))).any((1, 2)))
-    starts, _ = selection.box(cached)
-    first = [
-        cached.voxel_map.bbox[axis][0] + starts[axis] for axis in (1, 2)
-    ]  # voxel of the scan at the input's corner
     kept = np.array(cached.voxel_map.bbox)[1:].T  # without what nnU-Net crops away
+    first = kept[0] + np.array(selection.box(cached)[0][1:])  # voxel of the scan at the input's corner
     for y, x in np.random.default_rng(0).integers(*kept, (40, 2)):
         one = np.zeros(volume.array.shape, bool)
         one[middle, y, x] = True
         (cell,) = np.argwhere(grid.cells_of(one))
-        for at, origin, ahead, found in zip((y, x), first, lead, cell[1:], strict=True):
-            seen = origin + 16 * np.arange(6) + 7.5 - ahead  # the voxel about which each feature sees
-            assert abs(seen[found] - at) == np.abs(seen - at).min()
+        for at, origin, ahead, found in zip((y, x), first, offset, cell[1:], strict=True):
+            centres = origin + 16 * np.arange(6) + 7.5 - ahead
+            assert abs(centres[found] - at) == np.abs(centres - at).min()
     # Laid over the scan, the map of one feature is highest there.
     heat = np.zeros((1, 6, 6))
     heat[0, 2, 3] = 1
     peak = np.argwhere((over := grid.lay_over(heat)) == over.max()).mean(0)
-    expected = [first[0] + 16 * 2 + 7.5 - lead[0], first[1] + 16 * 3 + 7.5 - lead[1]]
-    np.testing.assert_allclose(peak[1:], expected, atol=0.5)
+    np.testing.assert_allclose(peak[1:], first + 16 * np.array([2, 3]) + 7.5 - offset, atol=0.5)
 
 
-def test_of_a_thinned_volume_the_offset_is_in_planes_that_were_kept(assets: Path, tmp_path: Path) -> None:
-    """16 planes of a volume twice as deep in 4 cells: a lead of one plane is a quarter of a cell, two slices."""
-    image, _, _ = write_marked(tmp_path, "LPS", False, (30, 40, 12))
+def test_of_a_thinned_volume_the_offset_is_in_planes_that_were_kept(
+    assets: Path, scan: tuple[Volume, np.ndarray]
+) -> None:
+    """16 planes of a volume twice as deep in 4 cells: an offset of one plane is a quarter of a cell, two slices."""
     plan = plan_of(assets, "3d_plain", spacing=(3.5, 1.2, 1.5), patch_size=(16, 96, 96))
-    cached = VolumeCache(tmp_path / "cache", plan).get(image)
-    depth = cached.image.shape[1]
-    assert depth > 2 * 14
-    seen = {}
-    for lead in (0.0, 1.0):
-        selection = ViewSelection(plan, (16, 16, 16), 4, "uniform", receptive_field_offset=(lead, 0.0, 0.0))
-        grid = FramedGrid.of(selection, cached, (4, 4, 4), plan.orientation)
-        seen[lead] = [int((grid.cells[0] == cell).sum()) for cell in range(4)]
-    moved = round(len(grid.cells[0][grid.cells[0] >= 0]) / 16)
-    assert (
-        moved >= 1 and abs(seen[0.0][0] - seen[1.0][0] - moved) <= 1 and abs(seen[1.0][3] - seen[0.0][3] - moved) <= 1
-    )
+    counts = []
+    for offset in (0.0, 1.0):
+        cached, selection = cached_and_selection(scan[0], plan, 4, "uniform", (offset, 0.0, 0.0))
+        cells = FramedGrid.of(selection, cached, (4, 4, 4)).cells[0]
+        counts.append(np.bincount(cells[cells >= 0], minlength=4))
+    assert cached.image.shape[1] > 2 * 14
+    moved, (first, *_, last) = round(counts[1].sum() / 16), counts[0] - counts[1]
+    assert moved >= 1 and abs(first - moved) <= 1 and abs(last + moved) <= 1
 
 
-def test_padding_has_cells_but_no_voxels(assets: Path, tmp_path: Path) -> None:
-    image, mask, _ = write_marked(tmp_path, "LPS", False, (30, 40, 12))
+def test_padding_has_cells_but_no_voxels(assets: Path, scan: tuple[Volume, np.ndarray]) -> None:
     plan = plan_of(assets, "2d_plain", spacing=(2.0, 2.0), patch_size=(128, 128))
-    cached = VolumeCache(tmp_path / "cache", plan).get(image, mask)
-    grid = FramedGrid.of(ViewSelection(plan, (16, 16), 1, "mask"), cached, (1, 8, 8), plan.orientation)
-    everything = grid.cells_of(np.ones(read_volume(image).array.shape, bool))
+    cached, selection = cached_and_selection(scan[0], plan, 1, "mask")
+    everything = FramedGrid.of(selection, cached, (1, 8, 8)).cells_of(np.ones(scan[0].array.shape, bool))
     assert everything[0, 3:5, 3:5].all() and not everything[0, 0].any() and not everything[0, :, 7].any()
 
 
-def test_figure(assets: Path, tmp_path: Path) -> None:
-    image, mask, _ = write_marked(tmp_path, "LPS", False, (30, 40, 12))
-    volume = read_volume(image)
+def test_figure(scan: tuple[Volume, np.ndarray], tmp_path: Path) -> None:
+    volume, labels = scan
     heat = np.zeros(volume.array.shape, np.float32)
     heat[3, 10:20, 10:20] = 1
-    draw_heat(tmp_path / "a" / "b.png", volume, [heat, -heat], ["结节", "effusion"], read_mask(mask, volume))
+    draw_heat(tmp_path / "a" / "b.png", volume, [heat, -heat], ["结节", "effusion"], labels)
     assert (tmp_path / "a" / "b.png").read_bytes()[:4] == b"\x89PNG"

@@ -8,21 +8,25 @@ from data.report_language.labeller import label_report
 from engine.evaluation.bootstrap import Score
 from engine.evaluation.image_dependence import false_findings_on_normal, judge, loss_gap, macro_difference
 
+UP, FLAT, GAP, SMALL_GAP = (
+    Score(value, low, high, 100)
+    for value, low, high in ((0.3, 0.2, 0.4), (0.0, -0.1, 0.1), (0.2, 0.1, 0.3), (0.005, 0.004, 0.006))
+)
 
-def score(value: float, low: float, high: float) -> Score:
-    return Score(value, low, high, 100)
 
-
-def test_verdicts_in_between() -> None:
-    up, flat = score(0.3, 0.2, 0.4), score(0.0, -0.1, 0.1)
-    gaps = {"shuffled": score(0.2, 0.1, 0.3)}
-    both = {"shuffled": up, "prior": up}
-    assert judge(100, 0.001, both, gaps, 0.1).code == "depends"
-    assert judge(100, 0.001, both, {"shuffled": score(0.005, 0.004, 0.006)}, 0.1).code == "partly"
-    assert judge(100, 0.5, {"shuffled": flat, "prior": flat}, gaps, 0.1).code == "partly"
-    assert judge(100, 0.5, {"shuffled": flat, "prior": flat}, {"shuffled": flat}, 0.1).code == "independent"
-    assert judge(100, 0.001, both, gaps, 0.97).code == "independent"
-    assert judge(19, 0.001, both, gaps, 0.1).code == "unclear"
+@pytest.mark.parametrize(
+    ("arguments", "verdict"),
+    [
+        ((100, 0.001, UP, UP, GAP, 0.1), "depends"),
+        ((100, 0.001, UP, UP, SMALL_GAP, 0.1), "partly"),
+        ((100, 0.5, FLAT, FLAT, GAP, 0.1), "partly"),
+        ((100, 0.5, FLAT, FLAT, FLAT, 0.1), "independent"),
+        ((100, 0.001, UP, UP, GAP, 0.97), "independent"),
+        ((19, 0.001, UP, UP, GAP, 0.1), "unclear"),
+    ],
+)
+def test_verdicts(arguments: tuple, verdict: str) -> None:
+    assert judge(*arguments)[0] == verdict
 
 
 def test_differences_and_gaps_by_hand() -> None:

@@ -9,12 +9,13 @@ from torch import Tensor
 from engine.evaluation.saliency import METHODS, ReportLikelihood, attribution_maps, feature_width, smoothed
 from models.medical_vlm import MedicalVLM
 
+IDS = [70, 71, 72, 73]
+
 
 @pytest.fixture(scope="module")
-def case(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value[:1, :3] if name == "question_ids" else value[:1] for name, value in batch.items()} | {
-        "question_mask": batch["question_mask"][:1, :3]
-    }
+def report(model: MedicalVLM, batch: dict[str, Tensor]) -> ReportLikelihood:
+    case = {name: value[:1, :3] if name.startswith("question") else value[:1] for name, value in batch.items()}
+    return ReportLikelihood(model, case, IDS)
 
 
 @pytest.fixture(scope="module")
@@ -23,53 +24,37 @@ def baseline(model: MedicalVLM, batch: dict[str, Tensor]) -> Tensor:
         return model.vision.features(batch["images"]).mean(0)
 
 
-IDS = [70, 71, 72, 73]
+@torch.no_grad()
+def log_probs(report: ReportLikelihood, features: Tensor) -> Tensor:
+    return report(features[None])[0]
 
 
-def whole(model: MedicalVLM, case: dict[str, Tensor], features: Tensor) -> Tensor:
-    with torch.no_grad():
-        return ReportLikelihood(model, case, IDS)(features)[0]
-
-
-def test_integrated_maps_add_up_to_what_the_image_changes(
-    model: MedicalVLM, case: dict[str, Tensor], baseline: Tensor
-) -> None:
+def test_integrated_maps_add_up_to_what_the_image_changes(report: ReportLikelihood, baseline: Tensor) -> None:
     spans = [[0, 1], [2, 3], [3]]
-    maps = attribution_maps(model, case, IDS, spans, baseline, "integrated", steps=200, chunk=64)
+    maps = attribution_maps(report, spans, baseline, "integrated", steps=200, chunk=64)
     assert maps.shape == (3, 2, 4, 4)
-    with torch.no_grad():
-        features = model.vision.features(case["images"])
-    change = whole(model, case, features) - whole(model, case, baseline[None])
+    change = log_probs(report, report.features) - log_probs(report, baseline)
     expected = torch.stack([change[span].sum() for span in spans])
     assert expected.abs().min() > 1e-3
     torch.testing.assert_close(maps.sum((1, 2, 3)), expected, rtol=0.02, atol=0.01)
-    in_parts, at_once = (
-        attribution_maps(model, case, IDS, spans, baseline, "integrated", steps=6, chunk=chunk) for chunk in (4, 6)
-    )
+    in_parts, at_once = (attribution_maps(report, spans, baseline, "integrated", 6, chunk) for chunk in (4, 6))
     torch.testing.assert_close(in_parts, at_once, rtol=1e-3, atol=1e-4)
 
 
-def test_evidence_is_what_speaks_for_a_span_channel_by_channel(
-    model: MedicalVLM, case: dict[str, Tensor], baseline: Tensor
-) -> None:
-    """Against the definition, one step and one channel at a time; images of 64 voxels, stride 16, in 4 cells."""
-    steps = 3
-    maps = attribution_maps(model, case, IDS, [[0, 1], [3]], baseline, steps=steps)
-    with torch.no_grad():
-        features = model.vision.features(case["images"])
-    difference, likelihood = features - baseline, ReportLikelihood(model, case, IDS)
-    for got, positions in zip(maps, ([0, 1], [3]), strict=True):
-        mean = torch.zeros_like(features)
+def test_evidence_is_what_speaks_for_a_span_channel_by_channel(report: ReportLikelihood, baseline: Tensor) -> None:
+    """Against the definition, one step at a time; images of 64 voxels, stride 16, in 4 cells."""
+    steps, spans = 3, ([0, 1], [3])
+    maps = attribution_maps(report, spans, baseline, "evidence", steps)
+    difference = report.features - baseline
+    for got, positions in zip(maps, spans, strict=True):
+        mean = torch.zeros_like(difference)
         for step in range(steps):
             at = (baseline + (step + 0.5) / steps * difference).requires_grad_()
-            (gradient,) = torch.autograd.grad(likelihood(at)[0, positions].sum(), at)
+            (gradient,) = torch.autograd.grad(report(at[None])[0, positions].sum(), at)
             mean += gradient / steps
-        expected = torch.zeros(2, 4, 4)
-        for channel in range(features.shape[2]):
-            part = (mean * difference)[0, :, channel]
-            expected += torch.where(part > 0, part, 0.0)
+        expected = (mean * difference).clamp(min=0).sum(1)
         assert expected.max() > 1e-4
-        width = feature_width(model.vision.encoder, case["images"], (4, 4))
+        width = feature_width(report.model.vision.encoder, report.case["images"], (4, 4))
         torch.testing.assert_close(got, smoothed(expected, width), rtol=1e-3, atol=1e-6)
     assert maps.min() >= 0
 
@@ -90,21 +75,16 @@ def test_a_map_is_smoothed_by_the_extent_of_one_feature(model: MedicalVLM) -> No
     assert torch.equal(smoothed(torch.ones(1, 5, 5), (2.0, 2.0)), torch.ones(1, 5, 5)), "also at the border"
 
 
-def test_occlusion_is_the_fall_for_each_cell(model: MedicalVLM, case: dict[str, Tensor], baseline: Tensor) -> None:
-    maps = attribution_maps(model, case, IDS, [[0, 1], [3]], baseline, "occlusion", chunk=5)
-    with torch.no_grad():
-        features = model.vision.features(case["images"])
-    full = whole(model, case, features)
+def test_occlusion_is_the_fall_for_each_cell(report: ReportLikelihood, baseline: Tensor) -> None:
+    maps = attribution_maps(report, [[0, 1], [3]], baseline, "occlusion", chunk=5)
     for k, i, j in ((0, 0, 0), (1, 2, 3), (1, 3, 0)):
-        hidden = features.clone()
-        hidden[0, k, :, i, j] = baseline[k, :, i, j]
-        fall = full - whole(model, case, hidden)
+        hidden = report.features.clone()
+        hidden[k, :, i, j] = baseline[k, :, i, j]
+        fall = log_probs(report, report.features) - log_probs(report, hidden)
         torch.testing.assert_close(maps[:, k, i, j], torch.stack([fall[:2].sum(), fall[3]]), rtol=1e-3, atol=1e-4)
 
 
-def test_the_baseline_itself_has_an_empty_map(model: MedicalVLM, case: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        own = model.vision.features(case["images"])[0]
-    for method in METHODS:
-        assert attribution_maps(model, case, IDS, [[0]], own, method).abs().max() < 1e-4
-    assert attribution_maps(model, case, IDS, [], own).shape == (0, 2, 4, 4)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_baseline_itself_has_an_empty_map(report: ReportLikelihood, method: str) -> None:
+    assert attribution_maps(report, [[0]], report.features, method).abs().max() < 1e-4
+    assert attribution_maps(report, [], report.features, method).shape == (0, 2, 4, 4)
