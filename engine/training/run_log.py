@@ -82,12 +82,7 @@ class CsvLog:
 def progress_bar(total: int, done: int, description: str, *, active: bool) -> tqdm:
     """A bar with the time left, on a terminal only: a log file keeps its lines clean."""
     return tqdm(
-        total=total,
-        initial=done,
-        desc=description,
-        unit="step",
-        dynamic_ncols=True,
-        disable=None if active else True,
+        total=total, initial=done, desc=description, unit="step", dynamic_ncols=True, disable=None if active else True
     )
 
 

@@ -105,10 +105,7 @@ class TrainState:
             aside = path.with_name(f"{path.stem}.previous{path.suffix}")
             if self.accelerator.is_main_process:
                 path.replace(aside)
-                print(
-                    f"not resuming {path.name}: {'; '.join(differing)}; it is kept as {aside.name}",
-                    flush=True,
-                )
+                print(f"not resuming {path.name}: {'; '.join(differing)}; it is kept as {aside.name}", flush=True)
             return False
         self._restore(content)
         return True
@@ -134,16 +131,7 @@ class TrainState:
 
 def fingerprint(args: argparse.Namespace, config: Config, **extra: Any) -> dict[str, Any]:
     """The settings that an interrupted run and the resumed one must share."""
-    flags = (
-        "epochs",
-        "batch_size",
-        "lr",
-        "seed",
-        "grad_accumulation",
-        "warmup_ratio",
-        "weight_decay",
-        "max_grad_norm",
-    )
+    flags = ("epochs", "batch_size", "lr", "seed", "grad_accumulation", "warmup_ratio", "weight_decay", "max_grad_norm")
     where_only = {"output_dir", "cache_dir", "num_workers", "memory_cache_mb", "path_map", "llm_checkpointing"}
     settings = {key: value for key, value in config.to_dict().items() if key not in where_only}
     return {**settings, **{flag: getattr(args, flag) for flag in flags}, **extra}

@@ -83,12 +83,7 @@ def forward(inputs: ScanInputs, softplus: bool, reverse: bool, keep: bool) -> tu
 
 
 def backward(
-    inputs: ScanInputs,
-    states: Tensor,
-    grad_y: Tensor | None,
-    grad_last: Tensor | None,
-    softplus: bool,
-    reverse: bool,
+    inputs: ScanInputs, states: Tensor, grad_y: Tensor | None, grad_last: Tensor | None, softplus: bool, reverse: bool
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the eight inputs (None for absent ones), then that of the initial state."""
     u, delta, A, B, C, D, z, delta_bias, _ = inputs

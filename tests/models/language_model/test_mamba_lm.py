@@ -13,14 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from config.errors import InputError
 from models.language_model.embedding_table import load_embedding_table
 from models.language_model.hf_patch import use_our_scan
-from models.language_model.mamba_lm import (
-    IGNORED,
-    TIED_MESSAGE,
-    MambaLM,
-    lm_identity,
-    read_lm_config,
-    read_tokenizer,
-)
+from models.language_model.mamba_lm import IGNORED, TIED_MESSAGE, MambaLM, lm_identity, read_lm_config, read_tokenizer
 from tests.models.language_model.tiny import byte_tokenizer, random_mamba
 
 

@@ -110,19 +110,10 @@ def launches(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, states: int, f
 
 @pytest.mark.parametrize(
     ("capability", "dtype", "states", "full"),
-    [
-        (120, torch.bfloat16, 16, True),
-        (120, torch.float32, 3, False),
-        (90, torch.float16, 128, True),
-    ],
+    [(120, torch.bfloat16, 16, True), (120, torch.float32, 3, False), (90, torch.float16, 128, True)],
 )
 def test_compiles_for_gpus(
-    capability: int,
-    dtype: torch.dtype,
-    states: int,
-    full: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    capability: int, dtype: torch.dtype, states: int, full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Down to machine code, which needs no GPU. The interpreter knows no types, so it misses such mistakes."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
