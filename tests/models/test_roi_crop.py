@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -17,11 +19,6 @@ def test_crop_is_central_and_its_corner_true(height, width, side):
     assert torch.equal(cropped, features[:, :, row : row + side, column : column + side])
     # As much is cut on one side as on the other, up to one feature.
     assert 0 <= (height - side - row) - row <= 1 and 0 <= (width - side - column) - column <= 1
-
-
-def test_manual_default_takes_seven_of_twenty_eight():
-    _, corner = center_crop(torch.zeros(1, 1, 28, 28), 7)
-    assert corner == (10, 10)
 
 
 @pytest.mark.parametrize("side", [0, -1, 8, 100])
@@ -50,13 +47,10 @@ def plainly(features: torch.Tensor, square: list[float], side: int, scale: int) 
         steps.append(length / side)
     cells = torch.zeros(len(features), side, side)
     points = [(k + 0.5) / max(scale, 2) for k in range(max(scale, 2))]
-    for i in range(side):
-        for j in range(side):
-            for a in points:
-                for b in points:
-                    row = (starts[0] + (i + a) * steps[0]) * extents[0] - 0.5
-                    column = (starts[1] + (j + b) * steps[1]) * extents[1] - 0.5
-                    cells[:, i, j] += bilinear(features, row, column) / len(points) ** 2
+    for i, j, a, b in itertools.product(range(side), range(side), points, points):
+        row = (starts[0] + (i + a) * steps[0]) * extents[0] - 0.5
+        column = (starts[1] + (j + b) * steps[1]) * extents[1] - 0.5
+        cells[:, i, j] += bilinear(features, row, column) / len(points) ** 2
     return cells
 
 
@@ -71,7 +65,7 @@ def bilinear(features: torch.Tensor, row: float, column: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("square", [[0.5, 0.5, 0.6, 1], [0.1, 0.9, 0.5, 1], [0.3, 0.4, 0.01, 1], [0.37, 0.61, 0.43, 1]])
-@pytest.mark.parametrize(("side", "scale"), [(1, 1), (3, 1), (4, 1), (1, 3), (2, 3), (1, 9), (3, 9)])
+@pytest.mark.parametrize(("side", "scale"), [(1, 1), (4, 1), (2, 3), (3, 9)])
 def test_sampled_square_equals_the_plain_way(square, side, scale):
     features = torch.randn(2, 5, 8, 11, generator=torch.Generator().manual_seed(side))
     squares = torch.tensor([square, [0.5, 0.5, 1, 1]])
