@@ -9,3 +9,8 @@ class InputError(ValueError):
     The message is one line: what is wrong, what was expected, how to fix it. Entry points print it after ``error:``
     and exit with status 2, without a traceback.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an exception's message, at most 200 characters; the type of an exception without a message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()[:200]

@@ -1,13 +1,11 @@
 """Overnight search of Stage 1: optuna chooses the grid point, each run is a train.py process, a report follows.
 
-A run's folder is named after its grid point and alone says how far the run is: train.py keeps its state there while
-the run is unfinished and leaves its checkpoints when it is complete. A repeated trial continues in the same folder;
-a complete run is read, not repeated. optuna orders the runs and shares them between processes on one study.
+A run's folder, named after its grid point, alone says how far the run is: train.py keeps its state there until it
+leaves its checkpoints. A repeated trial continues in the same folder; a complete run is read, not repeated.
 
-optuna guarantees that every process gets its own trials, that the first N trials of a grid of N are N different
-points, and that the trial of a dead process is queued again once its heartbeats are older than two minutes. It may
-offer an unfinished point to a second process at the end of the grid, or when two processes ask at the same moment.
-:meth:`Night.objective` therefore waits for any process of this machine that trains into the same folder.
+optuna gives every process its own trials, makes the first N trials of a grid of N different points, and queues the
+trial of a dead process again once its heartbeats are older than two minutes. Two processes may still get the same
+unfinished point. :meth:`Night.objective` therefore waits for any process here that trains into the same folder.
 """
 
 from __future__ import annotations
@@ -77,22 +75,19 @@ def is_complete(folder: Path) -> bool:
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """What a complete run has reached: val_loss, epoch and statistics of its best epoch, collapsed, reason.
-
-    Only the reason where the best checkpoint is missing or unreadable.
-    """
+    """What a complete run has reached; where the best checkpoint is missing or unreadable, the reason alone."""
     best = folder / BEST_FILE
     try:
         checkpoint = load_checkpoint(best if best.is_file() else folder / FINAL_FILE)
     except InputError as error:
         return {"reason": str(error)}
-    if not (checkpoint.collapsed or best.is_file()):
-        return {"reason": f"{best} is missing"}
-    reason = ""
     if checkpoint.collapsed:
         reason = f"{checkpoint.path.name} is stamped as collapsed"
-    elif checkpoint.epoch == 0:
-        reason = "epoch 0 is the untrained bridge; no trained epoch was better and non-collapsed"
+    elif not best.is_file():
+        return {"reason": f"{best} is missing"}
+    else:
+        untrained = "epoch 0 is the untrained bridge; no trained epoch was better and non-collapsed"
+        reason = "" if checkpoint.epoch else untrained
     statistics = {name: checkpoint.diagnostics.get(name) for name in (*STATISTICS, "collapsed")}
     return {"val_loss": checkpoint.val_loss, "epoch": checkpoint.epoch, "reason": reason, **statistics}
 
@@ -261,20 +256,20 @@ class Night:
     def write_report(self) -> tuple[str, Path]:
         """Write best checkpoint, summary and leaderboard. Returns the best run ("": none) and the summary's path."""
         frame, ((checkpoint, summary, board), kept) = self.leaderboard(), self.report_paths()
-        finished = frame[frame["state"] == "finished"].to_dict("records")
-        missing = [row["folder"] for row in finished if not (Path(row["folder"]) / BEST_FILE).is_file()]
-        best = next((row for row in finished if row["folder"] not in missing), None)
+        finished = frame[frame["state"] == "finished"].set_index("folder", drop=False)
+        missing = [folder for folder in finished.index if not (Path(folder) / BEST_FILE).is_file()]
+        usable, best = finished.drop(missing), {}
         lines = [
             f"Overnight search of Stage 1, {datetime.now():%Y-%m-%d %H:%M}",
             f"study {self.folder.name}: {self.args.epochs} epochs, seed {self.args.seed}",
             f"objective: {OBJECTIVES[self.args.objective]}\n{kept}",
             *(f"passed over: {BEST_FILE} is missing in {folder}" for folder in missing),
         ]
-        if best is None:
+        if usable.empty:
             lines += ["best: none yet, no run has ended with a non-collapsed checkpoint"]
         else:
-            names = ("lr", "batch_size", "val_loss", "epoch", "folder")
-            best = {"epochs": self.args.epochs, **{name: best[name] for name in names}}
+            names = ["lr", "batch_size", "val_loss", "epoch", "folder"]
+            best = {"epochs": self.args.epochs, **usable[names].to_dict("records")[0]}
             content = read_torch_file(Path(best["folder"]) / BEST_FILE, "checkpoint")
             with atomic_path(checkpoint) as part:
                 torch.save(content | {"overnight": best}, part)
@@ -289,12 +284,11 @@ class Night:
                 write_text(path, text)
             except PermissionError:  # Windows: a spreadsheet holds it open; that must not end the night
                 print(f"note: {path.name} is open in another program and was not updated; close it", flush=True)
-        return describe(best or {}), summary
+        return describe(best), summary
 
     def stage2_command(self, checkpoint: Path) -> str:
-        args = self.args
         words = ["python", "train_vlm.py", "--epochs", "20", "--batch_size", "1", "--lr", "2e-5"]
         words += ["--vision_checkpoint", str(checkpoint), *self.model_flags]
-        words += ["--config", str(args.config)] if args.config else []
-        words += ["--output_dir", str(args.output_dir)] if args.output_dir else []
+        for flag, value in (("--config", self.args.config), ("--output_dir", self.args.output_dir)):
+            words += [flag, str(value)] if value else []
         return " ".join(f'"{word}"' if re.search(r"[\s&();']", word) else word for word in words)

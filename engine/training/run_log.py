@@ -42,13 +42,10 @@ class CsvLog:
         """Raises: InputError when the file of a run that goes on is no such table, or is locked."""
         self.path, self.columns, self.active = path, list(columns), active
         self._waiting: list[dict[str, Any]] = []
-        self._said = False
         if not active:
             return
-        kept: list[dict[str, str]] = []
         try:
-            if resumed_step is not None and path.is_file():
-                kept = self._until(resumed_step)
+            kept = [] if resumed_step is None or not path.is_file() else self._until(resumed_step)
             with path.open("w", encoding="utf-8", newline="") as stream:
                 writer = csv.DictWriter(stream, self.columns)
                 writer.writeheader()
@@ -72,9 +69,8 @@ class CsvLog:
             with self.path.open("a", encoding="utf-8", newline="") as stream:
                 csv.DictWriter(stream, self.columns).writerows(self._waiting)
         except PermissionError:
-            if not self._said:
+            if len(self._waiting) == 1:
                 tqdm.write(f"note: {self.path} is open in another program; its lines follow when it is closed")
-            self._said = True
             return
         self._waiting.clear()
 
@@ -82,12 +78,7 @@ class CsvLog:
 def progress_bar(total: int, done: int, description: str, *, active: bool) -> tqdm:
     """A bar with the time left, on a terminal only: a log file keeps its lines clean."""
     return tqdm(
-        total=total,
-        initial=done,
-        desc=description,
-        unit="step",
-        dynamic_ncols=True,
-        disable=None if active else True,
+        total=total, initial=done, desc=description, unit="step", dynamic_ncols=True, disable=None if active else True
     )
 
 

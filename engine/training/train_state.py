@@ -83,32 +83,24 @@ class TrainState:
         Raises:
             InputError: the named file is missing, unreadable, or of a run with other settings.
         """
-        if wanted == "never":
-            return False
         path = self.path if wanted == "auto" else Path(wanted)
-        if wanted == "auto" and not path.is_file():
+        if wanted == "never" or (wanted == "auto" and not path.is_file()):
             return False
         content = read_torch_file(path, "training state")
         if content.get("format") != STATE_FORMAT:
             raise InputError(f"{path} is not a training state: expected the *_state.pt that an interrupted run leaves")
-        differing = [
-            f"{key} {content['fingerprint'].get(key)!r} there, {value!r} now"
-            for key, value in self.fingerprint.items()
-            if content["fingerprint"].get(key) != value
-        ]
+        there = content["fingerprint"]
+        changed = [(key, there.get(key), now) for key, now in self.fingerprint.items() if there.get(key) != now]
+        differing = "; ".join(f"{key} {then!r} there, {now!r} now" for key, then, now in changed)
+        if differing and wanted != "auto":
+            raise InputError(
+                f"{path} belongs to a run with other settings: {differing}; repeat them or use --resume never"
+            )
         if differing:
-            if wanted != "auto":
-                raise InputError(
-                    f"{path} belongs to a run with other settings: {'; '.join(differing)}; "
-                    "repeat them or use --resume never"
-                )
             aside = path.with_name(f"{path.stem}.previous{path.suffix}")
             if self.accelerator.is_main_process:
                 path.replace(aside)
-                print(
-                    f"not resuming {path.name}: {'; '.join(differing)}; it is kept as {aside.name}",
-                    flush=True,
-                )
+                print(f"not resuming {path.name}: {differing}; it is kept as {aside.name}", flush=True)
             return False
         self._restore(content)
         return True
@@ -134,16 +126,7 @@ class TrainState:
 
 def fingerprint(args: argparse.Namespace, config: Config, **extra: Any) -> dict[str, Any]:
     """The settings that an interrupted run and the resumed one must share."""
-    flags = (
-        "epochs",
-        "batch_size",
-        "lr",
-        "seed",
-        "grad_accumulation",
-        "warmup_ratio",
-        "weight_decay",
-        "max_grad_norm",
-    )
+    flags = ("epochs", "batch_size", "lr", "seed", "grad_accumulation", "warmup_ratio", "weight_decay", "max_grad_norm")
     where_only = {"output_dir", "cache_dir", "num_workers", "memory_cache_mb", "path_map", "llm_checkpointing"}
     settings = {key: value for key, value in config.to_dict().items() if key not in where_only}
     return {**settings, **{flag: getattr(args, flag) for flag in flags}, **extra}
@@ -155,13 +138,10 @@ class StopRequest:
     A second Ctrl-C stops at once: the state of the last save stays as it is.
     """
 
-    def __init__(self) -> None:
-        self.wanted = False
-        self._previous: dict[int, Any] = {}
+    wanted = False
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._note)
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:

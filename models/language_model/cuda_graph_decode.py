@@ -23,6 +23,8 @@ from transformers import MambaForCausalLM
 from transformers.cache_utils import Cache
 from transformers.models.mamba.modeling_mamba import MambaCausalLMOutput
 
+from config.errors import first_line
+
 logger = logging.getLogger(__name__)
 
 SWITCH = "MAMBA_CUDA_GRAPH"  # environment variable; 0 decodes without graphs
@@ -57,11 +59,10 @@ class DecodeStep:
         self.ids.copy_(ids)
         return self.run()
 
-    def run(self) -> Tensor:
-        return self.compute()
-
     def compute(self) -> Tensor:
         return self.forward(input_ids=self.ids, cache_params=self.cache, use_cache=True, logits_to_keep=1).logits
+
+    run = compute
 
     @property
     def states(self) -> list[Tensor]:
@@ -82,7 +83,7 @@ class CudaGraphStep(DecodeStep):
         try:
             self._capture()
         except RuntimeError as error:
-            raise GraphUnusable(f"the step cannot be captured ({str(error).strip().splitlines()[0][:160]})") from error
+            raise GraphUnusable(f"the step cannot be captured ({first_line(error)})") from error
         self.load(before)
         found = [self.run(), *self.states]
         for number, (one, other) in enumerate(zip(found, expected, strict=True)):
@@ -120,14 +121,12 @@ def static_steps(
     Args:
         make: the kind of step; default: captured ones on a CUDA device, none elsewhere.
     """
-    if make is None:
-        if model.device.type != "cuda":
-            yield
-            return
+    if make is None and model.device.type == "cuda":
         make = CudaGraphStep
-    reason = _why_not(model, new_tokens, beams)
+    reason = make and _why_not(model, new_tokens, beams)
     if reason:
         logger.info("decoding without a CUDA graph: %s", reason)
+    if reason or make is None:
         yield
         return
     own_forward = model.forward
@@ -162,28 +161,25 @@ class _Router:
 
     def __call__(self, input_ids: Tensor | None = None, cache_params: Cache | None = None, **rest: Any) -> Any:
         is_step = input_ids is not None and input_ids.shape[1] == 1 and rest.get("attention_mask") is None
-        if not self.usable or not is_step or cache_params is None or not cache_params.has_previous_state():
-            return self.forward(input_ids=input_ids, cache_params=cache_params, **rest)
-        if self.step is None:
+        if self.usable and is_step and cache_params is not None and cache_params.has_previous_state():
             try:
-                self.step = self._step_for(cache_params)
+                self.step = self.step or self._step_for(cache_params)
+                return MambaCausalLMOutput(logits=self.step(input_ids), cache_params=cache_params)
             except GraphUnusable as reason:
                 logger.warning("decoding without a CUDA graph: %s", reason)
                 self.usable = False
-                return self.forward(input_ids=input_ids, cache_params=cache_params, **rest)
-        return MambaCausalLMOutput(logits=self.step(input_ids), cache_params=cache_params)
+        return self.forward(input_ids=input_ids, cache_params=cache_params, **rest)
 
     def _step_for(self, cache: Cache) -> DecodeStep:
         """The step captured by an earlier generation of the same batch size, if the weights have not moved."""
         weights = self.model.get_input_embeddings().weight
         key = (self.make, weights.data_ptr(), _states(cache)[0].shape[0])
-        kept: tuple[object, DecodeStep] | None = vars(self.model).get("_decode_step")
-        if kept is not None and kept[0] == key:
-            kept[1].load(_states(cache))
-            return kept[1]
-        step = self.make(self.forward, cache)
-        self.model._decode_step = (key, step)
-        return step
+        kept, step = vars(self.model).get("_decode_step", (None, None))
+        if kept == key:
+            step.load(_states(cache))
+            return step
+        self.model._decode_step = key, self.make(self.forward, cache)
+        return self.model._decode_step[1]
 
 
 def _states(cache: Cache) -> list[Tensor]:

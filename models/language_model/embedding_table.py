@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
-from config.errors import InputError
+from config.errors import InputError, first_line
 
 # The second spelling is that of the original state-spaces files.
 TABLE_NAMES = ("backbone.embeddings.weight", "backbone.embedding.weight")
@@ -42,24 +42,30 @@ def load_embedding_table(name: str) -> Tensor:
     )
 
 
+def not_found(name: str, error: Exception) -> InputError:
+    """The error for a model that is neither a usable folder nor reachable on the hub."""
+    hint = "; the synthetic one is made by: python scripts/quickstart.py" if "quickstart" in name else ""
+    return InputError(
+        f"mamba_model '{name}' could not be loaded: give a local folder with config.json and *.safetensors, or a hub "
+        f"name with the hub reachable (a mirror: set HF_ENDPOINT){hint}. Cause: {first_line(error)}"
+    )
+
+
 def _file(name: str, file: str) -> Path | None:
     try:
         found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"mamba_model '{name}' is neither a local folder nor reachable on the hub: {reason}"
-        ) from error
+        raise not_found(name, error) from error
     return None if found is None else Path(found)
 
 
 def _read(path: Path) -> Tensor:
     if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as tensors:
-            for key in set(TABLE_NAMES) & set(tensors.keys()):
-                return tensors.get_tensor(key).float()
+        weights = safe_open(path, framework="pt")
+        read = weights.get_tensor
     else:
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        for key in set(TABLE_NAMES) & set(weights):
-            return weights[key].float()
+        read = weights.get
+    for key in set(TABLE_NAMES) & set(weights.keys()):
+        return read(key).float()
     raise InputError(f"{path} holds no embedding table ({' or '.join(TABLE_NAMES)})")

@@ -50,12 +50,10 @@ def recompute_blocks(model: nn.Module, wanted: bool) -> None:
             module.recompute = wanted
 
 
-def read_in_chunks(
-    backbone: MambaModel, inputs_embeds: Tensor, mask: Tensor | None, cache: Cache, chunk: int
-) -> Iterator[Tensor]:
-    """Chunk by chunk, the hidden states (B, ≤chunk, D) after all blocks and the norm; ``cache`` is updated."""
-    for first in range(0, inputs_embeds.shape[1], chunk):
-        span = slice(first, first + chunk)
+def read_in_chunks(backbone: MambaModel, inputs_embeds: Tensor, mask: Tensor | None, cache: Cache) -> Iterator[Tensor]:
+    """Chunk by chunk, the hidden states (B, ≤PREFILL_CHUNK, D) after all blocks and the norm; updates ``cache``."""
+    for first in range(0, inputs_embeds.shape[1], PREFILL_CHUNK):
+        span = slice(first, first + PREFILL_CHUNK)
         part = None if mask is None else mask[:, span]
         hidden = inputs_embeds[:, span]
         for block in backbone.layers:
@@ -84,7 +82,7 @@ def _backbone_forward(
         return MambaModel.forward(self, input_ids, inputs_embeds, cache_params, *options, **rest)
     embeds = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
     cache = DynamicCache(config=self.config) if cache_params is None else cache_params
-    hidden = torch.cat(list(read_in_chunks(self, embeds, attention_mask, cache, PREFILL_CHUNK)), dim=1)
+    hidden = torch.cat(list(read_in_chunks(self, embeds, attention_mask, cache)), dim=1)
     return_cache = self.config.use_cache if use_cache is None else use_cache
     return MambaOutput(last_hidden_state=hidden, cache_params=cache if return_cache else None)
 

@@ -17,22 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    MambaConfig,
-    MambaForCausalLM,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-)
+from transformers import AutoConfig, AutoTokenizer, MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import StoppingCriteria
 
-from config.errors import InputError
+from config.errors import InputError, first_line
 from models.language_model.cuda_graph_decode import static_steps
 from models.language_model.decoding import StopAtText, StopRule, plain_text
-from models.language_model.hf_patch import PREFILL_CHUNK, read_in_chunks, recompute_blocks, use_our_scan
+from models.language_model.embedding_table import not_found
+from models.language_model.hf_patch import read_in_chunks, recompute_blocks, use_our_scan
 from models.language_model.lora import merge
-from models.language_model.quantisation import CONTRADICTION, bitsandbytes_options, quantise_int8
+from models.language_model.quantisation import bitsandbytes_options, quantise_int8
 
 IGNORED = -100  # label of a position that the loss skips
 TIED_MESSAGE = "lm_head 已绑定到 input_embeddings"  # users look for this line
@@ -72,11 +67,10 @@ def read_lm_config(name: str) -> MambaConfig:
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise InputError(_not_found(name, error)) from error
+        raise not_found(name, error) from error
     if config.model_type != "mamba":
-        raise InputError(
-            f"mamba_model '{name}' is a '{config.model_type}' model; expected model_type 'mamba' (Mamba-1)"
-        )
+        what = f"is a '{config.model_type}' model; expected model_type 'mamba' (Mamba-1)"
+        raise InputError(f"mamba_model '{name}' {what}")
     return config
 
 
@@ -91,7 +85,7 @@ def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"mamba_model '{name}' has no usable tokenizer: put tokenizer.json (and tokenizer_config.json) into "
-            f"the folder ({_first_line(error)})"
+            f"the folder ({first_line(error)})"
         ) from error
     if not tokenizer.encode("a", add_special_tokens=False):
         # Without its files, transformers builds an empty tokenizer that turns every text into nothing.
@@ -135,32 +129,23 @@ class MambaLM(nn.Module):
         """
         Args:
             name: hub name or local folder.
-            dtype: ``auto`` (bfloat16 on an accelerator or from a billion parameters, else float32) or
-                a torch dtype's name.
+            dtype: ``auto`` (bfloat16 on an accelerator or from a billion parameters, else float32) or torch's name.
             load_in_8bit: weights in int8 through bitsandbytes (GPU only).
             int8: the large weights in int8 by our own layers, on any device; ``dtype`` is that of the rest.
             adapters: of a checkpoint that was trained with --lora_rank; merged into the weights.
 
         Raises:
-            InputError: not found, not a Mamba-1, weights missing, bitsandbytes missing, both ways to int8 asked for,
-                adapters that fit another model or, loaded through bitsandbytes, cannot be merged.
+            InputError: not found, not a Mamba-1, weights or bitsandbytes missing, adapters of another model, or options
+                that exclude each other.
         """
-        if load_in_8bit and int8:
-            raise InputError(CONTRADICTION)
-        if load_in_8bit and adapters:
-            raise InputError(
-                "--llm_8bit: this checkpoint has adapters (--lora_rank), which bitsandbytes' weights cannot be "
-                "merged with; use --llm_int8"
-            )
-        config, tokenizer = read_lm_config(name), read_tokenizer(name)
         device = torch.device(device)
-        options: dict = {"dtype": _dtype(dtype, config, device)}
-        if load_in_8bit:
-            options |= bitsandbytes_options(device)
+        eight_bit = bitsandbytes_options(device, int8=int8, adapters=bool(adapters)) if load_in_8bit else {}
+        config, tokenizer = read_lm_config(name), read_tokenizer(name)
+        kind = _dtype(dtype, config, device)
         try:
-            model, report = _Mamba.from_pretrained(name, output_loading_info=True, **options)
+            model, report = _Mamba.from_pretrained(name, output_loading_info=True, dtype=kind, **eight_bit)
         except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(_not_found(name, error)) from error
+            raise not_found(name, error) from error
         missing = set(report["missing_keys"]) - {"lm_head.weight"}
         if missing or report["mismatched_keys"]:
             what = sorted(missing)[:3] or sorted(map(str, report["mismatched_keys"]))[:3]
@@ -217,8 +202,7 @@ class MambaLM(nn.Module):
         hidden = self.model.backbone(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
         target = labels[:, 1:]
         wanted = target != IGNORED
-        # Only the answer's positions meet the vocabulary, and only some at a time: their logits are made again in
-        # the backward pass.
+        # Logits of the answer alone, some at a time; they are made again in the backward pass.
         pairs = zip(hidden[:, :-1][wanted].split(LOSS_CHUNK), target[wanted].split(LOSS_CHUNK), strict=True)
         parts = [checkpoint(self._token_log_probs, *pair, use_reentrant=False) for pair in pairs]
         return torch.cat(parts), wanted.sum(1)
@@ -237,26 +221,20 @@ class MambaLM(nn.Module):
 
     @torch.no_grad()
     def prefill(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        cache: Cache | None = None,
-        chunk: int = PREFILL_CHUNK,
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> tuple[Tensor, Cache]:
         """Read a prompt in chunks: working memory does not grow with L, and no logits are made.
 
         Args:
             inputs_embeds: (B, L, D), padded on the left. attention_mask: (B, L), 0 on the padding.
             cache: where to go on from; it is brought to the end of the prompt.
-            chunk: tokens read at a time.
 
         Returns:
             The hidden state (B, D) at the last position, whose product with the head is the first token's logits,
             and the cache.
         """
         cache = DynamicCache(config=self.model.config) if cache is None else cache
-        for hidden in read_in_chunks(self.model.backbone, inputs_embeds, attention_mask, cache, chunk):
+        for hidden in read_in_chunks(self.model.backbone, inputs_embeds, attention_mask, cache):
             last = hidden[:, -1]
         return last, cache
 
@@ -321,16 +299,3 @@ def _tie_head(model: MambaForCausalLM, head_missing: bool) -> None:
         print(TIED_MESSAGE, flush=True)
     else:
         logging.getLogger(__name__).warning("lm_head has weights of its own in these files; it is not tied")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
-
-
-def _not_found(name: str, error: Exception) -> str:
-    hint = "; the synthetic one is made by: python scripts/quickstart.py" if "quickstart" in name else ""
-    return (
-        f"mamba_model '{name}' could not be loaded: give a local folder with config.json and *.safetensors, or a hub "
-        f"name with the hub reachable (a mirror: set HF_ENDPOINT){hint}. Cause: {_first_line(error)}"
-    )

@@ -212,13 +212,7 @@ def _level(lm: MambaLM, state: PrefixState, questions: list[Tensor]) -> tuple[Pr
 def seconds_to_first_token(
     lm: MambaLM, question_ids: Tensor, *, visual: Tensor | None = None, state: PrefixState | None = None
 ) -> float:
-    """Wall time until the first token of an answer, from visual tokens (1, L, D) or from the state after them.
-
-    Args:
-        question_ids: (Lq,).
-    """
-    if (visual is None) == (state is None):
-        raise ValueError("give the visual tokens or the state after them")
+    """Wall time until the first token of an answer to (Lq,) ids, from visual tokens (1, L, D) or their state."""
     started = time.perf_counter()
     if state is not None:
         batch = {"question_ids": question_ids[None], "question_mask": torch.ones_like(question_ids)[None]}

@@ -22,10 +22,9 @@ from torch.autograd.function import once_differentiable
 from transformers import MambaForCausalLM
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
-from config.errors import InputError
+from config.errors import InputError, first_line
 from models.language_model.cpu_decode import FrozenLinear
 
-QUANTISED = ("in_proj", "out_proj")
 LEVELS = 127
 # Weights widened at a time: a block that fits a core's cache, and on a GPU one that occupies it.
 BLOCK = {"cpu": 1 << 20, "other": 1 << 24}
@@ -34,11 +33,11 @@ CONTRADICTION = "--llm_8bit and --llm_int8 are two ways to the same thing: give 
 
 
 class Quality(NamedTuple):
-    """Differences of a quantised model's logits from the original's, and the ratio of the perplexities."""
+    """Absolute differences of a quantised model's logits from the original's, and what they cost."""
 
     max_difference: float
     mean_difference: float
-    perplexity_ratio: float
+    perplexity_ratio: float  # quantised over original, 1 where nothing is lost
     standard_deviation: float  # of the original's logits over the vocabulary, the scale of the differences
 
 
@@ -48,61 +47,55 @@ def quantise_int8(model: MambaForCausalLM) -> int:
 
     The mixers' ``in_proj`` and ``out_proj`` and the head; the embedding table keeps its dtype. Returns how many.
     """
-    places: list[tuple[nn.Module, str]] = [
-        (module, name) for module in model.modules() if isinstance(module, MambaMixer) for name in QUANTISED
-    ]
-    for module, name in places:
-        setattr(module, name, Int8Linear.of(getattr(module, name)))
+    mixers = [module for module in model.modules() if isinstance(module, MambaMixer)]
+    for mixer in mixers:
+        mixer.in_proj, mixer.out_proj = Int8Linear.of(mixer.in_proj), Int8Linear.of(mixer.out_proj)
     model.lm_head = Int8Head(model.lm_head)
-    return len(places) + 1
+    return 2 * len(mixers) + 1
 
 
 @torch.no_grad()
 def quantisation_quality(original: nn.Module, quantised: nn.Module, ids: Tensor) -> Quality:
-    """Compare two language models (``MambaLM``) on a text.
+    """Compare two language models (``MambaLM``) at all positions and embedding rows of (B, L ≥ 2) token ids."""
 
-    Args:
-        ids: (B, L) token ids, L at least 2.
+    def logits_of(model: MambaForCausalLM, hidden: Tensor) -> Tensor:
+        return model.lm_head(hidden.to(model.lm_head.weight.dtype)).float()  # as the model's own forward
 
-    Returns:
-        Largest and mean absolute difference of the logits over all positions and embedding rows; quantised over
-        original perplexity, 1 where nothing is lost; the standard deviation of the original's logits.
-    """
-    backbones = original.model.backbone, quantised.model.backbone
-    states = [one(input_ids=ids, use_cache=False).last_hidden_state for one in backbones]
+    states = [one.model.backbone(input_ids=ids, use_cache=False).last_hidden_state for one in (original, quantised)]
     hidden, other = (state[:, :-1].flatten(0, 1) for state in states)
     largest, total, lost, squares = 0.0, 0.0, 0.0, 0.0
     pairs = zip(hidden.split(CHUNK), other.split(CHUNK), ids[:, 1:].flatten().split(CHUNK), strict=True)
     for one, two, target in pairs:
-        logits, changed = _logits(original.model, one), _logits(quantised.model, two)
+        logits, changed = logits_of(original.model, one), logits_of(quantised.model, two)
         difference = (logits - changed).abs()
         largest, total = max(largest, float(difference.max())), total + float(difference.double().sum())
         squares += float(logits.double().var(dim=1, correction=0).sum())
-        worse = F.cross_entropy(changed, target, reduction="sum") - F.cross_entropy(logits, target, reduction="sum")
-        lost += float(worse)
+        losses = [F.cross_entropy(values, target, reduction="sum") for values in (changed, logits)]
+        lost += float(losses[0] - losses[1])
     positions = len(hidden)
     mean = total / (positions * logits.shape[1])
     return Quality(largest, mean, math.exp(lost / positions), math.sqrt(squares / positions))
 
 
-def _logits(model: MambaForCausalLM, hidden: Tensor) -> Tensor:
-    """As the model's own forward makes them."""
-    return model.lm_head(hidden.to(model.lm_head.weight.dtype)).float()
-
-
-def bitsandbytes_options(device: torch.device) -> dict[str, object]:
+def bitsandbytes_options(device: torch.device, *, int8: bool, adapters: bool) -> dict[str, object]:
     """What ``from_pretrained`` takes for ``--llm_8bit``.
 
     Raises:
-        InputError: bitsandbytes does not import, or there is no GPU.
+        InputError: bitsandbytes does not import, there is no GPU, or our int8 or adapters are asked for as well.
     """
+    if int8:
+        raise InputError(CONTRADICTION)
+    if adapters:
+        raise InputError(
+            "--llm_8bit: this checkpoint has adapters (--lora_rank), which bitsandbytes' weights cannot be merged "
+            "with; use --llm_int8"
+        )
     try:
         import bitsandbytes  # noqa: F401  (a CUDA build; present on few machines)
         from transformers import BitsAndBytesConfig
     except (ImportError, RuntimeError) as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InputError(
-            f"--llm_8bit needs bitsandbytes, which does not import here ({cause}): "
+            f"--llm_8bit needs bitsandbytes, which does not import here ({first_line(error)}): "
             "pip install -r requirements-cuda.txt, or use --llm_int8, which needs nothing"
         ) from error
     if device.type == "cpu":

@@ -60,13 +60,12 @@ class BackendUnavailable(Exception):
 class Backend:
     """One implementation: a module with a ``scan`` of type :data:`ScanFunction`.
 
-    The module is imported when the backend is first considered. If it defines ``check(device_type)``, that
-    runs next and raises ``BackendUnavailable`` where the implementation imports but does not work. If it
-    defines ``state_update``, ``selective_state_update`` uses that for a float32 state.
+    The module ``backend_NAME`` is imported when the backend is first considered. If it defines ``check(device_type)``,
+    that runs next and raises ``BackendUnavailable`` where the implementation imports but does not work. If it defines
+    ``state_update``, ``selective_state_update`` uses that for a float32 state.
     """
 
     name: str
-    module: str
     device_types: frozenset[str] | None = None  # None: any
     forced_types: frozenset[str] = frozenset()  # served too when forced, as in Triton's interpreter
     double: bool = True  # computes in float64 when the input is float64
@@ -82,7 +81,7 @@ class Backend:
         if double and not self.double:
             raise BackendUnavailable("it computes in float32 and the input is float64")
         try:
-            module = importlib.import_module(self.module)
+            module = importlib.import_module(f"{__name__}.backend_{self.name}")
         except ImportError as error:
             raise BackendUnavailable(f"importing it fails: {error}") from error
         if hasattr(module, "check"):
@@ -90,16 +89,13 @@ class Backend:
         return module
 
 
-# In order of preference.
+# In order of preference. PyTorch on ROCm calls its devices "cuda" too.
 BACKENDS: tuple[Backend, ...] = (
-    # PyTorch on ROCm calls its devices "cuda" too.
-    Backend("mamba_ssm", "models.selective_scan.backend_mamba_ssm", frozenset({"cuda"}), double=False),
-    Backend(
-        "triton", "models.selective_scan.backend_triton", frozenset({"cuda", "xpu"}), frozenset({"cpu"}), double=False
-    ),
-    Backend("numba", "models.selective_scan.backend_numba", frozenset({"cpu"}), double=False),
-    Backend("torch", "models.selective_scan.backend_torch"),
-    Backend("reference", "models.selective_scan.backend_reference", automatic=False),
+    Backend("mamba_ssm", frozenset({"cuda"}), double=False),
+    Backend("triton", frozenset({"cuda", "xpu"}), frozenset({"cpu"}), double=False),
+    Backend("numba", frozenset({"cpu"}), double=False),
+    Backend("torch"),
+    Backend("reference", automatic=False),
 )
 
 
@@ -210,8 +206,7 @@ def differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) ->
     Args:
         forward: (inputs, delta_softplus, reverse, keep) → y, the last state and, if ``keep``, one tensor for backward.
         backward: (inputs without the initial state, that tensor, gradients of y and of the last state or None,
-            delta_softplus, reverse) → gradients of the nine tensors, None for absent ones. The initial state's is
-            computed in any case, in the precision of the state.
+            delta_softplus, reverse) → gradients of the nine tensors in any dtype; those of absent ones are not read.
     """
 
     def scan(inputs: ScanInputs, delta_softplus: bool, reverse: bool) -> tuple[Tensor, Tensor]:
@@ -228,10 +223,9 @@ class _TwoPasses(torch.autograd.Function):
         ctx: FunctionCtx, forward: Callable, backward: Callable, softplus: bool, reverse: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         y, last_state, kept = forward(ScanInputs(*tensors), softplus, reverse, True)
-        *others, initial_state = tensors
-        ctx.save_for_backward(*others, kept)
+        ctx.save_for_backward(*tensors[:-1], kept)
         ctx.run, ctx.options = backward, (softplus, reverse)
-        ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         ctx.set_materialize_grads(False)
         return y, last_state
 
@@ -240,38 +234,31 @@ class _TwoPasses(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, kept = ctx.saved_tensors
         with torch.autocast(kept.device.type, enabled=False):
-            *grads, grad_initial = ctx.run(ScanInputs(*tensors), kept, grad_y, grad_last, *ctx.options)
-        initial = None if ctx.initial_dtype is None else grad_initial.to(ctx.initial_dtype)
-        return (None, None, None, None, *grads, initial)
+            grads = zip(ctx.run(ScanInputs(*tensors), kept, grad_y, grad_last, *ctx.options), ctx.dtypes, strict=True)
+            return (None, None, None, None, *(None if dtype is None else grad.to(dtype) for grad, dtype in grads))
 
 
 @functools.cache
 def _resolve(device_type: str, double: bool, forced: str) -> ModuleType:
     """Choose the backend; cached, so that the choice and its announcement happen once."""
-    kind = device_type + (" float64" if double else "")
-    if forced:
-        backend = {b.name: b for b in BACKENDS}.get(forced)
-        if backend is None:
-            valid = ", ".join(b.name for b in BACKENDS)
-            raise InputError(f"{FORCE_VARIABLE}={forced}: no such backend; use one of {valid}, or unset it")
+    candidates = [b for b in BACKENDS if (b.name == forced if forced else b.automatic and b.serves(device_type))]
+    if not candidates:
+        valid = ", ".join(b.name for b in BACKENDS)
+        raise InputError(f"{FORCE_VARIABLE}={forced}: no such backend; use one of {valid}, or unset it")
+    note = f" (forced by {FORCE_VARIABLE})" if forced else ""
+    for backend in candidates:
         try:
             module = backend.load(device_type, double)
         except BackendUnavailable as reason:
-            raise InputError(f"{FORCE_VARIABLE}={forced} cannot be used: {reason}; fix that or unset it") from reason
-        logger.info("selective scan on %s: %s (forced by %s)", kind, forced, FORCE_VARIABLE)
-        return module
-    passed_over = []
-    for backend in BACKENDS:
-        if not backend.automatic or not backend.serves(device_type):
+            if forced:
+                message = f"{FORCE_VARIABLE}={forced} cannot be used: {reason}; fix that or unset it"
+                raise InputError(message) from reason
+            note += f" (not {backend.name}: {reason})"
             continue
-        try:
-            module = backend.load(device_type, double)
-        except BackendUnavailable as reason:
-            passed_over.append(f"{backend.name}: {reason}")
-            continue
-        logger.info("selective scan on %s: %s%s", kind, backend.name, "".join(f" (not {p})" for p in passed_over))
+        kind = device_type + (" float64" if double else "")
+        logger.info("selective scan on %s: %s%s", kind, backend.name, note)
         return module
-    raise InputError(f"no selective-scan backend serves {kind}: {'; '.join(passed_over)}")
+    raise AssertionError("the backend torch serves any device")
 
 
 def _check_shapes(inputs: ScanInputs, sizes: dict[str, int], device: torch.device) -> None:

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from config.errors import first_line
 from models.selective_scan import BackendUnavailable, ScanInputs, reference_state_update
-from models.selective_scan.selftest import check_scan, one_line
+from models.selective_scan.selftest import check_scan
 
 logger = logging.getLogger(__name__)
 
@@ -96,18 +97,17 @@ def _kernel() -> Callable[..., tuple[Tensor, Tensor]]:
     try:
         return importlib.import_module("mamba_ssm").selective_scan_fn
     except Exception as error:  # noqa: BLE001 (an extension made for other hardware may raise anything)
-        raise BackendUnavailable(f"importing it fails: {one_line(error)}") from error
+        raise BackendUnavailable(f"importing it fails: {type(error).__name__}: {first_line(error)}") from error
 
 
 @functools.cache
 def _other(device_type: str) -> ModuleType:
     """The backend for calls that the kernel cannot serve."""
+    name = "triton"
     try:
         module = importlib.import_module("models.selective_scan.backend_triton")
         module.check(device_type)
     except (ImportError, BackendUnavailable) as reason:
-        logger.info("selective scan on %s: calls that mamba_ssm cannot serve go to torch (not triton: %s)",
-                    device_type, reason)  # fmt: skip
-        return importlib.import_module("models.selective_scan.backend_torch")
-    logger.info("selective scan on %s: calls that mamba_ssm cannot serve go to triton", device_type)
+        name, module = f"torch (not triton: {reason})", importlib.import_module("models.selective_scan.backend_torch")
+    logger.info("selective scan on %s: calls that mamba_ssm cannot serve go to %s", device_type, name)
     return module

@@ -12,6 +12,7 @@ inputs and the state at each chunk's start (1/CHUNK of B·L·E·N).
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -51,19 +52,14 @@ def forward(inputs: ScanInputs, softplus: bool, reverse: bool, keep: bool) -> tu
 
 
 def backward(
-    inputs: ScanInputs,
-    entries: Tensor,
-    grad_y: Tensor | None,
-    grad_last: Tensor | None,
-    softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the eight inputs (None for absent ones), then that of the initial state."""
+    inputs: ScanInputs, entries: Tensor, grad_y: Tensor | None, grad_last: Tensor | None, softplus: bool, reverse: bool
+) -> tuple[Tensor, ...]:
+    """Gradients of the nine inputs; those of absent ones mean nothing."""
     u, delta, A, B, C, D, z, delta_bias, _ = inputs
     batch, channels, length = u.shape
     blocks = -(-channels // LANES)
     grad_u, grad_delta = _output_like(u), _output_like(delta)
-    grad_z = None if z is None else _output_like(z)
+    grad_z = grad_u if z is None else _output_like(z)  # never written where absent
     grad_A, carry = torch.empty(2, batch, channels, A.shape[1])  # per sample, summed below
     grad_D, grad_bias = torch.empty(2, batch, channels)
     carry.copy_(torch.zeros(()) if grad_last is None else grad_last)
@@ -72,7 +68,7 @@ def backward(
         _array(u), _array(delta), _array(A), _walk(B, reverse), _walk(C, reverse), _vector(D, channels),
         _array(u if z is None else z), _vector(delta_bias, channels), _array(grad_y), carry.numpy(),
         entries.numpy(), grad_u.numpy(), grad_delta.numpy(), grad_A.numpy(), grad_D.numpy(),
-        _array(grad_u if z is None else grad_z), grad_bias.numpy(),
+        grad_z.numpy(), grad_bias.numpy(),
     )  # fmt: skip
 
     def run(low: int, high: int) -> tuple[slice, Array, Array]:
@@ -86,17 +82,7 @@ def backward(
         grad_B[samples] += part_B
         grad_C[samples] += part_C
     grad_B, grad_C = (torch.from_numpy(g).flip(-1) if reverse else torch.from_numpy(g) for g in (grad_B, grad_C))
-    return (
-        grad_u.to(u.dtype),
-        grad_delta.to(delta.dtype),
-        grad_A.sum(0).to(A.dtype),
-        grad_B.to(B.dtype),
-        grad_C.to(C.dtype),
-        None if D is None else grad_D.sum(0).to(D.dtype),
-        None if z is None else grad_z.to(z.dtype),
-        None if delta_bias is None else grad_bias.sum(0).to(delta_bias.dtype),
-        carry,
-    )
+    return grad_u, grad_delta, grad_A.sum(0), grad_B, grad_C, grad_D.sum(0), grad_z, grad_bias.sum(0), carry
 
 
 scan = differentiable(forward, backward)
@@ -121,27 +107,21 @@ def _walk(tensor: Tensor, reverse: bool) -> Array:
     return np.ascontiguousarray(array[:, :, ::-1] if reverse else array)
 
 
-_pool: ThreadPoolExecutor | None = None
-
-
-def _over_threads(run: Callable[[int, int], T], tasks: int) -> list[T]:
-    """Call run(low, high) on even ranges that cover range(tasks): the first here, the others in threads."""
-    global _pool
-    ranges = min(torch.get_num_threads(), tasks)
-    if ranges <= 1:
-        return [run(0, tasks)] if tasks else []
-    bounds = [tasks * i // ranges for i in range(ranges + 1)]
-    if _pool is None:
-        _pool = ThreadPoolExecutor(max_workers=max(os.cpu_count() or 1, 2), thread_name_prefix="selective-scan")
-    others = [_pool.submit(run, *pair) for pair in zip(bounds[1:-1], bounds[2:], strict=True)]
-    return [run(*bounds[:2]), *(future.result() for future in others)]
-
-
-def _forget_pool() -> None:
-    global _pool
-    _pool = None
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=max(os.cpu_count() or 1, 2), thread_name_prefix="selective-scan")
 
 
 # A forked child inherits the pool object but not its threads.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _over_threads(run: Callable[[int, int], T], tasks: int) -> list[T]:
+    """Call run(low, high) on even ranges that cover range(tasks): the first here, the others in threads."""
+    ranges = min(torch.get_num_threads(), tasks)
+    if ranges <= 1:
+        return [run(0, tasks)] if tasks else []
+    bounds = [tasks * i // ranges for i in range(ranges + 1)]
+    others = [_pool().submit(run, *pair) for pair in zip(bounds[1:-1], bounds[2:], strict=True)]
+    return [run(*bounds[:2]), *(future.result() for future in others)]

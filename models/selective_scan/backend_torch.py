@@ -56,14 +56,9 @@ def forward(inputs: ScanInputs, softplus: bool, reverse: bool, keep: bool) -> tu
 
 
 def backward(
-    inputs: ScanInputs,
-    entries: Tensor,
-    grad_y: Tensor | None,
-    grad_last: Tensor | None,
-    softplus: bool,
-    reverse: bool,
+    inputs: ScanInputs, entries: Tensor, grad_y: Tensor | None, grad_last: Tensor | None, softplus: bool, reverse: bool
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the eight inputs (None for absent ones), then that of the initial state.
+    """Gradients of the nine inputs; those of absent ones mean nothing.
 
     With dy_t the gradient of <C_t, h_t>, the state's adjoint is g_t = dy_t C_t + exp(Δ_{t+1} A) g_{t+1}.
     """
@@ -110,9 +105,7 @@ def backward(
         grad_bias += d_delta.sum((0, 1))
         _write(grad_u, du, span, reverse)
         _write(grad_delta, d_delta, span, reverse)
-    grad_D = None if D is None else grad_D.to(D.dtype)
-    grad_bias = None if delta_bias is None else grad_bias.to(delta_bias.dtype)
-    return grad_u, grad_delta, grad_A.to(A.dtype), grad_B, grad_C, grad_D, grad_z, grad_bias, carry
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, carry
 
 
 scan = differentiable(forward, backward)

@@ -18,9 +18,9 @@ import torch
 import triton
 from torch import Tensor
 
-from models.selective_scan import AXES, BackendUnavailable, ScanInputs, differentiable, reference_state_update
+from models.selective_scan import BackendUnavailable, ScanInputs, differentiable, reference_state_update
 from models.selective_scan.kernels_triton import backward_kernel, forward_kernel, update_kernel
-from models.selective_scan.selftest import attempt, check_scan, expect_close
+from models.selective_scan.selftest import attempt, check_scan, expect_close, sample_inputs
 
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 CHUNK = 16  # tokens a tile; with 32, backward no longer fits into 255 registers
@@ -83,36 +83,30 @@ def forward(inputs: ScanInputs, softplus: bool, reverse: bool, keep: bool) -> tu
 
 
 def backward(
-    inputs: ScanInputs,
-    states: Tensor,
-    grad_y: Tensor | None,
-    grad_last: Tensor | None,
-    softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the eight inputs (None for absent ones), then that of the initial state."""
+    inputs: ScanInputs, states: Tensor, grad_y: Tensor | None, grad_last: Tensor | None, softplus: bool, reverse: bool
+) -> tuple[Tensor, ...]:
+    """Gradients of the nine inputs; those of absent ones mean nothing."""
     u, delta, A, B, C, D, z, delta_bias, _ = inputs
     batch, channels, length = u.shape
     n_states, tiles = A.shape[1], triton.cdiv(length, CHUNK)
     block = max(BLOCK, triton.next_power_of_2(n_states) // 2)  # bounds the room for dB and dC
     blocks = triton.cdiv(channels, block)
     grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
-    grad_z = None if z is None else torch.empty_like(z)
+    gate, grad_z = (u, grad_u) if z is None else (z, torch.empty_like(z))  # never read or written where absent
     carry, sum_A = torch.zeros(2, batch, 2, n_states, channels, device=u.device)
     if grad_last is not None:
         carry[:, 0] = grad_last.transpose(1, 2)
     grad_y = torch.zeros((), device=u.device).expand(u.shape) if grad_y is None else grad_y
     parts = torch.empty(2, batch, blocks, n_states, tiles * CHUNK, device=u.device)
     grad_D, grad_bias = torch.empty(2, batch, channels, device=u.device)
-    gate, grad_gate = (u, grad_u) if z is None else (z, grad_z)  # never read or written where absent
     with _on(u.device):
         backward_kernel[(blocks, batch)](
-            u, delta, gate, grad_y, grad_u, grad_delta, grad_gate,
+            u, delta, gate, grad_y, grad_u, grad_delta, grad_z,
             _rates(A), _walk(B, reverse), _walk(C, reverse), _vector(D, u), _vector(delta_bias, u),
             states, carry, sum_A, *parts, grad_D, grad_bias,
             length, tiles * CHUNK, channels, n_states, states.shape[1],
             *u.stride(), *delta.stride(), *gate.stride(), *grad_y.stride(),
-            *grad_u.stride(), *grad_delta.stride(), *grad_gate.stride(),
+            *grad_u.stride(), *grad_delta.stride(), *grad_z.stride(),
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
             SOFTPLUS=softplus, REVERSE=reverse, CHUNK=CHUNK, BLOCK=block,
             num_warps=block // BLOCK, num_stages=STAGES,
@@ -120,17 +114,8 @@ def backward(
     grad_B, grad_C = parts.sum(2)[..., :length]
     if reverse:
         grad_B, grad_C = grad_B.flip(-1), grad_C.flip(-1)
-    return (
-        grad_u,
-        grad_delta,
-        sum_A[:, tiles % 2].sum(0).t().to(A.dtype),
-        grad_B.to(B.dtype),
-        grad_C.to(C.dtype),
-        None if D is None else grad_D.sum(0).to(D.dtype),
-        grad_z,
-        None if delta_bias is None else grad_bias.sum(0).to(delta_bias.dtype),
-        carry[:, tiles % 2].transpose(1, 2),
-    )
+    grad_A, grad_first = sum_A[:, tiles % 2].sum(0).t(), carry[:, tiles % 2].transpose(1, 2)
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D.sum(0), grad_z, grad_bias.sum(0), grad_first
 
 
 scan = differentiable(forward, backward)
@@ -160,11 +145,8 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def _check_update(device_type: str) -> None:
-    random = torch.Generator().manual_seed(0)
-    sizes = {"B": 2, "E": BLOCK + 3, "N": 3, "L": 1}
-    *tensors, state = (
-        torch.randn([sizes[axis] for axis in axes.removesuffix("L")], generator=random) for axes in AXES.values()
-    )
+    *tensors, state = sample_inputs(2, BLOCK + 3, 1, 3, torch.float32)
+    tensors = [t[..., 0] if t.ndim == 3 else t for t in tensors]
     exact, here = state.double(), state.to(device_type)
     expected = reference_state_update(exact, ScanInputs(*(t.double() for t in tensors)), True)
     actual = state_update(here, ScanInputs(*(t.to(device_type) for t in tensors)), True)

@@ -30,9 +30,9 @@ LANES = 16
 LOG2E = np.float32(1.4426950408889634)
 ONE, ZERO = np.float32(1.0), np.float32(0.0)
 
-_FLOAT, _INT = ir.FloatType(), ir.IntType(32)
-_VECTOR, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
-_CONTRACT = ("contract",)
+FLOAT, INT = ir.FloatType(), ir.IntType(32)
+VECTOR, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
+CONTRACT = ("contract",)
 
 # (2**f - 1) / f on [-1/2, 1/2], highest power first, interpolated at Chebyshev nodes; error of 2**f 5e-9.
 _EXP2 = (
@@ -58,17 +58,17 @@ lanes = LanesType()
 @register_model(LanesType)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, numba_type: types.Type) -> None:
-        super().__init__(manager, numba_type, _VECTOR)
+        super().__init__(manager, numba_type, VECTOR)
 
 
 def _constant(value: float) -> ir.Constant:
     # LLVM accepts only constants that float32 represents exactly.
-    return ir.Constant(_VECTOR, [float(np.float32(value))] * LANES)
+    return ir.Constant(VECTOR, [float(np.float32(value))] * LANES)
 
 
 def _call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
     """Call an LLVM intrinsic on vectors."""
-    function_type = ir.FunctionType(_VECTOR, [a.type for a in args])
+    function_type = ir.FunctionType(VECTOR, [a.type for a in args])
     function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.{name}.v{LANES}f32")
     return builder.call(function, args)
 
@@ -77,7 +77,7 @@ def _row(context: Any, builder: ir.IRBuilder, array_type: types.Array, array: ir
     """Pointer to row ``row`` of a contiguous (rows, LANES) array."""
     data = cgutils.create_struct_proxy(array_type)(context, builder, value=array).data
     offset = builder.mul(row, ir.Constant(row.type, LANES))
-    return builder.bitcast(builder.gep(data, [offset]), _VECTOR.as_pointer())
+    return builder.bitcast(builder.gep(data, [offset]), VECTOR.as_pointer())
 
 
 @intrinsic
@@ -106,10 +106,16 @@ def splat(typing_context, value):
     """The float32 ``value`` in every lane."""
 
     def codegen(context, builder, signature, args):
-        first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), args[0], ir.Constant(_INT, 0))
-        return builder.shuffle_vector(first, ir.Constant(_VECTOR, ir.Undefined), ir.Constant(_INTS, [0] * LANES))
+        first = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), args[0], ir.Constant(INT, 0))
+        return builder.shuffle_vector(first, ir.Constant(VECTOR, ir.Undefined), ir.Constant(INTS, [0] * LANES))
 
     return lanes(types.float32), codegen
+
+
+def sum_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    function_type = ir.FunctionType(FLOAT, [FLOAT, VECTOR])
+    function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.vector.reduce.fadd.v{LANES}f32")
+    return builder.call(function, [ir.Constant(FLOAT, -0.0), vector], fastmath=("reassoc",))
 
 
 @intrinsic
@@ -117,10 +123,7 @@ def total(typing_context, value):
     """Sum over the lanes, float32."""
 
     def codegen(context, builder, signature, args):
-        function_type = ir.FunctionType(_FLOAT, [_FLOAT, _VECTOR])
-        name = f"llvm.vector.reduce.fadd.v{LANES}f32"
-        function = cgutils.get_or_insert_function(builder.module, function_type, name)
-        return builder.call(function, [ir.Constant(_FLOAT, -0.0), args[0]], fastmath=("reassoc",))
+        return sum_lanes(builder, args[0])
 
     return types.float32(lanes), codegen
 
@@ -142,8 +145,8 @@ def exp2(typing_context, value):
         p = _constant(_EXP2[0])
         for coefficient in (*_EXP2[1:], 1.0):
             p = _call(builder, "fmuladd", p, f, _constant(coefficient))
-        bits = builder.add(builder.fptosi(whole, _INTS), ir.Constant(_INTS, [127] * LANES))
-        power = builder.bitcast(builder.shl(bits, ir.Constant(_INTS, [23] * LANES)), _VECTOR)
+        bits = builder.add(builder.fptosi(whole, INTS), ir.Constant(INTS, [127] * LANES))
+        power = builder.bitcast(builder.shl(bits, ir.Constant(INTS, [23] * LANES)), VECTOR)
         y = builder.fmul(p, power)
         y = builder.select(too_low, _constant(0.0), y)
         return builder.select(too_high, _constant(float("inf")), y)
@@ -166,7 +169,7 @@ def _define_operator(symbol: Callable[[Any, Any], Any], instruction: str) -> Non
     @intrinsic
     def apply(typing_context, left, right):
         def codegen(context, builder, signature, args):
-            return getattr(builder, instruction)(*args, flags=_CONTRACT)
+            return getattr(builder, instruction)(*args, flags=CONTRACT)
 
         return lanes(lanes, lanes), codegen
 
@@ -177,13 +180,8 @@ def _define_operator(symbol: Callable[[Any, Any], Any], instruction: str) -> Non
         return None
 
 
-for _symbol, _instruction in (
-    (operator.add, "fadd"),
-    (operator.sub, "fsub"),
-    (operator.mul, "fmul"),
-    (operator.truediv, "fdiv"),
-):
-    _define_operator(_symbol, _instruction)
+for _name in ("add", "sub", "mul", "truediv"):
+    _define_operator(getattr(operator, _name), "f" + _name.removeprefix("true"))
 
 
 @njit

@@ -6,12 +6,12 @@ becomes one line of ``BackendUnavailable``.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from config.errors import first_line
 from models.selective_scan import BackendUnavailable, ScanFunction, ScanInputs
 from models.selective_scan.backend_reference import scan as reference_scan
 
@@ -32,9 +32,16 @@ def check_scan(
     Raises:
         BackendUnavailable: it raises, or its numbers differ.
     """
-    sizes = (2, channels, length, states)
-    for dtype, reverse in ((torch.float32, False), (torch.bfloat16, True)):
-        attempt(functools.partial(_compare, scan, device_type, sizes, dtype, reverse, absent), device_type)
+
+    def compare() -> None:
+        for dtype, reverse in ((torch.float32, False), (torch.bfloat16, True)):
+            inputs = sample_inputs(2, channels, length, states, dtype)._replace(**dict.fromkeys(absent))
+            actual = results(scan, ScanInputs(*(t if t is None else t.to(device_type) for t in inputs)), reverse)
+            exact = results(reference_scan, ScanInputs(*(t if t is None else t.double() for t in inputs)), reverse)
+            for name, expected in exact.items():
+                expect_close(name, actual[name], expected, TOLERANCE[dtype], device_type)
+
+    attempt(compare, device_type)
 
 
 def attempt(test: Callable[[], None], device_type: str) -> None:
@@ -44,13 +51,8 @@ def attempt(test: Callable[[], None], device_type: str) -> None:
     except BackendUnavailable:
         raise
     except Exception as error:  # noqa: BLE001 (compilers, drivers and extensions raise exceptions of any type)
-        raise BackendUnavailable(f"its self-test on {device_type} raises {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    """Type and first line of an exception, as a compiler's message can fill a page."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+        reason = f"{type(error).__name__}: {first_line(error)}"  # a compiler's message can fill a page
+        raise BackendUnavailable(f"its self-test on {device_type} raises {reason}") from error
 
 
 def expect_close(name: str, actual: Tensor, expected: Tensor, tolerance: float, device_type: str) -> None:
@@ -92,18 +94,3 @@ def results(scan: ScanFunction, inputs: ScanInputs, reverse: bool, use_last: boo
         used = 2 if use_last else 1
         found = torch.autograd.grad((y, last)[:used], list(present.values()), grads[:used])
     return {"y": y, "the last state": last, **dict(zip(present, found, strict=True))}
-
-
-def _compare(
-    scan: ScanFunction,
-    device_type: str,
-    sizes: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    reverse: bool,
-    absent: tuple[str, ...],
-) -> None:
-    inputs = sample_inputs(*sizes, dtype)._replace(**dict.fromkeys(absent))
-    actual = results(scan, ScanInputs(*(t if t is None else t.to(device_type) for t in inputs)), reverse)
-    exact = results(reference_scan, ScanInputs(*(t if t is None else t.double() for t in inputs)), reverse)
-    for name, expected in exact.items():
-        expect_close(name, actual[name], expected, TOLERANCE[dtype], device_type)

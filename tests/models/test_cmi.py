@@ -69,6 +69,7 @@ def loud(model: CMI) -> CMI:
 
 
 def test_equals_the_plain_definition():
+    """Token by token and word by word: padding is left out, and a token depends on those before it alone."""
     model = loud(cmi())
     with torch.no_grad():
         output = model(*inputs())
@@ -83,26 +84,15 @@ def test_compresses_only_to_fewer(compress_to, tokens):
     with torch.no_grad():
         output = model(*inputs())
     assert output.shape == (2, tokens, WIDTH)
-    full = plain(model, *inputs())
-    if tokens == 9:
-        torch.testing.assert_close(output, full, rtol=1e-4, atol=1e-5)
-    if tokens == 1:
-        torch.testing.assert_close(output[:, 0], full.mean(1), rtol=1e-4, atol=1e-5)
+    expected = plain(model, *inputs())
+    if tokens != 4:
+        expected = expected if tokens == 9 else expected.mean(1, keepdim=True)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_every_parameter_is_saved_and_trained():
     model = cmi()
-    names = {name for name, _ in model.named_parameters()}
-    assert names == set(model.state_dict())
-    assert {
-        "A_log",
-        "D",
-        "text_proj.weight",
-        "dt_proj.weight",
-        "dt_proj.bias",
-        "in_proj.weight",
-        "out_proj.weight",
-    } < names
+    assert {name for name, _ in model.named_parameters()} == set(model.state_dict())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     model(*inputs()).pow(3).sum().backward()
@@ -129,23 +119,6 @@ def test_the_question_changes_every_token_of_its_own_sample_only():
     with torch.no_grad():
         difference = (model(visual, other, mask) - model(visual, question, mask)).abs().amax(-1)
     assert (difference[0] > 0).all() and (difference[1] == 0).all()
-
-
-def test_padding_of_the_question_changes_nothing():
-    model, (visual, question, mask) = loud(cmi()), inputs()
-    longer = torch.cat([question, torch.full((2, 7, WIDTH), 3.0)], dim=1)
-    with torch.no_grad():
-        padded = model(visual, longer, F.pad(mask, (0, 7)))
-        torch.testing.assert_close(padded, model(visual, question, mask), rtol=1e-5, atol=1e-6)
-
-
-def test_tokens_depend_on_those_before_them_alone():
-    model, (visual, question, mask) = loud(cmi()), inputs()
-    changed = visual.clone()
-    changed[:, 4] += 1
-    with torch.no_grad():
-        difference = (model(changed, question, mask) - model(visual, question, mask)).abs().amax(-1)
-    assert (difference[:, :4] == 0).all() and (difference[:, 4:] > 0).all()
 
 
 def test_starts_near_the_tokens_of_stage_1():

@@ -52,11 +52,7 @@ def test_loss_is_low_for_tokens_at_their_own_report_and_high_for_anothers():
     none = objective(tokens_at(unit_reports(8)[4:]), row)
     other = objective(tokens_at(reports[[1, 2, 3, 0]]), row)
     assert own < 0.05 < none < other
-
-
-def test_rows_say_which_report_belongs_to_an_image():
-    reports, row = unit_reports(), torch.tensor([2, 0])
-    objective = align(reports)
+    row = torch.tensor([2, 0])  # says which report belongs to an image
     assert objective(tokens_at(reports[row]), row) < 0.05
     assert objective(tokens_at(reports[row]), row.flip(0)) > 5
 
@@ -111,14 +107,6 @@ def test_a_batch_of_one_works_and_uses_all_reports_as_negatives():
     assert right < 0.05 and wrong > 5
 
 
-def test_a_single_token_gives_a_finite_loss_and_gradient():
-    reports = unit_reports()
-    tokens = (0.1 * reports[:1, None]).requires_grad_()
-    loss = align(reports)(tokens, torch.tensor([0]))
-    loss.backward()
-    assert loss.isfinite() and tokens.grad.isfinite().all()
-
-
 @torch.no_grad()
 def test_variance_term_acts_on_collapsed_tokens_and_leaves_healthy_ones_alone():
     reports, row = unit_reports(), torch.arange(4)
@@ -129,10 +117,11 @@ def test_variance_term_acts_on_collapsed_tokens_and_leaves_healthy_ones_alone():
     assert with_term(collapsed, row) - without(collapsed, row) == pytest.approx(1.0, abs=0.01)
 
 
-@pytest.mark.parametrize("tokens", [torch.zeros(4, 6, WIDTH), torch.ones(4, 6, WIDTH), 1e4 * torch.ones(4, 6, WIDTH)])
-def test_gradients_stay_finite_at_collapse(tokens):
-    objective, tokens = align(unit_reports()), tokens.clone().requires_grad_()
-    loss = objective(tokens, torch.arange(4))
+@pytest.mark.parametrize("scale", [0, 1, 1e4])
+@pytest.mark.parametrize(("batch", "count"), [(4, 6), (1, 1)])
+def test_gradients_stay_finite_at_collapse_and_for_a_single_token(scale, batch, count):
+    objective, tokens = align(unit_reports()), torch.full((batch, count, WIDTH), float(scale), requires_grad=True)
+    loss = objective(tokens, torch.arange(batch))
     loss.backward()
     assert loss.isfinite() and tokens.grad.isfinite().all() and objective.log_scale.grad.isfinite()
 
@@ -207,8 +196,5 @@ def test_words_that_every_report_has_hardly_count(tokenizer):
     vectors, _ = embedded(tokenizer, ["lungs nodule", "nodule", "lungs effusion", "effusion"])
     assert vectors[0] @ vectors[1] > 0.99 and vectors[2] @ vectors[3] > 0.99
     assert vectors[0] @ vectors[2] < 0
-
-
-def test_words_that_no_training_report_has_are_embedded_too(tokenizer):
     vectors, _ = embedded(tokenizer, ["lungs unseen", "lungs clear", "lungs nodule"])
-    assert vectors.isfinite().all() and torch.allclose(vectors.norm(dim=1), torch.ones(3))
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(3)), "words that no training report has are embedded too"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -12,9 +11,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import ModuleType
 
 import optuna
 import psutil
@@ -28,23 +27,15 @@ from engine.checkpoint import save_checkpoint
 from models.medical_vlm import VisionBridge
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.encoder import NnUNetEncoder
+from scripts import run_overnight_300
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPT = REPOSITORY / "scripts" / "run_overnight_300.py"
+SCRIPT = Path(run_overnight_300.__file__)
 FAKE = Path(__file__).with_name("fake_train.py")
 GRID = ["--lrs", "1e-4", "--batch_sizes", "2", "4"]
 NAMES = ["lr0.0001_bs2", "lr0.0001_bs4", "lr5e-05_bs2", "lr5e-05_bs4"]
 # Processes of a server that has imported the heavy packages start within milliseconds.
 CONTEXT = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
 CONTEXT.set_forkserver_preload(["engine.training.overnight"])
-
-
-@pytest.fixture(scope="session")
-def overnight_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("run_overnight_300", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
@@ -57,12 +48,9 @@ def make_checkpoint(assets: Path) -> Callable[..., None]:
     plan = PreprocessPlan.from_nnunet(source.plans, source.configuration)
 
     def write(path: Path, val_loss: float, *, epoch: int = 3, collapsed: bool = False) -> None:
-        diagnostics = {"token_std": 1e-9 if collapsed else 0.1, "image_std": 0.05, "effective_rank": 3.0}
-        diagnostics |= {"expected_std": 0.1, "collapsed": collapsed}
-        save_checkpoint(
-            path, vision, stage="vision", step=9, epoch=epoch, val_loss=val_loss, config=config, plan=plan, llm={},
-            diagnostics=diagnostics,
-        )  # fmt: skip
+        options = {"stage": "vision", "step": 9, "config": config, "plan": plan, "llm": {}, "epoch": epoch}
+        options["diagnostics"] = {"token_std": 1e-9 if collapsed else 0.1, "collapsed": collapsed}
+        save_checkpoint(path, vision, val_loss=val_loss, **options)
 
     return write
 
@@ -70,9 +58,10 @@ def make_checkpoint(assets: Path) -> Callable[..., None]:
 class Night:
     """A folder with a configuration and plans for the fake training, and the script run on it."""
 
-    def __init__(self, root: Path, script: ModuleType, make_checkpoint: Callable, monkeypatch: pytest.MonkeyPatch):
-        self.root, self.script, self.monkeypatch = root, script, monkeypatch
-        self.make_checkpoint = make_checkpoint
+    script = run_overnight_300
+
+    def __init__(self, root: Path, make_checkpoint: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.make_checkpoint, self.monkeypatch = make_checkpoint, monkeypatch
         self.plans, self.out, self.config = root / "plans", root / "out put", root / "paths.yaml"
         self.plans.mkdir(parents=True)
         keys = {"caption_csv_train": "train.csv", "caption_csv_val": "val.csv", "nnunet_encoder_checkpoint": "net.pth"}
@@ -116,17 +105,15 @@ class Night:
     def folder(self, name: str) -> Path:
         return next((self.out / "overnight").glob(f"*/{name}"))
 
-    def step_of(self, name: str) -> int:
-        """How far the state of an unfinished run is; -1 where there is none."""
-        for state in self.out.glob(f"overnight/*/{name}/stage1_state.pt"):
-            try:
-                return int(state.read_text())
-            except OSError:  # it ended in this moment
-                return -1
-        return -1
-
     def wait_for_step(self, name: str, step: int) -> None:
-        self.wait_until(lambda: self.step_of(name) >= step)
+        """Until the state of an unfinished run is as far."""
+
+        def is_reached() -> bool:
+            with suppress(OSError):  # it may end in this moment
+                return any(int(state.read_text()) >= step for state in self.out.glob(f"*/*/{name}/stage1_state.pt"))
+            return False
+
+        self.wait_until(is_reached)
 
     @staticmethod
     def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -155,10 +142,8 @@ class Night:
 
 
 @pytest.fixture
-def night(
-    tmp_path: Path, overnight_script: ModuleType, make_checkpoint: Callable, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Night]:
+def night(tmp_path: Path, make_checkpoint: Callable, monkeypatch: pytest.MonkeyPatch) -> Iterator[Night]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield Night(tmp_path, overnight_script, make_checkpoint, monkeypatch)
+    yield Night(tmp_path, make_checkpoint, monkeypatch)
     for number, handler in handlers.items():
         signal.signal(number, handler)

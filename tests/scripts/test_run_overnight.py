@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,20 +16,16 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import MambaConfig, PreTrainedTokenizerFast
 
 import engine.training.overnight as overnight
 from config.errors import InputError
 from config.schema import load_config
-from data.phantom.dataset import make_dataset
 from engine.checkpoint import load_checkpoint
 from engine.cli import Interrupted
 from engine.training.overnight import training_processes
 
 Night = Any  # tests/scripts/conftest.py
+Patch, Capture = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 NAMES = ["lr0.0001_bs2", "lr0.0001_bs4", "lr5e-05_bs2", "lr5e-05_bs4"]
 ONE = ["--lrs", "1e-4", "--batch_sizes", "2"]  # the first of them; the default of the tests are the first two
 FOUR = ["--lrs", "1e-4", "5e-5", "--batch_sizes", "2", "4"]
@@ -41,17 +36,13 @@ no_console = pytest.mark.skipif(os.name == "nt", reason="a console's Ctrl-C cann
 # ---------------------------------------------------------------- the whole grid
 
 
-def test_runs_the_grid_once_and_reports_it(
-    night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_the_grid_once_and_reports_it(night: Night, monkeypatch: Patch, capsys: Capture) -> None:
     import train_vlm
 
     night.plan(NAMES[1], val_loss=0.05)
     assert night.run() == 0
-    assert [(row["lr"], row["batch_size"], row["val_loss"], row["epoch"]) for row in night.board] == [
-        ("0.0001", "4", "0.05", "3"),
-        ("0.0001", "2", "0.1", "3"),
-    ]
+    board = [" ".join(row[name] for name in ("lr", "batch_size", "val_loss", "epoch")) for row in night.board]
+    assert board == ["0.0001 4 0.05 3", "0.0001 2 0.1 3"]
     for line in ("best lr: 0.0001", "best batch_size: 4", "best val_loss: 0.05", "best epoch: 3", "best epochs: 3"):
         assert f"{line}\n" in night.summary
     assert f"best folder: {night.folder(NAMES[1])}" in night.summary and "objective: align" in night.summary
@@ -91,7 +82,7 @@ def test_no_grid_reports_its_own_run_and_a_complete_run_is_not_repeated(night: N
 
 @pytest.mark.parametrize(("flags", "runs"), [([], 6), (["--no_grid"], 1)])
 def test_default_is_300_epochs_with_and_without_the_grid(
-    night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], runs: int
+    night: Night, monkeypatch: Patch, capsys: Capture, flags: list[str], runs: int
 ) -> None:
     import train
 
@@ -117,18 +108,10 @@ def test_objective_and_model_flags_are_passed_on(night: Night) -> None:
     assert len(list(night.out.glob("overnight/*/lr*"))) == 2
 
 
-@pytest.mark.parametrize(("flag", "status"), [("--help", 0), ("--bogus", 2)])
-def test_help_and_wrong_flags_load_no_heavy_package(night: Night, flag: str, status: int) -> None:
-    program = f"import sys, runpy; sys.argv = ['', {flag!r}]\ntry: runpy.run_path({night.script.__file__!r}, None, "
-    program += "'__main__')\nfinally: print(*{'torch', 'optuna', 'pandas', 'numpy'} & set(sys.modules), 'loaded')"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=False)
-    assert done.returncode == status and done.stdout.split("\n")[-2] == "loaded"
-
-
 # ---------------------------------------------------------------- a longer night's best checkpoint
 
 
-def test_a_shorter_night_writes_beside_a_longer_one(night: Night, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shorter_night_writes_beside_a_longer_one(night: Night, capsys: Capture) -> None:
     assert night.run(*ONE, epochs=5) == 0
     (night.out / "overnight_best_summary.txt").unlink()  # the checkpoint itself knows its epochs
     capsys.readouterr()
@@ -203,7 +186,7 @@ def test_failed_runs_do_not_stop_the_night_and_are_tried_again(night: Night) -> 
     assert "best lr: 0.0001\nbest batch_size: 2" in night.summary
 
 
-def test_all_failed_is_an_error(night: Night, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_failed_is_an_error(night: Night, capsys: Capture) -> None:
     night.plan(NAMES[0], status=2, message="error: nothing works")
     assert night.run(*ONE) == 1
     assert "error: no run ended with a usable checkpoint" in capsys.readouterr().err
@@ -222,9 +205,7 @@ def test_lost_checkpoints_are_passed_over(night: Night) -> None:
     assert "not a readable checkpoint" in night.summary
 
 
-def test_an_open_spreadsheet_does_not_end_the_night(
-    night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_open_spreadsheet_does_not_end_the_night(night: Night, monkeypatch: Patch, capsys: Capture) -> None:
     def refuse(path: Path, text: str) -> None:
         raise PermissionError(path)
 
@@ -259,12 +240,10 @@ def test_kill_of_script_and_run_goes_on_where_it_stood(night: Night) -> None:
     assert len(night.calls(second)) == 2 and night.calls(second)[1] >= 5, "the killed run goes on from its state"
     assert [row["val_loss"] for row in night.board] == ["0.1", "0.2"]
     assert "best batch_size: 2" in night.summary
-    assert load_checkpoint(night.out / "vision_bridge_overnight_best.pt").val_loss == 0.1
+    assert load_checkpoint(night.out / BEST).val_loss == 0.1
 
 
-def test_kill_of_the_script_alone_does_not_start_its_run_twice(
-    night: Night, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_kill_of_the_script_alone_does_not_start_its_run_twice(night: Night, capsys: Capture) -> None:
     night.plan(NAMES[0], steps=100)
     process = night.start(*ONE)
     night.wait_for_step(NAMES[0], 2)
@@ -277,16 +256,18 @@ def test_kill_of_the_script_alone_does_not_start_its_run_twice(
     assert night.board[0]["state"] == "finished"
 
 
+def send_at_step_5(night: Night, *signals: int) -> None:
+    night.wait_for_step(NAMES[0], 5)
+    for number in signals:
+        os.kill(os.getpid(), number)
+        time.sleep(0.4)
+
+
 @no_console
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_lets_the_run_save(night: Night, number: int) -> None:
     night.plan(NAMES[0], steps=2000)
-
-    def stop() -> None:
-        night.wait_for_step(NAMES[0], 5)
-        os.kill(os.getpid(), number)
-
-    with meanwhile(stop), pytest.raises(Interrupted, match="the same command goes on from here"):
+    with meanwhile(lambda: send_at_step_5(night, number)), pytest.raises(Interrupted, match="the same command goes on"):
         night.run(*ONE)
     assert not training_processes(night.folder(NAMES[0]))
     assert "interrupted: state saved" in (night.folder(NAMES[0]) / "train.log").read_text(encoding="utf-8")
@@ -300,20 +281,13 @@ def test_ctrl_c_lets_the_run_save(night: Night, number: int) -> None:
 def test_a_second_ctrl_c_stops_at_once(night: Night) -> None:
     """The fake training needs a while to save; the second signal reaches it in the middle of that."""
     night.plan(NAMES[0], steps=2000)
-
-    def stop() -> None:
-        night.wait_for_step(NAMES[0], 5)
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.4)
-
-    with meanwhile(stop), pytest.raises(Interrupted):
+    with meanwhile(lambda: send_at_step_5(night, signal.SIGINT, signal.SIGINT)), pytest.raises(Interrupted):
         night.run(*ONE)
     log = (night.folder(NAMES[0]) / "train.log").read_text(encoding="utf-8")
     assert "KeyboardInterrupt" in log and "state saved" not in log
 
 
-def test_two_scripts_share_a_grid(night: Night, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_scripts_share_a_grid(night: Night, capsys: Capture) -> None:
     """Each takes a point of its own; the one that is done first waits for the other's run instead of repeating it."""
     night.plan(NAMES[0], steps=60)
     night.plan(NAMES[1], steps=60)
@@ -328,23 +302,11 @@ def test_two_scripts_share_a_grid(night: Night, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
-def test_with_the_real_training(tmp_path: Path, assets: Path, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One run of train.py itself on synthetic scans, killed in the middle and continued."""
-    data, model = make_dataset(tmp_path / "data", 4, 2, 0, seed=1, workers=1), tmp_path / "lm"
-    end = "<|endoftext|>"
-    MambaConfig(vocab_size=1, hidden_size=32, num_hidden_layers=1, state_size=8).save_pretrained(model)
-    tokenizer = Tokenizer(WordLevel({end: 0}, unk_token=end))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end).save_pretrained(model)
-    settings = {
-        "caption_csv_train": str(data.train_csv), "caption_csv_val": str(data.val_csv), "mamba_model": str(model),
-        "caption_prompt_json": str(data.prompt_json), "cache_dir": str(tmp_path / "cache"),
-        "nnunet_encoder_checkpoint": str(assets / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth"),
-        "encoder_target_spatial": 4, "bridge_width": 16, "bridge_depth": 1, "max_visual_tokens": 16,
-        "output_dir": str(night.out),
-    }  # fmt: skip
-    night.config.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    flags = ["--config", str(night.config), "--epochs", "6", "--no_grid", "--objective", "proxy_l2"]
-    monkeypatch.setattr(night, "set_flags", lambda *_, **__: monkeypatch.setattr(sys, "argv", [__file__, *flags]))
+def test_with_the_real_training(small_training: Path, night: Night, monkeypatch: Patch) -> None:
+    """One run of train.py itself, killed in the middle and continued."""
+    flags = ["--config", str(small_training / "paths.yaml"), "--output_dir", str(night.out), "--epochs", "6"]
+    argv = [str(night.script.__file__), *flags, "--no_grid", "--objective", "proxy_l2"]
+    monkeypatch.setattr(night, "set_flags", lambda *_, **__: monkeypatch.setattr(sys, "argv", argv))
     process = night.start()
     # A state is saved at the end of an epoch.
     night.wait_until(lambda: any(night.out.glob("overnight/*/*/stage1_state.pt")), seconds=120)
@@ -352,6 +314,6 @@ def test_with_the_real_training(tmp_path: Path, assets: Path, night: Night, monk
     assert night.run() == 0
     log = (night.folder(NAMES[1]) / "train.log").read_text(encoding="utf-8")
     assert log.count("---- ") == 2 and "resuming at epoch" in log
-    best = load_checkpoint(night.out / "vision_bridge_overnight_best.pt")
-    assert not best.collapsed and best.config.mamba_model == str(model)
+    best = load_checkpoint(night.out / BEST)
+    assert not best.collapsed and best.config.mamba_model == str(small_training / "lm")
     assert best.val_loss == load_checkpoint(night.folder(NAMES[1]) / "vision_bridge_best_val.pt").val_loss

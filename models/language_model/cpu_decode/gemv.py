@@ -28,7 +28,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from models.selective_scan.kernels_numba import LANES
+from models.selective_scan.kernels_numba import CONTRACT, INTS, LANES, VECTOR, sum_lanes
 
 Array = np.ndarray
 
@@ -40,9 +40,7 @@ TAKES = 8  # a thread takes its items in so many portions: an atomic operation i
 SLOT = 8  # int64 between two counters: a cache line of 64 bytes each
 ONE_ROW, TWO_ROWS, FOUR_ROWS = (0,), (0, 0), (0, 0, 0, 0)
 
-_FLOAT, _INT, _LONG = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-_VECTOR, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
-_CONTRACT = ("contract",)
+_LONG = ir.IntType(64)
 
 
 def _long(value: int) -> ir.Constant:
@@ -63,14 +61,14 @@ def _load(builder: ir.IRBuilder, pointer: ir.Value, vector: ir.VectorType, align
 def _widened(builder: ir.IRBuilder, pointer: ir.Value, kind: str) -> list[ir.Value]:
     """The next 16 values as one vector, or the next 32 bfloat16 ones as two: even places, odd places."""
     if kind == "float32":
-        return [_load(builder, pointer, _VECTOR, 4)]
+        return [_load(builder, pointer, VECTOR, 4)]
     if kind == "int8":
         small = _load(builder, pointer, ir.VectorType(ir.IntType(8), LANES), 1)
-        return [builder.sitofp(builder.sext(small, _INTS), _VECTOR)]
-    words = _load(builder, pointer, _INTS, 2)
-    even = builder.shl(words, ir.Constant(_INTS, [16] * LANES))
-    odd = builder.and_(words, ir.Constant(_INTS, [0xFFFF0000] * LANES))
-    return [builder.bitcast(even, _VECTOR), builder.bitcast(odd, _VECTOR)]
+        return [builder.sitofp(builder.sext(small, INTS), VECTOR)]
+    words = _load(builder, pointer, INTS, 2)
+    even = builder.shl(words, ir.Constant(INTS, [16] * LANES))
+    odd = builder.and_(words, ir.Constant(INTS, [0xFFFF0000] * LANES))
+    return [builder.bitcast(even, VECTOR), builder.bitcast(odd, VECTOR)]
 
 
 @intrinsic
@@ -85,7 +83,7 @@ def dot(typing_context, W, row, x, out, at, rows, batch):
         W_type, _, x_type, out_type, _, _, _ = signature.args
         weights = [_address(context, builder, W_type, args[0], builder.add(args[1], _long(r))) for r in range(R)]
         inputs = [_address(context, builder, x_type, args[2], _long(k)) for k in range(B)]
-        zero = ir.Constant(_VECTOR, [0.0] * LANES)
+        zero = ir.Constant(VECTOR, [0.0] * LANES)
         cells = [cgutils.alloca_once_value(builder, zero) for _ in range(R * B * chains)]
         parts = [[cells[(r * B + k) * chains :][:chains] for k in range(B)] for r in range(R)]
 
@@ -95,8 +93,8 @@ def dot(typing_context, W, row, x, out, at, rows, batch):
                 for half, value in enumerate(_widened(builder, builder.gep(inputs[k], [column]), inputs_kind)):
                     for r in range(R):
                         part = parts[r][k][(piece * step // LANES + half) % chains]
-                        product = builder.fmul(vectors[r][half], value, flags=_CONTRACT)
-                        builder.store(builder.fadd(builder.load(part), product, flags=_CONTRACT), part)
+                        product = builder.fmul(vectors[r][half], value, flags=CONTRACT)
+                        builder.store(builder.fadd(builder.load(part), product, flags=CONTRACT), part)
 
         columns = builder.extract_value(cgutils.create_struct_proxy(W_type)(context, builder, value=args[0]).shape, 1)
         unrolled, whole = builder.and_(columns, _long(-step * unroll)), builder.and_(columns, _long(-step))
@@ -106,16 +104,13 @@ def dot(typing_context, W, row, x, out, at, rows, batch):
         with cgutils.for_range_slice(builder, unrolled, whole, _long(step), _LONG) as (start, _):
             add(start, 0)
 
-        reduce_type = ir.FunctionType(_FLOAT, [_FLOAT, _VECTOR])
-        reduce = cgutils.get_or_insert_function(builder.module, reduce_type, f"llvm.vector.reduce.fadd.v{LANES}f32")
         for k in range(B):
             target = builder.gep(_address(context, builder, out_type, args[3], _long(k)), [args[4]])
             for r in range(R):
                 total = builder.load(parts[r][k][0])
                 for part in parts[r][k][1:]:
                     total = builder.fadd(total, builder.load(part))
-                scalar = builder.call(reduce, [ir.Constant(_FLOAT, -0.0), total], fastmath=("reassoc",))
-                builder.store(scalar, builder.gep(target, [_long(r)]))
+                builder.store(sum_lanes(builder, total), builder.gep(target, [_long(r)]))
         return context.get_dummy_value()
 
     return types.void(W, types.intp, x, out, types.intp, rows, batch), codegen

@@ -16,6 +16,7 @@ from config.errors import InputError
 from config.schema import Config, load_config
 from engine.training.overnight import Night, study_name
 
+Open = Callable[..., Night]
 RESULT = {"val_loss": 1.0, "epoch": 1, "collapsed": False, "reason": ""}
 
 
@@ -49,7 +50,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def open_night(config: Config, trained: list[str]) -> Callable[..., Night]:
+def open_night(config: Config, trained: list[str]) -> Open:
     def build(lrs: tuple[float, ...] = (1e-4, 5e-5), batch_sizes: tuple[int, ...] = (2,)) -> Night:
         flags = {"objective": "align", "epochs": 3, "seed": 42, "config": None, "output_dir": None}
         flags |= {"mamba_model": None, "allow_toy_model": False, "train_script": Path("train.py")}
@@ -66,31 +67,18 @@ def die(*_: Any, **__: Any) -> None:
     raise Killed
 
 
-@pytest.mark.parametrize(
-    ("owner", "name"),
-    [
-        (optuna.samplers.GridSampler, "before_trial"),
-        (optuna.samplers.GridSampler, "sample_independent"),
-        (overnight, "train"),
-    ],
-    ids=["no point chosen", "point not stored", "training"],
-)
+@pytest.mark.parametrize("moment", ["before_trial", "sample_independent", "train"])
 @pytest.mark.parametrize("failed_before", [False, True])
 def test_no_point_is_lost_when_a_process_dies(
-    open_night: Callable[..., Night],
-    trained: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    owner: Any,
-    name: str,
-    failed_before: bool,
+    open_night: Open, trained: list[str], monkeypatch: pytest.MonkeyPatch, moment: str, failed_before: bool
 ) -> None:
-    """Also where the dead process has taken a failed run from the queue."""
+    """No point chosen, point not stored, training; also after taking a failed run from the queue."""
     if failed_before:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(overnight, "train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             open_night().search()
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(owner, name, die)
+        patch.setattr(overnight if moment == "train" else optuna.samplers.GridSampler, moment, die)
         open_night().search()
     night = open_night()
     night.search()
@@ -99,7 +87,7 @@ def test_no_point_is_lost_when_a_process_dies(
 
 
 def test_a_trial_without_heartbeats_is_queued_again_and_continues_in_its_folder(
-    open_night: Callable[..., Night], trained: list[str], monkeypatch: pytest.MonkeyPatch, config: Config
+    open_night: Open, trained: list[str], monkeypatch: pytest.MonkeyPatch, config: Config
 ) -> None:
     monkeypatch.setattr(overnight, "RDBStorage", optuna.storages.RDBStorage)
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -118,19 +106,18 @@ def test_a_trial_without_heartbeats_is_queued_again_and_continues_in_its_folder(
 # ---------------------------------------------------------------- which runs are comparable
 
 
-def test_other_settings_are_another_study(config: Config, tmp_path: Path) -> None:
+def test_other_settings_are_another_study_and_the_place_of_the_data_is_no_setting(
+    config: Config, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved.csv"
+    moved.write_bytes((tmp_path / "train.csv").read_bytes())
+    there = config.replace(caption_csv_train=str(moved), output_dir=str(tmp_path / "b"), cache_dir="c", num_workers=3)
+    assert study_name(config, "align", 3, 42) == study_name(there, "align", 3, 42)
     names = {study_name(config, *others) for others in (("proxy_l2", 3, 42), ("align", 3, 42), ("align", 4, 42))}
     names |= {study_name(config.replace(bridge_depth=3), "align", 3, 42), study_name(config, "align", 3, 43)}
     names |= {study_name(config.replace(mamba_model="another/model"), "align", 3, 42)}
     (tmp_path / "train.csv").write_text("one more row", encoding="utf-8")
     assert len(names | {study_name(config, "align", 3, 42)}) == 7
-
-
-def test_the_place_of_the_data_is_no_setting(config: Config, tmp_path: Path) -> None:
-    moved = tmp_path / "moved.csv"
-    moved.write_bytes((tmp_path / "train.csv").read_bytes())
-    there = config.replace(caption_csv_train=str(moved), output_dir=str(tmp_path / "b"), cache_dir="c", num_workers=3)
-    assert study_name(config, "align", 3, 42) == study_name(there, "align", 3, 42)
 
 
 @pytest.mark.parametrize("missing", ["train.csv", "val.csv", "net.pth"])

@@ -8,9 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -18,16 +16,12 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from config.errors import InputError
-from config.nnunet_plans import Intensity, PreprocessPlan, Resampling
-from config.schema import build_config
-from data.imaging.nifti import write_volume
+from config.schema import build_config, load_config
 from data.medical_vlm_dataset import CaptionCollator
-from engine.loaders import build_loaders
+from engine.loaders import build_loaders, load_encoder
 from engine.run import EpochShuffle
 from engine.training.optimization import build_optimizer, build_schedule
 from engine.training.train_state import StopRequest, TrainState, fingerprint
-
-CASES, BATCH, EPOCHS = 12, 2, 3
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +37,8 @@ def state_at(path: Path, settings: dict | None = None) -> TrainState:
     torch.manual_seed(0)
     model = nn.Linear(4, 2)
     optimizer = build_optimizer(model, 0.02, 0.1)
-    return TrainState(
-        path, settings or {"lr": 0.02}, Accelerator(cpu=True), model, optimizer, build_schedule(optimizer, 9, 0.2)
-    )
+    trained = model, optimizer, build_schedule(optimizer, 9, 0.2)
+    return TrainState(path, settings or {"lr": 0.02}, Accelerator(cpu=True), *trained)
 
 
 def interrupted(path: Path, settings: dict | None = None) -> TrainState:
@@ -94,35 +87,26 @@ def test_auto_sets_a_state_with_other_settings_aside_and_says_so(tmp_path, capsy
     assert "lr 0.02 there, 0.01 now" in said and "stage1_state.previous.pt" in said and "slices" not in said
 
 
-def test_a_named_state_with_other_settings_is_refused_and_stays(tmp_path):
-    interrupted(tmp_path / "a.pt", settings={"lr": 0.02})
+def test_a_named_state_is_taken_from_anywhere_and_refused_with_other_settings(tmp_path):
+    interrupted(tmp_path / "a.pt")
+    same = state_at(tmp_path / "elsewhere" / "state.pt")
+    assert same.resume(str(tmp_path / "a.pt")) and same.progress.step == 2
     other = state_at(tmp_path / "state.pt", settings={"lr": 0.01})
     with pytest.raises(InputError, match="a.pt belongs to a run with other settings: lr 0.02 there, 0.01 now"):
         other.resume(str(tmp_path / "a.pt"))
     assert (tmp_path / "a.pt").is_file()
 
 
-def test_a_named_state_is_taken_from_anywhere(tmp_path):
-    interrupted(tmp_path / "a.pt")
-    other = state_at(tmp_path / "elsewhere" / "state.pt")
-    assert other.resume(str(tmp_path / "a.pt")) and other.progress.step == 2
-
-
-@pytest.mark.parametrize("wanted", ["auto", "path"])
-def test_unreadable_and_foreign_states_are_refused(tmp_path, wanted):
+def test_missing_unreadable_and_foreign_states_are_refused(tmp_path):
     path = tmp_path / "state.pt"
-    wanted = str(path) if wanted == "path" else wanted
-    path.write_bytes(b"torn")
-    with pytest.raises(InputError, match="not a readable training state"):
-        state_at(path).resume(wanted)
-    torch.save({"format": "mamba-ct-report"}, path)
-    with pytest.raises(InputError, match="is not a training state"):
-        state_at(path).resume(wanted)
-
-
-def test_a_named_state_that_is_missing_is_refused(tmp_path):
     with pytest.raises(InputError, match="training state not found"):
-        state_at(tmp_path / "state.pt").resume(str(tmp_path / "absent.pt"))
+        state_at(path).resume(str(path))
+    for content, message in ((b"torn", "not a readable training state"), (None, "is not a training state")):
+        torch.save({"format": "mamba-ct-report"}, path)
+        path.write_bytes(content or path.read_bytes())
+        for wanted in ("auto", str(path)):
+            with pytest.raises(InputError, match=message):
+                state_at(path).resume(wanted)
 
 
 def test_finish_removes_the_state(tmp_path):
@@ -163,41 +147,23 @@ def test_epoch_shuffle_is_a_permutation_by_seed_and_epoch():
         assert list(order) == epochs[-1], "whatever else is drawn"
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    other = EpochShuffle(20, seed=4)
-    assert list(other) != epochs[0]
+    assert list(EpochShuffle(20, seed=4)) != epochs[0]
+    for skip in (0, 1, 7, 20):
+        order.start_epoch(2, skip)
+        assert list(order) == epochs[2][skip:] and len(order) == 20 - skip, "it goes on where it was"
 
 
-@pytest.mark.parametrize("skip", [0, 1, 7, 20])
-def test_epoch_shuffle_goes_on_where_it_was(skip):
-    order = EpochShuffle(20, seed=3)
-    order.start_epoch(2)
-    whole = list(order)
-    order.start_epoch(2, skip)
-    assert list(order) == whole[skip:] and len(order) == 20 - skip
-
-
-def test_loaders_leave_the_global_generator_alone(tmp_path):
+def test_loaders_leave_the_global_generator_alone(small_training):
     """Or a resumed epoch, which begins its loader once more, would draw other dropout."""
-    for name in ("a", "b"):
-        write_volume(tmp_path / f"{name}.nii.gz", np.arange(192, dtype=np.int16).reshape(3, 8, 8), (5.0, 1.0, 1.0))
-    (tmp_path / "t.csv").write_text("image_path,question,answer\na.nii.gz,Q,A\nb.nii.gz,Q,B\n", encoding="utf-8")
-    table, cache = str(tmp_path / "t.csv"), str(tmp_path / "cache")
-    config = build_config({"caption_csv_train": table, "caption_csv_val": table, "cache_dir": cache}, "test")
-    intensity = Intensity(mean=-300.0, std=400.0, percentile_00_5=-1000.0, percentile_99_5=600.0)
-    plan = PreprocessPlan(
-        configuration="2d", dim=2, spacing=(1.0, 1.0), patch_size=(8, 8), transpose_forward=(0, 1, 2),
-        normalization_schemes=("CTNormalization",), use_mask_for_norm=(False,), intensity=(intensity,),
-        image_reader_writer="SimpleITKIO", orientation="LPS", data_resampling=Resampling(3),
-        mask_resampling=Resampling(1),
-    )  # fmt: skip
+    config = load_config(small_training / "paths.yaml")
+    encoder, plan = load_encoder(config)
     args = argparse.Namespace(seed=0, batch_size=1)
-    encoder = SimpleNamespace(total_stride=(4, 4), receptive_field_offset=(0.0, 0.0))
     train, val, order = build_loaders(args, config, plan, encoder, CaptionCollator(None, 1, 1), Accelerator(cpu=True))
     before = torch.get_rng_state()
     order.start_epoch(0)
-    assert sorted(int(batch["row"]) for batch in train) == [0, 1]
+    assert sorted(int(batch["row"]) for batch in train) == [0, 1, 2, 3]
     order.start_epoch(0, skip=1)
-    assert len(list(train)) == 1 and len(list(val)) == 2
+    assert len(list(train)) == 3 and len(list(val)) == 4
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -225,16 +191,11 @@ class TestStopRequest:
             interrupt()
             pytest.fail("went on after the second Ctrl-C")
 
-    def test_previous_handlers_come_back(self):
+    def test_previous_handlers_come_back_after_an_error_too(self):
         before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-        with StopRequest():
+        with pytest.raises(ZeroDivisionError), StopRequest():
             assert signal.getsignal(signal.SIGINT) != before[0]
+            raise ZeroDivisionError
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
         with pytest.raises(KeyboardInterrupt):
             interrupt()
-
-    def test_previous_handlers_come_back_after_an_error_too(self):
-        before = signal.getsignal(signal.SIGINT)
-        with pytest.raises(ZeroDivisionError), StopRequest():
-            raise ZeroDivisionError
-        assert signal.getsignal(signal.SIGINT) == before

@@ -6,7 +6,6 @@ The capture itself needs a GPU; everything around it is run here by steps that o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -65,14 +64,7 @@ def test_static_steps_write_what_plain_decoding_writes(lm: MambaLM, counted: typ
         with static_steps(lm.model, STEPS, make=counted):
             assert write(lm, rows, seed) == expected
     assert counted.calls == 4 * (STEPS - 1)  # the prompt gives the first token
-
-
-def test_a_step_is_kept_for_the_next_generation(lm: MambaLM, counted: type[Counted]) -> None:
-    for seed in range(3):
-        expected = write(lm, seed=seed)
-        with static_steps(lm.model, STEPS, make=counted):
-            assert write(lm, seed=seed) == expected
-    assert counted.made == 1
+    assert counted.made == 3, "a step is kept for the next generation of as many rows"
 
 
 def test_sampling_with_penalties_and_stops(lm: MambaLM, counted: type[Counted]) -> None:
@@ -152,10 +144,8 @@ def test_a_capture_that_fails_or_errs_is_not_used(
     lm: MambaLM, counted: type[Counted], caplog: pytest.LogCaptureFixture, make: type[DecodeStep], reason: str | None
 ) -> None:
     expected = write(lm, 2)
-    with (
-        caplog.at_level(logging.INFO, "models.language_model.cuda_graph_decode"),
-        static_steps(lm.model, STEPS, make=make),
-    ):
+    caplog.set_level(logging.INFO, cuda_graph_decode.__name__)
+    with static_steps(lm.model, STEPS, make=make):
         assert write(lm, 2) == expected
     assert bool(caplog.messages) == (reason is not None)
     if reason:
@@ -172,42 +162,29 @@ def test_a_capture_that_fails_or_errs_is_not_used(
     ],
 )
 def test_where_it_is_not_used_the_log_says_why(
-    lm: MambaLM, counted: type[Counted], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
-    given: dict, reason: str,
-) -> None:  # fmt: skip
+    lm: MambaLM, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, given: dict, reason: str
+) -> None:
     monkeypatch.setenv("MAMBA_CUDA_GRAPH", given.get("switch", "1"))
     monkeypatch.setattr(lm.model, "is_quantized", given.get("quantised", False), raising=False)
-    with (
-        caplog.at_level(logging.INFO, "models.language_model.cuda_graph_decode"),
-        static_steps(lm.model, given.get("new_tokens", STEPS), given.get("beams", 1), make=counted),
-    ):
+    caplog.set_level(logging.INFO, cuda_graph_decode.__name__)
+    with static_steps(lm.model, given.get("new_tokens", STEPS), given.get("beams", 1), make=DecodeStep):
         assert "forward" not in vars(lm.model)
     assert reason in caplog.text
-
-
-def test_a_cpu_decodes_plainly(lm: MambaLM) -> None:
     with static_steps(lm.model, STEPS):
-        assert "forward" not in vars(lm.model)
+        assert "forward" not in vars(lm.model), "a CPU decodes plainly"
 
 
-@pytest.fixture
-def on_gpu() -> Callable[[torch.dtype], MambaLM]:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device: the capture itself cannot be tested here")
-    return lambda dtype: make_lm("cuda", dtype)
-
-
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the capture itself needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_captured_step_writes_what_plain_decoding_writes(
-    on_gpu: Callable[[torch.dtype], MambaLM], dtype: torch.dtype, caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    lm = on_gpu(dtype)
+    dtype: torch.dtype, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = make_lm("cuda", dtype)
     for rows, seed in ((1, 1), (3, 2), (1, 3), (1, 4)):
         monkeypatch.setenv("MAMBA_CUDA_GRAPH", "0")
         expected = write(lm, rows, seed)
         monkeypatch.setenv("MAMBA_CUDA_GRAPH", "1")
-        with caplog.at_level(logging.WARNING, "models.language_model.cuda_graph_decode"):
+        with caplog.at_level(logging.WARNING, cuda_graph_decode.__name__):
             assert write(lm, rows, seed) == expected
     assert isinstance(vars(lm.model)["_decode_step"][1], CudaGraphStep)
     assert not caplog.messages

@@ -47,32 +47,24 @@ def embeddings(B: int, L: int, seed: int = 1) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_shifted_sum_equals_conv1d(L: int, dtype: torch.dtype) -> None:
     torch.manual_seed(L)
-    x, weight, bias = torch.randn(2, L, 6).to(dtype), torch.randn(6, 4), torch.randn(6)
-    x.requires_grad_()
-    grad = torch.randn(2, L, 6)
+    x, weight, bias = leaves = torch.randn(2, L, 6).to(dtype), torch.randn(6, 4), torch.randn(6)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    grad = torch.randn(2, L, 6).to(dtype)
     actual = causal_conv_silu(x, weight, bias)
     assert actual.dtype is dtype
-    (actual_grad,) = torch.autograd.grad(actual, x, grad.to(dtype))
     padded = F.pad(x.float().transpose(1, 2), (3, 0))
     expected = F.silu(F.conv1d(padded, weight[:, None], bias, groups=6)).transpose(1, 2)
-    (expected_grad,) = torch.autograd.grad(expected, x, grad)
-    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    tolerance = {"rtol": 2e-2, "atol": 3e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(actual.float(), expected, **tolerance)
-    torch.testing.assert_close(actual_grad.float(), expected_grad.float(), **tolerance)
+    gradients, wanted = torch.autograd.grad(actual, leaves, grad), torch.autograd.grad(expected, leaves, grad.float())
+    torch.testing.assert_close(gradients, wanted, **tolerance)
 
 
 def test_convolution_continues_from_what_came_before() -> None:
     x, weight = torch.randn(2, 11, 6), torch.randn(6, 4)
     whole = causal_conv_silu(x, weight, None)
     torch.testing.assert_close(causal_conv_silu(x[:, 5:], weight, None, before=x[:, 2:5]), whole[:, 5:])
-
-
-def test_training_the_convolution_is_possible() -> None:
-    x, weight, bias = torch.randn(1, 7, 6), torch.randn(6, 4, requires_grad=True), torch.randn(6, requires_grad=True)
-    gradients = torch.autograd.grad(causal_conv_silu(x, weight, bias).square().sum(), (weight, bias))
-    padded = F.pad(x.transpose(1, 2), (3, 0))
-    expected = F.silu(F.conv1d(padded, weight[:, None], bias, groups=6)).square().sum()
-    torch.testing.assert_close(gradients, torch.autograd.grad(expected, (weight, bias)))
 
 
 # ------------------------------------------------------------------ prefill in chunks
@@ -110,13 +102,14 @@ def test_chunks_only_without_gradients_and_caches_only_if_asked(monkeypatch: pyt
     assert embeds.grad[0, 0].abs().sum() > 0  # through all chunks
 
 
-def test_prefill_gives_the_last_hidden_state_and_the_cache(lm: MambaLM) -> None:
+def test_prefill_gives_the_last_hidden_state_and_the_cache(lm: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_patch, "PREFILL_CHUNK", 4)
     embeds, mask = embeddings(2, 17), torch.ones(2, 17)
     mask[1, :4] = 0
     with torch.no_grad():
         whole = lm.model(inputs_embeds=embeds, attention_mask=mask, use_cache=True)
-        first, cache = lm.prefill(embeds[:, :10], mask[:, :10], chunk=4)
-        last, cache = lm.prefill(embeds[:, 10:], cache=cache, chunk=4)
+        first, cache = lm.prefill(embeds[:, :10], mask[:, :10])
+        last, cache = lm.prefill(embeds[:, 10:], cache=cache)
         after = lm.model(inputs_embeds=embeddings(2, 1, seed=2), cache_params=cache, use_cache=True).logits
         expected = lm.model(inputs_embeds=embeddings(2, 1, seed=2), cache_params=whole.cache_params, use_cache=True)
     assert first.shape == last.shape == (2, 32)

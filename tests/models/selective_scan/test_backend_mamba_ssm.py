@@ -20,37 +20,26 @@ from models.selective_scan import BackendUnavailable, ScanInputs, backend_mamba_
 from models.selective_scan.backend_reference import scan as reference_scan
 from models.selective_scan.selftest import expect_close, results, sample_inputs
 
-OPTIONAL = ("D", "z", "delta_bias")
-
 Function = Callable[..., tuple[Tensor, Tensor]]
+OPTIONAL = ("D", "z", "delta_bias")
+Install = Callable[[Function], None]
 
 
 def kernel(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    return_last_state: bool = False,
+    *tensors: Tensor, delta_softplus: bool, return_last_state: bool, **optional: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """As ``mamba_ssm.selective_scan_fn``: the last state is returned, but backward does not see it."""
-    assert return_last_state
-    assert u.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    for moving in (delta, B, C, *([] if z is None else [z])):
-        assert moving.dtype is u.dtype and moving.stride(-1) == 1
-    for fixed in (A, *(t for t in (D, delta_bias) if t is not None)):
-        assert fixed.dtype is torch.float32
-    assert A.shape[1] <= 256 and u.numel() > 0
-    y, last = reference_scan(ScanInputs(u, delta, A, B, C, D, z, delta_bias), delta_softplus, False)
+    inputs = ScanInputs(*tensors, **optional)
+    assert return_last_state and inputs.A.shape[1] <= 256 and inputs.u.numel() > 0
+    for moving in filter(torch.is_tensor, (inputs.u, inputs.delta, inputs.B, inputs.C, inputs.z)):
+        assert moving.dtype is inputs.u.dtype and moving.stride(-1) == 1
+    assert all(t.dtype is torch.float32 for t in (inputs.A, inputs.D, inputs.delta_bias) if t is not None)
+    y, last = reference_scan(inputs, delta_softplus, False)
     return y, last.detach()
 
 
 @pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Function], None]]:
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Put a function in the place of the package's."""
     caches = (backend_mamba_ssm._kernel, backend_mamba_ssm._other, selective_scan._resolve)
     for cache in caches:
@@ -81,20 +70,16 @@ def assert_equal_to_reference(inputs: ScanInputs, reverse: bool, tolerance: floa
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(
-    "absent", [("initial_state",), ("initial_state", "D"), ("initial_state", *OPTIONAL), (), ("z",)]
-)
+@pytest.mark.parametrize("absent", [["initial_state"], ["initial_state", "D"], ["initial_state", *OPTIONAL], [], ["z"]])
 @pytest.mark.parametrize("use_last", [False, True])
-def test_equals_the_reference(
-    install: Callable[[Function], None], absent: tuple[str, ...], reverse: bool, use_last: bool
-) -> None:
+def test_equals_the_reference(install: Install, absent: list[str], reverse: bool, use_last: bool) -> None:
     """With the gradient of the last state, and with the initial state, though the kernel knows neither."""
     install(kernel)
     assert_equal_to_reference(inputs_of(**dict.fromkeys(absent)), reverse, 2e-5, use_last)
 
 
 @pytest.mark.parametrize("half", ["u", "delta", "B", "z", "all"])
-def test_mixed_dtypes_are_promoted(install: Callable[[Function], None], half: str) -> None:
+def test_mixed_dtypes_are_promoted(install: Install, half: str) -> None:
     """y is in the dtype of u; one float32 tensor among the others is not rounded."""
     install(kernel)
     names = ("u", "delta", "B", "C", "z") if half == "all" else (half,)
@@ -106,7 +91,7 @@ def test_mixed_dtypes_are_promoted(install: Callable[[Function], None], half: st
 
 @pytest.mark.parametrize("unserved", ["an initial state", "no tokens", "300 states"])
 def test_what_the_kernel_cannot_do_goes_to_another_backend(
-    install: Callable[[Function], None], unserved: str, caplog: pytest.LogCaptureFixture
+    install: Install, unserved: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the kernel was asked")
@@ -126,9 +111,7 @@ def test_what_the_kernel_cannot_do_goes_to_another_backend(
     assert message.startswith("selective scan on cpu: calls that mamba_ssm cannot serve go to torch (not triton: ")
 
 
-def test_a_single_step_is_the_other_backend(
-    install: Callable[[Function], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_single_step_is_the_other_backend(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install(kernel)
     *tensors, state = inputs_of()
     step = ScanInputs(*(t[..., 0] if t.ndim == 3 else t for t in tensors))
@@ -141,7 +124,7 @@ def test_a_single_step_is_the_other_backend(
     assert backend_mamba_ssm.state_update(actual_state, step, True) == "fused"
 
 
-def test_memory_that_starts_at_an_odd_address_is_copied(install: Callable[[Function], None]) -> None:
+def test_memory_that_starts_at_an_odd_address_is_copied(install: Install) -> None:
     def strict(u: Tensor, *others: Tensor, **options: object) -> tuple[Tensor, Tensor]:
         assert u.data_ptr() % 16 == 0 and u.is_contiguous()
         return kernel(u, *others, **options)
@@ -151,7 +134,7 @@ def test_memory_that_starts_at_an_odd_address_is_copied(install: Callable[[Funct
     backend_mamba_ssm.scan(inputs_of(length=16, u=odd, initial_state=None), True, False)
 
 
-def test_the_last_state_is_its_own_memory(install: Callable[[Function], None]) -> None:
+def test_the_last_state_is_its_own_memory(install: Install) -> None:
     """The kernel's is a slice of its work space, which must be neither kept alive nor overwritten."""
     space = {}
 
@@ -180,7 +163,7 @@ def no_kernel_image(*_: Tensor) -> tuple[Tensor, Tensor]:
     ],
 )
 def test_a_package_that_does_not_work_is_refused_in_one_line(
-    install: Callable[[Function], None], spoil: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], reason: str
+    install: Install, spoil: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], reason: str
 ) -> None:
     install(lambda *tensors, **options: spoil(*kernel(*tensors, **options)))
     with pytest.raises(BackendUnavailable, match=f"^its self-test on cpu {re.escape(reason)}") as refused:
@@ -188,9 +171,7 @@ def test_a_package_that_does_not_work_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
-def test_a_package_that_raises_when_imported(
-    install: Callable[[Function], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_that_raises_when_imported(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wheel for another torch ends in OSError or RuntimeError as often as in ImportError."""
 
     def fail(name: str) -> ModuleType:
@@ -203,9 +184,7 @@ def test_a_package_that_raises_when_imported(
         backend_mamba_ssm.check("cuda")
 
 
-def test_the_dispatcher_takes_it_first_on_a_gpu(
-    install: Callable[[Function], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_dispatcher_takes_it_first_on_a_gpu(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install(kernel)
     check = backend_mamba_ssm.check
     monkeypatch.setattr(backend_mamba_ssm, "check", lambda device_type: check("cpu"))  # there is no GPU here

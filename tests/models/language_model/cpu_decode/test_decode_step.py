@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import MambaForCausalLM
 from transformers.cache_utils import Cache
 from transformers.models.mamba.modeling_mamba import MambaBlock
 
@@ -21,7 +21,10 @@ pytest.importorskip("numba", reason="numba has no build for this platform")
 from models.language_model import cpu_decode
 from models.language_model.cpu_decode import FrozenLinear, frozen_linear, mamba_step
 from models.language_model.cpu_decode.gemv import MOST_ROWS, few_rows, product
+from models.language_model.cuda_graph_decode import _states
 from models.language_model.hf_patch import use_our_scan
+from models.language_model.quantisation import quantise_int8
+from tests.models.language_model.tiny import random_mamba
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def three_threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rows"), [(dtype, rows) for dtype, most in MOST_ROWS.items() for rows in range(1, most + 1)]
+    ("dtype", "rows"), [(dtype, rows) for dtype, most in MOST_ROWS.items() for rows in (1, 3, most)]
 )
 @pytest.mark.usefixtures("three_threads")
 def test_product_equals_linear(dtype: torch.dtype, rows: int) -> None:
@@ -103,10 +106,8 @@ def test_without_numba_pytorch_computes_everything(monkeypatch: pytest.MonkeyPat
 # ------------------------------------------------------------------ the step
 
 
-def small_mamba(dtype: torch.dtype = torch.float32, **options: object) -> MambaForCausalLM:
-    torch.manual_seed(0)
-    settings = {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "vocab_size": 50, **options}
-    model = MambaForCausalLM(MambaConfig(**settings)).eval().requires_grad_(False)
+def small_mamba(dtype: torch.dtype = torch.float32, int8: bool = False, **options: object) -> MambaForCausalLM:
+    model = random_mamba(**{"num_hidden_layers": 2, "vocab_size": 50, **options}).requires_grad_(False)
     for block in model.backbone.layers:  # a fresh model has zeros and ones in many places
         block.norm.weight.uniform_(0.5, 2)
         for parameter in (block.mixer.conv1d.bias, block.mixer.D, block.mixer.dt_proj.bias):
@@ -117,6 +118,8 @@ def small_mamba(dtype: torch.dtype = torch.float32, **options: object) -> MambaF
         block.mixer.A_log.add_(torch.rand_like(block.mixer.A_log))
     model = model.to(dtype)
     use_our_scan(model)
+    if int8:
+        quantise_int8(model)
     return model
 
 
@@ -124,10 +127,6 @@ def small_mamba(dtype: torch.dtype = torch.float32, **options: object) -> MambaF
 def after_prompt(model: MambaForCausalLM, rows: int) -> Cache:
     ids = torch.randint(0, 50, (rows, 5), generator=torch.Generator().manual_seed(1))
     return model(input_ids=ids, use_cache=True).cache_params
-
-
-def states(cache: Cache) -> list[Tensor]:
-    return [tensor for layer in cache.layers for tensor in (layer.conv_states[0], layer.recurrent_states[0])]
 
 
 @torch.no_grad()
@@ -150,24 +149,19 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For every block that was asked: whether the compiled step served it."""
     served: list[bool] = []
     real = cpu_decode.step
-
-    def spy(*args: object) -> Tensor | None:
-        out = real(*args)
-        served.append(out is not None)
-        return out
-
-    monkeypatch.setattr(cpu_decode, "step", spy)
+    monkeypatch.setattr(cpu_decode, "step", lambda *args: served.append((out := real(*args)) is not None) or out)
     return served
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3])  # 3 are padded to 4
 @pytest.mark.parametrize(
-    "options",
+    ("rows", "options"),
     [
-        {},
-        {"state_size": 16, "hidden_size": 48, "use_bias": True},
-        {"state_size": 20, "conv_kernel": 3, "time_step_rank": 37},
-        {"hidden_size": 30, "state_size": 32, "residual_in_fp32": False},
+        (1, {}),
+        (1, {"state_size": 16, "hidden_size": 48, "use_bias": True}),
+        (1, {"hidden_size": 30, "state_size": 32, "residual_in_fp32": False}),
+        (1, {"hidden_size": 48, "int8": True}),
+        (3, {"state_size": 20, "conv_kernel": 3, "time_step_rank": 37}),  # 3 are padded to 4
+        (3, {"hidden_size": 30, "state_size": 32, "residual_in_fp32": False}),
     ],
 )
 @pytest.mark.usefixtures("three_threads")
@@ -179,11 +173,12 @@ def test_step_equals_the_block(rows: int, options: dict, steps: list[bool], monk
     actual = decode(model, cache)
     assert steps == [True] * 8
     torch.testing.assert_close(actual, plainly(model, same, monkeypatch), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(states(cache), states(same), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(_states(cache), _states(same), rtol=1e-4, atol=1e-5)
 
 
-def test_step_in_bfloat16(steps: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_mamba(torch.bfloat16, hidden_size=64, state_size=16)
+@pytest.mark.parametrize("int8", [False, True])
+def test_step_in_bfloat16(int8: bool, steps: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_mamba(torch.bfloat16, int8, hidden_size=64, state_size=16)
     cache = after_prompt(model, 1)
     assert cache.layers[0].conv_states[0].dtype is torch.bfloat16
     same, exact = copy.deepcopy(cache), small_mamba(hidden_size=64, state_size=16)
@@ -211,42 +206,30 @@ def test_results_do_not_depend_on_the_threads() -> None:
 @pytest.mark.usefixtures("three_threads")
 def test_several_callers_at_once() -> None:
     model = small_mamba()
-    cache = after_prompt(model, 2)
+    cache = after_prompt(model, 1)
     expected = decode(model, copy.deepcopy(cache), tokens=20)
-    results: list[Tensor] = []
-    callers = [
-        threading.Thread(target=lambda: results.append(decode(model, copy.deepcopy(cache), tokens=20)))
-        for _ in range(4)
-    ]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join(timeout=60)
-    assert len(results) == 4 and all(torch.equal(result, expected) for result in results)
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(decode, model, copy.deepcopy(cache), tokens=20) for _ in range(4)]
+        assert all(torch.equal(job.result(timeout=60), expected) for job in jobs)
 
 
 def test_what_is_not_plain_takes_the_block_itself(steps: list[bool]) -> None:
     model = small_mamba()
-    for rows in (1, mamba_step.MOST_ROWS + 1):
-        cache = after_prompt(model, rows)
-        steps.clear()
-        decode(model, cache, tokens=1)
-        assert steps == [rows == 1] * 2
     cache = after_prompt(model, 1)
-    ids = torch.zeros(1, 1, dtype=torch.long)
-    steps.clear()
-    model(input_ids=ids, cache_params=cache, use_cache=True)  # gradients are enabled
-    assert steps == [False] * 2
+
+    def served(cache: Cache) -> list[bool]:
+        decode(model, cache, tokens=1)
+        return steps[-2:]
+
+    assert served(cache) == [True, True] and served(after_prompt(model, mamba_step.MOST_ROWS + 1)) == [False, False]
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long), cache_params=cache, use_cache=True)  # gradients are enabled
+    assert steps[-2:] == [False, False]
     seen: list[int] = []
     hook = model.backbone.layers[1].mixer.x_proj.register_forward_hook(lambda *_: seen.append(1))
-    steps.clear()
-    decode(model, cache, tokens=1)
-    assert steps == [True, False] and seen == [1]
+    assert served(cache) == [True, False] and seen == [1]
     hook.remove()
     model.backbone.layers[0].mixer.in_proj = nn.Sequential(model.backbone.layers[0].mixer.in_proj)
-    steps.clear()
-    decode(model, cache, tokens=1)
-    assert steps == [False, True]
+    assert served(cache) == [False, True]
 
 
 def replace(block: MambaBlock) -> None:
@@ -262,18 +245,17 @@ def replace_layer(block: MambaBlock) -> None:
     block.mixer.x_proj.weight.mul_(-1)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda block: block.mixer.A_log.add_(0.5),
-        lambda block: block.mixer.in_proj.weight.mul_(2),
-        replace,
-        move,
-        replace_layer,
-    ],
-)
+def change_rates(block: MambaBlock) -> None:
+    block.mixer.A_log.add_(0.5)
+
+
+def rescale(block: MambaBlock) -> None:
+    block.mixer.in_proj.scale.mul_(2)
+
+
+@pytest.mark.parametrize("change", [change_rates, replace, move, replace_layer, rescale])
 def test_changed_weights_are_noticed(change, steps: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_mamba()
+    model = small_mamba(int8=change is rescale)
     cache = after_prompt(model, 1)
     before = decode(model, copy.deepcopy(cache))
     change(model.backbone.layers[0])
