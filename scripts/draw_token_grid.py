@@ -33,6 +33,7 @@ if __name__ == "__main__":
     parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
