@@ -1,9 +1,8 @@
 """DICOM CT series: the slices of one series in a folder, sorted by position, as one image in HU.
 
-pydicom reads headers and plain pixels; slices that are compressed (JPEG, JPEG 2000, JPEG-LS) are unpacked by
-SimpleITK. Both are imported on first use; suffixes and the DICOM mark are known without them. Slices must lie along
-the normal of their plane in equal steps; nothing is interpolated. The notes of an image name what was left out
-(scouts, secondary captures, objects without pixels) and which tags an anonymised export lacks.
+pydicom reads headers and plain pixels, SimpleITK unpacks compressed slices (JPEG, JPEG 2000, JPEG-LS); both are
+imported on first use. Slices must lie along the normal of their plane in equal steps; nothing is interpolated. The
+notes of an image name what was left out (scouts, secondary captures, objects without pixels) and which tags are absent.
 
 Source: DICOM PS3.3, C.7.6.2 (image plane: position, orientation, spacing) and C.11.1 (rescale slope, intercept).
 """
@@ -11,11 +10,12 @@ Source: DICOM PS3.3, C.7.6.2 (image plane: position, orientation, spacing) and C
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,14 +28,11 @@ if TYPE_CHECKING:
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _MAX_FILES = 20_000
-_GEOMETRY = {
-    "ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2, "Rows": 1, "Columns": 1,
-    "RescaleSlope": 1, "RescaleIntercept": 1,
-}  # fmt: skip
-_TAGS = [
-    "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "Modality", "ImageType", "SamplesPerPixel",
-    "BitsAllocated", "NumberOfFrames", *_GEOMETRY,
-]  # fmt: skip
+_GEOMETRY = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}  # and how many numbers
+_GEOMETRY |= dict.fromkeys(("Rows", "Columns", "RescaleSlope", "RescaleIntercept"), 1)
+_TAGS = ["SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "Modality", "ImageType", "SamplesPerPixel"]
+_TAGS += ["BitsAllocated", "NumberOfFrames", *_GEOMETRY]
+_DIRECTORY = "1.2.840.10008.1.3.10"  # the class of a DICOMDIR
 _STEP_TOLERANCE = 0.05  # of the distance between slices
 _PLAIN_SYNTAXES = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 _READ_BY_PYDICOM = (*_PLAIN_SYNTAXES, "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5")  # deflated, run lengths
@@ -43,22 +40,12 @@ _READ_BY_PYDICOM = (*_PLAIN_SYNTAXES, "1.2.840.10008.1.2.1.99", "1.2.840.10008.1
 logging.getLogger("pydicom").setLevel(logging.ERROR)
 
 
-class Slice(NamedTuple):
-    """One file's pixels: HU = slope * pixel + intercept. ``shape``: rows, columns."""
-
-    path: Path
-    shape: tuple[int, int]
-    slope: float
-    intercept: float
-
-
 @dataclass(frozen=True)
 class Series:
-    """The files of one series. ``problem``: why it is no CT volume, or empty."""
+    """The files of one series and their headers."""
 
     files: tuple[Path, ...]
     headers: tuple[Dataset, ...]
-    problem: str
 
     @property
     def number(self) -> str:
@@ -68,6 +55,29 @@ class Series:
         description = _text(self.headers[0], "SeriesDescription")
         name = f"'{description}' " if description else ""
         return f"{self.number or '?'} {name}({len(self.files)} images, first {self.files[0].name})"
+
+    @property
+    def problem(self) -> str:
+        """Why the series is no CT volume, or empty."""
+        first = self.headers[0]
+        kinds = [str(kind).upper() for kind in np.atleast_1d(first.get("ImageType") or [])]
+        modality = _text(first, "Modality")
+        stored_as = getattr(first.file_meta.get("MediaStorageSOPClassUID"), "name", "")  # such as "MR Image Storage"
+        if not any("Rows" in header for header in self.headers):
+            return "no pixels"
+        if "LOCALIZER" in kinds:
+            return "a scout"
+        if modality not in ("CT", ""):
+            return f"modality {modality}, expected CT"
+        if not modality and "Image Storage" in stored_as and "CT" not in stored_as.split():
+            return f"modality not given, stored as {stored_as}, expected CT"
+        if int(first.get("SamplesPerPixel") or 1) != 1:
+            return "colours, expected HU"
+        if _text(first, "NumberOfFrames") not in ("", "1"):
+            return "several frames in one file; convert it with dcm2niix"
+        if "ImagePositionPatient" not in first or "ImageOrientationPatient" not in first:
+            return "no position in the patient (a secondary capture)"
+        return ""
 
 
 def is_dicom(path: Path) -> bool:
@@ -80,12 +90,9 @@ def is_dicom(path: Path) -> bool:
 
 def files_below(folder: Path) -> list[Path]:
     """All files below ``folder``, in the order of their names. Raises InputError for more than 20,000."""
-    files: list[Path] = []
-    for file in folder.rglob("*"):
-        if file.is_file():
-            files.append(file)
-        if len(files) > _MAX_FILES:
-            raise InputError(f"{folder}: holds more than {_MAX_FILES} files; name the folder of one series")
+    files = list(islice((file for file in folder.rglob("*") if file.is_file()), _MAX_FILES + 1))
+    if len(files) > _MAX_FILES:
+        raise InputError(f"{folder}: holds more than {_MAX_FILES} files; name the folder of one series")
     return sorted(files)
 
 
@@ -96,16 +103,11 @@ def series_in(folder: Path) -> list[Series]:
     """
     grouped: dict[str, list[tuple[Path, Dataset]]] = defaultdict(list)
     for file in files_below(folder):
-        if is_dicom(file):
-            header = _header(file)
-            if not _is_directory(header):
-                grouped[_text(header, "SeriesInstanceUID")].append((file, header))
+        if is_dicom(file) and (header := _header(file)) is not None:
+            grouped[_text(header, "SeriesInstanceUID")].append((file, header))
     if not grouped:
         raise InputError(f"{folder}: folder holds no DICOM file; name a .nii.gz file or the folder of a CT series")
-    found = []
-    for _, members in sorted(grouped.items()):
-        files, headers = zip(*members, strict=True)
-        found.append(Series(files, headers, _why_no_volume(headers)))
+    found = [Series(*zip(*members, strict=True)) for _, members in sorted(grouped.items())]
     return sorted(found, key=lambda series: (len(series.number), series.number))
 
 
@@ -145,50 +147,28 @@ def read_stored(path: Path) -> StoredImage:
     """Header and voxels (column, row, slice), float32 HU."""
     header, slices = _read_geometry(path)
     voxels = np.empty(header.shape[::-1], dtype=np.float32)
-    for index, piece in enumerate(slices):
-        voxels[index] = _pixels(piece)
+    for plane, piece in zip(voxels, slices, strict=True):
+        plane[:] = _pixels(*piece, plane.shape)
     return StoredImage(header, voxels.transpose(2, 1, 0))
 
 
-def _header(path: Path) -> Dataset:
+def _header(path: Path) -> Dataset | None:
+    """The tags that decide what a file is; None for a DICOMDIR."""
     import pydicom
 
     with refusing(path, "not a readable DICOM file", "copy it again", pydicom.errors.InvalidDicomError):
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=False)
         for tag in _TAGS:  # values are parsed on first use: here, where an error can name the file
             header.get(tag)
-        if not (_is_directory(header) or header.get("SeriesInstanceUID") or "Rows" in header):
+        if header.file_meta.get("MediaStorageSOPClassUID") == _DIRECTORY:
+            return None
+        if not header.get("SeriesInstanceUID") and "Rows" not in header:
             raise ValueError("it names no series")
     return header
 
 
-def _is_directory(header: Dataset) -> bool:
-    return header.file_meta.get("MediaStorageSOPClassUID") == "1.2.840.10008.1.3.10"
-
-
-def _why_no_volume(headers: Sequence[Dataset]) -> str:
-    first = headers[0]
-    kinds = [str(kind).upper() for kind in np.atleast_1d(first.get("ImageType") or [])]
-    modality = _text(first, "Modality")
-    stored_as = getattr(first.file_meta.get("MediaStorageSOPClassUID"), "name", "")  # such as "MR Image Storage"
-    if not any("Rows" in header for header in headers):
-        return "no pixels"
-    if "LOCALIZER" in kinds:
-        return "a scout"
-    if modality not in ("CT", "") or (not modality and "Image Storage" in stored_as and "CT" not in stored_as.split()):
-        return f"modality {modality or f'not given, stored as {stored_as}'}, expected CT"
-    if int(first.get("SamplesPerPixel") or 1) != 1:
-        return "colours, expected HU"
-    if _text(first, "NumberOfFrames") not in ("", "1"):
-        return "several frames in one file; convert it with dcm2niix"
-    if "ImagePositionPatient" not in first or "ImageOrientationPatient" not in first:
-        return "no position in the patient (a secondary capture)"
-    return ""
-
-
-def _read_geometry(path: Path) -> tuple[ImageHeader, list[Slice]]:
-    if not path.exists():
-        raise InputError(f"{path}: file not found")
+def _read_geometry(path: Path) -> tuple[ImageHeader, list[tuple[Path, float, float]]]:
+    """The header of the volume, and each slice's file, slope and intercept, by position."""
     series, notes = choose_series(path)
     if len(series.files) < 2:
         raise InputError(f"{path}: series {series} is a single image, expected a volume")
@@ -197,10 +177,8 @@ def _read_geometry(path: Path) -> tuple[ImageHeader, list[Slice]]:
     same = np.isclose(spacing, spacing[0], rtol=1e-3).all(1) & np.isclose(axes, axes[0], atol=1e-3).all(1)
     same &= (size == size[0]).all(1)
     if not same.all():
-        raise InputError(
-            f"{series.files[int(same.argmin())]}: size, spacing or direction differ from {series.files[0].name} of the "
-            "same series; keep the slices of one volume"
-        )
+        other = f"{series.files[0].name} of the same series; keep the slices of one volume"
+        raise InputError(f"{series.files[same.argmin()]}: size, spacing or direction differ from {other}")
     in_plane = axes[0].reshape(2, 3)
     normal = np.cross(*in_plane)
     order = np.argsort(position @ normal, kind="stable")
@@ -210,11 +188,10 @@ def _read_geometry(path: Path) -> tuple[ImageHeader, list[Slice]]:
     drift = (position[-1] - position[0]) / (len(files) - 1)
     check_affine(path, affine_from_lps(np.column_stack([columns_rows, drift]), position[0]))  # a tilted gantry
     affine = affine_from_lps(np.column_stack([columns_rows, normal * step]), position[0])
-    rows, columns = (int(length) for length in size[0])
-    shape = (columns, rows, len(files))
-    if columns * rows * len(files) > volume.MAX_VOXELS:
+    shape = (int(size[0, 1]), int(size[0, 0]), len(files))
+    if math.prod(shape) > volume.MAX_VOXELS:
         raise InputError(f"{path}: headers announce {shape} voxels, more than a CT has; they are damaged")
-    slices = [Slice(file, (rows, columns), *numbers) for file, numbers in zip(files, rescale[order], strict=True)]
+    slices = [(file, *numbers) for file, numbers in zip(files, rescale[order], strict=True)]
     return ImageHeader(path, shape, np.dtype(np.float32), affine, check_affine(path, affine), tuple(notes)), slices
 
 
@@ -251,45 +228,44 @@ def _numbers(path: Path, header: Dataset, tag: str, count: int) -> np.ndarray:
 def _step(path: Path, files: list[Path], along: np.ndarray) -> float:
     """Distance between slices that lie ``along`` the normal, in mm. Raises InputError where it is not one distance."""
     steps = np.diff(along)
-    if steps.min() < 1e-3:
-        index = int(steps.argmin())
+    least, most = steps.min(), steps.max()
+    if least < 1e-3:
+        first = steps.argmin()
+        names = f"{files[first].name}, {files[first + 1].name}"
         raise InputError(
-            f"{path}: two slices lie at {along[index]:.2f} mm ({files[index].name}, "
-            f"{files[index + 1].name}); keep one reconstruction and one phase"
+            f"{path}: two slices lie at {along[first]:.2f} mm ({names}); keep one reconstruction and one phase"
         )
-    if steps.max() - steps.min() > _STEP_TOLERANCE * steps.min():
-        index = int(steps.argmax())
-        multiples = steps / steps.min()
-        if np.abs(multiples - np.rint(multiples)).max() < 2 * _STEP_TOLERANCE:
+    if most - least > _STEP_TOLERANCE * least:
+        multiples = np.rint(steps / least)
+        if np.abs(steps / least - multiples).max() < 2 * _STEP_TOLERANCE:
+            gap = "{:.2f} and {:.2f} mm".format(*along[steps.argmax() :][:2])
             raise InputError(
-                f"{path}: {int((np.rint(multiples) - 1).sum())} slice(s) are missing, for example between "
-                f"{along[index]:.2f} and {along[index + 1]:.2f} mm (others are {steps.min():.2f} mm apart); "
-                "export the series again"
+                f"{path}: {multiples.sum() - len(steps):.0f} slice(s) are missing, for example between {gap} "
+                f"(others are {least:.2f} mm apart); export the series again"
             )
         raise InputError(
-            f"{path}: slices are {steps.min():.2f} to {steps.max():.2f} mm apart, expected one distance; "
+            f"{path}: slices are {least:.2f} to {most:.2f} mm apart, expected one distance; "
             "resample the series where it was made"
         )
     return float(along[-1] - along[0]) / (len(files) - 1)
 
 
-def _pixels(piece: Slice) -> np.ndarray:
-    """(row, column) float32 HU. SimpleITK applies slope and intercept itself."""
+def _pixels(path: Path, slope: float, intercept: float, shape: tuple[int, int]) -> np.ndarray:
+    """(row, column) float32 HU of ``shape``. SimpleITK applies slope and intercept itself."""
     import pydicom
     import SimpleITK
 
-    with refusing(piece.path, "pixels cannot be read", "copy it again"):
-        data = pydicom.dcmread(piece.path)
+    with refusing(path, "pixels cannot be read", "copy it again"):
+        data = pydicom.dcmread(path)
         if data.file_meta.TransferSyntaxUID in _READ_BY_PYDICOM:
-            pixels = data.pixel_array.astype(np.float32) * np.float32(piece.slope) + np.float32(piece.intercept)
+            pixels = data.pixel_array.astype(np.float32) * np.float32(slope) + np.float32(intercept)
         else:
-            image = SimpleITK.ReadImage(piece.path, SimpleITK.sitkFloat32, "GDCMImageIO")
+            image = SimpleITK.ReadImage(path, SimpleITK.sitkFloat32, "GDCMImageIO")
             pixels = SimpleITK.GetArrayFromImage(image)[0]
-    if pixels.shape != piece.shape:
-        raise InputError(f"{piece.path}: pixels are {pixels.shape}, the header says {piece.shape}; copy it again")
+    if pixels.shape != shape:
+        raise InputError(f"{path}: pixels are {pixels.shape}, the header says {shape}; copy it again")
     return pixels
 
 
 def _text(header: Dataset, tag: str) -> str:
-    value = header.get(tag)
-    return "" if value is None else str(value).strip()
+    return "" if (value := header.get(tag)) is None else str(value).strip()
