@@ -1,8 +1,7 @@
 """MetaImage (``.mha``, ``.mhd`` with its ``.raw`` or ``.zraw``) and NRRD (``.nrrd``), read by SimpleITK.
 
-Both begin with a header of text. SimpleITK parses it, but does not give the voxel file, the compression and whether a
-direction is stated. These keys are read here: a header that promises more than the file holds is refused before
-anything is allocated, and one that names other files is refused by name.
+SimpleITK does not give a header's voxel file, its compression and whether it states a direction. These keys are read
+here, so that a header that promises more than the file holds is refused before anything is allocated.
 """
 
 from __future__ import annotations

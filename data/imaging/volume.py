@@ -1,13 +1,9 @@
 """What every image format becomes: an array in one canonical orientation, or a label mask on its grid.
 
-Arrays have axes (z, y, x): z runs from feet to head, and for ``orientation="LPS"`` y to the back and x to the
-patient's left. That is what SimpleITK, hence nnU-Net, hands over for a file with identity direction.
-Spacing is (z, y, x) in mm. ``affine`` maps (x, y, z) voxel indices of the array to nibabel's world, RAS+ in mm.
-Oblique volumes are not resampled: their axes are named by the nearest anatomical axis.
-
-``orientation="file"`` keeps the order in which the file stores its voxels: the array's axes are the file's axes,
-reversed, as nnU-Net's SimpleITKIO and NibabelIO give them. Left and right then follow from the affine alone:
-:attr:`Volume.axcodes` names the axes, and a mask is turned to the axes of its image.
+Arrays have axes (z, y, x). For ``orientation="LPS"`` z runs to the head, y to the back and x to the patient's left,
+as SimpleITK, hence nnU-Net, reads a file with identity direction. ``orientation="file"`` keeps the file's axes,
+reversed, as nnU-Net's SimpleITKIO and NibabelIO give them; :attr:`Volume.axcodes` names them, and a mask is turned to
+the axes of its image. Oblique volumes are not resampled: the nearest anatomical axis names each of theirs.
 
 An image that cannot be trusted raises :class:`~config.errors.InputError`; no value is replaced or invented.
 """
@@ -27,9 +23,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from nibabel.orientations import aff2axcodes, apply_orientation, axcodes2ornt, io_orientation
-from nibabel.orientations import inv_ornt_aff as affine_of
-from nibabel.orientations import ornt_transform as turn_between
+from nibabel import orientations
 
 from config.errors import InputError
 
@@ -43,17 +37,19 @@ SOFT_TISSUE_WINDOW_HU = (-160, 240)
 _TILT_DEGREES = 0.5
 _GRID_TOLERANCE = 0.1  # of the smallest spacing; headers are rounded, a shifted mask is off by far more
 
-_DAMAGE = (OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, MemoryError,
-           RuntimeError, struct.error, zlib.error)  # fmt: skip
+# What the libraries raise on damaged files.
+_DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError)
+_DAMAGE += (ValueError, struct.error, zlib.error)
 
 Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Volume:
-    """A CT volume. ``array``: float32 (z, y, x) in HU; ``spacing``: (z, y, x) in mm; ``affine``: (4, 4).
+    """A CT volume. ``array``: float32 (z, y, x) in HU; ``spacing``: (z, y, x) in mm.
 
-    ``notes``: what the file's header leaves in doubt, in plain words.
+    ``affine``: (4, 4), maps (x, y, z) indices to RAS+ mm. ``orientation``: as asked for. ``axcodes``: where x, y and z
+    run to, such as "LPS".
     """
 
     array: np.ndarray
@@ -61,20 +57,15 @@ class Volume:
     affine: np.ndarray
     orientation: str
     path: Path
-    stored_axcodes: str
-    notes: tuple[str, ...] = ()
-
-    @property
-    def axcodes(self) -> str:
-        """Where x, y and z of the array run to, such as "LPS"."""
-        return self.stored_axcodes if self.orientation == "file" else self.orientation
+    axcodes: str
 
 
 @dataclass(frozen=True)
 class ImageHeader:
     """What a file says of itself, before a voxel is read; axes (i, j, k) in the order of storage.
 
-    ``affine``: (4, 4), maps (i, j, k) to RAS+ mm; ``zooms``: size of a voxel along i, j, k in mm.
+    ``affine``: (4, 4), maps (i, j, k) to RAS+ mm; ``zooms``: size of a voxel along i, j, k in mm; ``notes``: what the
+    header leaves in doubt.
     """
 
     path: Path
@@ -86,7 +77,7 @@ class ImageHeader:
 
     @property
     def axcodes(self) -> str:
-        return "".join(aff2axcodes(self.affine))
+        return "".join(orientations.aff2axcodes(self.affine))
 
     @property
     def extent_mm(self) -> Triple:
@@ -99,8 +90,8 @@ class ImageHeader:
         return self._along_patient(self.zooms)
 
     def _along_patient(self, sizes: np.ndarray) -> Triple:
-        along = dict(zip(io_orientation(self.affine)[:, 0].tolist(), sizes.tolist(), strict=True))
-        return along[2], along[1], along[0]
+        axes = orientations.io_orientation(self.affine)[:, 0]
+        return tuple(sizes[np.argsort(-axes)].tolist())
 
 
 @dataclass(frozen=True)
@@ -121,7 +112,8 @@ def to_volume(stored: StoredImage, orientation: str = "LPS") -> Volume:
     header = stored.header
     for note in header.notes:
         logger.warning("%s: %s", header.path, note)
-    values, spacing, affine = _turned(stored, header.axcodes if orientation == "file" else orientation)
+    axcodes = header.axcodes if orientation == "file" else orientation
+    values, spacing, affine = _turned(stored, axcodes)
     with np.errstate(over="ignore"):  # a value beyond float32 becomes infinite and is refused below
         array = values.astype(np.float32, order="C")
         if stored.slope != 1.0:
@@ -138,7 +130,7 @@ def to_volume(stored: StoredImage, orientation: str = "LPS") -> Volume:
         )
     if low == high:
         raise InputError(f"{header.path}: every voxel is {low:g}, expected a CT image; the export went wrong")
-    return Volume(array, spacing, affine, orientation, header.path, header.axcodes, header.notes)
+    return Volume(array, spacing, affine, orientation, header.path, axcodes)
 
 
 def to_mask(stored: StoredImage, like: Volume) -> np.ndarray:
@@ -154,7 +146,8 @@ def to_mask(stored: StoredImage, like: Volume) -> np.ndarray:
             f"{path}: mask has shape {values.shape} (z, y, x), its image {like.path} has {like.array.shape}; "
             "the mask must be drawn on the image's own grid"
         )
-    shift = _largest_shift(affine, like.affine, values.shape)
+    corners = np.array(np.meshgrid(*[(0, length - 1) for length in reversed(values.shape)], [1])).reshape(4, -1)
+    shift = np.linalg.norm((affine - like.affine)[:3] @ corners, axis=0).max()
     if shift > _GRID_TOLERANCE * min(like.spacing):
         raise InputError(
             f"{path}: mask lies up to {shift:.2f} mm away from its image {like.path}; "
@@ -235,15 +228,8 @@ def refusing(path: Path, problem: str, remedy: str, *errors: type[Exception]) ->
 def _turned(stored: StoredImage, axcodes: str) -> tuple[np.ndarray, Triple, np.ndarray]:
     """Voxels (z, y, x), spacing (z, y, x) and affine of the grid with ``axcodes``; the values stay as stored."""
     header = stored.header
-    turn = turn_between(io_orientation(header.affine), axcodes2ornt(axcodes))
-    affine = header.affine @ affine_of(turn, header.shape)
-    zooms = np.empty(3)
-    zooms[turn[:, 0].astype(int)] = header.zooms
-    return apply_orientation(stored.voxels, turn).transpose(2, 1, 0), tuple(zooms[::-1].tolist()), affine
-
-
-def _largest_shift(affine: np.ndarray, other: np.ndarray, shape: tuple[int, int, int]) -> float:
-    """Largest distance in mm between the corners of a (z, y, x) grid under two affines."""
-    corners = np.array(np.meshgrid(*[(0, length - 1) for length in reversed(shape)])).reshape(3, -1)
-    difference = affine - other
-    return float(np.linalg.norm(difference[:3, :3] @ corners + difference[:3, 3:], axis=0).max())
+    stored_axes = orientations.io_orientation(header.affine)
+    turn = orientations.ornt_transform(stored_axes, orientations.axcodes2ornt(axcodes))
+    affine = header.affine @ orientations.inv_ornt_aff(turn, header.shape)
+    voxels = orientations.apply_orientation(stored.voxels, turn).transpose(2, 1, 0)
+    return voxels, tuple(header.zooms[np.argsort(-turn[:, 0])].tolist()), affine
