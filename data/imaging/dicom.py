@@ -21,7 +21,7 @@ import numpy as np
 
 from config.errors import InputError
 from data.imaging import volume
-from data.imaging.volume import ImageHeader, StoredImage, affine_from_lps, check_affine, refusing
+from data.imaging.volume import ImageHeader, StoredImage, affine_from_lps, check_affine, check_shape, refusing
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -201,17 +201,13 @@ def _geometry_tags(path: Path, header: Dataset) -> np.ndarray:
         tags = np.concatenate([_numbers(path, header, tag, count) for tag, count in _GEOMETRY.items()])
         bits = int(header.get("BitsAllocated") or 16)
         packed = str(header.file_meta.TransferSyntaxUID) not in _PLAIN_SYNTAXES
-    axes, (rows, columns, slope) = tags[3:9].reshape(2, 3), tags[11:14]
+    axes, slope = tags[3:9].reshape(2, 3), tags[13]
     if not np.allclose(axes @ axes.T, np.eye(2), atol=1e-2):
         raise InputError(f"{path}: image orientation {axes.ravel().tolist()} is no pair of axes, header is damaged")
     if slope == 0:
         raise InputError(f"{path}: rescale slope is 0, so every voxel is one value; export the original CT series")
     held = path.stat().st_size * (volume.MAX_DEFLATE_RATIO if packed else 1)
-    if min(rows, columns) < 1 or rows * columns * max(bits // 8, 1) > held:
-        raise InputError(
-            f"{path}: header announces {rows:.0f} x {columns:.0f} pixels, more than a file of {path.stat().st_size} "
-            "bytes holds; it is truncated or its header is damaged"
-        )
+    check_shape(path, (*tags[11:13].astype(int).tolist(), 1), np.dtype(np.uint8), held // max(bits // 8, 1))
     return tags
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,29 @@ _DIRECTIONS = ("transformmatrix", "rotation", "orientation", "space directions")
 
 def read_header(path: Path) -> ImageHeader:
     """The checked header. Raises InputError if the file is missing, empty, damaged, or no scalar 3D image."""
+    return _open(path)[0]
+
+
+def read_stored(path: Path) -> StoredImage:
+    """Header and voxels (i, j, k)."""
+    import SimpleITK
+
+    header, reader = _open(path)
+    with refusing(path, "image data cannot be read", "the file is truncated or damaged, copy it again"):
+        array = SimpleITK.GetArrayFromImage(reader.Execute())
+    return StoredImage(header, array.transpose(2, 1, 0))
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file, and for a header alone (``.mhd``) its voxel file too, if it names one that is there."""
+    try:
+        return list(dict.fromkeys([path, _voxel_file(path, _fields(path)[0])]))
+    except InputError:  # the reader raises it
+        return [path]
+
+
+def _open(path: Path) -> tuple[ImageHeader, Any]:
+    """The checked header, and SimpleITK's reader of the voxels."""
     import SimpleITK
 
     fields, start = _fields(path)
@@ -33,7 +57,7 @@ def read_header(path: Path) -> ImageHeader:
     held = voxels.stat().st_size - (start if voxels == path else 0)
     if fields.get("compresseddata", "").lower() == "true" or fields.get("encoding", "raw").lower() not in _PLAIN:
         held *= volume.MAX_DEFLATE_RATIO
-    key = "sizes" if path.name.lower().endswith(".nrrd") else "dimsize"
+    key = "sizes" if path.suffix.lower() == ".nrrd" else "dimsize"
     if not re.fullmatch(r"-?\d+(\s+-?\d+)*", fields.get(key, "")):
         raise InputError(f"{path}: not a readable image (no '{key}' in its header); copy it again")
     shape = tuple(int(length) for length in fields[key].split())
@@ -42,7 +66,10 @@ def read_header(path: Path) -> ImageHeader:
     check_shape(voxels, shape, np.dtype(np.uint8), held)  # first: SimpleITK's integers cannot hold every length
     if not _METAIMAGE_TYPE.fullmatch(kind := fields.get("elementtype", "met_char")):
         raise InputError(f"{path}: voxels are of type '{kind}', expected integers or floats in HU")
-    reader = _reader(path)
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    reader = SimpleITK.ImageFileReader()
+    reader.SetImageIO("NrrdImageIO" if key == "sizes" else "MetaImageIO")
+    reader.SetFileName(str(path))
     with refusing(path, "not a readable image", "copy it again"):
         reader.ReadImageInformation()
         pixel = SimpleITK.Image([1] * 3, reader.GetPixelID(), reader.GetNumberOfComponents())
@@ -57,35 +84,7 @@ def read_header(path: Path) -> ImageHeader:
     volume.check_affine(path, affine)
     given = any(key in fields for key in _DIRECTIONS)
     notes = () if given else ("header gives no direction; voxels are taken as stored in LPS order",)
-    return ImageHeader(path, shape, dtype, affine, zooms, notes)
-
-
-def read_stored(path: Path) -> StoredImage:
-    """Header and voxels (i, j, k)."""
-    import SimpleITK
-
-    header = read_header(path)
-    with refusing(path, "image data cannot be read", "the file is truncated or damaged, copy it again"):
-        array = SimpleITK.GetArrayFromImage(_reader(path).Execute())
-    return StoredImage(header, array.transpose(2, 1, 0))
-
-
-def files_of(path: Path) -> list[Path]:
-    """The file, and for a header alone (``.mhd``) its voxel file too, if it names one that is there."""
-    try:
-        return list(dict.fromkeys([path, _voxel_file(path, _fields(path)[0])]))
-    except InputError:  # the reader raises it
-        return [path]
-
-
-def _reader(path: Path):  # noqa: ANN202  (SimpleITK is imported where it is needed: it takes a while)
-    import SimpleITK
-
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    reader = SimpleITK.ImageFileReader()
-    reader.SetImageIO("NrrdImageIO" if path.name.lower().endswith(".nrrd") else "MetaImageIO")
-    reader.SetFileName(str(path))
-    return reader
+    return ImageHeader(path, shape, dtype, affine, zooms, notes), reader
 
 
 def _voxel_file(path: Path, fields: dict[str, str]) -> Path:
@@ -95,8 +94,7 @@ def _voxel_file(path: Path, fields: dict[str, str]) -> Path:
     name = fields.get("data file", fields.get("datafile", fields.get("elementdatafile", "LOCAL")))
     if name.upper() == "LOCAL":
         return path
-    if not path.name.lower().endswith(".mhd"):
-        suffix = path.suffix.lower()
+    if (suffix := path.suffix.lower()) != ".mhd":
         raise InputError(f"{path}: its voxels lie in another file; save image and header as one {suffix}")
     if not name.lower().endswith((".raw", ".zraw")) or Path(name.replace("\\", "/")).name != name:
         raise InputError(f"{path}: names '{name}' as its voxels, expected one .raw or .zraw file beside it")
@@ -114,7 +112,7 @@ def _fields(path: Path) -> tuple[dict[str, str], int]:
         head = stream.read(_MAX_HEADER)
     if not head:
         raise InputError(f"{path}: file is empty (0 bytes), copy it again")
-    is_nrrd = path.name.lower().endswith(".nrrd")
+    is_nrrd = path.suffix.lower() == ".nrrd"
     if is_nrrd and not head.startswith(b"NRRD"):
         raise InputError(f"{path}: not a readable image (no NRRD mark); copy it again")
     fields: dict[str, str] = {}

@@ -23,7 +23,7 @@ from config.files import atomic_path
 from data.imaging.volume import MAX_DEFLATE_RATIO, ImageHeader, StoredImage, check_affine, check_shape, refusing
 
 SUFFIXES = (".nii.gz", ".nii", ".img.gz", ".hdr.gz", ".img", ".hdr")
-_MM_PER_UNIT = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
+_MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}  # any other unit counts as mm
 
 
 def read_header(path: Path) -> ImageHeader:
@@ -32,22 +32,17 @@ def read_header(path: Path) -> ImageHeader:
     Raises InputError if the file is missing, empty, truncated or no NIfTI, if it is not a scalar 3D image (a trailing
     axis of length one is dropped), or if its header contradicts itself.
     """
-    image = _open(path)
-    header = _checked_header(path, image)
+    image, header = _open(path)
     voxels = Path(image.file_map["image"].filename)
     needed = int(image.dataobj.offset) + int(np.prod(header.shape, dtype=object)) * header.dtype.itemsize
     if not _holds(voxels, needed):
-        raise InputError(
-            f"{voxels}: holds fewer than the {needed} bytes that its header announces; "
-            "the file is truncated or damaged, copy it again"
-        )
+        raise InputError(f"{voxels}: holds less than the {needed} bytes announced; it is truncated, copy it again")
     return header
 
 
 def read_stored(path: Path) -> StoredImage:
     """Header and voxels as they are stored. Raises InputError as :func:`read_header`."""
-    image = _open(path)
-    header = _checked_header(path, image)
+    image, header = _open(path)
     with refusing(path, "image data cannot be read", "the file is truncated or damaged, copy it again"):
         voxels = np.asarray(image.dataobj.get_unscaled()).reshape(header.shape, order="F")
     return StoredImage(header, voxels, float(image.dataobj.slope), float(image.dataobj.inter))
@@ -92,7 +87,8 @@ def write_volume(
         nib.save(image, part)
 
 
-def _open(path: Path) -> Nifti1Pair:
+def _open(path: Path) -> tuple[Nifti1Pair, ImageHeader]:
+    """The file as nibabel opens it, and its checked header."""
     if not path.is_file():
         raise InputError(f"{path}: file not found")
     for file in files_of(path):
@@ -108,10 +104,6 @@ def _open(path: Path) -> Nifti1Pair:
             f"{path}: holds {type(image).__name__}, expected a NIfTI image; "
             "plain Analyze does not say which side is left: convert the original DICOM series"
         )
-    return image
-
-
-def _checked_header(path: Path, image: Nifti1Pair) -> ImageHeader:
     head = image.file_map.get("header", image.file_map["image"])
     with head.get_prepare_fileobj("rb") as stream:  # nibabel clears the slope of a header that it has loaded
         slope = type(image.header).from_fileobj(stream, check=False)["scl_slope"]
@@ -122,60 +114,57 @@ def _checked_header(path: Path, image: Nifti1Pair) -> ImageHeader:
     with refusing(path, "not a readable NIfTI file", "its header is damaged", HeaderDataError):
         dtype = image.get_data_dtype()
         shape = check_shape(path, image.shape, dtype, limit)
-        affine, zooms, notes = _placement(path, image)
-    return ImageHeader(path, shape, dtype, affine, zooms, tuple(notes))
+        return image, ImageHeader(path, shape, dtype, *_placement(path, image))
 
 
-def _placement(path: Path, image: Nifti1Pair) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def _placement(path: Path, image: Nifti1Pair) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """RAS+ affine and voxel sizes of the stored axes, both in mm, and what is doubtful about them."""
     header = image.header
-    notes = []
     try:
         scale = _MM_PER_UNIT.get(header.get_xyzt_units()[0], 1.0)
     except KeyError:
         raise InputError(f"{path}: header names an unknown unit of length, header is damaged") from None
     zooms = np.asarray(header.get_zooms()[:3], dtype=np.float64) * scale
     sform, qform = int(header["sform_code"]), int(header["qform_code"])
+    note = ""
     if sform <= 0 and qform <= 0:
-        notes.append(
-            "header gives no orientation; voxels are taken as stored in LPS order, so left and right are a guess"
-        )
+        note = "header gives no orientation; voxels are taken as stored in LPS order, so left and right are a guess"
         affine = np.diag([-zooms[0], -zooms[1], zooms[2], 1.0])
     else:
         affine = np.array(image.affine, dtype=np.float64)
         affine[:3] *= scale
     sizes = check_affine(path, affine)
     if sform > 0 and qform > 0:
-        notes += _conflict(header, affine, scale)
-    # The header's own float32 sizes are what nnU-Net's readers report; for an oblique affine the norm of a
-    # column differs in the last digit, which can move a rounded shape. Where they contradict each other, the
-    # affine is trusted.
+        note = _conflict(header, affine, scale)
+    notes = (note,) if note else ()
+    # The header's own float32 sizes are what nnU-Net's readers report; for an oblique affine the norm of a column
+    # differs in the last digit, which can move a rounded shape.
     if np.allclose(zooms, sizes, rtol=1e-3):
         return affine, zooms, notes
-    notes.append(f"header gives voxel sizes {_mm(zooms)} mm, its affine {_mm(sizes)} mm; the affine is used")
-    return affine, sizes, notes
+    both = " mm, its affine ".join("{:.4g} x {:.4g} x {:.4g}".format(*each) for each in (zooms, sizes))
+    return affine, sizes, (*notes, f"header gives voxel sizes {both} mm; the affine is used")
 
 
-def _conflict(header: nib.Nifti1Header, affine: np.ndarray, scale: float) -> list[str]:
-    """What the qform contradicts of the sform: axes first, then direction, then place."""
+def _conflict(header: nib.Nifti1Header, affine: np.ndarray, scale: float) -> str:
+    """What the qform contradicts of the sform, axes first, then direction, then place; empty if nothing."""
     used = "".join(aff2axcodes(affine))
     try:
         other = np.array(header.get_qform(), dtype=np.float64)
         other[:3] *= scale
         by_qform = "".join(map(str, aff2axcodes(other)))
     except (HeaderDataError, ValueError):
-        return [f"sform says {used}, qform is unreadable; the sform is used, check left and right"]
+        by_qform = "is unreadable"
     if by_qform != used:
-        return [f"sform says {used}, qform {by_qform}; the sform is used, check left and right"]
+        return f"sform says {used}, qform {by_qform}; the sform is used, check left and right"
     sizes = nib.affines.voxel_sizes(affine)
     cosines = np.sum(affine[:3, :3] * other[:3, :3], axis=0) / (sizes * nib.affines.voxel_sizes(other))
     degrees = float(np.degrees(np.arccos(np.clip(cosines.min(), -1, 1))))
     if degrees > 1.0:
-        return [f"sform and qform differ by {degrees:.1f} degrees; the sform is used"]
+        return f"sform and qform differ by {degrees:.1f} degrees; the sform is used"
     shift = float(np.linalg.norm(affine[:3, 3] - other[:3, 3]))
     if shift > sizes.max():
-        return [f"sform and qform place the image {shift:.1f} mm apart; the sform is used, a mask must agree with it"]
-    return []
+        return f"sform and qform place the image {shift:.1f} mm apart; the sform is used, a mask must agree with it"
+    return ""
 
 
 def _holds(path: Path, needed: int) -> bool:
@@ -185,8 +174,8 @@ def _holds(path: Path, needed: int) -> bool:
     with path.open("rb") as packed:
         packed.seek(-4, 2)
         stated = int.from_bytes(packed.read(4), "little")  # gzip's last word: length modulo 2**32
-    # A truncated file ends in arbitrary bytes, and one of several gzip members states the last one's length: only
-    # the exact length counts, any other file is unpacked.
+    # A truncated file ends in arbitrary bytes, several members in the last one's length: any but an exact match is
+    # unpacked.
     if stated == needed % 2**32:
         return True
     try:
@@ -200,7 +189,3 @@ def _holds(path: Path, needed: int) -> bool:
 def _is_gzip(path: Path) -> bool:
     with path.open("rb") as stream:
         return stream.read(2) == b"\x1f\x8b"
-
-
-def _mm(sizes: np.ndarray) -> str:
-    return " x ".join(f"{size:.4g}" for size in sizes)

@@ -15,45 +15,38 @@ SUFFIXES = (*nifti.SUFFIXES, *itk_image.SUFFIXES, *dicom.DICOM_SUFFIXES)
 
 
 def read_volume(path: Path | str, orientation: str = "LPS") -> Volume:
-    """A CT volume in HU, turned into canonical ``orientation``; what its header leaves in doubt is logged.
+    """A CT volume in HU, turned into ``orientation``, or in the file's own axis order for "file".
 
-    ``orientation="file"`` keeps the file's own axis order. Raises InputError, in one line with the remedy, for
-    whatever cannot be trusted.
+    What its header leaves in doubt is logged. Raises InputError for whatever cannot be trusted.
     """
-    path = Path(path)
-    return to_volume(_format_of(path).read_stored(path), orientation)
+    return to_volume(_format_of(path).read_stored(Path(path)), orientation)
 
 
 def read_mask(path: Path | str, like: Volume) -> np.ndarray:
     """A label volume (z, y, x) on the grid of ``like``. Raises InputError as ``volume.to_mask`` does."""
-    path = Path(path)
-    return to_mask(_format_of(path).read_stored(path), like)
+    return to_mask(_format_of(path).read_stored(Path(path)), like)
 
 
 def read_header(path: Path | str) -> ImageHeader:
     """What the file says of itself, checked, without reading voxels. Raises InputError as :func:`read_volume`."""
-    path = Path(path)
-    return _format_of(path).read_header(path)
+    return _format_of(path).read_header(Path(path))
 
 
 def files_of(path: Path) -> list[Path]:
-    """Every file whose content decides the image, in a fixed order; the path itself where it does not exist.
-
-    For a series these are all files of the folder, so that nothing need be parsed to notice a change.
-    """
+    """Every file whose content decides the image, in a fixed order: of a series, all files of its folder."""
     if path.is_dir():
         return dicom.files_below(path)
-    if path.name.lower().endswith(nifti.SUFFIXES):
-        return nifti.files_of(path)
-    if path.name.lower().endswith(itk_image.SUFFIXES):
-        return itk_image.files_of(path)
+    for module in (nifti, itk_image):
+        if path.name.lower().endswith(module.SUFFIXES):
+            return module.files_of(path)
     if path.is_file() and dicom.is_dicom(path):
         return [path, *files_of(path.parent)]
     return [path]
 
 
-def _format_of(path: Path) -> ModuleType:
+def _format_of(path: Path | str) -> ModuleType:
     """The module that reads ``path``. A name of another format counts before DICOM's mark in the file."""
+    path = Path(path)
     if path.name.lower().endswith(itk_image.SUFFIXES):
         return itk_image
     if path.name.lower().endswith(nifti.SUFFIXES) and not path.is_dir() or not path.exists():

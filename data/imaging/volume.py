@@ -180,8 +180,8 @@ def check_shape(path: Path, shape: tuple[int, ...], dtype: np.dtype, limit_bytes
     voxels = math.prod(shape)
     if voxels > MAX_VOXELS or voxels * dtype.itemsize > limit_bytes:
         raise InputError(
-            f"{path}: header announces {shape} voxels of {dtype.itemsize} bytes, more than a file of "
-            f"{path.stat().st_size} bytes holds; it is truncated or its header is damaged"
+            f"{path}: header announces {shape} voxels, more than a file of {path.stat().st_size} bytes holds; "
+            "it is truncated or its header is damaged"
         )
     return tuple(int(length) for length in shape[:3])
 

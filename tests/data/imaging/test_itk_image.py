@@ -24,7 +24,7 @@ def test_mhd_is_read_with_the_voxel_file_that_it_names(tmp_path, packed, suffix)
     path, voxels = tmp_path / "scan.mhd", tmp_path / f"scan{suffix}"
     write(path, marked(), packed)
     volume = read_volume(path)
-    assert np.array_equal(volume.array, marked()) and volume.spacing == SPACING and volume.notes == ()
+    assert np.array_equal(volume.array, marked()) and volume.spacing == SPACING and read_header(path).notes == ()
     write(tmp_path / "mask.mhd", (marked() > 0).astype(np.uint8), packed)
     assert read_mask(tmp_path / "mask.mhd", volume)[3, 4, 5] == 1
     assert files_of(path) == [path, voxels]

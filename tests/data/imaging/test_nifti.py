@@ -74,7 +74,7 @@ def test_write_then_read_is_the_identity(tmp_path, kind):
     array = (np.arange(120).reshape(4, 5, 6) * 2).astype(kind)
     write_volume(tmp_path / "deep" / "scan.nii.gz", array, SPACING)
     volume = read_volume(tmp_path / "deep" / "scan.nii.gz")
-    assert np.array_equal(volume.array, array) and volume.spacing == SPACING and volume.stored_axcodes == "LPS"
+    assert np.array_equal(volume.array, array) and volume.spacing == SPACING and volume.axcodes == "LPS"
     assert read_header(tmp_path / "deep" / "scan.nii.gz").dtype == kind
     turned = np.diag([1.5, 2.0, 3.0, 1.0])
     write_volume(tmp_path / "again.nii.gz", array, SPACING, turned)
