@@ -145,7 +145,7 @@ IMAGES: list[tuple[str, Callable[[Path], None], str]] = [
     ("scout", series(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), "a scout"),
     ("pixels", series(PixelData=b"\0" * 20), "pixels cannot be read"),
     ("gap", lambda path: write_series(path, marked())[1].unlink(), "1 slice(s) are missing"),
-    ("two", lambda path: [write_series(path, marked(), n, series=f"1.{n}") for n in "12"], "holds 2 CT series"),
+    ("two", lambda path: [write_series(path, marked(), n, SeriesInstanceUID=f"1.{n}") for n in "12"], "2 CT series"),
 ]  # fmt: skip
 
 

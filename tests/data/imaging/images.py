@@ -8,25 +8,15 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pydicom
+import SimpleITK
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from config.nnunet_plans import Intensity, PreprocessPlan, Resampling
 
-PLAN_2D = PreprocessPlan(
-    configuration="2d",
-    dim=2,
-    spacing=(1.0, 1.0),
-    patch_size=(64, 64),
-    transpose_forward=(0, 1, 2),
-    normalization_schemes=("CTNormalization",),
-    use_mask_for_norm=(False,),
-    intensity=(Intensity(mean=-300.0, std=400.0, percentile_00_5=-1000.0, percentile_99_5=600.0),),
-    image_reader_writer="SimpleITKIO",
-    orientation="LPS",
-    data_resampling=Resampling(order=3),
-    mask_resampling=Resampling(order=1),
-)
+HU = Intensity(mean=-300.0, std=400.0, percentile_00_5=-1000.0, percentile_99_5=600.0)
+CT = (("CTNormalization",), (False,), (HU,), "SimpleITKIO", "LPS", Resampling(order=3), Resampling(order=1))
+PLAN_2D = PreprocessPlan("2d", 2, (1.0, 1.0), (64, 64), (0, 1, 2), *CT)
 SPACING = (3.0, 2.0, 1.5)  # z, y, x in mm
 ORIENTATIONS = [
     "".join(code) for axes in itertools.permutations(("LR", "PA", "SI")) for code in itertools.product(*axes)
@@ -48,28 +38,32 @@ def store_as(path: Path, array_zyx: np.ndarray, axcodes: str, spacing: tuple[flo
     nib.save(image.as_reoriented(turn), path)
 
 
-def dicom_slice(
-    pixels: np.ndarray, z: float, *, series: str = "1.2.3.1", number: int = 2, slope: float = 1,
-    intercept: float = -1024, spacing: tuple[float, float] = SPACING[1:], kind: str = CTImageStorage, **tags: object,
-) -> FileDataset:  # fmt: skip
+def write_itk(path: Path, array_zyx: np.ndarray, axcodes: str = "LPS", packed: bool = False) -> None:
+    """Store an LPS array by SimpleITK, which names an axis after the end that it comes from, as nibabel does not."""
+    image = SimpleITK.GetImageFromArray(array_zyx)
+    image.SetSpacing(SPACING[::-1])
+    SimpleITK.WriteImage(SimpleITK.DICOMOrient(image, axcodes), path, packed)
+
+
+def dicom_slice(pixels: np.ndarray, z: float, *, kind: str = CTImageStorage, **tags: object) -> FileDataset:
     """One axial slice: ``pixels`` (row, column) int16 or uint16, as stored; ``tags`` override or, if None, remove."""
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = kind
-    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid(entropy_srcs=[series, str(z), str(pixels.sum())])
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid(entropy_srcs=[str(tags), str(z), str(pixels.sum())])
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     data = FileDataset("slice", {}, file_meta=meta, preamble=b"\0" * 128)
     data.SOPClassUID, data.SOPInstanceUID = kind, meta.MediaStorageSOPInstanceUID
-    data.SeriesInstanceUID, data.StudyInstanceUID = series, "1.2.3"
-    data.SeriesNumber, data.SeriesDescription, data.Modality = number, "Chest", "CT"
+    data.SeriesInstanceUID, data.StudyInstanceUID = "1.2.3.1", "1.2.3"
+    data.SeriesNumber, data.SeriesDescription, data.Modality = 2, "Chest", "CT"
     data.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
     data.ImagePositionPatient = [0.0, 0.0, z]
     data.ImageOrientationPatient = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
-    data.PixelSpacing = list(spacing)
+    data.PixelSpacing = list(SPACING[1:])
     data.Rows, data.Columns = pixels.shape
     data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
     data.BitsAllocated, data.BitsStored, data.HighBit = 16, 16, 15
     data.PixelRepresentation = int(pixels.dtype.kind == "i")
-    data.RescaleSlope, data.RescaleIntercept = slope, intercept
+    data.RescaleSlope, data.RescaleIntercept = 1, -1024
     data.PixelData = np.ascontiguousarray(pixels).tobytes()
     for name, value in tags.items():
         if value is None:
@@ -83,9 +77,7 @@ def write_series(folder: Path, array_zyx: np.ndarray, prefix: str = "slice", **o
     """Store HU (z, y, x) as a series, first file the topmost slice: the order of names is not that of positions."""
     folder.mkdir(parents=True, exist_ok=True)
     stored = (array_zyx.astype(np.int32) + 1024).astype(np.uint16)
-    files = []
-    for index in range(len(stored)):
-        file = folder / f"{prefix}{len(stored) - index:03d}.dcm"
+    files = [folder / f"{prefix}{number:03d}.dcm" for number in range(len(stored), 0, -1)]
+    for index, file in enumerate(files):
         dicom_slice(stored[index], index * SPACING[0], **options).save_as(file, enforce_file_format=True)
-        files.append(file)
     return files

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import SimpleITK
 
 from config.errors import InputError
 from data.cache import VolumeCache, file_digest
 from data.imaging.reader import files_of, read_header, read_mask, read_volume
 from data.tables.image_index import ImageIndex
-from tests.data.imaging.images import PLAN_2D, SPACING, marked
-
-
-def write(path, array: np.ndarray, packed: bool = False) -> None:
-    image = SimpleITK.GetImageFromArray(array)
-    image.SetSpacing(SPACING[::-1])
-    SimpleITK.WriteImage(image, path, packed)
+from tests.data.imaging.images import PLAN_2D, SPACING, marked, write_itk
 
 
 @pytest.mark.parametrize(("packed", "suffix"), [(False, ".raw"), (True, ".zraw")])
 def test_mhd_is_read_with_the_voxel_file_that_it_names(tmp_path, packed, suffix):
     path, voxels = tmp_path / "scan.mhd", tmp_path / f"scan{suffix}"
-    write(path, marked(), packed)
+    write_itk(path, marked(), packed=packed)
     volume = read_volume(path)
     assert np.array_equal(volume.array, marked()) and volume.spacing == SPACING and read_header(path).notes == ()
-    write(tmp_path / "mask.mhd", (marked() > 0).astype(np.uint8), packed)
+    write_itk(tmp_path / "mask.mhd", (marked() > 0).astype(np.uint8), packed=packed)
     assert read_mask(tmp_path / "mask.mhd", volume)[3, 4, 5] == 1
     assert files_of(path) == [path, voxels]
     assert ImageIndex(tmp_path).find("scan") == [path]
@@ -38,10 +31,10 @@ def test_mhd_is_read_with_the_voxel_file_that_it_names(tmp_path, packed, suffix)
 
 
 def test_the_digest_of_an_mhd_covers_its_voxel_file(tmp_path):
-    write(tmp_path / "scan.mhd", marked())
+    write_itk(tmp_path / "scan.mhd", marked())
     cache = VolumeCache(tmp_path / "cache", PLAN_2D)
     entry, digest = cache.entry(tmp_path / "scan.mhd"), file_digest(tmp_path / "scan.mhd")
-    write(tmp_path / "scan.mhd", marked() // 2)
+    write_itk(tmp_path / "scan.mhd", marked() // 2)
     assert cache.entry(tmp_path / "scan.mhd") != entry and file_digest(tmp_path / "scan.mhd") != digest
 
 
@@ -55,7 +48,7 @@ def test_the_digest_of_an_mhd_covers_its_voxel_file(tmp_path):
     ],
 )
 def test_headers_that_are_refused(tmp_path, name, old, new, words):
-    write(tmp_path / name, marked())
+    write_itk(tmp_path / name, marked())
     content = (tmp_path / name).read_bytes()
     assert old in content
     (tmp_path / name).write_bytes(content.replace(old, new))

@@ -10,7 +10,7 @@ from config.errors import InputError
 from data.imaging.nifti import write_volume
 from data.imaging.reader import read_header, read_mask, read_volume
 from data.imaging.volume import Volume
-from tests.data.imaging.images import SPACING, marked, store_as
+from tests.data.imaging.images import SPACING, marked
 
 READABLE = [
     "01_int16_LPS.nii.gz",
@@ -92,30 +92,21 @@ def test_the_same_volume_gives_the_same_bytes(tmp_path):
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
 
 
-def _image(tmp_path) -> Volume:
+@pytest.fixture
+def image(tmp_path) -> Volume:
     write_volume(tmp_path / "image.nii.gz", marked(), SPACING)
     return read_volume(tmp_path / "image.nii.gz")
 
 
-def test_mask_follows_its_image_through_reorientation(tmp_path):
-    store_as(tmp_path / "mask.nii.gz", (marked() > 0).astype(np.uint8), "RAS")
-    mask = read_mask(tmp_path / "mask.nii.gz", _image(tmp_path))
-    assert mask.dtype == np.uint8 and mask.sum() == 1 and mask[3, 4, 5] == 1
+def test_mask_keeps_labels_above_255_and_may_be_empty(tmp_path, image):
+    for label, kind in ((0, np.uint8), (255, np.uint8), (513, np.int16)):
+        labels = np.where(marked() > 0, label, 0).astype(np.int16)
+        write_volume(tmp_path / "mask.nii.gz", labels, image.spacing)
+        mask = read_mask(tmp_path / "mask.nii.gz", image)
+        assert mask.dtype == kind and np.array_equal(mask, labels)
 
 
-def test_mask_keeps_labels_above_255_and_may_be_empty(tmp_path):
-    image = _image(tmp_path)
-    labels = np.zeros(marked().shape, dtype=np.int16)
-    write_volume(tmp_path / "mask.nii.gz", labels, image.spacing)
-    assert read_mask(tmp_path / "mask.nii.gz", image).max() == 0
-    labels[0, 0, 0] = 513
-    write_volume(tmp_path / "mask.nii.gz", labels, image.spacing)
-    mask = read_mask(tmp_path / "mask.nii.gz", image)
-    assert mask.dtype == np.int16 and mask[0, 0, 0] == 513
-
-
-def test_a_mask_that_lies_elsewhere_is_refused(tmp_path):
-    image = _image(tmp_path)
+def test_a_mask_that_lies_elsewhere_is_refused(tmp_path, image):
     moved = image.affine.copy()
     moved[0, 3] += 1.0
     write_volume(tmp_path / "moved.nii.gz", np.zeros((4, 5, 6), dtype=np.uint8), image.spacing, moved)
