@@ -31,7 +31,6 @@ _ORIENTATION_OF_READER = {
     "NibabelIO": "LPS",
     "NibabelIOWithReorient": "RAS",
 }
-_KEEP_ORDER = ("SimpleITKIO", "NibabelIO")
 
 
 @dataclass(frozen=True)
@@ -94,23 +93,19 @@ class PreprocessPlan:
             )
         for channel, (scheme, intensity) in enumerate(zip(self.normalization_schemes, self.intensity, strict=True)):
             if scheme not in NORMALIZATION_SCHEMES:
-                raise InputError(
-                    f"{where}: normalization scheme '{scheme}' of channel {channel} is not supported; "
-                    f"expected one of {', '.join(NORMALIZATION_SCHEMES)}"
-                )
+                known = f"expected one of {', '.join(NORMALIZATION_SCHEMES)}"
+                name = f"normalization scheme '{scheme}' of channel {channel}"
+                raise InputError(f"{where}: {name} is not supported; {known}")
             if scheme == "CTNormalization" and intensity is None:
-                raise InputError(
-                    f"{where}: CTNormalization of channel {channel} needs "
-                    f"foreground_intensity_properties_per_channel['{channel}'], which the plans lack"
-                )
+                key = f"foreground_intensity_properties_per_channel['{channel}']"
+                raise InputError(f"{where}: CTNormalization of channel {channel} needs {key}, which the plans lack")
 
     @classmethod
     def from_nnunet(cls, plans: Mapping[str, Any], configuration: str, axis_order: str = "canonical") -> PreprocessPlan:
         """Read nnU-Net ``plans`` (the dict of ``plans.json`` or of a checkpoint's ``init_args``).
 
-        ``axis_order`` "file" keeps each file's own order, as SimpleITKIO and NibabelIO do; nnU-Net's reorienting
-        readers give RAS all the same.
-        Raises InputError, naming key and value, for anything whose preprocessing would not equal nnU-Net's.
+        ``axis_order`` "file" keeps each file's own order, as SimpleITKIO and NibabelIO do; the reorienting readers give
+        RAS all the same. Raises InputError, naming key and value, where preprocessing would not equal nnU-Net's.
         """
         resolved = resolve_configuration(plans, configuration)
         where = f"plans, configuration '{configuration}'"
@@ -121,6 +116,7 @@ class PreprocessPlan:
         if reader not in _ORIENTATION_OF_READER:
             known = ", ".join(_ORIENTATION_OF_READER)
             raise InputError(f"plans: image_reader_writer '{reader}' is not supported; expected one of {known}")
+        reorients = reader.endswith("WithReorient")
         schemes = tuple(required(resolved, "normalization_schemes", where))
         properties = plans.get("foreground_intensity_properties_per_channel") or {}
         patch_size = tuple(int(size) for size in required(resolved, "patch_size", where))
@@ -134,7 +130,7 @@ class PreprocessPlan:
             use_mask_for_norm=tuple(bool(flag) for flag in required(resolved, "use_mask_for_norm", where)),
             intensity=tuple(_intensity(properties.get(str(channel)), channel) for channel in range(len(schemes))),
             image_reader_writer=reader,
-            orientation="file" if axis_order == "file" and reader in _KEEP_ORDER else _ORIENTATION_OF_READER[reader],
+            orientation="file" if axis_order == "file" and not reorients else _ORIENTATION_OF_READER[reader],
             data_resampling=_resampling(resolved, "data", where),
             mask_resampling=_resampling(resolved, "seg", where),
         )
@@ -216,8 +212,7 @@ def _resampling(resolved: Mapping[str, Any], kind: str, where: str) -> Resamplin
     unknown = sorted(set(given) - set(Resampling.__dataclass_fields__))
     if unknown:
         raise InputError(f"{where}: {key} has arguments that are not supported: {', '.join(unknown)}")
-    # The function's own defaults (order 3, no separate z) differ from what the planner writes; a key that is
-    # absent must mean what it means to nnU-Net.
+    # A key that is absent means the function's own default (order 3, no separate z), not what the planner writes.
     settings = Resampling(**{"order": 3, "order_z": 0, "force_separate_z": False, **given})
     # Interpolation orders of labels other than nearest and linear give no partition of unity.
     allowed = (range(6), range(6)) if kind == "data" else (range(2), range(1))

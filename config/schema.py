@@ -148,9 +148,8 @@ def load_config(path: str | Path | None = None, **overrides: Any) -> Config:
     """
     path = Path(path) if path else DEFAULT_CONFIG
     if not path.is_file():
-        raise InputError(
-            f"configuration file not found: {path}; pass --config FILE (the shipped one is {DEFAULT_CONFIG})"
-        )
+        remedy = f"pass --config FILE (the shipped one is {DEFAULT_CONFIG})"
+        raise InputError(f"configuration file not found: {path}; {remedy}")
     try:
         with path.open(encoding="utf-8-sig") as stream:
             values = yaml.load(stream, _UniqueKeyLoader)

@@ -255,10 +255,8 @@ def measure_lesions(
 
 
 def longest_axial_diameter(solid: np.ndarray, pixel: tuple[float, float]) -> float:
-    """Longest distance in mm between two voxels of one slice of a boolean [Z, Y, X], centre to centre, plus one pixel.
-
-    ``pixel`` is (y, x) in mm. 0 if empty.
-    """
+    """Longest distance in mm between two voxels of one slice of a boolean [Z, Y, X], centre to centre, plus one pixel;
+    0 if empty. ``pixel`` is (y, x) in mm."""
     longest = 0.0
     for plane in solid:
         points = np.argwhere(plane) * np.asarray(pixel)

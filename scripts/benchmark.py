@@ -1,10 +1,9 @@
 """Measure one part of the system beside baselines and beside what the machine can do at most.
 
-    python scripts/benchmark.py scan --out outputs/benchmark
-    python scripts/benchmark.py decode --size 130m
+    python scripts/benchmark.py decode --size 130m --out outputs/benchmark
 
-Writes OUT/SUITE.json (raw times, spread, machine, versions, ratios) and OUT/SUITE.png. The language model has random
-weights. ``--size tiny`` runs in seconds and only shows that the suite works. Measured results: docs/benchmarks.md.
+Writes OUT/SUITE.json and OUT/SUITE.png. The language model has random weights. ``--size tiny`` only shows in seconds
+that a suite runs. Measured results: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -18,25 +17,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 from engine.cli import run_main
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description="Benchmarks beside baselines and the machine's own limits")
     parser.add_argument("suite", choices=("scan", "prefill", "decode", "train_step", "scaling", "memory", "data"))
     parser.add_argument("--size", choices=("2.8b", "130m", "tiny"), default="2.8b", help="of the language model")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"), help="folder for the results")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    args = parser.parse_args()
     import torch  # after the arguments: a wrong flag is answered at once
 
-    from engine.benchmark.models import SIZES
-    from engine.benchmark.report import Report
+    from engine.benchmark.measure import SIZES, Report
     from engine.benchmark.suites import SUITES
 
     report = Report(args.suite, SIZES[args.size], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if args.size == "tiny":
-        report.add_note("size tiny shows that the suite runs; its numbers mean nothing")
     SUITES[args.suite](report)
     report.write(args.out)
 

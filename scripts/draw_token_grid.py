@@ -1,9 +1,8 @@
-"""Draw which part of a slice each visual token stands for.
+"""Draw which part of a slice of a synthetic scan each visual token stands for, with training's view and token budget.
 
     python scripts/draw_token_grid.py --out docs/token_grid.png
 
-A synthetic scan with the view selection and token budget of training: all features, the pooled overview, the centre
-crop (``roi_policy: centre``), and the overview with lesion tokens (``roi_policy: lesion``).
+All features, the pooled overview, the centre crop, and the overview with lesion tokens.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
     python scripts/make_tiny_nnunet.py --data outputs/quickstart/data --out outputs/quickstart/nnunet
 
-It stands in for the network that a user has trained on real lesions: OUT/fold_0/checkpoint_best.pth and
-OUT/plans.json have nnU-Net 2's own layout, and everything after this step reads them as it reads a user's.
+It stands in for a user's network: OUT/fold_0/checkpoint_best.pth and OUT/plans.json have nnU-Net 2's own layout.
 """
 
 from __future__ import annotations

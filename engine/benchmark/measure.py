@@ -1,218 +1,203 @@
-"""How everything is measured: wall time in alternating rounds, limits of the machine, peak memory of one call."""
+"""How a suite measures: wall time in alternating rounds, peak memory; its results as JSON, a table and a figure."""
 
 from __future__ import annotations
 
 import gc
+import json
 import multiprocessing
-import re
+import platform
 import statistics
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import partial
+from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import numpy as np
+import pandas as pd
 import psutil
 import torch
-import torch.nn.functional as F
+from llvmlite.binding import get_host_cpu_name
+from matplotlib.figure import Figure
 
-SAMPLE_SECONDS = 0.002
+from config.files import atomic_path, write_text
 
-
-# ------------------------------------------------------------------ time
+Calls = Mapping[str, Callable[[], object]]
+Limit = tuple[Callable[[], object], float, str]  # a call, its operations or bytes, and the unit of their rate
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A call to be timed: ours, a baseline, or a limit of the machine.
-
-    ``warm``: untimed calls, one at the start (once), one ahead of every timed call (each), or none (never).
-    ``amount``, ``unit``: of a limit, operations or bytes per call. ``own_clock``: the call returns its own seconds.
-    """
+class Size:
+    """What is measured at one ``--size``; tokens are per sample."""
 
     name: str
-    call: Callable[[], Any]
-    rounds: int = 3
-    warm: Literal["once", "each", "never"] = "once"
-    note: str = ""
-    amount: float = 0.0
-    unit: str = ""
-    own_clock: bool = False
+    width: int  # D
+    layers: int
+    heads: int  # of the attention decoder
+    dtype: torch.dtype
+    scan_tokens: int = 1024
+    visual: int = 784
+    text: int = 64
+    answer: int = 256  # tokens after the visual ones in a training step
+    decode: int = 16
+    short: int = 256  # at most, for transformers' backward pass, which takes the square of L
+    scaling: tuple[int, ...] = (49, 196, 784, 3136, 12544)  # the last is 16 times the third
+    memory_tokens: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
+    block: int = 1 << 30  # bytes that are read and copied
+    volume: tuple[int, int, int] = (300, 512, 512)  # voxels of the scan that is preprocessed, z y x
+    recomputes: bool = False  # training keeps only the blocks' inputs, as MambaLM does from a billion parameters on
 
 
-def take_turns(candidates: Sequence[Candidate], device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each candidate, in alternating rounds, so that a slow phase of the machine slows all of them."""
-    for candidate in candidates:
-        if candidate.warm == "once":
-            candidate.call()
-    seconds: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
-    for turn in range(max(candidate.rounds for candidate in candidates)):
-        for candidate in candidates:
-            if turn < candidate.rounds:
-                seconds[candidate.name] += _seconds(candidate, device)
-    return seconds
+SIZES = {
+    "2.8b": Size("2.8b", 2560, 64, 32, torch.bfloat16, recomputes=True),
+    "130m": Size("130m", 768, 24, 12, torch.float32),
+    "tiny": Size(
+        "tiny", 32, 2, 4, torch.float32, 48, 16, 8, 12, 3, 16, (4, 9, 16, 64, 256), (16, 32), 1 << 22, (30, 48, 56)
+    ),
+}
 
 
-def _seconds(candidate: Candidate, device: torch.device) -> list[float]:
-    if candidate.warm == "each":
-        candidate.call()
-    gc.collect()
-    finish(device)
-    if candidate.own_clock:
-        return candidate.call()
-    started = time.perf_counter()
-    candidate.call()
-    finish(device)
-    return [time.perf_counter() - started]
+class Report:
+    """Measures the calls of one suite and collects the results by section (``shares``: fractions of a limit) and name.
 
-
-def finish(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def timing(name: str, seconds: Sequence[float], note: str = "") -> dict[str, Any]:
-    """Raw times with median and spread, in seconds, as the report has them."""
-    spread = {"median": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds)}
-    return {"name": name, "runs": len(seconds), **spread, "seconds": [*seconds], "note": note}
-
-
-def in_words(seconds: float) -> str:
-    unit, scale = ("s", 1.0) if seconds >= 1 else ("ms", 1e-3) if seconds >= 1e-3 else ("µs", 1e-6)
-    return f"{seconds / scale:.3g} {unit}"
-
-
-# ------------------------------------------------------------------ limits of the machine
-
-
-def memory_limits(nbytes: int, device: torch.device, rounds: int) -> list[Candidate]:
-    """Reading a block far larger than the caches in two ways with all threads, of which the faster one is the limit;
-    copying it (bytes read plus bytes written); exponentials of numbers that lie in the caches."""
-    block, cached = (torch.empty(n, device=device).uniform_(-1, 1) for n in (nbytes // 4, 64 * 1024))
-    copy = _repeat(1, torch.empty_like(block).copy_, block)
-    exponentials = _repeat(500, torch.exp, cached, out=torch.empty_like(cached))
-    limits = [Candidate("read: torch.sum", block.sum, rounds, amount=nbytes, unit="B/s")]
-    if device.type == "cpu" and find_spec("numba"):
-        from numba import njit
-
-        compiled = njit(nogil=True, fastmath=True, cache=True)(_sum)
-        parts = np.array_split(block.numpy(), torch.get_num_threads())
-
-        def read() -> float:
-            with ThreadPoolExecutor(len(parts)) as pool:
-                return sum(pool.map(compiled, parts))
-
-        limits.append(Candidate("read: compiled loop", read, rounds, amount=nbytes, unit="B/s"))
-    return [
-        *limits,
-        Candidate("copy", copy, rounds, amount=2 * nbytes, unit="B/s"),
-        Candidate("exponentials: torch.exp", exponentials, rounds, amount=500 * cached.numel(), unit="exp/s"),
-    ]
-
-
-def product_limit(rows: int, inputs: int, outputs: int, like: torch.Tensor, work: float, rounds: int) -> Candidate:
-    """Matrix product x (rows, inputs) · W (outputs, inputs)ᵀ as a linear layer does it, 2 operations per weight.
-
-    ``like`` gives dtype and device. ``work``: operations of one timed call, reached by repetition.
+    ``panels``: by title what the figure shows, bars (name → value) or lines (name → {tokens: value}).
     """
-    x, weight = (like.new_empty(n, inputs).uniform_(-1, 1) for n in (rows, outputs))
-    operations = 2 * rows * inputs * outputs
-    times = max(1, round(work / operations))
-    name = f"matrix product {str(like.dtype).removeprefix('torch.')} {rows}×{inputs}×{outputs}"
-    return Candidate(name, _repeat(times, F.linear, x, weight), rounds, amount=operations * times, unit="FLOP/s")
+
+    def __init__(self, suite: str, size: Size, device: torch.device) -> None:
+        self.suite, self.size, self.device = suite, size, device
+        sections = ("limits", "shares", "times", "memory", "values", "ratios", "targets")
+        self.results: dict[str, dict[str, Any]] = {section: {} for section in sections}
+        self.missing: list[str] = []
+        self.panels: dict[str, Mapping[str, Any]] = {}
+
+    def add(self, section: str, name: str, value: Any, text: str = "") -> None:
+        self.results[section][name] = value
+        print(f"{section}: {name}: {text or format(value, '.4g')}", flush=True)
+
+    def time(self, calls: Calls, limits: Mapping[str, Limit] | None = None, rounds: int = 3) -> dict[str, float]:
+        """Median seconds of each call. All take turns, so that a slow phase of the machine slows all of them.
+
+        Each runs once untimed at first. A call that returns a list has timed itself, in seconds.
+        """
+        limits = limits or {}
+        calls = {name: limit[0] for name, limit in limits.items()} | calls
+        for call in calls.values():
+            call()
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        finish = torch.get_device_module(self.device).synchronize
+        for _ in range(rounds):
+            for name, call in calls.items():
+                gc.collect()
+                finish()
+                started = time.perf_counter()
+                own = call()
+                finish()
+                seconds[name] += own if isinstance(own, list) else [time.perf_counter() - started]
+        return {name: self.add_seconds(name, found, limits.get(name)) for name, found in seconds.items()}
+
+    def add_seconds(self, name: str, seconds: Sequence[float], limit: Limit | None = None) -> float:
+        """Record raw times with median and spread; a limit also with its rate. Returns the median."""
+        median, spread = statistics.median(seconds), {"fastest": min(seconds), "slowest": max(seconds)}
+        found = {"name": name, "runs": len(seconds), "median": median, **spread, "seconds": seconds}
+        if limit:
+            rate, unit = limit[1] / median, limit[2]
+            self.add("limits", name, {"rate": rate, "unit": unit, **found}, f"{rate / 1e9:.4g} G{unit}")
+        else:
+            self.add("times", name, found, f"{median:.4g} s ({min(seconds):.4g} to {max(seconds):.4g})")
+        return median
+
+    def best_rate(self, limits: Iterable[str]) -> float:
+        """Operations or bytes per second of the fastest of ``limits``."""
+        return max(self.results["limits"][name]["rate"] for name in limits)
+
+    def peak(self, name: str, function: Callable[..., tuple[int, int]], *arguments: object) -> int | None:
+        """Bytes of the call that ``function(*arguments)`` measures; None if its process was killed.
+
+        The process is a fresh one (not at the size tiny), whose allocator holds no freed memory.
+        """
+        fresh = partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))
+        with (ThreadPoolExecutor if self.size.name == "tiny" else fresh)(1) as pool:
+            try:
+                return self.add_peak(name, pool.submit(function, *arguments).result())
+            except BrokenProcessPool:
+                self.missing.append(f"peak memory of {name}: its process was killed, probably for lack of memory")
+        return None
+
+    def add_peak(self, name: str, peak: tuple[int, int]) -> int:
+        self.add("memory", name, {"call": peak[0], "process": peak[1]}, f"{peak[0] / 1e6:.4g} MB")
+        return peak[0]
+
+    def add_ratio(self, name: str, numerator: float | None, denominator: float | None, target: str = "") -> None:
+        """Their quotient, with its ``target`` ("≥ 15"); none of what was not measured (None) or has a peak of 0."""
+        if target:
+            self.results["targets"][name] = target
+        if denominator == 0:
+            self.missing.append(f"{name}: nothing to see at this size")
+        elif numerator is not None and denominator is not None:
+            self.add("ratios", name, numerator / denominator)
+
+    def write(self, folder: Path) -> None:
+        """Print the ratios as a table; write SUITE.json and SUITE.png into ``folder``."""
+        print(pd.DataFrame({name: self.results[name] for name in ("ratios", "targets")}).to_string(na_rep=""))
+        print(*(f"not measured: {line}" for line in self.missing), sep="\n")
+        content = {
+            "suite": self.suite,
+            "size": self.size.name,
+            "machine": {
+                "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else get_host_cpu_name(),
+                "torch_threads": torch.get_num_threads(),
+                "system": platform.platform(),
+                "python": platform.python_version(),
+            },
+            "versions": {package.name: package.version for package in distributions()},
+            **self.results,
+            "times": [*self.results["times"].values()],
+            "missing": self.missing,
+        }
+        write_text(folder / f"{self.suite}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        draw(self.panels, f"{self.suite}, {self.size.name}", folder / f"{self.suite}.png")
+        print(f"written: {folder / self.suite}.json and .png", flush=True)
 
 
-def _repeat(times: int, function: Callable[..., object], *arguments: object, **options: object) -> Callable[[], None]:
-    @torch.inference_mode()
-    def call() -> None:
-        for _ in range(times):
-            function(*arguments, **options)
-
-    return call
-
-
-def _sum(values: np.ndarray) -> float:
-    total = np.float32(0)
-    for i in range(values.size):
-        total += values[i]
-    return total
-
-
-# ------------------------------------------------------------------ peak memory
-
-
-class Peak(NamedTuple):
-    """``call``: bytes above the memory in use before the call; ``process``: the whole process at its highest."""
-
-    call: int
-    process: int
-
-
-class OutOfMemory(Exception):
-    """A measuring process was killed; on a full machine the cause is a lack of memory."""
-
-
-def in_own_process(function: Callable[..., Any], *arguments: object) -> Any:
-    """``function(*arguments)`` in a fresh process; a function of a module, and arguments that can be pickled.
-
-    Only the allocator of a fresh process keeps no freed memory, which would hide a part of the peak.
-
-    Raises:
-        OutOfMemory: the process was killed.
-    """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool as error:
-            raise OutOfMemory(f"{function.__name__}{arguments}: its process was ended, probably for memory") from error
-
-
-def measure_peak(call: Callable[[], object], device: torch.device) -> Peak:
-    """Peak of ``call``: allocated memory of a GPU, otherwise resident memory of the process.
+def measure_peak(call: Callable[[], object], device: torch.device) -> tuple[int, int]:
+    """Peak of ``call``, allocated on a GPU, otherwise resident: bytes above those in use before, and of the process.
 
     Everything that the call needs must exist before, and its libraries must have run once.
     """
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
-        torch.cuda.synchronize()
         highest = torch.cuda.max_memory_allocated()
-        return Peak(highest - before, highest)
-    with suppress(OSError):  # Linux alone can lower its mark, and some containers forbid it
-        Path("/proc/self/clear_refs").write_text("5")
-    before, earlier = psutil.Process().memory_info().rss, highest_resident()
-    sampled, done = [before], threading.Event()
-    sampler = threading.Thread(target=_sample, args=(sampled, done), daemon=True)
-    sampler.start()
-    try:
-        call()
-    finally:
-        done.set()
-        sampler.join()
-    mark = highest_resident()  # one that did not rise is from before the call
-    highest = max(sampled[0], mark if mark > earlier else 0)
-    return Peak(highest - before, highest)
+        return highest - before, highest
+    memory = psutil.Process().memory_info
+    before = highest = memory().rss
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(call)
+        while not running.done():
+            highest = max(highest, memory().rss)
+            time.sleep(0.002)
+        running.result()  # raises what the call raised
+    return highest - before, highest
 
 
-def highest_resident() -> int:
-    """The system's mark of the highest resident memory of this process in bytes; 0 where it has none."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # ru_maxrss would be inherited from the parent process
-        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024
-    return getattr(psutil.Process().memory_info(), "peak_wset", 0)  # Windows
-
-
-def _sample(highest: list[int], done: threading.Event) -> None:
-    process = psutil.Process()
-    while not done.wait(SAMPLE_SECONDS):
-        highest[0] = max(highest[0], process.memory_info().rss)
+def draw(panels: Mapping[str, Mapping[str, Any]], title: str, target: Path) -> None:
+    """Write ``target`` (PNG): the panels side by side, each with horizontal bars or with lines over the tokens."""
+    figure = Figure((6 * len(panels), 4.2), layout="constrained")
+    for number, (heading, values) in enumerate(panels.items(), 1):
+        axis = figure.add_subplot(1, len(panels), number)
+        if isinstance(next(iter(values.values())), Mapping):
+            pd.DataFrame(values).sort_index().plot(ax=axis, loglog=True, marker="o", xlabel="tokens", title=heading)
+        else:
+            colours = ["tab:blue" if "ours" in n else "tab:orange" if "limit" in n else "silver" for n in values]
+            pd.Series(values).plot.barh(ax=axis, color=colours, title=heading)
+            axis.bar_label(axis.containers[0], fmt="%.3g")
+            axis.margins(x=0.2)
+            axis.invert_yaxis()
+    figure.suptitle(title)
+    with atomic_path(target) as part:
+        figure.savefig(part)

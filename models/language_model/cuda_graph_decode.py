@@ -40,11 +40,7 @@ class DecodeStep:
     """One step on buffers of its own, computed without a graph: the reference of the graph."""
 
     def __init__(self, forward: Callable[..., Any], cache: Cache) -> None:
-        """
-        Args:
-            forward: the model's own forward.
-            cache: states after a prompt, of B rows; they are copied.
-        """
+        """``forward``: the model's own; ``cache``: the states of B rows after a prompt, which are copied."""
         self.forward = forward
         self.cache = copy.deepcopy(cache)
         self.ids = torch.zeros(len(self.states[0]), 1, dtype=torch.long, device=self.states[0].device)

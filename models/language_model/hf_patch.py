@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,27 +63,20 @@ def read_in_chunks(backbone: MambaModel, inputs_embeds: Tensor, mask: Tensor | N
 
 
 def _backbone_forward(
-    self: MambaModel,
-    input_ids: Tensor | None = None,
-    inputs_embeds: Tensor | None = None,
-    cache_params: Cache | None = None,
-    use_cache: bool | None = None,
-    output_hidden_states: bool | None = None,
-    return_dict: bool | None = None,
-    attention_mask: Tensor | None = None,
-    **rest: object,
+    self: MambaModel, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **options: Any
 ) -> tuple | MambaOutput:
-    """Same contract as ``MambaModel.forward``."""
+    """Same contract as ``MambaModel.forward``; all but the first two by keyword."""
     given = input_ids if inputs_embeds is None else inputs_embeds
-    if attention_mask is not None and bool(attention_mask.all()):
-        attention_mask = None  # two products per layer less
-    keeps_all = output_hidden_states or self.config.output_hidden_states or return_dict is False
-    if given is None or torch.is_grad_enabled() or keeps_all or given.shape[1] <= PREFILL_CHUNK:
-        options = (use_cache, output_hidden_states, return_dict, attention_mask)
-        return MambaModel.forward(self, input_ids, inputs_embeds, cache_params, *options, **rest)
+    mask, cache, use_cache = (options.get(name) for name in ("attention_mask", "cache_params", "use_cache"))
+    if mask is not None and bool(mask.all()):
+        mask = options["attention_mask"] = None  # two products per layer less
+    all_states = options.get("output_hidden_states") or self.config.output_hidden_states
+    as_tuple = options.get("return_dict") is False
+    if given is None or torch.is_grad_enabled() or all_states or as_tuple or given.shape[1] <= PREFILL_CHUNK:
+        return MambaModel.forward(self, input_ids, inputs_embeds, **options)
     embeds = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-    cache = DynamicCache(config=self.config) if cache_params is None else cache_params
-    hidden = torch.cat(list(read_in_chunks(self, embeds, attention_mask, cache)), dim=1)
+    cache = DynamicCache(config=self.config) if cache is None else cache
+    hidden = torch.cat(list(read_in_chunks(self, embeds, mask, cache)), dim=1)
     return_cache = self.config.use_cache if use_cache is None else use_cache
     return MambaOutput(last_hidden_state=hidden, cache_params=cache if return_cache else None)
 

@@ -214,8 +214,7 @@ class MambaLM(nn.Module):
 
     def checkpointing(self, wanted: bool | None) -> bool:
         """Keep only the blocks' inputs for the backward pass (None: from a billion parameters on); returns which."""
-        if wanted is None:
-            wanted = _parameters(self.model.config) > LARGE_MODEL
+        wanted = _is_large(self.model.config) if wanted is None else wanted
         recompute_blocks(self.model, wanted)
         return wanted
 
@@ -280,14 +279,13 @@ class MambaLM(nn.Module):
 def _dtype(wanted: str, config: MambaConfig, device: torch.device) -> torch.dtype:
     if wanted != "auto":
         return getattr(torch, wanted)
-    large = _parameters(config) > LARGE_MODEL
-    return torch.bfloat16 if device.type != "cpu" or large else torch.float32
+    return torch.bfloat16 if device.type != "cpu" or _is_large(config) else torch.float32
 
 
-def _parameters(config: MambaConfig) -> int:
-    """in_proj, out_proj and the embedding table are nearly all of a Mamba's parameters."""
-    inner = config.intermediate_size
-    return config.num_hidden_layers * 3 * config.hidden_size * inner + config.vocab_size * config.hidden_size
+def _is_large(config: MambaConfig) -> bool:
+    """Counts in_proj, out_proj and the embedding table, which hold nearly all parameters of a Mamba."""
+    weights = 3 * config.num_hidden_layers * config.intermediate_size + config.vocab_size
+    return weights * config.hidden_size > LARGE_MODEL
 
 
 def _tie_head(model: MambaForCausalLM, head_missing: bool) -> None:

@@ -77,16 +77,11 @@ def test_shipped_values_of_the_network_are_the_defaults():
 # ---------------------------------------------------------------- mistakes
 
 
-@pytest.mark.parametrize(
-    ("written", "meant"),
-    [
-        ("caption_csv_trian", "caption_csv_train"),
-        ("roi_size", "roi_side"),
-        ("max_visual_token", "max_visual_tokens"),
-        ("Use_CMI", "use_cmi"),
-        ("nnunet_checkpoint", "nnunet_encoder_checkpoint"),
-    ],
-)
+NEAREST = {"caption_csv_trian": "caption_csv_train", "roi_size": "roi_side", "max_visual_token": "max_visual_tokens"}
+NEAREST |= {"Use_CMI": "use_cmi", "nnunet_checkpoint": "nnunet_encoder_checkpoint"}
+
+
+@pytest.mark.parametrize(("written", "meant"), NEAREST.items())
 def test_unknown_key_names_the_nearest(tmp_path, written, meant):
     message = refusal(tmp_path, f"{written}: 3\n")
     assert f"'{written}'" in message and f"did you mean '{meant}'?" in message and "paths.yaml" in message
@@ -98,69 +93,47 @@ def test_a_key_like_no_other_lists_those_that_exist(tmp_path, key):
     assert "unknown configuration key" in message and "caption_csv_train" in message
 
 
-def test_key_that_stands_twice_is_refused_with_its_line(tmp_path):
-    message = refusal(tmp_path, "slices: 1\nroi_side: 7\nslices: 3\n")
-    assert "'slices' stands twice (line 3)" in message and "paths.yaml" in message
-
-
-def test_prefix_that_stands_twice_in_a_nested_mapping_is_refused(tmp_path):
-    assert "'d:/' stands twice" in refusal(tmp_path, "path_map:\n  d:/: /mnt/d/\n  d:/: /mnt/e/\n")
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("slices: true", "a whole number"),
-        ('slices: "1"', "a whole number"),
-        ('bridge_depth: "1e-4"', "a whole number"),
-        ("bridge_depth: 1e-4", "a whole number"),
-        ("slices: 1.0", "a whole number"),
-        ("slices:", "a whole number"),
-        ("roi_side: seven", "a whole number or nothing (empty)"),
-        ("use_cmi: 1", "true or false"),
-        ("augment_noise: some", "a number"),
-        ("augment_noise: .nan", "a number"),
-        ("augment_rotate: true", "a number"),
-        ('use_cmi: "true"', "true or false"),
-        ("slice_policy: Mask", "one of 'mask', 'nnunet', 'middle', 'uniform'"),
-        ("slice_policy: [mask]", "one of 'mask', 'nnunet', 'middle', 'uniform'"),
-        ("mamba_dtype: fp16", "one of 'auto', 'float32', 'bfloat16', 'float16'"),
-        ("output_dir: 2024-11-23", "text"),
-        ("mamba_model:", "text"),
-        ("caption_csv_train: [a.csv, b.csv]", "text or nothing"),
-        ("path_map: [a, b]", "'text: text' pairs"),
-        ("path_map: {1: /mnt}", "'text: text' pairs"),
+WRONG_VALUES = {
+    "a whole number": [
+        "slices: true",
+        'slices: "1"',
+        'bridge_depth: "1e-4"',
+        "bridge_depth: 1e-4",
+        "slices: 1.0",
+        "slices:",
     ],
-)
-def test_wrong_type_names_key_value_and_what_was_expected(tmp_path, line, expected):
+    "a whole number or nothing (empty)": ["roi_side: seven"],
+    "at least": ["slices: 0", "num_workers: -1", "bridge_width: 4", "roi_side: 0"],
+    "true or false": ["use_cmi: 1", 'use_cmi: "true"'],
+    "a number": ["augment_noise: some", "augment_noise: .nan", "augment_rotate: true"],
+    "one of 'mask', 'nnunet', 'middle', 'uniform'": ["slice_policy: Mask", "slice_policy: [mask]"],
+    "one of 'auto', 'float32', 'bfloat16', 'float16'": ["mamba_dtype: fp16"],
+    "text": ["output_dir: 2024-11-23", "mamba_model:"],
+    "text or nothing": ["caption_csv_train: [a.csv, b.csv]"],
+    "'text: text' pairs": ["path_map: [a, b]", "path_map: {1: /mnt}"],
+}
+
+
+@pytest.mark.parametrize(("expected", "line"), [(e, line) for e, lines in WRONG_VALUES.items() for line in lines])
+def test_wrong_value_names_key_value_and_what_was_expected(tmp_path, line, expected):
     message = refusal(tmp_path, line + "\n")
     key = line.split(":")[0]
     assert f"'{key}' is" in message and f"expected {expected}" in message and "paths.yaml" in message
 
 
-@pytest.mark.parametrize("line", ["slices: 0", "num_workers: -1", "bridge_width: 4", "roi_side: 0"])
-def test_too_small_a_number_is_refused(tmp_path, line):
-    key, value = line.split(": ")
-    message = refusal(tmp_path, line)
-    assert f"'{key}' is {value}, expected at least" in message
+WRONG_FILES = {
+    "not valid YAML": ["slices: [1\n", "a: b: c\n", "slices: 1\n  roi_side: 2\n", "x: \x07\n", "a: 1\n---\nb: 2"]
+    + ["[a, b]: 1\n", "? {a: 1}\n: 2\n", "{{slices}}: 1\n"],  # collections as keys
+    "expected 'key: value' lines": ["- a\n- b\n", "just text\n", "3\n"],
+    "'slices' stands twice (line 3)": ["slices: 1\nroi_side: 7\nslices: 3\n"],
+    "'d:/' stands twice": ["path_map:\n  d:/: /mnt/d/\n  d:/: /mnt/e/\n"],
+}
 
 
-@pytest.mark.parametrize(
-    "text", ["slices: [1\n", "a: b: c\n", "slices: 1\n  roi_side: 2\n", "x: \x07\n", "a: 1\n---\nb: 2"]
-)
-def test_invalid_yaml_is_one_line_that_names_the_file(tmp_path, text):
+@pytest.mark.parametrize(("expected", "text"), [(e, text) for e, texts in WRONG_FILES.items() for text in texts])
+def test_wrong_file_is_one_line_that_names_it(tmp_path, expected, text):
     message = refusal(tmp_path, text)
-    assert "paths.yaml" in message and "not valid YAML" in message
-
-
-@pytest.mark.parametrize("text", ["[a, b]: 1\n", "? {a: 1}\n: 2\n", "{{slices}}: 1\n"])
-def test_a_collection_as_key_is_invalid_yaml_too(tmp_path, text):
-    assert "not valid YAML" in refusal(tmp_path, text)
-
-
-@pytest.mark.parametrize("text", ["- a\n- b\n", "just text\n", "3\n"])
-def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
-    assert "expected 'key: value' lines" in refusal(tmp_path, text)
+    assert "paths.yaml" in message and expected in message
 
 
 def test_code_in_yaml_is_not_executed(tmp_path):

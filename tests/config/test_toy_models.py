@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from config.errors import InputError
 from config.schema import Config, build_config
@@ -23,10 +22,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> Path:
     """``lm`` and ``nnunet.pth`` with the stamp, a synthetic data set in ``data``, and a table of one's own."""
     folder = tmp_path_factory.mktemp("toys")
     source = load_nnunet_checkpoint(assets / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth")
-    save_nnunet_checkpoint(
-        folder / "nnunet.pth", torch.load(source.path, weights_only=False)["network_weights"], source.plans,
-        source.configuration, {**source.dataset_json, STAMP: True},
-    )  # fmt: skip
+    dataset = {**source.dataset_json, STAMP: True}
+    save_nnunet_checkpoint(folder / "nnunet.pth", source.network_state, source.plans, source.configuration, dataset)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["make_tiny_lm.py", "--out", str(folder / "lm"), "--steps", "1", "--width", "32"])
         make_tiny_lm.main()
@@ -62,8 +59,8 @@ def test_own_data_is_refused_naming_each_key_and_a_value(folder: Path) -> None:
 
 @pytest.mark.parametrize("key", ["mamba_model", "nnunet_encoder_checkpoint"])
 def test_one_toy_beside_an_own_model_is_refused(folder: Path, assets: Path, key: str) -> None:
-    own = {"mamba_model": "state-spaces/mamba-2.8b-hf"}
-    own["nnunet_encoder_checkpoint"] = str(assets / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth")
+    nnunet = str(assets / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth")
+    own = {"mamba_model": "state-spaces/mamba-2.8b-hf", "nnunet_encoder_checkpoint": nnunet}
     check_toy_models(config(folder, **own), [folder / "own.csv"], allow=False)
     del own[key]
     with pytest.raises(InputError, match=f"^{key} .*set {key}: "):

@@ -1,4 +1,4 @@
-"""Augmentation: what is changed stays true, squares move with the image, and a seed repeats it."""
+"""Augmentation: RoIs move with the image, and a seed repeats it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def spot(row: int, column: int, shape: tuple[int, int] = (48, 64)) -> torch.Tens
 
 
 def centre_of(image: torch.Tensor) -> list[float]:
-    """Centre of mass in shares of the image."""
+    """Centre of mass in fractions of the image."""
     mass = image / image.sum()
     return [float((mass.sum(1 - axis) * (torch.arange(n) + 0.5)).sum() / n) for axis, n in enumerate(image.shape)]
 
@@ -41,13 +41,13 @@ def test_a_right_angle_is_torchs_own_rotation():
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("change", [Augmentation(shift=6), Augmentation(rotate=15), Augmentation(shift=4, rotate=10)])
-def test_squares_move_with_the_image(change, seed):
+def test_rois_move_with_the_image(change, seed):
     roi = torch.tensor([[20 / 48, 40 / 64, 0.2, 1.0], [0.0, 0.0, 0.0, 0.0]])
     torch.manual_seed(seed)
     images, moved = change(spot(20, 40), roi)
     assert images.shape == (2, 1, 48, 64)
     assert moved[0, :2].tolist() == pytest.approx(centre_of(images[0, 0]), abs=0.01)
-    assert moved[0, 2:].tolist() == roi[0, 2:].tolist(), "a square keeps its side"
+    assert moved[0, 2:].tolist() == roi[0, 2:].tolist(), "a RoI keeps its side"
     assert torch.equal(moved[1], roi[1]), "and where none is known none appears"
 
 

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
@@ -28,13 +27,9 @@ END = 256
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(small_training: Path) -> PreTrainedTokenizerFast:
     """256 byte tokens and an end."""
-    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab={**vocabulary, "<|endoftext|>": END}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    return PreTrainedTokenizerFast.from_pretrained(small_training / "lm")
 
 
 # ---------------------------------------------------------------- text
@@ -145,8 +140,7 @@ def test_spawned_worker_gives_what_the_main_process_gives(table, tokenizer):
 def test_images_once_read_stay_in_memory_as_far_as_there_is_room(table, monkeypatch, megabytes, reads):
     cases = dataset(table, memory_cache_mb=megabytes)
     first = [cases[index].images.clone() for index in range(3)]
-    count = []
-    get = cases.cache.get
+    get, count = cases.cache.get, []
     monkeypatch.setattr(cases.cache, "get", lambda *args: (count.append(1), get(*args))[1])
     for _ in range(2):
         samples = [cases[index].images for index in range(3)]

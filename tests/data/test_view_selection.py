@@ -127,10 +127,10 @@ def test_slice_has_the_patch_size_or_the_next_multiple_of_the_stride(extent, exp
     assert int((images[0] != 0).sum()) == extent[0] * extent[1], "the whole slice is seen"
 
 
-def test_policy_mask_takes_the_lesion_and_middle_does_not():
+def test_policies_mask_and_nnunet_take_the_volumes_labels_and_middle_does_not():
     volume = cached((20, 8, 8), lesion=(slice(15, 17), slice(0, 3), slice(0, 3)))
-    assert depths(ViewSelection(PLAN_2D, (8, 8), 2, "mask")(volume)[0]) == [15, 16]
-    assert depths(ViewSelection(PLAN_2D, (8, 8), 2, "middle")(volume)[0]) == [9, 10]
+    for policy, expected in {"mask": [15, 16], "nnunet": [15, 16], "middle": [9, 10]}.items():
+        assert depths(ViewSelection(PLAN_2D, (8, 8), 2, policy)(volume)[0]) == expected
     assert depths(ViewSelection(PLAN_2D, (8, 8), 2, "mask")(cached((20, 8, 8)))[0]) == [9, 10]
 
 
@@ -157,9 +157,10 @@ def test_writing_to_a_sample_does_not_reach_the_cache():
         images += 1
 
 
-def test_patch_is_centred_on_the_lesion():
+@pytest.mark.parametrize("policy", ["mask", "nnunet"])
+def test_patch_is_centred_on_the_lesion(policy):
     volume = cached((30, 40, 50), lesion=(slice(10, 14), slice(20, 24), slice(30, 34)))
-    images, position, _ = ViewSelection(PLAN_3D, (4, 8, 8), slices=2, policy="mask")(volume)
+    images, position, _ = ViewSelection(PLAN_3D, (4, 8, 8), slices=2, policy=policy)(volume)
     assert images.shape == (1, 8, 16, 16)
     assert np.array_equal(images[0], volume.image.array[0, 8:16, 14:30, 24:40])
     # Two planes stand for the patch's lower and upper half.
@@ -231,14 +232,6 @@ def test_the_core_is_the_middle_or_the_nearest_to_it_inside():
     assert bow[core_of(bow)]
 
 
-def test_a_slice_without_a_lesion_in_its_box_has_no_core():
-    mask = np.zeros((5, 9, 9), np.uint8)
-    mask[1, 2:5, 2:5] = mask[3, 2:5, 2:5] = 1
-    (lesion,) = find_lesions(mask)
-    assert lesion.areas == (9, 0, 9) and lesion.cores == ((3, 3), (-1, -1), (3, 3))
-    assert Lesion.from_list(lesion.to_list()) == lesion
-
-
 @pytest.mark.parametrize(("axis", "gap", "count"), [(2, 2, 1), (2, 3, 2), (1, 2, 1), (1, 3, 2), (0, 1, 1), (0, 2, 2)])
 def test_parts_with_a_small_gap_are_one_lesion(axis, gap, count):
     mask = np.zeros((12, 12, 12), np.uint8)
@@ -248,6 +241,9 @@ def test_parts_with_a_small_gap_are_one_lesion(axis, gap, count):
         mask[tuple(part)] = 1
     lesions = find_lesions(mask)
     assert len(lesions) == count and sum(lesion.voxels for lesion in lesions) == 16
+    if (axis, count) == (0, 1):
+        assert lesions[0].areas == (4, 4, 0, 4, 4) and lesions[0].cores[2] == (-1, -1), "the slice between has none"
+        assert Lesion.from_list(lesions[0].to_list()) == lesions[0]
     assert lesions[0].box[axis] == ((2, 6 + gap) if count == 1 else (2, 4))
 
 
@@ -329,14 +325,7 @@ def test_uniform_patch_reaches_from_the_lowest_to_the_highest_plane():
     assert depths(flat.transpose(0, 1)) == list(range(8)), "not deeper than the patch: as it is"
 
 
-def test_nnunet_policy_chooses_by_the_labels_that_the_volume_carries():
-    volume = cached((20, 8, 8), lesion=(slice(15, 17), slice(0, 3), slice(0, 3)))
-    for plan in (PLAN_2D, PLAN_3D):
-        by_mask, by_network = (ViewSelection(plan, (8,) * plan.dim, 2, policy)(volume) for policy in ("mask", "nnunet"))
-        assert all(torch.equal(one, other) for one, other in zip(by_mask, by_network, strict=True))
-
-
-def test_roi_is_the_square_around_the_lesion_in_shares_of_the_padded_image():
+def test_roi_is_the_square_around_the_lesion_in_fractions_of_the_padded_image():
     volume = cached((20, 12, 20), lesion=(slice(10, 12), slice(2, 6), slice(11, 13)))
     images, _, roi = ViewSelection(PLAN_2D, (8, 8), 3, "mask")(volume)
     assert images.shape[-2:] == (16, 24)  # 2 voxels of padding on each side

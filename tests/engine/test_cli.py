@@ -13,6 +13,8 @@ from config.schema import load_config
 from config.toy_models import STAMP
 from engine.cli import CHECKPOINTS, add_training_flags, config_from, find_checkpoint, local_config
 
+Capture = pytest.CaptureFixture[str]
+
 
 def paths_yaml(folder: Path, **keys: str) -> Path:
     path = folder / "paths.yaml"
@@ -26,9 +28,7 @@ def parse(*flags: str) -> argparse.Namespace:
     return parser.parse_args(flags)
 
 
-def test_the_checkpoint_of_the_latest_stage_is_found_and_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_checkpoint_of_the_latest_stage_is_found_and_printed(tmp_path: Path, capsys: Capture) -> None:
     config = paths_yaml(tmp_path, output_dir=str(tmp_path / "out"))
     (tmp_path / "out").mkdir()
     for name in reversed(CHECKPOINTS):
@@ -38,9 +38,8 @@ def test_the_checkpoint_of_the_latest_stage_is_found_and_printed(
 
 
 def test_without_a_checkpoint_the_message_says_which_commands_make_one(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"no checkpoint in .*out: .*python train\.py .*python train_vlm\.py"
-    ) as caught:
+    message = r"no checkpoint in .*out: .*python train\.py .*python train_vlm\.py"
+    with pytest.raises(InputError, match=message) as caught:
         find_checkpoint(paths_yaml(tmp_path, output_dir=str(tmp_path / "out")))
     assert "\n" not in str(caught.value)
 
@@ -56,9 +55,7 @@ def test_mamba_model_overrides_the_key_in_training_and_of_a_checkpoint(tmp_path:
     assert local_config(parse(), trained) == trained
 
 
-def test_training_with_a_toy_model_and_own_tables_is_refused_unless_allowed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_with_a_toy_model_and_own_tables_is_refused_unless_allowed(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "config.json").write_text(json.dumps({STAMP: True}), encoding="utf-8")
     flags = ["--config", str(paths_yaml(tmp_path, caption_csv_train="own.csv")), "--mamba_model", str(tmp_path / "toy")]

@@ -13,13 +13,7 @@ from config.errors import InputError
 from models.language_model import prefix_state
 from models.language_model.decoding import Decoding
 from models.language_model.mamba_lm import MambaLM
-from models.language_model.prefix_state import (
-    PrefixIdentity,
-    PrefixState,
-    answer_from_state,
-    seconds_to_first_token,
-    weights_fingerprint,
-)
+from models.language_model.prefix_state import PrefixIdentity, PrefixState, answer_from_state, seconds_to_first_token
 from models.medical_vlm import generate_reports
 from tests.models.language_model.tiny import sharp_lm
 
@@ -141,9 +135,11 @@ def test_what_differs_is_named_in_one_line(identity: PrefixIdentity, field: str,
 
 
 def test_fingerprint_knows_other_weights_and_precisions(lm: MambaLM) -> None:
-    assert weights_fingerprint(sharp_lm().model) == weights_fingerprint(lm.model)
+    assert prefix_state.weights_fingerprint(sharp_lm().model) == prefix_state.weights_fingerprint(lm.model)
     others = [sharp_lm(seed=1), sharp_lm().bfloat16()]
-    assert all(weights_fingerprint(other.model) != weights_fingerprint(lm.model) for other in others)
+    assert all(
+        prefix_state.weights_fingerprint(other.model) != prefix_state.weights_fingerprint(lm.model) for other in others
+    )
 
 
 def test_a_state_of_another_size_does_not_enter_a_model(visual: Tensor, lm: MambaLM) -> None:

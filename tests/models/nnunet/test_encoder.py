@@ -43,8 +43,12 @@ def _plans(assets: Path, name: str = "2d_plain") -> dict:
     return json.loads((assets / "nnunet_tiny" / name / "plans.json").read_text(encoding="utf-8"))
 
 
+def _from_plans(plans: dict, configuration: str = "2d") -> Architecture:
+    return Architecture.from_plans(plans, configuration, in_channels=1, num_classes=2)
+
+
 def _architecture(assets: Path, name: str = "2d_plain", configuration: str = "2d") -> Architecture:
-    return Architecture.from_plans(_plans(assets, name), configuration, in_channels=1, num_classes=2)
+    return _from_plans(_plans(assets, name), configuration)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -118,11 +122,11 @@ def test_state_dict_has_nnunets_names_aliases_and_values(assets, name):
     assert all(torch.equal(own[key], stored[key]) for key in stored)
 
 
-def test_plans_without_architecture_describe_the_same_network(assets):
+def test_old_plans_describe_the_same_network_and_others_are_refused(assets):
     plans = _plans(assets)
     configuration = plans["configurations"]["2d"]
     with pytest.raises(InputError, match="neither 'architecture' nor 'UNet_class_name'"):
-        Architecture.from_plans({"configurations": {"2d": {"patch_size": [8, 8]}}}, "2d", in_channels=1, num_classes=2)
+        _from_plans({"configurations": {"2d": {"patch_size": [8, 8]}}})
     kwargs = configuration.pop("architecture")["arch_kwargs"]
     configuration.update(
         UNet_class_name="PlainConvUNet",
@@ -133,11 +137,14 @@ def test_plans_without_architecture_describe_the_same_network(assets):
         n_conv_per_stage_encoder=kwargs["n_conv_per_stage"],
         n_conv_per_stage_decoder=kwargs["n_conv_per_stage_decoder"],
     )
-    old = Architecture.from_plans(plans, "2d", in_channels=1, num_classes=2)
+    old = _from_plans(plans)
     assert old.to_dict() == _architecture(assets).to_dict()
+    plans["configurations"]["cascade"] = {"inherits_from": "2d", "previous_stage": "3d_lowres"}
+    with pytest.raises(InputError, match="second stage of a cascade"):
+        _from_plans(plans, "cascade")
     configuration["UNet_class_name"] = "MyUNet"
     with pytest.raises(InputError, match="UNet_class_name 'MyUNet'"):
-        Architecture.from_plans(plans, "2d", in_channels=1, num_classes=2)
+        _from_plans(plans)
 
 
 @pytest.mark.parametrize(
@@ -158,14 +165,7 @@ def test_architectures_outside_the_allow_list_are_refused_by_name(assets, change
     plans = _plans(assets)
     plans["configurations"]["2d"]["architecture"]["arch_kwargs"].update(change)
     with pytest.raises(InputError, match=message):
-        Architecture.from_plans(plans, "2d", in_channels=1, num_classes=2)
-
-
-def test_cascades_are_refused(assets):
-    plans = _plans(assets)
-    plans["configurations"]["cascade"] = {"inherits_from": "2d", "previous_stage": "3d_lowres"}
-    with pytest.raises(InputError, match="second stage of a cascade"):
-        Architecture.from_plans(plans, "cascade", in_channels=1, num_classes=2)
+        _from_plans(plans)
 
 
 def test_scalars_in_plans_mean_every_stage_and_axis(assets):

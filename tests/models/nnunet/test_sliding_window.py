@@ -55,10 +55,8 @@ def test_equals_every_tile_in_turn(space):
     for row in tile_starts(sizes[0], 8):
         for column in tile_starts(sizes[1], 12):
             tile = torch.from_numpy(padded[None, :, row : row + 8, column : column + 12])
-            logits = placed(tile)[0].numpy()
-            for i, j in itertools.product(range(8), range(12)):
-                total[:, row + i, column + j] += logits[:, i, j] * weight[i, j]
-                sums[row + i, column + j] += weight[i, j]
+            total[:, row : row + 8, column : column + 12] += placed(tile)[0].numpy() * weight
+            sums[row : row + 8, column : column + 12] += weight
     expected = (total / sums)[:, before[0] : before[0] + space[0], before[1] : before[1] + space[1]]
     got = sliding_window(placed, images, patch)
     assert got.shape == (2, 2, *space)
