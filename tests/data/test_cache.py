@@ -16,17 +16,14 @@ import numpy as np
 import pytest
 
 from config.errors import InputError
-from config.nnunet_plans import Intensity, PreprocessPlan, Resampling
 from data import cache as cache_module
 from data.cache import VolumeCache, file_digest
 from data.imaging.nifti import write_volume
 from data.imaging.reader import read_mask, read_volume
 from data.nnunet_preprocess import preprocess
+from tests.data.imaging.images import PLAN_2D
 
-# normalisation, without a mask; intensities; reader; orientation; resampling of image and mask
-HU = Intensity(mean=-300.0, std=400.0, percentile_00_5=-1000.0, percentile_99_5=600.0)
-CT = (("CTNormalization",), (False,), (HU,), "SimpleITKIO", "LPS", Resampling(order=3), Resampling(order=1))
-PLAN = PreprocessPlan("2d", 2, (0.8, 0.8), (32, 32), (0, 1, 2), *CT)
+PLAN = replace(PLAN_2D, spacing=(0.8, 0.8), patch_size=(32, 32))
 
 
 @pytest.fixture

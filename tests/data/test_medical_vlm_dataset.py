@@ -13,16 +13,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from config.errors import InputError
-from config.nnunet_plans import Intensity, PreprocessPlan, Resampling
 from config.schema import build_config
 from data.cache import VolumeCache
 from data.imaging.nifti import write_volume
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset, Sample, encode_answer, encode_prompt
+from tests.data.imaging.images import PLAN_2D
 
-# normalisation, without a mask; intensities; reader; orientation; resampling of image and mask
-HU = Intensity(mean=-300.0, std=400.0, percentile_00_5=-1000.0, percentile_99_5=600.0)
-CT = (("CTNormalization",), (False,), (HU,), "SimpleITKIO", "LPS", Resampling(order=3), Resampling(order=1))
-PLAN_2D = PreprocessPlan("2d", 2, (1.0, 1.0), (16, 24), (0, 1, 2), *CT)
 END = 256
 
 

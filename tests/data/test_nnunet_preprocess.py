@@ -11,17 +11,15 @@ import pytest
 from scipy import ndimage
 
 from config.errors import InputError
-from config.nnunet_plans import Intensity, PreprocessPlan, Resampling, resolve_configuration
+from config.nnunet_plans import PreprocessPlan, Resampling, resolve_configuration
 from data.imaging.reader import read_mask, read_volume
 from data.imaging.volume import Volume
 from data.nnunet_preprocess import VoxelMap, normalize, preprocess
 from data.resampling import new_shape, resample_image, resample_labels, separate_axis, spline_matrix
+from tests.data.imaging.images import PLAN_2D
 
 REFERENCES = ["2d_plain", "3d_plain", "tiny/2d_plain", "tiny/2d_resenc", "tiny/3d_plain"]
-# normalisation, without a mask; intensities; reader; orientation; resampling of image and mask
-HU = Intensity(mean=-300.0, std=400.0, percentile_00_5=-1000.0, percentile_99_5=600.0)
-CT = (("CTNormalization",), (False,), (HU,), "SimpleITKIO", "LPS", Resampling(order=3), Resampling(order=1))
-PLAN = PreprocessPlan("3d_fullres", 3, (1.0, 1.0, 1.0), (8, 8, 8), (0, 1, 2), *CT)
+PLAN = replace(PLAN_2D, configuration="3d_fullres", dim=3, spacing=(1.0, 1.0, 1.0), patch_size=(8, 8, 8))
 
 
 def _volume(array: np.ndarray, spacing=(1.0, 1.0, 1.0)) -> Volume:

@@ -10,16 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config.nnunet_plans import Intensity, PreprocessPlan, Resampling
 from data.augmentation import Augmentation
 from data.cache import CachedVolume
 from data.lesions import Lesion, core_of, covering_slices, find_lesions, lesion_of_each
 from data.view_selection import ROI_MARGIN, ViewSelection, centred, choose_slices
+from tests.data.imaging.images import PLAN_2D
 
-# normalisation, without a mask; intensities; reader; orientation; resampling of image and mask
-HU = Intensity(mean=-300.0, std=400.0, percentile_00_5=-1000.0, percentile_99_5=600.0)
-CT = (("CTNormalization",), (False,), (HU,), "SimpleITKIO", "LPS", Resampling(order=3), Resampling(order=1))
-PLAN_2D = PreprocessPlan("2d", 2, (1.0, 1.0), (16, 24), (0, 1, 2), *CT)
 PLAN_3D = replace(PLAN_2D, configuration="3d_fullres", dim=3, spacing=(2.0, 1.0, 1.0), patch_size=(8, 16, 16))
 
 

@@ -15,8 +15,9 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from config.nnunet_plans import Intensity, PreprocessPlan, Resampling
 
 HU = Intensity(mean=-300.0, std=400.0, percentile_00_5=-1000.0, percentile_99_5=600.0)
+# normalisation, without a mask; intensities; reader; orientation; resampling of image and mask
 CT = (("CTNormalization",), (False,), (HU,), "SimpleITKIO", "LPS", Resampling(order=3), Resampling(order=1))
-PLAN_2D = PreprocessPlan("2d", 2, (1.0, 1.0), (64, 64), (0, 1, 2), *CT)
+PLAN_2D = PreprocessPlan("2d", 2, (1.0, 1.0), (16, 24), (0, 1, 2), *CT)
 SPACING = (3.0, 2.0, 1.5)  # z, y, x in mm
 ORIENTATIONS = [
     "".join(code) for axes in itertools.permutations(("LR", "PA", "SI")) for code in itertools.product(*axes)
