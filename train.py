@@ -63,8 +63,7 @@ def build_objectives(
     frequencies, output_std = report_frequencies(reports, tokenizer), float(table.std())
     objectives = [
         Align(
-            *embed_reports([row.answer for row in part.rows], tokenizer, table, frequencies, len(reports)),
-            output_std,
+            *embed_reports([row.answer for row in part.rows], tokenizer, table, frequencies, len(reports)), output_std
         )
         for part in (train, val)
     ]

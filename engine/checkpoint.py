@@ -234,7 +234,7 @@ def check_agreement(checkpoint: Checkpoint, config: Config) -> list[str]:
                 f"set {yaml_line(key, there)}, or retrain Stage 1 with the new value and name its checkpoint "
                 "(--vision_checkpoint)"
             )
-        notes.append(f"note: {key} was {there} in {checkpoint.path.name}, now {here}")
+        notes.append(f"note: {yaml_line(key, there)} in {checkpoint.path.name}, now {yaml_line(key, here)}")
     return notes
 
 

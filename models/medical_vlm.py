@@ -30,14 +30,7 @@ Images = Tensor | list[Tensor]
 class VisionBridge(nn.Module):
     """Everything that is trained, and everything a checkpoint's ``model_state_dict`` holds."""
 
-    def __init__(
-        self,
-        encoder: NnUNetEncoder,
-        bridge: Bridge,
-        cmi: CMI | None,
-        *,
-        centre_crop: int | None,
-    ) -> None:
+    def __init__(self, encoder: NnUNetEncoder, bridge: Bridge, cmi: CMI | None, *, centre_crop: int | None) -> None:
         """``centre_crop``: side of the central features that the bridge reads; None: all of them."""
         super().__init__()
         self.encoder = encoder

@@ -96,11 +96,7 @@ def report_frequencies(reports: Sequence[str], tokenizer: PreTrainedTokenizerBas
 
 
 def embed_reports(
-    reports: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    table: Tensor,
-    frequencies: Counter[int],
-    corpus: int,
+    reports: Sequence[str], tokenizer: PreTrainedTokenizerBase, table: Tensor, frequencies: Counter[int], corpus: int
 ) -> tuple[Tensor, Tensor]:
     """Reports as centred unit vectors: means of token embeddings, weighted by inverse document frequency.
 

@@ -138,7 +138,7 @@ def check_command(line: str) -> None:
     if program.endswith(".ps1"):
         name = program.removeprefix("./")
         assert name in powershell().TRAINING, f"no such script: {program}"
-        script = powershell().TrainingScript.read(powershell().source_of(name))
+        script = powershell().TrainingScript(powershell().source_of(name))
         given = re.findall(r"(?<!\S)-([A-Za-z]+)", line)
         unknown = [word for word in given if f"${word.lower()}" not in {p.lower() for p in script.types}]
         assert not unknown, f"{name} has no parameter -{unknown[0]}"

@@ -10,6 +10,7 @@ import torch
 from config.errors import InputError
 from config.schema import load_config, write_config
 from engine.checkpoint import load_checkpoint
+from models.nnunet.checkpoint import load_nnunet_checkpoint
 
 
 def config_with(small_training: Path, folder: Path, **keys: object) -> Path:
@@ -42,15 +43,11 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_not(run_stage, tmp
 
 
 def test_a_frozen_encoder_keeps_nnunets_weights(run_stage, small_training, tmp_path, assets):
-    from models.nnunet.encoder import NnUNetEncoder
-
     config = config_with(small_training, tmp_path, train_encoder=False)
     run_stage("train", "--epochs", "1", "--output_dir", str(tmp_path / "out"), config=config)
     saved = load_checkpoint(tmp_path / "out" / "vision_bridge_final.pt").model_state_dict
-    source = NnUNetEncoder.from_checkpoint(
-        assets / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth", None, 6
-    )
-    assert all(torch.equal(value, saved[f"encoder.{name}"]) for name, value in source.state_dict().items())
+    source = load_nnunet_checkpoint(assets / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth")
+    assert all(torch.equal(value, saved[f"encoder.{name}"]) for name, value in source.encoder_state.items())
 
 
 def test_the_proxy_loss_warns_and_needs_no_weights_of_the_language_model(run_stage, small_training, tmp_path, capsys):

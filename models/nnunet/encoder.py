@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from config.errors import InputError
 from config.nnunet_plans import required
 from models.nnunet.architecture import Architecture
-from models.nnunet.checkpoint import NnUNetCheckpoint, load_nnunet_checkpoint, load_strictly
+from models.nnunet.checkpoint import NnUNetCheckpoint, load_strictly
 from models.nnunet.unet import UNetEncoder
 
 
@@ -59,18 +58,9 @@ class NnUNetEncoder(nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls,
-        checkpoint: Path | str | NnUNetCheckpoint,
-        output_stage: int | None = None,
-        target_spatial: int = 28,
-        planes: int = 4,
+        cls, checkpoint: NnUNetCheckpoint, output_stage: int | None = None, target_spatial: int = 28, planes: int = 4
     ) -> NnUNetEncoder:
-        """The encoder with the weights of nnU-Net's ``checkpoint``; every tensor must fit.
-
-        Raises InputError as :func:`load_nnunet_checkpoint` does, and if weights and plans do not fit.
-        """
-        if not isinstance(checkpoint, NnUNetCheckpoint):
-            checkpoint = load_nnunet_checkpoint(checkpoint)
+        """The encoder with nnU-Net's weights. Raises InputError if weights and plans do not fit."""
         module = cls(checkpoint.architecture, output_stage, target_spatial, planes)
         load_strictly(module, checkpoint.encoder_state, checkpoint.path)
         return module

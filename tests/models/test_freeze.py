@@ -9,6 +9,7 @@ import torch
 
 from config.schema import build_config
 from models.medical_vlm import VisionBridge
+from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.encoder import NnUNetEncoder
 
 WIDTH = 24
@@ -19,7 +20,9 @@ def vision_of(folder: Path, *, with_cmi: bool, **keys: object) -> VisionBridge:
     values = {"encoder_target_spatial": 6, "bridge_width": 16, "bridge_depth": 1, "max_visual_tokens": 9}
     config = build_config({**values, **keys}, "test")
     checkpoint, side = folder / "fold_0" / "checkpoint_best.pth", config.encoder_target_spatial
-    encoder = NnUNetEncoder.from_checkpoint(checkpoint, config.encoder_output_stage, side, config.slices)
+    encoder = NnUNetEncoder.from_checkpoint(
+        load_nnunet_checkpoint(checkpoint), config.encoder_output_stage, side, config.slices
+    )
     return VisionBridge.build(config, encoder, WIDTH, 0.1, with_cmi=with_cmi)
 
 

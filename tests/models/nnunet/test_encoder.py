@@ -99,9 +99,8 @@ def test_deeper_stages_are_not_computed(assets):
 
 
 def test_rebuilt_from_its_stored_architecture(assets):
-    original = NnUNetEncoder.from_checkpoint(
-        assets / "nnunet_tiny" / "2d_resenc" / "fold_0" / "checkpoint_best.pth", 1, target_spatial=7, planes=2
-    )
+    checkpoint, _ = _reference(assets / "nnunet_tiny" / "2d_resenc")
+    original = NnUNetEncoder.from_checkpoint(checkpoint, 1, target_spatial=7, planes=2)
     rebuilt = NnUNetEncoder.from_architecture(json.loads(json.dumps(original.architecture)))
     assert rebuilt.architecture == original.architecture
     rebuilt.load_state_dict(original.state_dict(), strict=True)
