@@ -231,7 +231,8 @@ def check_agreement(checkpoint: Checkpoint, config: Config) -> list[str]:
         if key not in free:
             raise InputError(
                 f"{checkpoint.path} was trained with {yaml_line(key, there)}, the configuration says {here}; "
-                f"set {yaml_line(key, there)}, or retrain Stage 1 with the new value"
+                f"set {yaml_line(key, there)}, or retrain Stage 1 with the new value and name its checkpoint "
+                "(--vision_checkpoint)"
             )
         notes.append(f"note: {key} was {there} in {checkpoint.path.name}, now {here}")
     return notes

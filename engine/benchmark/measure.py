@@ -38,6 +38,7 @@ class Size:
     layers: int
     heads: int  # of the attention decoder
     dtype: torch.dtype
+    vocabulary: int = 50280  # embedding rows, three more than the tokenizer has tokens
     scan_tokens: int = 1024
     visual: int = 784
     text: int = 64
@@ -55,7 +56,7 @@ SIZES = {
     "2.8b": Size("2.8b", 2560, 64, 32, torch.bfloat16, recomputes=True),
     "130m": Size("130m", 768, 24, 12, torch.float32),
     "tiny": Size(
-        "tiny", 32, 2, 4, torch.float32, 48, 16, 8, 12, 3, 16, (4, 9, 16, 64, 256), (16, 32), 1 << 22, (30, 48, 56)
+        "tiny", 32, 2, 4, torch.float32, 300, 48, 16, 8, 12, 3, 16, (4, 9, 16, 64, 256), (16, 32), 1 << 22, (30, 48, 56)
     ),
 }
 

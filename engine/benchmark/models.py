@@ -25,7 +25,6 @@ from models.selective_scan import selective_scan
 from models.vim_bridge import BridgeSpec, VimBridge
 
 STATE = 16  # N
-VOCABULARY = 50280  # embedding rows, three more than the tokenizer has tokens
 Model = MambaLM | PreTrainedModel
 
 
@@ -72,7 +71,7 @@ def product_operations(model: PreTrainedModel, tokens: int) -> int:
 @torch.no_grad()
 def random_mamba(size: Size, device: torch.device, layers: int) -> PreTrainedModel:
     """A model of transformers, built in its dtype: no float32 copy of it ever exists."""
-    shape = {"vocab_size": VOCABULARY, "hidden_size": size.width, "num_hidden_layers": layers, "state_size": STATE}
+    shape = {"vocab_size": size.vocabulary, "hidden_size": size.width, "num_hidden_layers": layers, "state_size": STATE}
     config = MambaConfig(**shape, initializer_range=0.02)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=size.dtype)
@@ -92,7 +91,7 @@ def build_model(who: str, size: Size, device: torch.device, layers: int) -> Mode
         weights = random_mamba(size, device, layers)
         return our_model(size, weights) if who == "ours" else weights
     shape = {"hidden_size": size.width, "intermediate_size": 4 * size.width, "num_attention_heads": size.heads}
-    config = GPTNeoXConfig(**shape, vocab_size=VOCABULARY, num_hidden_layers=layers // 2)
+    config = GPTNeoXConfig(**shape, vocab_size=size.vocabulary, num_hidden_layers=layers // 2)
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=size.dtype).eval().requires_grad_(False)
 
@@ -100,7 +99,7 @@ def build_model(who: str, size: Size, device: torch.device, layers: int) -> Mode
 def our_model(size: Size, weights: PreTrainedModel) -> MambaLM:
     """Ours over the memory of ``weights``, with modules of its own: transformers' model stays as it is."""
     model = copy.deepcopy(weights, {id(parameter): parameter for parameter in weights.parameters()})
-    words = {"<|endoftext|>": 0} | {f"w{number}": number for number in range(1, VOCABULARY - 3)}
+    words = {"<|endoftext|>": 0} | {f"w{number}": number for number in range(1, size.vocabulary - 3)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<|endoftext|>"))
     special = dict.fromkeys(("eos_token", "pad_token", "unk_token"), "<|endoftext|>")
     return MambaLM(model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special), f"random {size.name}")
@@ -161,7 +160,7 @@ def step_call(model: Model, size: Size, tokens: tuple[int, int], device: torch.d
     """
     visual, others = tokens
     bridge, visual_tokens = bridge_and_call(size, visual, device)
-    ids = torch.randint(1, VOCABULARY - 3, (1, others), device=device)
+    ids = torch.randint(1, size.vocabulary - 3, (1, others), device=device)
     labels = F.pad(ids, (visual, 0), value=IGNORED)
     labels[:, : visual + others // 8] = IGNORED
     ours = isinstance(model, MambaLM)

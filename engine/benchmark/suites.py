@@ -32,7 +32,7 @@ from data.tables.caption_table import CaptionRow
 from data.view_selection import ViewSelection
 from engine.benchmark import models
 from engine.benchmark.measure import Report, measure_peak
-from engine.benchmark.models import CALLS, STATE, VOCABULARY, our_model
+from engine.benchmark.models import CALLS, STATE, our_model
 from engine.prepare import fill_cache
 from models.language_model.mamba_lm import MambaLM
 from models.language_model.prefix_state import PrefixState, seconds_to_first_token
@@ -97,7 +97,7 @@ def prefill(report: Report) -> None:
     ours, theirs = (call().float() for call in calls.values())
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
     report.add("values", "largest relative difference of the logits to transformers", difference)
-    operations = models.product_operations(weights, L) + 2 * VOCABULARY * size.width
+    operations = models.product_operations(weights, L) + 2 * size.vocabulary * size.width
     limit, bars = operations / report.best_rate(limits), {who: seconds[who] for who in calls}
     report.add("values", "seconds of the matrix products alone at the best rate", limit)
     report.add("shares", "matrix products in all of the prefill", limit / bars["ours"])
@@ -147,7 +147,7 @@ def decode(report: Report) -> None:
     bars = {f"limit: {kind} read once": wide_limit, "limit: int8 read once": int8_limit}
     report.panels["one new token, seconds"] = {name: seconds[name] for name in calls} | bars
 
-    ids = torch.randint(1, VOCABULARY - 3, (1, size.answer), device=device)
+    ids = torch.randint(1, size.vocabulary - 3, (1, size.answer), device=device)
     quality = quantisation_quality(lm, narrow, ids)  # on random tokens
     report.add("values", "int8: largest difference of a logit", quality.max_difference)
     report.add("values", "int8: mean difference of a logit", quality.mean_difference)

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from config.files import replace
 from config.schema import Config
 from engine.cli import Interrupted
 from engine.run import EpochShuffle
@@ -97,6 +98,7 @@ def train(
                     loss = stage.loss(run.model, batch)
                     progress.losses.append(require_finite(loss, progress.step + 1, args.lr))
                     accelerator.backward(loss)
+                    lr = schedule.get_last_lr()[0]
                     stepped = optimizer_step(
                         accelerator, optimizer, schedule, stage.trained.parameters(), args.max_grad_norm
                     )
@@ -106,7 +108,7 @@ def train(
                 progress.step += 1
                 bar.update()
                 if progress.step % stage.log_every == 0 or progress.step == run.total_steps:
-                    run.log_step()
+                    run.log_step(lr)
                 if stop.wanted or progress.step % args.save_every == 0:
                     run.state.save()
                 if stop.wanted:
@@ -137,6 +139,9 @@ class _Run:
         self.resumed = self.state.resume(args.resume)
         first_step, self.first_epoch = stage.start
         going_on = self.resumed or first_step > 0
+        if not going_on and self.active:
+            for name in filter(None, (stage.best_file, stage.final_file, stage.table)):
+                _keep_previous(output / name)
         self.log = RunLog(output / f"{stage.name}_log.jsonl", active=self.active, resumed=going_on)
         self.table = None
         if stage.table:
@@ -154,10 +159,10 @@ class _Run:
         """Optimizer steps, those of the training that is continued included."""
         return self.stage.start[0] + self.progress.step
 
-    def log_step(self) -> None:
-        """Print and record the mean loss of the last steps."""
+    def log_step(self, lr: float) -> None:
+        """Print and record the mean loss of the last steps, and the learning rate of this one."""
         recent = self.progress.losses[-self.stage.log_every * self.args.grad_accumulation :]
-        loss, lr, name = sum(recent) / len(recent), self.schedule.get_last_lr()[0], self.stage.loss_name
+        loss, name = sum(recent) / len(recent), self.stage.loss_name
         epoch = self.first_epoch + self.progress.epoch + 1
         if self.table:
             self.table.write(step=self.step, epoch=epoch, **{name: f"{loss:.6f}"})
@@ -202,3 +207,11 @@ class _Run:
                 curves[name] = ([record["step"] for record in records], [record[name] for record in records])
             plot_losses(self.output / f"{self.stage.name}_loss.png", curves, self.stage.title)
         self.state.finish()
+
+
+def _keep_previous(path: Path) -> None:
+    """A new training keeps the files of an earlier one in the same folder under another name."""
+    if path.is_file():
+        kept = path.with_stem(f"{path.stem}.previous")
+        replace(path, kept)
+        print(f"note: {path.name} of an earlier training is kept as {kept.name}", flush=True)
