@@ -32,7 +32,6 @@ _GEOMETRY = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpac
 _GEOMETRY |= dict.fromkeys(("Rows", "Columns", "RescaleSlope", "RescaleIntercept"), 1)
 _TAGS = ["SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "Modality", "ImageType", "SamplesPerPixel"]
 _TAGS += ["BitsAllocated", "NumberOfFrames", *_GEOMETRY]
-_DIRECTORY = "1.2.840.10008.1.3.10"  # the class of a DICOMDIR
 _STEP_TOLERANCE = 0.05  # of the distance between slices
 _PLAIN_SYNTAXES = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 _READ_BY_PYDICOM = (*_PLAIN_SYNTAXES, "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5")  # deflated, run lengths
@@ -47,14 +46,10 @@ class Series:
     files: tuple[Path, ...]
     headers: tuple[Dataset, ...]
 
-    @property
-    def number(self) -> str:
-        return _text(self.headers[0], "SeriesNumber")
-
     def __str__(self) -> str:
-        description = _text(self.headers[0], "SeriesDescription")
+        number, description = (_text(self.headers[0], tag) for tag in ("SeriesNumber", "SeriesDescription"))
         name = f"'{description}' " if description else ""
-        return f"{self.number or '?'} {name}({len(self.files)} images, first {self.files[0].name})"
+        return f"{number or '?'} {name}({len(self.files)} images, first {self.files[0].name})"
 
     @property
     def problem(self) -> str:
@@ -99,7 +94,7 @@ def files_below(folder: Path) -> list[Path]:
 def series_in(folder: Path) -> list[Series]:
     """Every series below ``folder``, by number; files that name no series count as one.
 
-    Raises InputError if there is no DICOM file, or if one that says it is DICOM cannot be read.
+    Raises InputError if there is no DICOM file, or one that cannot be read.
     """
     grouped: dict[str, list[tuple[Path, Dataset]]] = defaultdict(list)
     for file in files_below(folder):
@@ -108,14 +103,11 @@ def series_in(folder: Path) -> list[Series]:
     if not grouped:
         raise InputError(f"{folder}: folder holds no DICOM file; name a .nii.gz file or the folder of a CT series")
     found = [Series(*zip(*members, strict=True)) for _, members in sorted(grouped.items())]
-    return sorted(found, key=lambda series: (len(series.number), series.number))
+    return sorted(found, key=lambda series: (len(number := _text(series.headers[0], "SeriesNumber")), number))
 
 
 def choose_series(path: Path) -> tuple[Series, list[str]]:
-    """The one CT series below a folder, or the series of the file named; and notes on what is doubtful.
-
-    Raises InputError, listing the series, where there is none or more than one.
-    """
+    """The CT series below a folder, or of the file named, and notes. Raises InputError where it is not exactly one."""
     every = series_in(path if path.is_dir() else path.parent)
     if not path.is_dir():
         every = [series for series in every if path in series.files]
@@ -160,7 +152,7 @@ def _header(path: Path) -> Dataset | None:
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=False)
         for tag in _TAGS:  # values are parsed on first use: here, where an error can name the file
             header.get(tag)
-        if header.file_meta.get("MediaStorageSOPClassUID") == _DIRECTORY:
+        if header.file_meta.get("MediaStorageSOPClassUID") == "1.2.840.10008.1.3.10":
             return None
         if not header.get("SeriesInstanceUID") and "Rows" not in header:
             raise ValueError("it names no series")
@@ -227,22 +219,15 @@ def _step(path: Path, files: list[Path], along: np.ndarray) -> float:
     least, most = steps.min(), steps.max()
     if least < 1e-3:
         first = steps.argmin()
-        names = f"{files[first].name}, {files[first + 1].name}"
-        raise InputError(
-            f"{path}: two slices lie at {along[first]:.2f} mm ({names}); keep one reconstruction and one phase"
-        )
+        place = f"{along[first]:.2f} mm ({files[first].name}, {files[first + 1].name})"
+        raise InputError(f"{path}: two slices lie at {place}; keep one reconstruction and one phase")
     if most - least > _STEP_TOLERANCE * least:
+        problem = f"slices are {least:.2f} to {most:.2f} mm apart, expected one distance; resample the series"
         multiples = np.rint(steps / least)
         if np.abs(steps / least - multiples).max() < 2 * _STEP_TOLERANCE:
-            gap = "{:.2f} and {:.2f} mm".format(*along[steps.argmax() :][:2])
-            raise InputError(
-                f"{path}: {multiples.sum() - len(steps):.0f} slice(s) are missing, for example between {gap} "
-                f"(others are {least:.2f} mm apart); export the series again"
-            )
-        raise InputError(
-            f"{path}: slices are {least:.2f} to {most:.2f} mm apart, expected one distance; "
-            "resample the series where it was made"
-        )
+            gap = "between {:.2f} and {:.2f} mm (others are {:.2f})".format(*along[steps.argmax() :][:2], least)
+            problem = f"{multiples.sum() - len(steps):.0f} slice(s) are missing, for example {gap}; export it again"
+        raise InputError(f"{path}: {problem}")
     return float(along[-1] - along[0]) / (len(files) - 1)
 
 

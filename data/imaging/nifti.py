@@ -20,7 +20,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from config.errors import InputError
 from config.files import atomic_path
-from data.imaging.volume import MAX_DEFLATE_RATIO, ImageHeader, StoredImage, check_affine, check_shape, refusing
+from data.imaging.volume import MAX_DEFLATE_RATIO, ImageHeader, StoredImage, Triple, check_affine, check_shape, refusing
 
 SUFFIXES = (".nii.gz", ".nii", ".img.gz", ".hdr.gz", ".img", ".hdr")
 _MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}  # any other unit counts as mm
@@ -65,9 +65,7 @@ def sibling(path: Path, name: str) -> Path:
     return next((file for file in path.parent.iterdir() if file.name.lower() == name.lower()), beside)
 
 
-def write_volume(
-    path: Path | str, array: np.ndarray, spacing: tuple[float, float, float], affine: np.ndarray | None = None
-) -> None:
+def write_volume(path: Path | str, array: np.ndarray, spacing: Triple, affine: np.ndarray | None = None) -> None:
     """Write ``array`` (z, y, x), int16, uint8 or float32, as ``.nii.gz`` or ``.nii``, atomically.
 
     The bytes depend on the arguments alone. ``spacing`` is (z, y, x) in mm. ``affine`` maps (x, y, z) indices to

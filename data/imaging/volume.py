@@ -46,10 +46,9 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Volume:
-    """A CT volume. ``array``: float32 (z, y, x) in HU; ``spacing``: (z, y, x) in mm.
+    """A CT volume. ``array``: float32 (z, y, x) in HU; ``spacing``: (z, y, x) in mm; ``axcodes``: where x, y, z run to.
 
-    ``affine``: (4, 4), maps (x, y, z) indices to RAS+ mm. ``orientation``: as asked for. ``axcodes``: where x, y and z
-    run to, such as "LPS".
+    ``affine``: (4, 4), maps (x, y, z) indices to RAS+ mm. ``orientation``: as asked for, axis codes or "file".
     """
 
     array: np.ndarray
@@ -123,9 +122,8 @@ def to_volume(stored: StoredImage, orientation: str = "LPS") -> Volume:
     # min and max propagate NaN, and an infinity is one of them: two passes without a temporary array.
     low, high = float(array.min()), float(array.max())
     if not (math.isfinite(low) and math.isfinite(high)):
-        nan, infinite = int(np.isnan(array).sum()), int(np.isinf(array).sum())
         raise InputError(
-            f"{header.path}: {nan} voxels are NaN and {infinite} infinite, expected finite HU; "
+            f"{header.path}: {np.isnan(array).sum()} voxels are NaN and {np.isinf(array).sum()} infinite, expected HU; "
             "fill them (air is -1000) where the file was made"
         )
     if low == high:
@@ -150,8 +148,7 @@ def to_mask(stored: StoredImage, like: Volume) -> np.ndarray:
     shift = np.linalg.norm((affine - like.affine)[:3] @ corners, axis=0).max()
     if shift > _GRID_TOLERANCE * min(like.spacing):
         raise InputError(
-            f"{path}: mask lies up to {shift:.2f} mm away from its image {like.path}; "
-            "origin, spacing and direction of both must agree"
+            f"{path}: mask lies up to {shift:.2f} mm away from its image {like.path}; align origin, spacing, direction"
         )
     if (stored.slope, stored.intercept) != (1.0, 0.0):
         values = values.astype(np.float64) * stored.slope + stored.intercept
@@ -199,10 +196,8 @@ def check_affine(path: Path, affine: np.ndarray) -> np.ndarray:
     cosines = 1 / np.linalg.norm(np.linalg.inv(axes), axis=1)
     tilt = float(np.degrees(np.arccos(np.clip(cosines.min(), -1, 1))))
     if tilt > _TILT_DEGREES:
-        raise InputError(
-            f"{path}: the gantry was tilted by {tilt:.1f} degrees, so slices are shifted against each other; "
-            "straighten the series (dcm2niix does) and use its .nii.gz"
-        )
+        remedy = "straighten the series (dcm2niix does) and use its .nii.gz"
+        raise InputError(f"{path}: the gantry was tilted by {tilt:.1f} degrees, slices are shifted; {remedy}")
     return sizes
 
 

@@ -19,9 +19,7 @@ HU = Intensity(mean=-300.0, std=400.0, percentile_00_5=-1000.0, percentile_99_5=
 CT = (("CTNormalization",), (False,), (HU,), "SimpleITKIO", "LPS", Resampling(order=3), Resampling(order=1))
 PLAN_2D = PreprocessPlan("2d", 2, (1.0, 1.0), (16, 24), (0, 1, 2), *CT)
 SPACING = (3.0, 2.0, 1.5)  # z, y, x in mm
-ORIENTATIONS = [
-    "".join(code) for axes in itertools.permutations(("LR", "PA", "SI")) for code in itertools.product(*axes)
-]
+ORIENTATIONS = ["".join(axes) for ends in itertools.product("LR", "PA", "SI") for axes in itertools.permutations(ends)]
 
 
 def marked() -> np.ndarray:

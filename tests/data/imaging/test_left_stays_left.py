@@ -26,6 +26,7 @@ from tests.data.imaging.images import ORIENTATIONS, store_as
 GRID = Grid((36, 96, 96), (8.0, 3.6, 3.6))
 SIDE = 8  # of the token grid
 LUNG_HU = -860
+Network = tuple[NnUNetEncoder, PreprocessPlan]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def case() -> Phantom:
 
 
 @pytest.fixture(scope="module", params=["2d_plain", "3d_plain"])
-def network(request, assets) -> tuple[NnUNetEncoder, PreprocessPlan]:
+def network(request, assets) -> Network:
     source = load_nnunet_checkpoint(assets / "nnunet_tiny" / request.param / "fold_0" / "checkpoint_best.pth")
     encoder = NnUNetEncoder.from_checkpoint(source, output_stage=1, target_spatial=SIDE, planes=2).eval()
     plan = PreprocessPlan.from_nnunet(source.plans, source.configuration)
@@ -43,22 +44,16 @@ def network(request, assets) -> tuple[NnUNetEncoder, PreprocessPlan]:
 
 
 @torch.no_grad()
-def features(
-    folder: Path, network: tuple[NnUNetEncoder, PreprocessPlan], hu: np.ndarray, mask: np.ndarray, axcodes: str
-) -> tuple[np.ndarray, list[float]]:
+def features(folder: Path, network: Network, hu: np.ndarray, mask: np.ndarray, axcodes: str) -> tuple:
     """Token grids [K, C, T, T] of a volume stored as ``axcodes``, and where its slices lie, 0 (feet) to 1."""
     encoder, plan = network
     store_as(folder / "image.nii", np.rint(hu).astype(np.int16), axcodes, GRID.spacing)
     store_as(folder / "mask.nii", (mask > 0).astype(np.uint8), axcodes, GRID.spacing)
     volume = VolumeCache(folder / "cache", plan).get(folder / "image.nii", folder / "mask.nii")
-    # A patch of the whole volume: one that is cut around the lesion has the lesion in its middle, on either side.
-    whole = [
-        -(-extent // step) * step for extent, step in zip(volume.image.shape[1:], encoder.total_stride, strict=False)
-    ]
-    framing = ViewSelection(
-        plan if encoder.dim == 2 else replace(plan, patch_size=tuple(whole)), encoder.total_stride, 2, "mask"
-    )
-    images, position, _ = framing(volume)
+    if encoder.dim == 3:  # the whole volume: a patch cut around the lesion has it in the middle, on either side
+        pairs = zip(volume.image.shape[1:], encoder.total_stride, strict=True)
+        plan = replace(plan, patch_size=tuple(-(-extent // step) * step for extent, step in pairs))
+    images, position, _ = ViewSelection(plan, encoder.total_stride, 2, "mask")(volume)
     inputs = torch.as_tensor(images) if encoder.dim == 2 else torch.as_tensor(images)[None]
     return encoder(inputs).reshape(2, -1, SIDE, SIDE).numpy(), position.tolist()
 
@@ -70,7 +65,7 @@ def without_lesion(tmp_path_factory, network, case) -> np.ndarray:
 
 
 @pytest.mark.parametrize("axcodes", ORIENTATIONS)
-def test_the_token_that_sees_the_lesion_lies_on_the_side_that_the_report_names(
+def test_the_token_of_the_lesion_lies_on_the_side_that_the_report_names(
     tmp_path, network, case, without_lesion, axcodes
 ):
     seen, position = features(tmp_path, network, case.hu, case.mask, axcodes)

@@ -15,8 +15,7 @@ from config.errors import InputError
 from data.imaging.reader import files_of, read_header, read_mask, read_volume
 from tests.data.imaging.images import ORIENTATIONS, SPACING, marked, store_as, write_itk
 
-INTEGERS = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
-FLOATS = [np.float32, np.float64]
+KINDS = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64"]
 REFUSED = {
     "19_float_nan_inf.nii.gz": "20224 voxels are NaN and 5056 infinite",
     "90_truncated.nii.gz": "truncated",
@@ -30,8 +29,8 @@ def test_left_back_top_is_found_whatever_the_stored_order(tmp_path, axcodes):
     store_as(path, marked(), axcodes)
     volume, header = read_volume(path), read_header(path)
     assert np.array_equal(volume.array, marked()) and volume.spacing == pytest.approx(SPACING)
-    assert header.axcodes == axcodes
-    assert header.spacing == volume.spacing and header.extent_mm == pytest.approx((12, 10, 9))
+    assert header.axcodes == axcodes and header.spacing == volume.spacing
+    assert header.extent_mm == pytest.approx((12, 10, 9))
     ras = read_volume(path, "RAS")
     assert np.array_equal(ras.array, marked()[:, ::-1, ::-1])
     for place in (volume.affine @ [5, 4, 3, 1], ras.affine @ [0, 0, 3, 1]):  # the bright voxel's, in the world
@@ -52,7 +51,7 @@ def test_metaimage_and_nrrd(tmp_path, suffix, compressed, axcodes):
     assert read_mask(tmp_path / f"mask{suffix}", same)[3, 4, 5] == 1
 
 
-@pytest.mark.parametrize("kind", INTEGERS + FLOATS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".mha", ".nrrd"])
 def test_number_types(tmp_path, kind, suffix):
     array = np.arange(120).reshape(4, 5, 6).astype(kind)
@@ -93,20 +92,14 @@ def test_a_pair_in_other_capitals_is_found(tmp_path):
     assert files_of(tmp_path / "scan.hdr")[1].name == "scan.IMG"
 
 
-# ---------------------------------------------------------------- the reference files
-
-
 def test_headers_of_the_reference_files_say_what_the_manifest_says(shared):
     manifest = json.loads((shared / "nifti" / "manifest.json").read_text(encoding="utf-8"))
     for name, expected in manifest.items():
         path = shared / "nifti" / name
-        if name in REFUSED:
-            with pytest.raises(InputError, match=REFUSED[name]) as refusal:
-                read_volume(path)
-            assert name in str(refusal.value) and "\n" not in str(refusal.value)
+        for read in (read_volume, read_header)[: (name in REFUSED) + ("shape" not in expected)]:
+            with pytest.raises(InputError, match=rf"{name}.*{REFUSED[name]}"):
+                read(path)
         if "shape" not in expected:
-            with pytest.raises(InputError, match=REFUSED[name]):
-                read_header(path)
             continue
         header = read_header(path)
         assert list(header.shape) == expected["shape"][:3] and header.axcodes == expected["axcodes"]
@@ -117,9 +110,6 @@ def test_headers_of_the_reference_files_say_what_the_manifest_says(shared):
             array = read_volume(path).array
             assert (array.min(), array.max()) == (expected["min"], expected["max"])
             assert array.mean(dtype=np.float64) == pytest.approx(expected["mean"])
-
-
-# ---------------------------------------------------------------- doubt and damage
 
 
 def placed(tmp_path, sform: np.ndarray | None, qform: np.ndarray | None) -> str:
@@ -148,18 +138,16 @@ def test_a_short_file_is_noticed_without_reading_voxels(tmp_path):
     noise = np.random.default_rng(0).integers(-1000, 1000, (10, 20, 30)).astype(np.int16)
     store_as(tmp_path / "scan.nii", noise, "LPS")
     whole = (tmp_path / "scan.nii").read_bytes()
-    (tmp_path / "short.nii").write_bytes(whole[:-2])
-    (tmp_path / "short.nii.gz").write_bytes(gzip.compress(whole[:-2]))
-    (tmp_path / "cut.nii.gz").write_bytes(gzip.compress(whole)[:-30])
-    for name, read in itertools.product(("short.nii", "short.nii.gz", "cut.nii.gz"), (read_header, read_volume)):
+    short = {"a.nii": whole[:-2], "a.nii.gz": gzip.compress(whole[:-2]), "b.nii.gz": gzip.compress(whole)[:-30]}
+    for (name, content), read in itertools.product(short.items(), (read_header, read_volume)):
+        (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match="truncated"):
             read(tmp_path / name)
     # Two gzip members, and bytes after the voxels, are whole files all the same.
-    (tmp_path / "two.nii.gz").write_bytes(gzip.compress(whole[:400]) + gzip.compress(whole[400:]))
-    (tmp_path / "long.nii.gz").write_bytes(gzip.compress(whole + b"\0" * 100))
-    for name in ("two.nii.gz", "long.nii.gz"):
-        assert read_header(tmp_path / name).shape == (30, 20, 10)
-        assert np.array_equal(read_volume(tmp_path / name).array, noise)
+    for content in (gzip.compress(whole[:400]) + gzip.compress(whole[400:]), gzip.compress(whole + b"\0" * 100)):
+        (tmp_path / "whole.nii.gz").write_bytes(content)
+        assert read_header(tmp_path / "whole.nii.gz").shape == (30, 20, 10)
+        assert np.array_equal(read_volume(tmp_path / "whole.nii.gz").array, noise)
 
 
 HUGE = " ".join([str(10**21)] * 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from data.imaging.reader import read_mask, read_volume
 from data.nnunet_preprocess import preprocess
 from data.view_selection import ViewSelection
 from engine.evaluation.heat_maps import FramedGrid
-from tests.data.imaging.images import ORIENTATIONS, PLAN_2D, SPACING, marked, store_as
+from tests.data.imaging.images import ORIENTATIONS, PLAN_2D, marked, store_as
 
 FILE_ORDER = replace(PLAN_2D, orientation="file", patch_size=(8, 8))
 
@@ -47,14 +48,10 @@ def test_what_the_model_sees_in_file_order_lies_where_the_lesion_is(tmp_path, ax
 
 
 def test_the_plan_and_so_the_cache_entry_changes_only_with_the_key(tmp_path, assets):
-    import json
-
     plans = json.loads((assets / "nnunet_tiny" / "2d_plain" / "plans.json").read_text(encoding="utf-8"))
-    default, canonical, file = (
-        PreprocessPlan.from_nnunet(plans, "2d", *key) for key in ((), ("canonical",), ("file",))
-    )
-    store_as(tmp_path / "scan.nii.gz", marked(), "RAS", SPACING)
-    entries = [VolumeCache(tmp_path, plan).entry(tmp_path / "scan.nii.gz") for plan in (default, canonical, file)]
+    store_as(tmp_path / "scan.nii.gz", marked(), "RAS")
+    made = [PreprocessPlan.from_nnunet(plans, "2d", *key) for key in ((), ("canonical",), ("file",))]
+    entries = [VolumeCache(tmp_path, plan).entry(tmp_path / "scan.nii.gz") for plan in made]
     assert entries[0] == entries[1] != entries[2]
     plans["image_reader_writer"] = "SimpleITKIOWithReorient"
     assert PreprocessPlan.from_nnunet(plans, "2d", "file").orientation == "RAS", "nnU-Net itself reorients"
