@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,11 @@ def read_stored(path: Path) -> StoredImage:
     import SimpleITK
 
     header, reader = _open(path)
-    with refusing(path, "image data cannot be read", "the file is truncated or damaged, copy it again"):
+    fields, start = _fields(path)
+    with refusing(path, "image data cannot be read", "the file is truncated or damaged, copy it again", zlib.error):
+        if fields.get("compresseddata", "").lower() == "true":  # SimpleITK gives any voxels for damaged MetaImage data
+            voxels = _voxel_file(path, fields)
+            zlib.decompress(voxels.read_bytes()[start if voxels == path else 0 :], 47)
         array = SimpleITK.GetArrayFromImage(reader.Execute())
     return StoredImage(header, array.transpose(2, 1, 0))
 

@@ -30,6 +30,18 @@ def test_mhd_is_read_with_the_voxel_file_that_it_names(tmp_path, packed, suffix)
         read_header(path)
 
 
+@pytest.mark.parametrize("name", ["scan.mha", "scan.mhd"])
+def test_damaged_packed_voxels_are_refused(tmp_path, name):
+    """SimpleITK prints a warning and gives whatever lies in memory."""
+    write_itk(tmp_path / name, marked(), packed=True)
+    file = tmp_path / ("scan.zraw" if name == "scan.mhd" else name)
+    content = bytearray(file.read_bytes())
+    content[-12] ^= 255
+    file.write_bytes(content)
+    with pytest.raises(InputError, match="image data cannot be read .*truncated or damaged, copy it again"):
+        read_volume(tmp_path / name)
+
+
 def test_the_digest_of_an_mhd_covers_its_voxel_file(tmp_path):
     write_itk(tmp_path / "scan.mhd", marked())
     cache = VolumeCache(tmp_path / "cache", PLAN_2D)
