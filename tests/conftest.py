@@ -34,12 +34,10 @@ def shared() -> Path:
 def small_training(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> Path:
     """A folder with four scans of a few voxels, reports, a byte-level Mamba and ``paths.yaml``; nobody changes it."""
     import numpy as np
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
     from config.schema import build_config, write_config
     from data.imaging.nifti import write_volume
+    from tests.models.language_model.tiny import byte_tokenizer, random_mamba
 
     folder = tmp_path_factory.mktemp("small_training")
     rng = np.random.default_rng(0)
@@ -52,31 +50,13 @@ def small_training(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> Pa
         write_volume(folder / f"{case}_mask.nii.gz", mask, (5.0, 1.6, 1.6))
         lines.append(f"{case}.nii.gz,Q?,Report {case}.,{case}_mask.nii.gz")
     (folder / "table.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={**{c: i for i, c in enumerate(alphabet)}, "<|endoftext|>": 256}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder / "lm")
-    torch.manual_seed(0)
-    MambaForCausalLM(MambaConfig(vocab_size=257, hidden_size=32, num_hidden_layers=2, state_size=8)).save_pretrained(
-        folder / "lm"
-    )
+    byte_tokenizer().save_pretrained(folder / "lm")
+    random_mamba(vocab_size=257, num_hidden_layers=2).save_pretrained(folder / "lm")
     network = assets / "nnunet_tiny" / "2d_plain" / "fold_0" / "checkpoint_best.pth"
-    values = {
-        "caption_csv_train": str(folder / "table.csv"),
-        "caption_csv_val": str(folder / "table.csv"),
-        "cache_dir": str(folder / "cache"),
-        "output_dir": str(folder / "out"),
-        "mamba_model": str(folder / "lm"),
-        "nnunet_encoder_checkpoint": str(network),
-        "encoder_target_spatial": 6,
-        "bridge_width": 16,
-        "bridge_depth": 1,
-        "slices": 2,
-        "roi_side": 2,
-        "roi_policy": "lesion",
-        "max_visual_tokens": 16,
-    }
+    values = dict.fromkeys(("caption_csv_train", "caption_csv_val"), str(folder / "table.csv"))
+    values |= {"cache_dir": str(folder / "cache"), "output_dir": str(folder / "out"), "mamba_model": str(folder / "lm")}
+    values |= {"nnunet_encoder_checkpoint": str(network), "encoder_target_spatial": 6, "slices": 2, "bridge_width": 16}
+    values |= {"bridge_depth": 1, "roi_side": 2, "roi_policy": "lesion", "max_visual_tokens": 16}
     write_config(build_config(values, "test"), folder / "paths.yaml")
     return folder
 
