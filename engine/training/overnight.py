@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import signal
@@ -240,30 +239,26 @@ class Night:
         name = self.run_folder(**trial.params).name
         print(f"[{ended}/{self.count}] {name}: {outcome}; elapsed {elapsed}, about {left} left", flush=True)
 
-    def report_paths(self, val_loss: float) -> tuple[list[Path], str]:
-        """Best checkpoint, summary and leaderboard; beside those of a longer night, or of an equally long one with a
-        lower validation loss, and then a line that says so."""
+    def report_paths(self) -> tuple[list[Path], str]:
+        """Best checkpoint, summary and leaderboard; beside those of a longer night, and then a line that says so."""
         paths, epochs = [self.output / name for name in REPORT_FILES], self.args.epochs
         if not paths[0].is_file():
             return paths, ""
         content = read_torch_file(paths[0], "checkpoint")
         # Older versions did not store the epochs; the best epoch is their lower bound.
         made_by = content.get("overnight") or {"epochs": content.get("epoch", 0)}
-        if (made_by["epochs"], -made_by.get("val_loss", math.inf)) <= (epochs, -val_loss):
+        if made_by["epochs"] <= epochs:
             return paths, ""
         beside = [path.with_stem(f"{path.stem}_{epochs}epochs") for path in paths]
-        note = (
-            f"note: {paths[0]} is of a longer or better night ({describe(made_by)}) and is kept; see {beside[0].name}\n"
-        )
+        note = f"note: {paths[0]} is of a longer night ({describe(made_by)}) and is kept; see {beside[0].name}\n"
         return beside, note
 
     def write_report(self) -> tuple[str, Path]:
         """Write best checkpoint, summary and leaderboard. Returns the best run ("": none) and the summary's path."""
-        frame = self.leaderboard()
+        frame, ((checkpoint, summary, board), kept) = self.leaderboard(), self.report_paths()
         finished = frame[frame["state"] == "finished"].set_index("folder", drop=False)
         missing = [folder for folder in finished.index if not (Path(folder) / BEST_FILE).is_file()]
         usable, best = finished.drop(missing), {}
-        (checkpoint, summary, board), kept = self.report_paths(usable["val_loss"].min() if len(usable) else math.inf)
         lines = [
             f"Overnight search of Stage 1, {datetime.now():%Y-%m-%d %H:%M}",
             f"study {self.folder.name}: {self.args.epochs} epochs, seed {self.args.seed}",
