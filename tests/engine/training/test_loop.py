@@ -55,7 +55,7 @@ class Noisy(nn.Module):
 class Run:
     """One process: the objects that a training script makes, and its loop."""
 
-    def __init__(self, folder: Path, accumulation: int = 1, epochs: int = EPOCHS, **stage: object) -> None:
+    def __init__(self, folder: Path, accumulation: int = 1, epochs: int = EPOCHS, losses: tuple = (), **stage) -> None:
         set_seeds(0)
         folder.mkdir(exist_ok=True)
         self.folder, self.model, self.seen = folder, Noisy(), []
@@ -72,7 +72,7 @@ class Run:
         flags |= {"warmup_ratio": 0.2, "weight_decay": 0.1, "max_grad_norm": 1.0, "save_every": 99, "resume": "auto"}
         self.args = argparse.Namespace(**flags)
         self.saved: list[tuple] = []
-        self.losses = iter(())
+        self.losses = iter(losses)
         values = {"name": "test", "title": "", "best_file": "best", "final_file": "final", "loss_name": "train_loss"}
         self.stage = Stage(
             **{**values, "log_every": 4, "model": self.model, "trained": self.model, "loss": self._loss,
@@ -133,26 +133,21 @@ def test_interrupted_and_resumed_equals_straight_through(tmp_path, accumulation,
     assert not list((tmp_path / "resumed").glob("*_state.pt")), "nothing is left to resume"
 
 
-def losses(run: Run, *values: float) -> Run:
-    run.losses = iter(values)
-    return run
-
-
 def test_the_best_and_the_final_checkpoint_are_saved(tmp_path):
-    run = losses(Run(tmp_path), 0.5, 0.3, 0.4)
+    run = Run(tmp_path, losses=(0.5, 0.3, 0.4))
     history = run.train()
     assert run.saved == [("best", 6, 1, 0.5), ("best", 12, 2, 0.3), ("final", 18, 3, 0.4)]
     assert [record["epoch"] for record in history] == [1, 2, 3] and all(r["train_loss"] > 0 for r in history)
 
 
 def test_a_continued_training_keeps_a_best_that_no_epoch_beats(tmp_path):
-    run = losses(Run(tmp_path, best_so_far=lambda: 0.35), 0.5, 0.36, 0.36)
+    run = Run(tmp_path, best_so_far=lambda: 0.35, losses=(0.5, 0.36, 0.36))
     run.train()
     assert [saved[0] for saved in run.saved] == ["final"]
 
 
 def test_the_untrained_model_is_validated_first_where_the_stage_wants_it(tmp_path):
-    run = losses(Run(tmp_path, validate_first=True), 0.2, 0.5, 0.5, 0.5)
+    run = Run(tmp_path, validate_first=True, losses=(0.2, 0.5, 0.5, 0.5))
     history = run.train()
     assert run.saved == [("best", 0, 0, 0.2), ("final", 18, 3, 0.5)]
     assert history[0]["epoch"] == 0 and history[0]["train_loss"] is None
