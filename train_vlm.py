@@ -41,7 +41,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from config.errors import InputError
-from config.files import write_text
+from config.files import keep_previous, write_text
 from config.nnunet_plans import PreprocessPlan
 from config.schema import Config
 from data.medical_vlm_dataset import CaptionCollator, encode_answer
@@ -213,8 +213,7 @@ def main() -> None:
             best = load_checkpoint(path)
             if (best.preprocess_plan, best.llm["width"], rank_of(best)) != (plan, lm.width, args.lora_rank):
                 if accelerator.is_main_process:
-                    path.replace(path.with_suffix(".previous.pt"))
-                say(f"{path.name} is of another training and is kept as {path.with_suffix('.previous.pt').name}")
+                    print(f"{path.name} is of another training and is kept as {keep_previous(path).name}", flush=True)
                 best = start
         if adapters and best is not start:
             adapters.load(best.adapters)

@@ -46,6 +46,13 @@ def replace(source: Path, target: Path, attempts: int = 10) -> None:
             time.sleep(0.2)
 
 
+def keep_previous(path: Path) -> Path:
+    """Rename a file that a new one is about to replace: NAME.previous.SUFFIX. Returns where it is kept."""
+    kept = path.with_stem(f"{path.stem}.previous")
+    replace(path, kept)
+    return kept
+
+
 def pickle_contains(path: Path, text: str) -> bool:
     """Whether the pickle of a file that torch saved contains ``text``: it is searched, not executed.
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from config.errors import InputError
+from config.errors import InputError, first_line
 from config.files import atomic_path, pickle_contains
 from config.nnunet_plans import PreprocessPlan
 from config.schema import FIELDS, REMOVED, Config, build_config, keys_with_role, yaml_line
@@ -137,8 +137,7 @@ def read_torch_file(path: Path, what: str) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} is not a readable {what} (damaged, or not ours): {reason}") from error
+        raise InputError(f"{path} is not a readable {what} (damaged, or not ours): {first_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a {what}: expected a dictionary, found {type(content).__name__}")
     return content

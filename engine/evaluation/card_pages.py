@@ -172,7 +172,7 @@ def _audit(audit: Mapping[str, Any]) -> list[Block]:
 
 def _findings(found: Mapping[str, Any]) -> list[Block]:
     text = (
-        f"Macro-F1 {_named(found, 'macro_f1')}; by chance (reports dealt to other cases) {_named(found, 'chance')}, "
+        f"Macro-F1 {_named(found, 'macro_f1')}; by chance (permutation baseline) {_named(found, 'chance')}, "
         f"p = {show(found['p_value'])}. Micro: F1 {_scored(found['micro_f1'])}, precision "
         f"{_scored(found['micro_precision'])}, recall {_scored(found['micro_recall'])}."
     )

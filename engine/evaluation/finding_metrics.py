@@ -55,7 +55,7 @@ def clinical_scores(
 
     def chance(values: np.ndarray) -> Score:
         mean = float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
-        return Score(mean, *interval(values), n, "reports dealt to other cases")
+        return Score(mean, *interval(values), n, "permutation baseline")
 
     macro, by_chance = float(macro_f1(counts, known)[0]), macro_f1(permuted, known)
     hits = int((by_chance >= macro - 1e-12).sum()) if np.isfinite(macro) else REPEATS

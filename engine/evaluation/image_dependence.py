@@ -75,7 +75,7 @@ def judge(cases: int, p_value: float, shuffled: Score, prior: Score, gap: Score,
         return f"{-score.value:+.3f} [{-score.high:+.3f}, {-score.low:+.3f}]"
 
     criteria = {
-        f"macro-F1 is above that of dealt reports (p = {p_value:.3g})": p_value < 0.05,
+        f"macro-F1 is above that of the permutation baseline (p = {p_value:.3g})": p_value < 0.05,
         f"shuffled images change macro-F1 by {fall(shuffled)}": shuffled.low > 0,
         f"without an image macro-F1 changes by {fall(prior)}": prior.low > 0,
         f"shuffled images cost {gap.value:.3f} nats per token [{gap.low:.3f}, {gap.high:.3f}]": gap.low > _MIN_GAP,

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from config.files import replace
+from config.files import keep_previous
 from config.schema import Config
 from engine.cli import Interrupted
 from engine.run import EpochShuffle
@@ -140,8 +140,9 @@ class _Run:
         first_step, self.first_epoch = stage.start
         going_on = self.resumed or first_step > 0
         if not going_on and self.active:
-            for name in filter(None, (stage.best_file, stage.final_file, stage.table)):
-                _keep_previous(output / name)
+            names = [stage.best_file, stage.final_file, *([stage.table] if stage.table else [])]
+            for path in filter(Path.is_file, (output / name for name in names)):
+                print(f"note: {path.name} of an earlier training is kept as {keep_previous(path).name}", flush=True)
         self.log = RunLog(output / f"{stage.name}_log.jsonl", active=self.active, resumed=going_on)
         self.table = None
         if stage.table:
@@ -207,11 +208,3 @@ class _Run:
                 curves[name] = ([record["step"] for record in records], [record[name] for record in records])
             plot_losses(self.output / f"{self.stage.name}_loss.png", curves, self.stage.title)
         self.state.finish()
-
-
-def _keep_previous(path: Path) -> None:
-    """A new training keeps the files of an earlier one in the same folder under another name."""
-    if path.is_file():
-        kept = path.with_stem(f"{path.stem}.previous")
-        replace(path, kept)
-        print(f"note: {path.name} of an earlier training is kept as {kept.name}", flush=True)

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from config.errors import InputError
+from config.files import keep_previous
 from config.schema import Config
 from engine.checkpoint import read_torch_file, save_torch_file
 
@@ -97,10 +98,8 @@ class TrainState:
                 f"{path} belongs to a run with other settings: {differing}; repeat them or use --resume never"
             )
         if differing:
-            aside = path.with_name(f"{path.stem}.previous{path.suffix}")
             if self.accelerator.is_main_process:
-                path.replace(aside)
-                print(f"not resuming {path.name}: {differing}; it is kept as {aside.name}", flush=True)
+                print(f"not resuming {path.name}: {differing}; it is kept as {keep_previous(path).name}", flush=True)
             return False
         self._restore(content)
         return True

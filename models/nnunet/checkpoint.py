@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.serialization import safe_globals
 
-from config.errors import InputError
+from config.errors import InputError, first_line
 from config.files import atomic_path
 from config.nnunet_plans import plain_types
 from models.nnunet.architecture import Architecture
@@ -188,7 +188,7 @@ def _read(path: Path) -> dict[str, Any]:
             "code; re-save the checkpoint without it if you trust its origin"
         ) from error
     except (RuntimeError, EOFError, LookupError, ValueError) as error:
-        raise InputError(f"{path}: damaged PyTorch checkpoint ({str(error).splitlines()[0]})") from error
+        raise InputError(f"{path}: damaged PyTorch checkpoint ({first_line(error)})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, expected nnU-Net's dictionary")
     return content

@@ -18,7 +18,7 @@ from tests.data.imaging.images import PLAN_2D, SPACING, dicom_slice, marked, sto
 
 
 def save(file: Path, z: float = 0.0, pixels: np.ndarray | None = None, **options: object) -> None:
-    """One slice, of zeros unless told otherwise, with overridden tags."""
+    """One slice, of zeros by default, with overridden tags."""
     file.parent.mkdir(exist_ok=True)
     data = dicom_slice(np.zeros((5, 6), np.uint16) if pixels is None else pixels, z, **options)
     data.save_as(file, enforce_file_format=True)
