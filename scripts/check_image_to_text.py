@@ -341,7 +341,7 @@ def deferred_logs() -> Iterator[None]:
         logging.captureWarnings(False)
         for logger, handlers in loggers:
             logger.handlers = handlers
-        for record in buffer.buffer:
+        for record in dict.fromkeys(buffer.buffer):  # once, also where transformers' logger propagates (CI=true)
             logging.getLogger(record.name).handle(record)
 
 
