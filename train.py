@@ -35,11 +35,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from config.errors import InputError
-from config.schema import Config
+from config.schema import Config, write_config
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from engine.checkpoint import save_checkpoint
-from engine.loaders import build_loaders, check_tables, load_encoder
+from engine.loaders import build_loaders, check_tables, load_encoder, prepare_data
 from engine.run import start_run
+from engine.scan_checks import ScanChecks
 from engine.training.diagnostics import DIAGNOSED_IMAGES, TokenStatistics, token_statistics
 from engine.training.loop import Stage, train
 from models.language_model.embedding_table import load_embedding_table
@@ -94,7 +95,7 @@ def main() -> None:
     args = parse_args()
     config = config_from(args)
     accelerator, output = start_run(args, config, "stage1")
-    check_tables(config, "error" if args.objective == "align" else "warning")
+    problems = check_tables(config, "error" if args.objective == "align" else "warning")
     if config.use_cmi:
         accelerator.print("note: CMI reads the question and is trained in Stage 2; here encoder and bridge are trained")
 
@@ -102,7 +103,9 @@ def main() -> None:
     encoder, plan = load_encoder(config)
     identity = lm_identity(config.mamba_model)
     collator = CaptionCollator(None, config.max_question_tokens, config.max_answer_tokens)
-    train_loader, val_loader, order = build_loaders(args, config, plan, encoder, collator, accelerator)
+    config, cache = prepare_data(config, plan, accelerator, problems, force=args.force)
+    write_config(config, output / "stage1_config.yaml")
+    train_loader, val_loader, order = build_loaders(args, config, cache, encoder, collator, accelerator)
     objective, val_objective, output_std = build_objectives(args, config, train_loader.dataset, val_loader.dataset)
     vision = VisionBridge.build(config, encoder, identity.width, output_std, with_cmi=False)
     accelerator.print(
@@ -120,8 +123,10 @@ def main() -> None:
     model = Stage1(vision, objective)
 
     # ---------------------------------------------------------------- training
+    checks = ScanChecks(vision, train_loader.dataset, val_loader.dataset)
+
     def save(name: str, diagnostics: dict[str, Any], **position: Any) -> None:
-        parts = {"plan": plan, "llm": identity.to_dict()}
+        parts = {"plan": plan, "llm": identity.to_dict(), "scan_checks": checks()}
         diagnostics = {**diagnostics, "objective": args.objective}
         save_checkpoint(
             output / name, vision, stage="vision", config=config, diagnostics=diagnostics, **parts, **position

@@ -43,11 +43,12 @@ from torch.utils.data import DataLoader
 from config.errors import InputError
 from config.files import keep_previous, write_text
 from config.nnunet_plans import PreprocessPlan
-from config.schema import Config
+from config.schema import Config, write_config
 from data.medical_vlm_dataset import CaptionCollator, encode_answer
 from engine.checkpoint import Checkpoint, check_agreement, load_checkpoint, load_vision_weights, save_checkpoint
-from engine.loaders import build_loaders, check_tables, load_encoder
+from engine.loaders import DECIDED_BY_DATA, build_loaders, check_tables, load_encoder, prepare_data
 from engine.run import jsonable, start_run
+from engine.scan_checks import ScanChecks
 from engine.training.diagnostics import DIAGNOSED_IMAGES, TokenStatistics, check_loss_mask, token_statistics
 from engine.training.loop import Stage, train
 from models.language_model.lora import Adapters
@@ -168,8 +169,11 @@ def main() -> None:
     config = config_from(args, max_visual_tokens=args.max_visual_tokens)
     start = find_start(args, config.resolved("output_dir"))
     check_lora(args, start)
+    if start is not None:  # what its data decided
+        decided = {key: getattr(start.config, key) for key in DECIDED_BY_DATA if getattr(config, key) is None}
+        config = config.replace(**decided)
     accelerator, output = start_run(args, config, "stage2")
-    check_tables(config)
+    problems = check_tables(config)
     say = accelerator.print
 
     # ---------------------------------------------------------------- model and data
@@ -180,7 +184,9 @@ def main() -> None:
     vision.to(accelerator.device)
     say("\n".join(lines), flush=True)
     collator = CaptionCollator(lm.tokenizer, config.max_question_tokens, config.max_answer_tokens)
-    train_loader, val_loader, order = build_loaders(args, config, plan, vision.encoder, collator, accelerator)
+    config, cache = prepare_data(config, plan, accelerator, problems, force=args.force)
+    write_config(config, output / "stage2_config.yaml")
+    train_loader, val_loader, order = build_loaders(args, config, cache, vision.encoder, collator, accelerator)
     report_truncation(accelerator, lm, train_loader, config.max_answer_tokens)
     model = MedicalVLM(vision, lm)
     parts = vision.freeze(train_encoder=config.train_encoder)
@@ -199,9 +205,11 @@ def main() -> None:
         write_text(output / "stage2_config.json", json.dumps(summary, ensure_ascii=False, indent=1))
 
     # ---------------------------------------------------------------- training
+    checks = ScanChecks(vision, train_loader.dataset, val_loader.dataset)
+
     def save(name: str, **position: Any) -> None:
         parts = {"plan": plan, "llm": lm.identity.to_dict(), "adapters": adapters.to_dict() if adapters else None}
-        save_checkpoint(output / name, vision, stage="vlm", config=config, **parts, **position)
+        save_checkpoint(output / name, vision, stage="vlm", config=config, scan_checks=checks(), **parts, **position)
 
     def best_so_far() -> float:
         """Validate, on the present table, the best checkpoint of the training that is continued: it is kept until

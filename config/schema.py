@@ -22,7 +22,7 @@ from config.files import write_text
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = REPOSITORY / "config" / "paths.yaml"
 
-SlicePolicy = Literal["mask", "nnunet", "middle", "uniform"]
+SlicePolicy = Literal["auto", "nnunet", "mask", "middle", "uniform"]
 
 
 def _key(default: Any, doc: str, role: str, minimum: int | None = None) -> Any:
@@ -60,12 +60,22 @@ class Config:
     encoder_output_stage: int | None = _key(None, "encoder stage (empty: deepest that fills the token grid)", "arch", 0)
     encoder_target_spatial: int = _key(28, "side of the token grid: 28 -> 784 tokens", "arch", 1)
     train_encoder: bool = _key(True, "false keeps the nnU-Net encoder as it was trained", "run")
-    slices: int = _key(1, "axial slices per case (2-D encoder) or depth planes (3-D encoder)", "tokens", 1)
+    slices: int | None = _key(
+        None,
+        "axial slices per case (empty: as many as the lesions of the training table need within the token budget, and "
+        "some spread over the scan), or depth planes of a 3-D encoder (empty: 1)",
+        "tokens",
+        1,
+    )
     slice_policy: SlicePolicy = _key(
-        "mask",
-        "mask: slices that show the lesions of a row's mask, else the middle; nnunet: of nnU-Net's own segmentation; "
-        "middle; uniform: spread over the scan",
+        "auto",
+        "auto: slices that show the lesions of nnU-Net's own segmentation, or of a row's mask where the checkpoint has "
+        "no decoder, and slices spread over the scan; nnunet: of the segmentation alone; mask: of the mask, else the "
+        "middle; middle; uniform: spread over the scan",
         "run",
+    )
+    min_lesion_mm3: float | None = _key(
+        None, "smaller lesions of the segmentation are dropped (empty: chosen on the validation masks)", "run", 0
     )
     augment_shift: int = _key(0, "training images are moved in plane by up to so many voxels", "run", 0)
     augment_rotate: float = _key(0.0, "they are turned in plane by up to so many degrees", "run", 0)
@@ -234,7 +244,7 @@ def _checked(key: str, value: Any, origin: str) -> Any:
     minimum = FIELDS[key].metadata["minimum"]
     if minimum is not None and value is not None and value < minimum:
         raise InputError(f"{origin}: '{key}' is {value}, expected at least {minimum}")
-    return float(value) if expected is float else value
+    return float(value) if isinstance(value, int) and float in (expected, *get_args(expected)) else value
 
 
 def _matches(value: Any, expected: Any) -> bool:

@@ -2,7 +2,7 @@
 
     root/<key>/image.bin    float32 (C_in, z, y, x), compressed slices
     root/<key>/mask.bin     labels (z, y, x), where the case has a mask
-    root/<key>/meta.json    shapes, checksums, spacing, voxel map, lesions, lesion voxels per slice
+    root/<key>/meta.json    shapes, checksums, spacing, voxel map, lesions and their voxels per slice, problems
     root/files/<name>.json  digest of a source file's content, with the size and time it had
 
 The key is a digest of the files' content, the preprocessing plan and the format version: a file that is moved or
@@ -39,13 +39,18 @@ from numcodecs import Blosc
 from config.errors import InputError
 from config.files import write_text
 from config.nnunet_plans import PreprocessPlan
+from data.checks.image_checks import check_volume, voxel_digest
+from data.checks.problems import Problem
+from data.findings import FindingRecord
 from data.imaging.reader import files_of, read_mask, read_volume
+from data.imaging.volume import turned_to_lps
 from data.lesions import Lesion, find_lesions
 from data.nnunet_preprocess import VoxelMap, preprocess
+from data.segmentation_scores import ComparedCase
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 5  # raise it when the same files and plan would give other voxels or another layout
+FORMAT = 6  # raise it when the same files and plan would give other voxels or another layout
 _ABANDONED_S = 24 * 3600
 _RENAME_TRIES = 5
 _UNREADABLE = (FileNotFoundError, ValueError, KeyError, TypeError, IndexError)  # ValueError: JSON, UTF-8
@@ -124,6 +129,10 @@ class CachedVolume:
     ``image``: float32 (C_in, z, y, x); ``mask``: labels (z, y, x) or None; ``spacing``: (z, y, x) in mm;
     ``lesion_voxels``: int64 (z,), voxels with a label per slice, or None; ``lesions``: of the mask, largest first;
     ``axcodes``: where x, y and z of the volume run to before ``transpose_forward``, such as "LPS".
+    ``lesions_from``: "mask" or "segmentation", or None where nobody looked for lesions. ``findings``: the lesions of
+    the segmentation, measured on the scan's own grid, largest first; ``compared``: the segmentation beside the mask,
+    where there is one. ``problems``: of the scan as a chest CT
+    (:func:`data.checks.image_checks.check_volume`). ``voxels``: digest of the scan's voxels.
     """
 
     image: CachedArray
@@ -133,6 +142,11 @@ class CachedVolume:
     lesion_voxels: np.ndarray | None = None
     lesions: tuple[Lesion, ...] = ()
     axcodes: str = "LPS"
+    lesions_from: str | None = None
+    findings: tuple[FindingRecord, ...] = ()
+    compared: ComparedCase | None = None
+    problems: tuple[Problem, ...] = ()
+    voxels: str = ""
 
     @property
     def first_slice_is_highest(self) -> bool:
@@ -234,7 +248,9 @@ class VolumeCache(CaseCache):
         def write(folder: Path) -> None:
             arrays = {"image": write_slices(folder / "image.bin", case.image)}
             meta = {"arrays": arrays, "spacing": case.spacing, "voxel_map": asdict(case.voxel_map)}
-            meta |= {"source": volume.path.name, "axcodes": volume.axcodes}
+            lps, _ = turned_to_lps(volume)
+            meta |= {"source": volume.path.name, "axcodes": volume.axcodes, "voxels": voxel_digest(lps)}
+            meta["problems"] = [asdict(problem) for problem in check_volume(lps)]
             if case.mask is not None:
                 arrays["mask"] = write_slices(folder / "mask.bin", case.mask)
                 meta |= describe_labels(case.mask)
@@ -249,8 +265,10 @@ class VolumeCache(CaseCache):
             mask=arrays.get("mask"),
             spacing=tuple(meta["spacing"]),
             voxel_map=VoxelMap.from_dict(meta["voxel_map"]),
-            axcodes=meta.get("axcodes", self.plan.orientation),
-            **(label_fields(meta) if "mask" in arrays else {}),
+            axcodes=meta["axcodes"],
+            problems=tuple(Problem(**problem) for problem in meta["problems"]),
+            voxels=meta["voxels"],
+            **(label_fields(meta) | {"lesions_from": "mask"} if "mask" in arrays else {}),
         )
 
 

@@ -1,13 +1,13 @@
 """The lesions of a label mask: where they lie, how large they are, and which slices show them.
 
 A :class:`Lesion` is in voxels, whatever its label, and is stored with a preprocessed case: views are selected without
-reading the mask. A :class:`MeasuredLesion` is a connected component of one label of the scan's own mask, in mm, with
-side and zone, for comparison with reports. Arrays have axes [Z, Y, X], +x to the patient's left, +z superior (LPS).
+reading the mask. :func:`measure_lesions` measures in mm, with side and zone, on the scan's own grid, and gives
+:class:`data.findings.FindingRecord`. Arrays have axes [Z, Y, X], +x to the patient's left, +z superior (LPS).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from scipy.spatial import ConvexHull, QhullError
 from scipy.spatial.distance import pdist
 
 from config.errors import InputError
+from data.findings import LESION, FindingRecord, Measurement, Source
 
 ZONES = ("upper", "middle", "lower")  # thirds of the lung's craniocaudal extent
 MOST = 64  # lesions kept of one case, by size; a mask with more is noise or a disease of the whole lung
@@ -26,6 +27,7 @@ _MIN_AIR_FRACTION = 0.05  # of all air inside the body; a smaller component is g
 _HULL_POINTS = 50  # fewer than this are compared pair by pair
 _NEAR = np.zeros((3, 3, 3), bool)  # a cross in plane: two voxels are bridged; to one side along z: one slice
 _NEAR[1, 1] = _NEAR[1, :, 1] = _NEAR[:2, 1, 1] = True
+_TOUCHING = np.ones((3, 3, 3), bool)  # 26-connected
 
 Span = tuple[int, int]  # first index, and one past the last
 
@@ -65,27 +67,13 @@ class Lesion:
 
 
 @dataclass(frozen=True)
-class MeasuredLesion:
-    """A 26-connected component of one label; z, y, x: its centre of mass in voxels, z from the lowest slice."""
-
-    label: int
-    name: str
-    volume_mm3: float
-    diameter_mm: float  # see :func:`longest_axial_diameter`
-    side: str  # of the centre of mass, against the middle of the lungs
-    zone: str  # of the centre of mass, in the lung of its side
-    z: float
-    y: float
-    x: float
-
-
-@dataclass(frozen=True)
 class LungBox:
-    """Extent of the lungs in voxels: ``middle_x`` between them, and of each side (low z, high z)."""
+    """Extent of the lungs in voxels: ``middle_x`` between them, of each side (low z, high z), and of both along y."""
 
     middle_x: float
     left: tuple[float, float]
     right: tuple[float, float]
+    y: tuple[float, float] | None = None
 
 
 # ------------------------------------------------------------------ lesions in voxels, and the slices that show them
@@ -114,15 +102,12 @@ def find_lesions(mask: np.ndarray, most: int = MOST) -> list[Lesion]:
     is annotated and segmented in pieces. On synthetic masks with up to three findings, such lesions and findings were
     equal in number in 99 % of the cases, connected components in 81 %.
     """
-    solid = mask > 0
-    bounds = ndimage.find_objects(solid.view(np.uint8))
+    bounds = ndimage.find_objects((mask > 0).view(np.uint8))
     if not bounds:
         return []
     # Labelling takes four bytes a voxel: only the bounding box of all lesions is labelled.
-    inner = solid[bounds[0]]
-    numbered, count = ndimage.label(ndimage.binary_dilation(inner, _NEAR), np.ones((3, 3, 3)))
-    numbered *= inner
-    sizes = np.bincount(numbered.ravel(), minlength=count + 1)[1:]
+    numbered = lesion_numbers(mask[bounds[0]])
+    sizes = np.bincount(numbered.ravel())[1:]
     boxes = ndimage.find_objects(numbered)
     found = []
     for number in np.argsort(-sizes, kind="stable")[:most]:
@@ -133,6 +118,13 @@ def find_lesions(mask: np.ndarray, most: int = MOST) -> list[Lesion]:
         cores = [(row + y[0], column + x[0]) if row >= 0 else (row, column) for row, column in points]
         found.append(Lesion((z, y, x), tuple(parts.sum(axis=(1, 2)).tolist()), tuple(cores)))
     return found
+
+
+def lesion_numbers(mask: np.ndarray) -> np.ndarray:
+    """The number of its lesion for each voxel of a mask (z, y, x), from 1 on; 0 outside."""
+    solid = mask > 0
+    parts, _ = ndimage.label(ndimage.binary_dilation(solid, _NEAR), _TOUCHING)
+    return parts * solid
 
 
 def covering_slices(lesions: Sequence[Lesion], lesion_voxels: np.ndarray, count: int) -> list[int]:
@@ -217,41 +209,93 @@ def find_lungs(hu: np.ndarray, spacing: tuple[float, float, float]) -> LungBox:
             )
         levels = np.flatnonzero(area > 0.03 * area.max())
         bounds[side] = (float(levels[0]), float(levels[-1]))
-    return LungBox(middle, **bounds)
+    rows = np.flatnonzero(inside.any((0, 2)))
+    return LungBox(middle, **bounds, y=(float(rows[0]), float(rows[-1])))
 
 
 def measure_lesions(
     mask: np.ndarray,
     spacing: tuple[float, float, float],
-    lungs: LungBox,
+    lungs: LungBox | None,
     names: Mapping[int, str] | None = None,
     min_volume_mm3: float = 0.0,
-) -> list[MeasuredLesion]:
-    """Every component of a mask, by label and then by falling volume.
+    *,
+    hu: np.ndarray | None = None,
+    source: Source = "mask",
+    join: bool = False,
+) -> list[FindingRecord]:
+    """The lesions of a mask as findings, by label and then by falling volume.
 
-    ``mask``: [Z, Y, X] integers, 0 is background; ``spacing``: (z, y, x) in mm; ``names``: of the labels (default:
-    ``label N``); components below ``min_volume_mm3`` are left out. Raises InputError if the mask is not 3-D or not of
-    integers.
+    Args:
+        mask: [Z, Y, X] integers, 0 is background.
+        spacing: (z, y, x) in mm.
+        lungs: None where they were not found: the records have no side and no level.
+        names: findings of the labels; a label without one is :data:`~data.findings.LESION`.
+        min_volume_mm3: smaller lesions are left out.
+        hu: the scan, for mean densities.
+        join: components with a gap as in :func:`find_lesions` are one lesion, whatever their labels; the most frequent
+            label names it, and ``count`` is the number of its components. Otherwise each 26-connected component of
+            each label is a lesion.
+
+    Raises InputError if the mask is not 3-D or not of integers.
     """
     if mask.ndim != 3 or not np.issubdtype(mask.dtype, np.integer):
         raise InputError(f"a mask must be a 3-D array of integers, not {mask.ndim}-D {mask.dtype}")
+    bounds = ndimage.find_objects((mask > 0).view(np.uint8))
+    if not bounds:
+        return []
+    mask, hu = mask[bounds[0]], None if hu is None else hu[bounds[0]]  # labelling takes four bytes a voxel
     found = []
-    for label in (int(v) for v in np.unique(mask) if v != 0):
-        name = (names or {}).get(label, f"label {label}")
-        parts, _ = ndimage.label(mask == label, np.ones((3, 3, 3), bool))
+    for parts, box, index in _components(mask, join):
+        solid = parts[box] == index
+        volume = float(solid.sum()) * float(np.prod(spacing))
+        if volume < min_volume_mm3:
+            continue
+        label = int(np.bincount(mask[box][solid]).argmax())
+        starts = (inner.start + outer.start for inner, outer in zip(box, bounds[0], strict=True))
+        z, y, x = (float(axis.mean()) + start for axis, start in zip(np.nonzero(solid), starts, strict=True))
+        mean_hu = None if hu is None else float(hu[box][solid].mean())
+        found.append(
+            FindingRecord(
+                (names or {}).get(label, LESION),
+                **_place(lungs, z, y, x),
+                size_mm=longest_axial_diameter(solid, spacing[1:]),
+                count=ndimage.label(solid, _TOUCHING)[1] if join else None,
+                source=source,
+                measured=Measurement(label, volume, mean_hu, z, y, x),
+            )
+        )
+    return sorted(found, key=lambda record: (record.measured.label * (not join), -record.measured.volume_mm3))
+
+
+def _components(mask: np.ndarray, join: bool) -> Iterator[tuple[np.ndarray, tuple[slice, ...], int]]:
+    """Numbered voxels, bounding box and number of each lesion."""
+    if join:
+        numbered = [lesion_numbers(mask)]
+    else:
+        numbered = [ndimage.label(mask == label, _TOUCHING)[0] for label in np.unique(mask[mask > 0])]
+    for parts in numbered:
         for index, box in enumerate(ndimage.find_objects(parts), 1):
-            solid = parts[box] == index
-            volume = float(solid.sum()) * float(np.prod(spacing))
-            if volume < min_volume_mm3:
-                continue
-            centre = [float(axis.mean()) + cut.start for axis, cut in zip(np.nonzero(solid), box, strict=True)]
-            side = "left" if centre[2] > lungs.middle_x else "right"
-            low, high = getattr(lungs, side)
-            # Slice borders included; above or below the lung the nearest third.
-            level = np.clip(3 * (centre[0] - (low - 0.5)) / (high - low + 1), 0, 2)
-            diameter = longest_axial_diameter(solid, spacing[1:])
-            found.append(MeasuredLesion(label, name, volume, diameter, side, ZONES[2 - int(level)], *centre))
-    return sorted(found, key=lambda lesion: (lesion.label, -lesion.volume_mm3))
+            if box is not None:
+                yield parts, box, index
+
+
+def _place(lungs: LungBox | None, z: float, y: float, x: float) -> dict[str, str | None]:
+    """Side and zone of a centre of mass; the lobe where its level alone, or with front and back, decides it.
+
+    Without the fissures, only the top fifth of a lung is surely its upper lobe, and the back of the lowest quarter its
+    lower lobe.
+    """
+    if lungs is None:
+        return {}
+    side = "left" if x > lungs.middle_x else "right"
+    low, high = getattr(lungs, side)
+    # Slice borders included; above or below the lung the nearest third.
+    level = float(np.clip((z - (low - 0.5)) / (high - low + 1), 0, 1))
+    lobe = "upper" if level > 0.8 else None
+    if level < 0.25 and lungs.y is not None and y > sum(lungs.y) / 2:
+        lobe = "lower"
+    return {"side": side, "zone": ZONES[2 - min(int(3 * level), 2)], "lobe": lobe}
 
 
 def longest_axial_diameter(solid: np.ndarray, pixel: tuple[float, float]) -> float:

@@ -51,6 +51,16 @@ class VoxelMap:
         original[..., list(self.transpose_forward)] = permuted
         return original
 
+    def labels_to_original(self, labels: np.ndarray) -> np.ndarray:
+        """Preprocessed ``labels`` (z, y, x) on the grid of the volume, each voxel that of the nearest label."""
+        nearest = []
+        for (low, high), extent in zip(self.bbox, self.shape, strict=True):
+            inside = (np.arange(high - low) + 0.5) * extent / (high - low)
+            nearest.append(np.minimum(inside.astype(np.int64), extent - 1))
+        permuted = np.zeros(self.shape_before_crop, labels.dtype)
+        permuted[tuple(slice(*side) for side in self.bbox)] = labels[np.ix_(*nearest)]
+        return permuted.transpose(np.argsort(self.transpose_forward))
+
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> VoxelMap:
         """From the JSON of ``dataclasses.asdict``."""

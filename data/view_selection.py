@@ -1,12 +1,14 @@
 """View selection: which slices, or which patch, of a preprocessed volume the encoder gets, and where lesions lie there.
 
-    policy    2-D: K slices                                 3-D: one patch
-    mask      slices that show the lesions of the mask      around the largest lesion of the mask
-    nnunet    the same, of nnU-Net's own segmentation       the same (the volume carries it as its mask)
-    middle    around the middle                             in the middle
-    uniform   spread evenly over the scan                   the whole depth; deeper volumes skip planes evenly
+    policy    2-D: K slices                                          3-D: one patch
+    auto      slices that show the lesions, others spread evenly     around the largest lesion
+    mask      slices that show the lesions, then their neighbours    the same
+    nnunet    as mask                                                the same
+    middle    around the middle                                      in the middle
+    uniform   spread evenly over the scan                            the whole depth; deeper volumes skip planes evenly
 
-Without a lesion, ``mask`` and ``nnunet`` do as ``middle``.
+The lesions are those that the volume carries, of a mask or of nnU-Net's segmentation. Without one, ``auto`` does as
+``uniform``, ``mask`` and ``nnunet`` do as ``middle``.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from data.augmentation import Augmentation
 from data.cache import CachedVolume
 from data.lesions import Lesion, Span, covering_slices, lesion_of_each
 
+SPREAD_OF = 3  # with policy auto, one slice of so many shows no lesion: effusions and emphysema are not segmented
+MOST_CASES = 0.95  # of the training cases have all their lesions shown, where the budget allows it
+SLICE_TOKENS = 16  # a slice of fewer than 4 x 4 tokens says too little of places
 ROI_MARGIN = 0.25  # on each side, of the lesion's longer side: part of the size in ``View.roi``
 
 
@@ -63,11 +68,13 @@ class ViewSelection:
         policy: SlicePolicy,
         augmentation: Augmentation | None = None,
         receptive_field_offset: Sequence[float] | None = None,
+        min_lesion_mm3: float = 0.0,
     ) -> None:
         """
         Args:
             augmentation: for training; by default nothing is changed.
             receptive_field_offset: of the encoder's features, in voxels per axis; by default zero.
+            min_lesion_mm3: smaller lesions of a segmentation are left out; those of a mask are all kept.
         """
         self.offset = tuple(receptive_field_offset or [0.0] * plan.dim)
         self.augmentation = augmentation or Augmentation()
@@ -75,6 +82,7 @@ class ViewSelection:
         self.stride = tuple(stride)
         self.slices = slices
         self.policy = policy
+        self.min_lesion_mm3 = min_lesion_mm3
 
     @classmethod
     def from_config(
@@ -82,7 +90,8 @@ class ViewSelection:
     ) -> ViewSelection:
         """The view selection that ``config`` describes, for ``encoder``."""
         offset = encoder.receptive_field_offset
-        return cls(plan, encoder.total_stride, config.slices, config.slice_policy, augmentation, offset)
+        policy, specks = config.slice_policy, config.min_lesion_mm3 or 0.0
+        return cls(plan, encoder.total_stride, config.slices or 1, policy, augmentation, offset, specks)
 
     def __call__(self, volume: CachedVolume) -> View:
         """:meth:`select`, then :meth:`finish`."""
@@ -105,7 +114,7 @@ class ViewSelection:
             position = ((torch.tensor(lower) + depth / 2) / volume.image.shape[1]).clamp(0, 1)
         if volume.first_slice_is_highest:
             position = 1 - position
-        assigned = zip(lesion_of_each(volume.lesions, ranges), ranges, strict=True)
+        assigned = zip(lesion_of_each(self._kept(volume), ranges), ranges, strict=True)
         roi = torch.tensor([_roi(lesion, span, starts, sizes) for lesion, span in assigned])
         return View(images, position, roi)
 
@@ -118,11 +127,17 @@ class ViewSelection:
 
     def chosen_slices(self, volume: CachedVolume) -> list[int]:
         """Indices of the K slices of a 2-D encoder, ascending."""
-        depth = volume.image.shape[1]
-        if self.policy == "uniform":
-            return [int((k + 0.5) / self.slices * depth) for k in range(self.slices)]
-        lesions = self._lesions(volume)
-        return choose_slices(volume.lesion_voxels if lesions else None, depth, self.slices, lesions)
+        depth, lesions = volume.image.shape[1], self.lesions(volume)
+        if self.policy == "uniform" or self.policy == "auto" and not lesions:
+            return spread_slices(depth, self.slices)
+        if len(lesions) == len(volume.lesions) and volume.lesion_voxels is not None:
+            area = volume.lesion_voxels
+        else:  # without the specks
+            area = np.array([sum(lesion.area(z) for lesion in lesions) for z in range(depth)])
+        if self.policy == "auto":
+            shown = covering_slices(lesions, area, min(len(lesions), self.slices - self.slices // SPREAD_OF))
+            return sorted([*shown, *spread_slices(depth, self.slices - len(shown), without=shown)])
+        return choose_slices(area, depth, self.slices, lesions)
 
     def box(self, volume: CachedVolume) -> tuple[list[int], list[int]]:
         """First voxel (below 0 with padding) and number of voxels of the encoder's input, along each axis.
@@ -136,14 +151,14 @@ class ViewSelection:
                 for patch, extent, stride in zip(self.patch_size, shape[1:], self.stride, strict=True)
             ]
             return [0, *(-((s - e) // 2) for s, e in zip(sizes, shape[1:], strict=True))], [shape[0], *sizes]
-        lesions = self._lesions(volume)
+        lesions = self.lesions(volume)
         centre = [(low + high) / 2 for low, high in lesions[0].box] if lesions else [extent / 2 for extent in shape]
         starts = []
         for c, patch, extent in zip(centre, self.patch_size, shape, strict=True):
             start = int(np.clip(round(c - patch / 2), 0, max(extent - patch, 0)))
             starts.append(start - max(patch - extent, 0) // 2)
         sizes = list(self.patch_size)
-        if self.policy == "uniform" and shape[0] > sizes[0]:
+        if (self.policy == "uniform" or self.policy == "auto" and not lesions) and shape[0] > sizes[0]:
             starts[0], sizes[0] = 0, shape[0]
         return starts, sizes
 
@@ -157,8 +172,15 @@ class ViewSelection:
         kept = sizes if flat else (self.patch_size[0], *sizes[1:])
         return tuple(voxels / size for voxels, size in zip((0.0,) * flat + self.offset, kept, strict=True))
 
-    def _lesions(self, volume: CachedVolume) -> Sequence[Lesion]:
-        return volume.lesions if self.policy in ("mask", "nnunet") else ()
+    def lesions(self, volume: CachedVolume) -> Sequence[Lesion]:
+        """The lesions that the view is selected by, largest first."""
+        return self._kept(volume) if self.policy in ("auto", "mask", "nnunet") else ()
+
+    def _kept(self, volume: CachedVolume) -> Sequence[Lesion]:
+        if volume.lesions_from != "segmentation":
+            return volume.lesions
+        least = self.min_lesion_mm3 / float(np.prod(volume.spacing))
+        return [lesion for lesion in volume.lesions if lesion.voxels >= least]
 
     def _patch(self, volume: CachedVolume, starts: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
         rows, columns = (slice(max(s, 0), s + size) for s, size in zip(starts[1:], sizes[1:], strict=True))
@@ -172,17 +194,39 @@ class ViewSelection:
         return centred(block, self.patch_size)
 
 
-def choose_slices(
-    lesion_voxels: np.ndarray | None, depth: int, count: int, lesions: Sequence[Lesion] = ()
-) -> list[int]:
+def slices_for(lesions: Sequence[int], max_tokens: int, lesion_tokens: int = 0) -> int:
+    """Slices per case that show nearly all lesions and some of the rest of the scan, within the token budget.
+
+    Args:
+        lesions: number of lesions of each training case.
+        max_tokens, lesion_tokens: the budget, and the tokens around a slice's lesion.
+    """
+    wanted = int(np.quantile(list(lesions) or [0], MOST_CASES, method="higher"))
+    count = SPREAD_OF
+    while count - count // SPREAD_OF < wanted:
+        count += 1
+    return max(1, min(count, max_tokens // (SLICE_TOKENS + lesion_tokens)))
+
+
+def spread_slices(depth: int, count: int, without: Sequence[int] = ()) -> list[int]:
+    """Indices of ``count`` slices, evenly spread; in place of one of ``without``, the nearest free one."""
+    chosen: list[int] = []
+    for k in range(count):
+        middle = int((k + 0.5) / count * depth)
+        free = [z for z in range(depth) if z not in without and z not in chosen] or [middle]
+        chosen.append(min(free, key=lambda z: abs(z - middle)) if without else middle)
+    return chosen
+
+
+def choose_slices(lesion_voxels: np.ndarray, depth: int, count: int, lesions: Sequence[Lesion] = ()) -> list[int]:
     """Indices of ``count`` slices, ascending: those that show the lesions where there are any, else the middle ones.
 
-    With fewer lesion slices than ``count``, the neighbours of the one with most lesion follow.
-    A volume of fewer slices than ``count`` repeats its last one, so that every case has K slices.
+    ``lesion_voxels``: (z,), of all lesions. With fewer lesion slices than ``count``, the neighbours of the one with
+    most lesion follow. A volume of fewer slices than ``count`` repeats its last one, so that every case has K slices.
     """
     centre = depth // 2
     order: list[int] = []
-    if lesion_voxels is not None and lesion_voxels.any():
+    if lesion_voxels.any():
         order = covering_slices(lesions, lesion_voxels, count)
         centre = order[0]
     nearest = sorted(range(depth), key=lambda index: (abs(index - centre), index))

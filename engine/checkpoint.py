@@ -10,6 +10,8 @@ preprocess_plan          what turned the scan into the encoder's input
 llm                      the language model's and tokenizer's identity
 diagnostics              token statistics; ``collapsed`` is true where the vision part gives nothing
 adapters                 of the language model (--lora_rank), where it has any (models/language_model/lora.py)
+scan_checks              feature distances of the training set, and a digest of the nnU-Net that segments
+                         (engine/scan_checks.py); None in older files
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ class Checkpoint:
     llm: dict[str, Any]
     diagnostics: dict[str, Any]
     adapters: dict[str, Any] | None = None
+    scan_checks: dict[str, Any] | None = None
 
     @property
     def collapsed(self) -> bool:
@@ -106,6 +109,7 @@ def save_checkpoint(
     llm: dict[str, Any],
     diagnostics: dict[str, Any],
     adapters: dict[str, Any] | None = None,
+    scan_checks: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint, atomically. The arguments are the parts named in the module's docstring."""
     content = {
@@ -122,6 +126,7 @@ def save_checkpoint(
         "llm": llm,
         "diagnostics": diagnostics,
         **({"adapters": adapters} if adapters else {}),
+        **({"scan_checks": scan_checks} if scan_checks else {}),
     }
     save_torch_file(content, path)
 
@@ -161,7 +166,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         version += 1
-    content.setdefault("adapters", None)
+    for optional in ("adapters", "scan_checks"):
+        content.setdefault(optional, None)
     fields = {name: _part(content, name, path) for name in Checkpoint.__dataclass_fields__ if name != "path"}
     for key, kept in REMOVED.items():
         value = fields["config"].get(key, kept)

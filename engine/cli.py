@@ -7,9 +7,10 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 from config.errors import InputError
-from config.schema import Config, keys_with_role, load_config
+from config.schema import Config, SlicePolicy, keys_with_role, load_config
 from config.toy_models import check_toy_models
 
 EXIT_BAD_INPUT = 2
@@ -58,11 +59,23 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow_toy_model", action="store_true", help=toy)
 
 
+def add_force_flag(parser: argparse.ArgumentParser) -> None:
+    """For scripts that check scans."""
+    parser.add_argument("--force", action="store_true", help="go on with images that cannot be a chest CT in HU")
+
+
+def add_view_flag(parser: argparse.ArgumentParser) -> None:
+    """For scripts that read scans with a trained checkpoint; :func:`local_config` applies it."""
+    choices, words = get_args(SlicePolicy), "how slices are chosen; default: as the checkpoint was trained"
+    parser.add_argument("--slice_policy", choices=choices, help=words)
+
+
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of every script that trains."""
     parser.add_argument("--config", type=Path, help="configuration file (default: config/paths.yaml)")
     parser.add_argument("--output_dir", type=Path, help="where this run writes (default: the configuration's)")
     parser.add_argument("--seed", type=int, default=42)
+    add_force_flag(parser)
     add_model_flags(parser)
 
 
@@ -95,13 +108,16 @@ def config_from(args: argparse.Namespace, **overrides: object) -> Config:
 
 
 def local_config(args: argparse.Namespace, trained: Config) -> Config:
-    """A checkpoint's configuration on this machine: paths and places of --config, and --mamba_model."""
+    """A checkpoint's configuration on this machine: paths and places of --config, --mamba_model, --slice_policy."""
     changes = {}
     if args.config:
         local = load_config(args.config)
         changes = {key: getattr(local, key) for key in keys_with_role("path") + keys_with_role("place")}
     if args.mamba_model:
         changes["mamba_model"] = args.mamba_model
+    if args.slice_policy not in (None, trained.slice_policy):
+        changes["slice_policy"] = args.slice_policy
+        print(f"note: slice_policy {args.slice_policy}; the checkpoint was trained with {trained.slice_policy}")
     return trained.replace(**changes)
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
@@ -10,14 +14,20 @@ from torch.utils.data import DataLoader
 
 from config.nnunet_plans import PreprocessPlan
 from config.schema import Config
+from data.cache import CaseCache
 from data.checks.data_check import check_validation, quick_check
-from data.checks.problems import Level, raise_errors
+from data.checks.problems import Level, Problem, raise_errors
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
-from data.tables.caption_table import read_caption_table
+from data.segmentation_scores import choose_min_lesion
+from data.tables.caption_table import CaptionRow, read_caption_table
+from data.view_selection import ViewSelection, slices_for
 from engine.run import EpochShuffle
-from engine.segmentation import open_cache, prepare_cases
+from engine.scan_checks import check_scans
+from engine.segmentation import SegmentedCache, describe_segmentation, open_cache, prepare_cases
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.encoder import NnUNetEncoder
+
+DECIDED_BY_DATA = ("slices", "min_lesion_mm3")  # where the configuration leaves them empty
 
 
 def load_encoder(config: Config) -> tuple[NnUNetEncoder, PreprocessPlan]:
@@ -28,7 +38,7 @@ def load_encoder(config: Config) -> tuple[NnUNetEncoder, PreprocessPlan]:
     """
     source = load_nnunet_checkpoint(config.resolved("nnunet_encoder_checkpoint"))
     stage, grid = config.encoder_output_stage, config.encoder_target_spatial
-    encoder = NnUNetEncoder.from_checkpoint(source, stage, grid, planes=config.slices)
+    encoder = NnUNetEncoder.from_checkpoint(source, stage, grid, planes=config.slices or 1)
     return encoder, PreprocessPlan.from_nnunet(source.plans, source.configuration, config.image_axis_order)
 
 
@@ -38,27 +48,70 @@ def load_plan(config: Config) -> PreprocessPlan:
     return PreprocessPlan.from_nnunet(source.plans, source.configuration, config.image_axis_order)
 
 
+def prepare_data(
+    config: Config, plan: PreprocessPlan, accelerator: Accelerator, problems: Sequence[Problem] = (), *, force: bool
+) -> tuple[Config, CaseCache]:
+    """Fill the cache from both tables, check every scan, and resolve the keys of :data:`DECIDED_BY_DATA`.
+
+    Args:
+        problems: found before, counted with those of the scans.
+        force: go on with scans that cannot be a chest CT.
+
+    Raises:
+        InputError: a table has a bad row, a volume cannot be read or is no chest CT: before step 0.
+    """
+    names = {"train": "caption_csv_train", "val": "caption_csv_val"}
+    tables = {
+        name: read_caption_table(config.resolved(key), image_root=config.table_root, path_map=config.path_map)
+        for name, key in names.items()
+    }
+    cache = open_cache(config, plan)
+    with accelerator.main_process_first():
+        prepare_cases(cache, [row for rows in tables.values() for row in rows])
+    with contextlib.redirect_stdout(sys.stdout if accelerator.is_main_process else None):
+        check_scans(cache, tables, problems, force=force)
+        config = resolve_views(config, cache, tables)
+        sizes = f"{len(tables['train'])} training cases, {len(tables['val'])} validation cases"
+        print(f"data: {sizes}, cache {config.cache_dir}", flush=True)
+    return config, cache
+
+
+def resolve_views(config: Config, cache: CaseCache, tables: dict[str, Sequence[CaptionRow]]) -> Config:
+    """``config`` with ``slices`` and ``min_lesion_mm3``, printed with what the masks say of the segmentation."""
+    cases = {name: [cache.get(row.image_path, row.mask_path) for row in rows] for name, rows in tables.items()}
+    least = config.min_lesion_mm3
+    if isinstance(cache, SegmentedCache):
+        compared = [case.compared for case in cases["val"] if case.compared is not None]
+        least = choose_min_lesion(compared) if least is None else least
+        print(describe_segmentation(compared, least), flush=True)
+        config = config.replace(min_lesion_mm3=least)
+    if config.slices is None:
+        if len(cache.plan.patch_size) == 3 or config.slice_policy == "middle":
+            slices = 1
+        else:
+            selection = ViewSelection(cache.plan, (1, 1), 1, config.slice_policy, min_lesion_mm3=least or 0.0)
+            around = config.roi_side**2 if config.roi_policy == "lesion" else 0
+            counts = [len(selection.lesions(case)) for case in cases["train"]]
+            slices = slices_for(counts, config.max_visual_tokens, around)
+        config = config.replace(slices=slices)
+    origins = Counter(case.lesions_from or "nothing" for case in cases["train"])
+    named = ", ".join(f"{origin} ({count} cases)" for origin, count in origins.most_common())
+    print(f"views: slices {config.slices}, slice_policy {config.slice_policy}, lesions from {named}", flush=True)
+    return config
+
+
 def build_loaders(
     args: argparse.Namespace,
     config: Config,
-    plan: PreprocessPlan,
+    cache: CaseCache,
     encoder: NnUNetEncoder,
     collator: CaptionCollator,
     accelerator: Accelerator,
 ) -> tuple[DataLoader, DataLoader, EpochShuffle]:
-    """Training and validation loader, sharded over the processes, and the training order.
-
-    Raises:
-        InputError: a table is missing or has a bad row, or a volume cannot be read: before step 0.
-    """
-    cache = open_cache(config, plan)
+    """Training and validation loader over prepared cases, sharded over the processes, and the training order."""
     train_table, val_table = config.resolved("caption_csv_train"), config.resolved("caption_csv_val")
     train = MedicalVLMDataset.from_config(config, train_table, cache, encoder, args.seed, train=True)
     val = MedicalVLMDataset.from_config(config, val_table, cache, encoder, args.seed)
-    with accelerator.main_process_first():
-        prepare_cases(cache, [*train.rows, *val.rows])
-    if accelerator.is_main_process:
-        print(f"data: {len(train)} training cases, {len(val)} validation cases, cache {config.cache_dir}", flush=True)
     options = {
         "batch_size": args.batch_size,
         "collate_fn": collator,
@@ -73,8 +126,8 @@ def build_loaders(
     return *accelerator.prepare(train_loader, DataLoader(val, **options)), order
 
 
-def check_tables(config: Config, validation: Level = "warning") -> None:
-    """Check both tables and the header of every image, in seconds, before a model is loaded.
+def check_tables(config: Config, validation: Level = "warning") -> list[Problem]:
+    """Check both tables and the header of every image, in seconds, before a model is loaded. Returns the warnings.
 
     ``validation``: the level of a validation table whose loss says nothing (:func:`check_validation`).
 
@@ -83,8 +136,9 @@ def check_tables(config: Config, validation: Level = "warning") -> None:
     """
     tables = (config.resolved("caption_csv_train"), config.resolved("caption_csv_val"))
     train, val = (read_caption_table(t, image_root=config.table_root, path_map=config.path_map) for t in tables)
-    quick_check(train, val)
+    found = quick_check(train=train, val=val)
     problems = check_validation(val, validation)
     raise_errors(problems, config.caption_csv_val)
     for problem in problems:
         print(f"{problem.level}: {config.caption_csv_val}: {problem}", flush=True)
+    return found

@@ -1,7 +1,8 @@
-"""``slice_policy: nnunet``: the user's own network finds the lesions, in training and where no mask exists.
+"""Lesions of a scan from the user's own nnU-Net, decoder and all, in training and for a new scan without a mask.
 
     root/segmentation/<key>/mask.bin    labels (z, y, x) on the grid of the preprocessed case
-    root/segmentation/<key>/meta.json   checksums, lesions, lesion voxels per slice
+    root/segmentation/<key>/meta.json   checksums, lesions, lesion voxels per slice, findings measured on the scan's
+                                        grid, and what a mask says of the segmentation
 
 The key is a digest of the case's cache entry and of the nnU-Net file, so another network segments anew. The network is
 as nnU-Net trained it, also where the encoder is trained further: views do not change during training.
@@ -12,11 +13,11 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,15 +37,30 @@ from data.cache import (
     publish,
     write_slices,
 )
+from data.findings import FindingRecord
+from data.imaging.reader import read_volume
+from data.imaging.volume import turned_to_lps
+from data.lesions import find_lungs, measure_lesions
+from data.report_language.terms import FINDINGS
+from data.segmentation_scores import ComparedCase, compare, scores
 from data.tables.caption_table import CaptionRow
 from engine.prepare import Files, fill_cache, unique_files
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.sliding_window import labels_of, sliding_window
 from models.nnunet.unet import SegmentationUNet
 
-VERSION = 3  # raise it when the same network would give other labels, or other things are noted of them
+VERSION = 4  # raise it when the same network would give other labels, or other things are noted of them
 _SLICES = 8
 _ONE_AT_A_TIME = threading.Lock()  # of threads that prepare cases: a network fills the device by itself
+
+
+class Network(NamedTuple):
+    """nnU-Net, whole. ``regions``: its classes are overlapping regions; ``names``: findings of its labels."""
+
+    unet: SegmentationUNet
+    device: torch.device
+    regions: bool
+    names: dict[int, str]
 
 
 class SegmentedCache(CaseCache):
@@ -74,10 +90,15 @@ class SegmentedCache(CaseCache):
         with _ONE_AT_A_TIME:
             if entry.exists():
                 return
-            labels = segment(*_network(self.checkpoint), volume, self.plan.patch_size)
+            network = _network(self.checkpoint)
+            labels = segment(network, volume, self.plan.patch_size)
+        findings = measure(labels, volume, image_path, self.plan, network.names)
 
         def write(folder: Path) -> None:
             meta = {"array": write_slices(folder / "mask.bin", labels), **describe_labels(labels)}
+            meta["findings"] = [finding.to_dict() for finding in findings]
+            if volume.mask is not None:
+                meta["compared"] = asdict(compare(labels, np.asarray(volume.mask), volume.spacing))
             (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
         publish(write, entry)
@@ -85,29 +106,49 @@ class SegmentedCache(CaseCache):
     def _open(self, entry: Path, meta: dict[str, Any], image_path: Path, mask_path: Path | None) -> CachedVolume:
         """The case with the stored labels in place of its mask."""
         volume, mask = self.volumes.get(image_path, mask_path), CachedArray(entry / "mask.bin", meta["array"])
-        return replace(volume, mask=mask, **label_fields(meta))
+        known = {"mask": mask, "lesions_from": "segmentation", **label_fields(meta)}
+        known["findings"] = tuple(map(FindingRecord.from_dict, meta["findings"]))
+        compared = ComparedCase(**meta["compared"]) if "compared" in meta else None
+        return replace(volume, compared=compared, **known)
 
 
 def open_cache(config: Config, plan: PreprocessPlan) -> CaseCache:
-    """The cache that the configuration's slice policy needs.
+    """The cache that the configuration's slice policy needs; ``auto`` segments where the nnU-Net has its decoder.
 
     Raises:
-        InputError: the policy is ``nnunet`` and the nnU-Net checkpoint is missing, or has another plan.
+        InputError: the nnU-Net checkpoint is missing, has another plan, or for ``nnunet`` no decoder.
     """
     volumes = VolumeCache(Path(config.cache_dir), plan)
-    if config.slice_policy != "nnunet":
+    if config.slice_policy not in ("auto", "nnunet"):
         return volumes
     path = config.resolved("nnunet_encoder_checkpoint")
     remedy = "set nnunet_encoder_checkpoint to the file that was trained with"
     if not path.is_file():
         raise InputError(
-            "slice_policy is nnunet, which segments every scan with the whole nnU-Net, and "
-            f"{path} is not there; {remedy}"
+            f"slice_policy is {config.slice_policy}, which segments every scan with the whole nnU-Net, and "
+            f"{path} is not there; {remedy}, or choose another slice_policy"
         )
     source = load_nnunet_checkpoint(path)
     if PreprocessPlan.from_nnunet(source.plans, source.configuration, config.image_axis_order) != plan:
         raise InputError(f"{path} has another plan than the model was trained with; {remedy}")
-    return SegmentedCache(volumes, path)
+    if source.has_decoder:
+        return SegmentedCache(volumes, path)
+    if config.slice_policy == "nnunet":
+        raise InputError(f"slice_policy is nnunet, and {path} has no decoder to segment with; set slice_policy: auto")
+    print(f"note: {path} has no decoder: slices follow the masks, or are spread where a row has none", flush=True)
+    return volumes
+
+
+def describe_segmentation(compared: Sequence[ComparedCase], min_lesion_mm3: float) -> str:
+    """A line with the scores of the segmentation beside masks, and a warning where it cannot carry a report."""
+    if not compared:
+        return (
+            f"segmentation: no mask to compare it with; lesions below {min_lesion_mm3:g} mm3 are dropped "
+            "(give validation cases a mask_path to choose that, and to see how good the segmentation is)"
+        )
+    result = scores(compared, min_lesion_mm3)
+    weak = "\nwarning: this segmentation cannot carry a report: train the nnU-Net longer, or set slice_policy: mask"
+    return f"segmentation: {result}{weak if result.weak else ''}"
 
 
 def prepare_cases(cache: CaseCache, rows: Sequence[CaptionRow]) -> None:
@@ -126,21 +167,36 @@ def segment_all(cache: SegmentedCache, files: Sequence[Files]) -> int:
     return len(missing)
 
 
-def segment(
-    network: SegmentationUNet, device: torch.device, regions: bool, volume: CachedVolume, patch: Sequence[int]
-) -> np.ndarray:
+def segment(network: Network, volume: CachedVolume, patch: Sequence[int]) -> np.ndarray:
     """Labels uint8 (z, y, x) of a preprocessed case. A 2-D network reads :data:`_SLICES` slices at a time."""
+    unet, device, regions, _ = network
     with torch.autocast(device.type, enabled=device.type == "cuda"):
         if len(patch) == 3:
             image = torch.from_numpy(np.asarray(volume.image)).to(device)[None]
-            return labels_of(sliding_window(network, image, patch), regions=regions)[0].cpu().numpy()
+            return labels_of(sliding_window(unet, image, patch), regions=regions)[0].cpu().numpy()
         labels = np.empty(volume.image.shape[1:], np.uint8)
         for first in range(0, len(labels), _SLICES):
             planes = volume.image.planes(first, min(first + _SLICES, len(labels)))  # (C, slices, y, x)
             images = torch.from_numpy(planes).to(device).transpose(0, 1)
-            found = labels_of(sliding_window(network, images, patch), regions=regions)
+            found = labels_of(sliding_window(unet, images, patch), regions=regions)
             labels[first : first + _SLICES] = found.cpu().numpy()
     return labels
+
+
+def measure(
+    labels: np.ndarray, volume: CachedVolume, image_path: Path, plan: PreprocessPlan, names: dict[int, str]
+) -> list[FindingRecord]:
+    """The lesions of a segmentation as findings, on the scan's own grid. Where no two lungs are found, which the image
+    checks report, they have no side and no level."""
+    if not labels.any():
+        return []
+    restored = volume.voxel_map.labels_to_original(labels)
+    scan, restored = turned_to_lps(read_volume(image_path, plan.orientation), restored)
+    try:
+        lungs = find_lungs(scan.array, scan.spacing)
+    except InputError:
+        lungs = None
+    return measure_lesions(restored, scan.spacing, lungs, names, hu=scan.array, source="segmentation", join=True)
 
 
 def free_network() -> None:
@@ -149,9 +205,10 @@ def free_network() -> None:
 
 
 @lru_cache(maxsize=1)
-def _network(checkpoint: Path) -> tuple[SegmentationUNet, torch.device, bool]:
-    """The whole network, where it runs, and whether its classes are overlapping regions."""
+def _network(checkpoint: Path) -> Network:
     source = load_nnunet_checkpoint(checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    regions = any(isinstance(label, list) for label in source.dataset_json.get("labels", {}).values())
-    return SegmentationUNet.from_checkpoint(source).to(device).eval(), device, regions
+    labels = source.dataset_json.get("labels", {})
+    regions = any(isinstance(label, list) for label in labels.values())
+    names = {} if regions else {int(value): name for name, value in labels.items() if name in FINDINGS}
+    return Network(SegmentationUNet.from_checkpoint(source).to(device).eval(), device, regions, names)

@@ -17,7 +17,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
 from config.errors import InputError
-from engine.cli import add_model_flags, find_checkpoint, local_config, positive_int, run_main
+from engine.cli import (
+    add_force_flag,
+    add_model_flags,
+    add_view_flag,
+    find_checkpoint,
+    local_config,
+    positive_int,
+    run_main,
+)
 
 GPU_TOKEN_CAP = 32  # with the LLM on a GPU beside other programs; --max_visual_tokens overrides it
 
@@ -29,7 +37,7 @@ def parse_args() -> argparse.Namespace:
         "--config", type=Path, help="take tables, model folder and cache from here instead of the checkpoint"
     )
     parser.add_argument("--image", type=Path, help="any chest CT (NIfTI, DICOM, ...); default: a validation case")
-    parser.add_argument("--mask", type=Path, help="lesion mask of --image, to choose the slices by")
+    parser.add_argument("--mask", type=Path, help="lesion mask of --image, for a checkpoint whose slices follow masks")
     parser.add_argument("--index", type=int, default=0, help="which validation case, counted from 0")
     parser.add_argument(
         "--question", action="append", help="may be repeated; default: the case's own, or one of the prompt file"
@@ -50,6 +58,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--no_repeat_ngram_size", type=int, default=0, help="no run of so many tokens twice")
     parser.add_argument("--stop", action="append", metavar="TEXT", help=r"end before this text (\n: a new line)")
     parser.add_argument("--stop_at_restart", action="store_true", help="end where the report begins once more")
+    add_view_flag(parser)
+    add_force_flag(parser)
     add_model_flags(parser)
     return parser.parse_args()
 
@@ -65,7 +75,7 @@ import logging.handlers
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import torch
@@ -76,10 +86,12 @@ from config.schema import Config
 from config.toy_models import check_toy_models
 from data.cache import file_digest
 from data.medical_vlm_dataset import encode_prompt
+from data.report_language.labeller import detect_language
 from data.tables.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
 from data.view_selection import ViewSelection
 from engine import segmentation
 from engine.checkpoint import Checkpoint, load_checkpoint
+from engine.scan_checks import check_new_scan, chosen_blindly, describe_view, judge_features, notice
 from models.language_model.decoding import INCOMPLETE, CharacterStream, Decoding, FirstTokenClock, StopRule
 from models.language_model.embedding_table import load_embedding_table
 from models.language_model.mamba_lm import MambaLM, lm_identity, read_lm_config, read_tokenizer
@@ -109,12 +121,18 @@ def check_flags(args: argparse.Namespace) -> None:
 
 @dataclass
 class Case:
-    """An image, the questions about it, and the report that a table has of it."""
+    """An image, the questions about it, and the report that a table has of it.
+
+    ``facts``: lines on the scan, its lesions and the slices read; ``notices``: kinds of sentences before the report.
+    """
 
     image: Path
     mask: Path | None
     questions: list[str]
     reference: str | None
+    facts: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    language: str = "zh"
 
 
 def best_device() -> str:
@@ -228,7 +246,8 @@ def read_image(args: argparse.Namespace, checkpoint: Checkpoint, config: Config)
     """The case and its visual tokens (1, L, D): one for all questions, or with CMI one for each.
 
     Raises:
-        InputError: the image or its row cannot be read, or a toy model would read a scan that is not synthetic.
+        InputError: the image or its row cannot be read, it is no chest CT and not --force, or a toy model would read a
+            scan that is not synthetic.
     """
     if checkpoint.has_cmi and args.save_prefix:
         raise InputError(
@@ -240,11 +259,7 @@ def read_image(args: argparse.Namespace, checkpoint: Checkpoint, config: Config)
     check_toy_models(config, [case.image], args.allow_toy_model, remedy)
     if checkpoint.has_cmi and len(case.questions) > 1:
         print("note: with CMI the visual tokens depend on the question: the image is read for each anew")
-    if case.mask is None and config.slice_policy == "mask":
-        print("note: no lesion mask: the model sees the middle of the scan and may miss a lesion elsewhere")
-    if config.roi_policy == "lesion" and case.mask is None and config.slice_policy != "nnunet":
-        print("note: no lesion is known, so the tokens around it look at the centre")
-    visuals = _visual_tokens(checkpoint, config, case)
+    visuals = _visual_tokens(args, checkpoint, config, case)
     segmentation.free_network()
     gc.collect()
     torch.cuda.empty_cache()
@@ -252,19 +267,31 @@ def read_image(args: argparse.Namespace, checkpoint: Checkpoint, config: Config)
 
 
 @torch.no_grad()
-def _visual_tokens(checkpoint: Checkpoint, config: Config, case: Case) -> list[Tensor]:
+def _visual_tokens(args: argparse.Namespace, checkpoint: Checkpoint, config: Config, case: Case) -> list[Tensor]:
     """CMI needs the questions' embeddings: the table alone is loaded for them."""
     plan, device, tokenizer = checkpoint.preprocess_plan, best_device(), read_tokenizer(config.mamba_model)
     vision = checkpoint.build_vision(config.max_visual_tokens).eval()
     selection = ViewSelection.from_config(config, plan, vision.encoder)
-    view = segmentation.open_cache(config, plan).read(case.image, case.mask, selection)
+    cache, known = segmentation.open_cache(config, plan), checkpoint.scan_checks or {}
+    if known.get("segmentation_network") not in (None, getattr(cache, "network", None)):
+        case.facts.append("warning: lesions are not segmented by the nnU-Net that the checkpoint was trained with")
+    problems = check_new_scan(cache, case.image, case.mask, force=args.force)
+    case.facts += [f"{problem.level}: {problem}" for problem in problems]
+    volume, view = cache.read(case.image, case.mask, lambda volume: (volume, selection(volume)))
+    case.facts += describe_view(volume, selection)
     vision.to(device)
     images, position, roi = (part[None].to(device) for part in view)
+    features = vision.features(images)
+    unfamiliar, line = judge_features(known.get("feature_distance"), features)
+    case.facts.append(line)
+    marks = {"forced": any(p.fatal for p in problems), "blind": chosen_blindly(volume, selection)}
+    case.notices = [kind for kind, holds in (marks | {"unfamiliar": unfamiliar}).items() if holds]
+    case.language = known.get("language") or detect_language(case.questions[0])
     if vision.cmi is None:
-        return [vision(images, position, roi=roi).cpu()]
+        return [vision.tokens(features, position, roi=roi).cpu()]
     table, questions = load_embedding_table(config.mamba_model), encode(case.questions, tokenizer, config)
     asked = [(table[ids][None].to(device), torch.ones_like(ids)[None].to(device)) for ids in questions]
-    return [vision(images, position, *question, roi=roi).cpu() for question in asked]
+    return [vision.tokens(features, position, *question, roi=roi).cpu() for question in asked]
 
 
 def _sources(checkpoint: Checkpoint, config: Config) -> dict[str, str]:
@@ -373,12 +400,13 @@ def main() -> None:
         origin = f"{reading:.2f} s of it for the image"
 
     # ---------------------------------------------------------------- questions and answers
-    print(f"输入图像: {case.image}")
+    print("\n".join([f"输入图像: {case.image}", *case.facts]), flush=True)
     for number, ids in enumerate(encode(case.questions, lm.tokenizer, config)):
         print(f"问题: {case.questions[number]}", flush=True)
         if case.reference and number == 0:
             print(f"参考报告: {case.reference}", flush=True)
-        print("生成文本: ", end="", flush=True)
+        said = notice(case.notices, case.language)
+        print(f"生成文本: {said}\n" if said else "生成文本: ", end="", flush=True)
         source = visuals[min(number, len(visuals) - 1)] if state is None else state
         seconds = answer(lm, ids, source, args, options)
         print(f"time to first token: {seconds + reading:.2f} s ({origin})", flush=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-from engine.cli import add_model_flags, positive_int, run_main
+from engine.cli import add_force_flag, add_model_flags, add_view_flag, positive_int, run_main
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,6 +40,8 @@ def parse_args() -> argparse.Namespace:
     add("--same_finding", nargs="+", metavar="A=B", help="count finding A as B, in reports and references alike")
     add("--language", choices=("auto", "zh", "en"), default="auto", help="of the reports")
     add("--seed", type=int, default=42)
+    add_view_flag(parser)
+    add_force_flag(parser)
     add_model_flags(parser)
     return parser.parse_args()
 

@@ -78,7 +78,7 @@ def variants(base: Config) -> list[Variant]:
     """
     side = base.roi_side or max(base.encoder_target_spatial // 2, 1)
     # The budget of a baseline without RoIs has no room for them: one overview token a slice is added.
-    budget = max(base.max_visual_tokens, base.slices * (side**2 + 1))
+    budget = max(base.max_visual_tokens, (base.slices or 1) * (side**2 + 1))
     found = [
         Variant(BASELINE, BASELINE),
         Variant("Stage-1 start", "scratch", start="scratch"),
@@ -104,7 +104,7 @@ def variants(base: Config) -> list[Variant]:
 def _tokens(base: Config, budget: int) -> Variant:
     """Another budget of visual tokens, with a grid of at least as many features."""
     local = base.roi_side**2 if base.roi_policy == "lesion" and base.roi_side else 0
-    grid = max(base.encoder_target_spatial, grid_side(budget, base.slices, budget, local))
+    grid = max(base.encoder_target_spatial, grid_side(budget, base.slices or 1, budget, local))
     return Variant("visual tokens", str(budget), {"max_visual_tokens": budget, "encoder_target_spatial": grid})
 
 

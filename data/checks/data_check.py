@@ -5,7 +5,6 @@ The quick check reads tables and headers, the full one every voxel. Training run
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from config.errors import InputError
-from data.checks.image_checks import check_header, check_volume
+from data.checks.image_checks import check_header, check_volume, voxel_digest
 from data.checks.problems import Level, Problem, from_error, raise_errors
 from data.imaging.reader import read_header, read_mask, read_volume
 from data.imaging.volume import ImageHeader, Volume
@@ -36,14 +35,20 @@ class CheckedImage:
     problems: list[Problem] = field(default_factory=list)
 
 
-def quick_check(*tables: Sequence[CaptionRow]) -> None:
-    """Read the header of every image and mask.
+def quick_check(**tables: Sequence[CaptionRow]) -> list[Problem]:
+    """Read the header of every image and mask of the named tables. Returns what is only a warning.
 
     Raises:
         InputError: one or more files cannot be used; the line names the first and counts the others.
     """
-    problems = [problem for rows in tables for row in rows for problem in check_image(row, quick=True).problems]
+    problems = [
+        replace(problem, table=name)
+        for name, rows in tables.items()
+        for row in rows
+        for problem in check_image(row, quick=True).problems
+    ]
     raise_errors(replace(problem, problem=f"{problem.image}: {problem.problem}") for problem in problems)
+    return problems
 
 
 def check_image(row: CaptionRow, quick: bool = False) -> CheckedImage:
@@ -60,8 +65,7 @@ def check_image(row: CaptionRow, quick: bool = False) -> CheckedImage:
         if not quick:
             checked.volume = volume = read_volume(row.image_path)
             problems += check_volume(volume)
-            salt = b"%d" % volume.array.shape[0]
-            checked.digest = hashlib.blake2b(volume.array, digest_size=16, salt=salt).hexdigest()
+            checked.digest = voxel_digest(volume)
     except InputError as error:
         problems.append(from_error(row.number, row.image_path, error))
     try:

@@ -160,6 +160,21 @@ def to_mask(stored: StoredImage, like: Volume) -> np.ndarray:
     return values.astype(np.uint8 if high <= 255 else np.int16, order="C")
 
 
+def turned_to_lps(volume: Volume, labels: np.ndarray | None = None) -> tuple[Volume, np.ndarray | None]:
+    """``volume`` and ``labels`` on its grid, turned to LPS from the axis order of their file."""
+    if volume.axcodes == "LPS":
+        return volume, labels
+    turn = orientations.ornt_transform(orientations.axcodes2ornt(volume.axcodes), orientations.axcodes2ornt("LPS"))
+
+    def turned(array: np.ndarray) -> np.ndarray:
+        return orientations.apply_orientation(array.transpose(2, 1, 0), turn).transpose(2, 1, 0)
+
+    affine = volume.affine @ orientations.inv_ornt_aff(turn, volume.array.shape[::-1])
+    spacing = tuple(np.array(volume.spacing[::-1])[np.argsort(turn[:, 0])][::-1].tolist())
+    lps = Volume(turned(volume.array), spacing, affine, "LPS", volume.path, "LPS")
+    return lps, None if labels is None else turned(labels)
+
+
 def check_shape(path: Path, shape: tuple[int, ...], dtype: np.dtype, limit_bytes: int) -> tuple[int, int, int]:
     """The three spatial lengths, after making sure that reading them cannot exhaust memory.
 

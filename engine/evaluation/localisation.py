@@ -10,10 +10,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from config.errors import InputError
+from data.findings import LESION, FindingRecord
 from data.imaging.reader import read_mask, read_volume
-from data.lesions import MeasuredLesion, find_lungs, measure_lesions
+from data.lesions import find_lungs, measure_lesions
 from data.report_language.labeller import FindingMention, states_normal
 from data.report_language.sections import PREAMBLE
 from engine.evaluation.bootstrap import Score, hit_score
@@ -34,6 +36,7 @@ WHOLE_REPORTS = {
     "size_within_4mm": "true findings whose statement is within 4 mm of their size",
     "exact_acc": "reports right in number, place, name and size of their findings",
     "garbled_rate": "reports that cannot be read",
+    "missed_lesion_rate": "cases with a finding whose report states none",
 }
 MASKS = {
     "side_acc": "statements with the side of a lesion of the mask",
@@ -114,7 +117,9 @@ def whole_report_scores(
             for name, hit in right.items():
                 hits[name].append((case, hit))
             exact = exact and all(right.values())
-        if not truth:
+        if truth:
+            hits["missed_lesion_rate"].append((case, not described(mentions)))
+        else:
             hits["type_acc"].append((case, not stated and not garbled))
         hits["exact_acc"].append((case, exact))
         hits["garbled_rate"].append((case, garbled))
@@ -125,8 +130,12 @@ def whole_report_scores(
 class MaskedCase:
     """Lesions of one case. ``problem``: why they could not be measured, or empty."""
 
-    lesions: list[MeasuredLesion]
+    lesions: list[FindingRecord]
     problem: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"lesions": [lesion.to_dict() for lesion in self.lesions], "problem": self.problem}
 
 
 def measure_case(image: Path, mask: Path, names: Mapping[int, str] | None) -> MaskedCase:
@@ -160,7 +169,7 @@ def mask_scores(cases: Sequence[MaskedCase | None], reports: Mentions) -> dict[s
                 if getattr(stated, name) is not None:
                     hits[f"{name}_acc"].append((case, same[name]))
             if stated.size_mm is not None and stated.finding not in _DEPTHS:
-                close = lesion is not None and sizes_agree(lesion.diameter_mm, stated.size_mm)
+                close = lesion is not None and sizes_agree(lesion.size_mm, stated.size_mm)
                 hits["size_within_3mm"].append((case, close))
     return _scored(hits, MASKS, len(reports))
 
@@ -181,10 +190,10 @@ def pair(
     return [(a, stated[partner[i]] if i in partner else None) for i, a in enumerate(truth)]
 
 
-def agreement(stated: FindingMention, lesion: MeasuredLesion) -> dict[str, bool]:
+def agreement(stated: FindingMention, lesion: FindingRecord) -> dict[str, bool]:
     """Whether a statement has the name, side and zone of a lesion, or one of the two has none."""
     return {
-        "finding": lesion.name == stated.finding or lesion.name.startswith("label "),
+        "finding": lesion.finding in (stated.finding, LESION),
         "side": stated.side in (None, lesion.side, "bilateral"),
         "zone": stated.zone in (None, lesion.zone),
     }
@@ -200,7 +209,7 @@ def _mention_distance(a: FindingMention, b: FindingMention) -> tuple[float, ...]
     return differing, abs((a.size_mm or 0) - (b.size_mm or 0))
 
 
-def _lesion_distance(stated: FindingMention, lesion: MeasuredLesion) -> tuple[float, ...]:
+def _lesion_distance(stated: FindingMention, lesion: FindingRecord) -> tuple[float, ...]:
     same = agreement(stated, lesion)
     agreeing = 2 * same["finding"] + same["side"] + same["zone"]
-    return -agreeing, abs((stated.size_mm or lesion.diameter_mm) - lesion.diameter_mm), -lesion.volume_mm3
+    return -agreeing, abs((stated.size_mm or lesion.size_mm) - lesion.size_mm), -lesion.measured.volume_mm3

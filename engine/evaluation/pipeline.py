@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -19,7 +21,7 @@ from config.files import write_text
 from config.schema import Config
 from config.toy_models import check_toy_models
 from data.cache import file_digest
-from data.lesions import MeasuredLesion
+from data.findings import FindingRecord
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from data.report_language.terms import FINDINGS
 from engine.checkpoint import load_checkpoint
@@ -32,6 +34,7 @@ from engine.evaluation.report_card import TableResults, language_of, marked_repo
 from engine.evaluation.report_writer import ReportWriter, token_spans
 from engine.evaluation.saliency import map_case
 from engine.run import environment, jsonable, set_seeds
+from engine.scan_checks import check_scans, chosen_blindly, notice
 from engine.segmentation import open_cache, prepare_cases
 from models.language_model.mamba_lm import MambaLM
 from models.language_model.prefix_state import weights_fingerprint
@@ -53,9 +56,20 @@ class Job:
     @property
     def lesion_inputs(self) -> list[str]:
         """What the model is given of lesions beside the image, in words."""
-        by_lesion = self.passes.data.view_selection.policy in ("mask", "nnunet")
+        by_lesion = self.passes.data.view_selection.policy in ("auto", "mask", "nnunet")
         squares = self.passes.writer.model.vision.bridge.spec.lesion_side > 0
         return [*(["heights of slices"] if by_lesion else []), *(["squares of lesions"] if squares else [])]
+
+    @cached_property
+    def notices(self) -> list[list[str]]:
+        """Kinds of sentences that stand before each report."""
+        data, found = self.passes.data, []
+        for row in data.rows:
+            volume = data.cache.get(row.image_path, row.mask_path)
+            blind = chosen_blindly(volume, data.view_selection)
+            forced = any(problem.fatal for problem in volume.problems)
+            found.append(["forced"] * forced + ["blind"] * blind)
+        return found
 
     @cached_property
     def stated(self) -> list[list[Statement]]:
@@ -155,6 +169,8 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         data.rows, data.questions = data.rows[:limit], data.questions[:limit]
         with accelerator.main_process_first():
             prepare_cases(data.cache, data.rows)
+        with contextlib.redirect_stdout(sys.stdout if accelerator.is_main_process else None):
+            check_scans(data.cache, {path.name: data.rows}, force=args.force)
         return data
 
     tables, other = {args.csv: load(args.csv, args.limit)}, calibration_csv(args, config)
@@ -196,7 +212,8 @@ def generated_from(args: argparse.Namespace, config: Config, lm: MambaLM) -> dic
         "checkpoint": file_digest(args.checkpoint).hex(),
         "prompts": file_digest(Path(config.caption_prompt_json)).hex() if config.caption_prompt_json else None,
         "language_model": weights_fingerprint(lm.model),
-        "framing": [config.slices, config.slice_policy, config.roi_policy, config.max_visual_tokens],
+        "framing": [config.slices, config.slice_policy, config.roi_policy, config.max_visual_tokens]
+        + [config.min_lesion_mm3] * (config.min_lesion_mm3 is not None),
         "cut_at": [config.max_question_tokens, config.max_answer_tokens],
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed,
@@ -233,9 +250,9 @@ def measure_lesions_and_maps(job: Job, accelerator: Accelerator) -> None:
     with_mask = [r for r, row in enumerate(rows) if row.mask_path is not None]
 
     def measure(part: list[int]) -> list[dict[str, Any]]:
-        return [asdict(measure_case(rows[r].image_path, rows[r].mask_path, job.names)) for r in part]
+        return [measure_case(rows[r].image_path, rows[r].mask_path, job.names).to_dict() for r in part]
 
-    job.passes.fill(job.key("lesions"), with_mask, 1, measure)
+    job.passes.fill(job.key("measured_lesions"), with_mask, 1, measure)
     wanted = sorted({*range(min(job.args.maps, len(rows))), *with_mask[: job.args.pointing_cases]})
     masked = masked_cases(job)
 
@@ -251,8 +268,8 @@ def measure_lesions_and_maps(job: Job, accelerator: Accelerator) -> None:
 def masked_cases(job: Job) -> list[MaskedCase | None]:
     """Lesions by row of the table, None for a row without a mask."""
     return [
-        record and MaskedCase([MeasuredLesion(**lesion) for lesion in record["lesions"]], record["problem"])
-        for record in job.passes.stored(job.key("lesions"))
+        record and MaskedCase([FindingRecord.from_dict(lesion) for lesion in record["lesions"]], record["problem"])
+        for record in job.passes.stored(job.key("measured_lesions"))
     ]
 
 
@@ -273,9 +290,18 @@ def write_card(job: Job) -> dict[str, Any]:
         lesion_inputs=job.lesion_inputs,
     )
     card = {"checkpoint": str(args.checkpoint), "csv": str(args.csv)} | report_card(results)
+    blind = sum("blind" in kinds for kinds in job.notices)
+    card["views"] = {"slice_policy": passes.data.view_selection.policy, "blind_cases": blind}
+    if blind:
+        print(
+            f"warning: the slices of {blind} of {len(passes)} cases were chosen without knowing of a lesion", flush=True
+        )
     card |= {"run": {"flags": jsonable(vars(args)), **environment()}}
     write_text(args.out / "report_card.json", json.dumps(card, ensure_ascii=False, indent=1))
-    marked = marked_reports(results)
+    marked = [
+        f"{notice(kinds, job.label.language)}{text}"
+        for kinds, text in zip(job.notices, marked_reports(results), strict=True)
+    ]
     write_reports(args.out / "reports.csv", job, results, marked)
     plots = draw_plots(args.out, results.confidence)
     cases = []

@@ -27,8 +27,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from data.findings import FindingRecord
 from data.imaging.reader import read_mask, read_volume
-from data.lesions import MeasuredLesion
 from data.report_language.labeller import FindingMention
 from engine.evaluation.conditions import OWN, ReportPasses
 from engine.evaluation.confidence import Statement, split_sentences, touches
@@ -202,12 +202,13 @@ def _point(
     return {"hit": bool(cells.flat[int(heat.argmax())]), "chance": float(cells.mean()), "why": ""}
 
 
-def _voxels(labels: np.ndarray, lesions: Sequence[MeasuredLesion]) -> np.ndarray:
+def _voxels(labels: np.ndarray, lesions: Sequence[FindingRecord]) -> np.ndarray:
     """Voxels of the components that hold these lesions, bool of the shape of ``labels``."""
     found = np.zeros(labels.shape, bool)
-    for label in {lesion.label for lesion in lesions}:
+    places = [lesion.measured for lesion in lesions]
+    for label in {place.label for place in places}:
         parts, count = ndimage.label(labels == label, np.ones((3, 3, 3), bool))
         centres = np.array(ndimage.center_of_mass(labels == label, parts, range(1, count + 1)))
-        for x in (lesion for lesion in lesions if lesion.label == label):
-            found |= parts == 1 + np.abs(centres - (x.z, x.y, x.x)).max(1).argmin()
+        for at in (place for place in places if place.label == label):
+            found |= parts == 1 + np.abs(centres - (at.z, at.y, at.x)).max(1).argmin()
     return found

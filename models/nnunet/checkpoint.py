@@ -39,6 +39,7 @@ _SAFE_GLOBALS = [
     *(type(np.dtype(code)) for code in "?bBhHiIqQefd"),  # truth values, integers and floats of every width
 ]
 _FORBIDDEN_GLOBAL = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)|but got <class '(\S+)'>")
+_HEAD = "decoder.seg_layers.0.weight"
 _PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 _ALIAS = re.compile(r"\.all_modules\.(\d+)\.")
 
@@ -58,6 +59,11 @@ class NnUNetCheckpoint:
     @property
     def encoder_state(self) -> dict[str, Tensor]:
         return {key: value for key, value in self.network_state.items() if key.startswith("encoder.")}
+
+    @property
+    def has_decoder(self) -> bool:
+        """nnU-Net's own files have one; a pre-trained encoder may be stored without."""
+        return _HEAD in self.network_state
 
 
 def load_nnunet_checkpoint(path: Path | str) -> NnUNetCheckpoint:
@@ -82,7 +88,7 @@ def load_nnunet_checkpoint(path: Path | str) -> NnUNetCheckpoint:
     if broken:
         raise InputError(f"{path}: '{broken[0]}' and {len(broken) - 1} other tensors hold NaN or infinite weights")
     plans, configuration = plain_types(arguments["plans"]), arguments["configuration"]
-    in_channels, num_classes = _channels(state, path)
+    in_channels, num_classes = _channels(state, path, len(arguments["dataset_json"].get("labels", {})))
     try:
         architecture = Architecture.from_plans(plans, configuration, in_channels=in_channels, num_classes=num_classes)
     except InputError as error:
@@ -194,13 +200,14 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _channels(state: Mapping[str, Tensor], path: Path) -> tuple[int, int]:
-    """Input channels and classes."""
+def _channels(state: Mapping[str, Tensor], path: Path, labels: int) -> tuple[int, int]:
+    """Input channels and classes; of an encoder without decoder, ``labels``."""
     names = ("encoder.stem.convs.0.conv.weight", "encoder.stages.0.0.convs.0.conv.weight")
     first = [name for name in names if name in state]
     if not first:
         raise InputError(f"{path}: no first convolution of a PlainConvUNet or ResidualEncoderUNet among the weights")
-    head = "decoder.seg_layers.0.weight"
-    if head not in state:
-        raise InputError(f"{path}: weight '{head}' is missing, expected an nnU-Net U-Net")
-    return state[first[0]].shape[1], state[head].shape[0]
+    if not any(name.startswith("decoder.") for name in state):  # an encoder alone
+        return state[first[0]].shape[1], max(labels, 2)
+    if _HEAD not in state:
+        raise InputError(f"{path}: weight '{_HEAD}' is missing, expected an nnU-Net U-Net")
+    return state[first[0]].shape[1], state[_HEAD].shape[0]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from config.errors import InputError
+from data.findings import LESION, Measurement
 from data.lesions import LungBox, find_lungs, longest_axial_diameter, measure_lesions
 from data.phantom.case import Phantom, make_case
 from data.phantom.finding import FINDING_TYPES
@@ -19,12 +20,12 @@ def test_two_boxes_by_hand() -> None:
     mask[2:4, 10:14, 30:33] = 1  # low, left
     mask[25, 5, 3:9] = 2  # high, right
     first, second = measure_lesions(mask, (5.0, 1.0, 2.0), LUNGS, {1: "nodule"})
-    assert (first.name, first.side, first.zone, second.name) == ("nodule", "left", "lower", "label 2")
+    assert (first.finding, first.side, first.zone, second.finding) == ("nodule", "left", "lower", LESION)
     assert (second.side, second.zone) == ("right", "upper")
-    assert first.volume_mm3 == 24 * 10 and (first.z, first.y, first.x) == (2.5, 11.5, 31.0)
+    assert first.measured == Measurement(1, 24 * 10, None, 2.5, 11.5, 31.0)
     # Corner to corner, centre to centre: 3 mm by 4 mm; plus one pixel, of which the sides are 1 and 2 mm.
-    assert first.diameter_mm == pytest.approx(5 + np.sqrt(2))
-    assert second.diameter_mm == pytest.approx(10 + np.sqrt(2))
+    assert first.size_mm == pytest.approx(5 + np.sqrt(2))
+    assert second.size_mm == pytest.approx(10 + np.sqrt(2))
 
 
 def test_components_touch_at_corners_and_small_ones_can_be_left_out() -> None:
@@ -32,7 +33,7 @@ def test_components_touch_at_corners_and_small_ones_can_be_left_out() -> None:
     mask[10, 10, 10] = mask[11, 11, 11] = 1
     mask[10, 30, 30] = 1
     lesions = measure_lesions(mask, (1, 1, 1), LUNGS)
-    assert [lesion.volume_mm3 for lesion in lesions] == [2, 1]
+    assert [lesion.measured.volume_mm3 for lesion in lesions] == [2, 1]
     assert len(measure_lesions(mask, (1, 1, 1), LUNGS, min_volume_mm3=1.5)) == 1
     assert measure_lesions(np.zeros((3, 3, 3), np.int16), (1, 1, 1), LUNGS) == []
 
@@ -82,10 +83,10 @@ def test_side_zone_and_size_of_phantoms(phantoms: list[Phantom]) -> None:
     for phantom in phantoms:
         lesions = measure_lesions(phantom.mask, phantom.spacing, find_lungs(phantom.hu, phantom.spacing), NAMES, 100)
         for finding in phantom.findings:
-            largest = next(lesion for lesion in lesions if lesion.name == finding.type)
+            largest = next(lesion for lesion in lesions if lesion.finding == finding.type)
             assert (largest.side, largest.zone) == (finding.side, finding.zone), finding
             # The report's size is that of the slice of largest area, the measure's the longest of all.
-            assert -1 <= largest.diameter_mm - finding.size_mm <= 4, finding
+            assert -1 <= largest.size_mm - finding.size_mm <= 4, finding
 
 
 def test_what_is_no_chest_and_no_mask_is_refused() -> None:

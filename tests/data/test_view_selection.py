@@ -62,14 +62,14 @@ def depths(planes: torch.Tensor) -> list[int]:
     count=st.integers(1, 12),
 )
 def test_choose_slices_always(lesion, depth, count):
-    voxels = None if lesion is None else np.array(lesion)
-    depth = depth if voxels is None else len(voxels)
+    voxels = np.zeros(depth) if lesion is None else np.array(lesion)
+    depth = len(voxels)
     chosen = choose_slices(voxels, depth, count)
     assert len(chosen) == count
     assert chosen == sorted(chosen)
     assert chosen[0] >= 0 and chosen[-1] < depth
     assert len(set(chosen)) == min(count, depth), "no slice twice while there are others"
-    if voxels is not None and voxels.any():
+    if voxels.any():
         assert int(voxels.argmax()) in chosen
         # No slice is preferred to one with more lesion.
         assert sum(voxels[sorted(set(chosen))]) == sum(np.sort(voxels)[::-1][: min(count, depth)])
@@ -92,7 +92,7 @@ def test_choose_slices_always(lesion, depth, count):
     ],
 )
 def test_choose_slices_cases(lesion, depth, count, expected):
-    assert choose_slices(None if lesion is None else np.array(lesion), depth, count) == expected
+    assert choose_slices(np.zeros(depth) if lesion is None else np.array(lesion), depth, count) == expected
 
 
 # ---------------------------------------------------------------- slices and patches

@@ -11,7 +11,7 @@ import pytest
 from config.errors import InputError
 from config.schema import load_config
 from config.toy_models import STAMP
-from engine.cli import CHECKPOINTS, add_training_flags, config_from, find_checkpoint, local_config
+from engine.cli import CHECKPOINTS, add_training_flags, add_view_flag, config_from, find_checkpoint, local_config
 
 Capture = pytest.CaptureFixture[str]
 
@@ -24,6 +24,7 @@ def paths_yaml(folder: Path, **keys: str) -> Path:
 
 def parse(*flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
+    add_view_flag(parser)
     add_training_flags(parser, epochs=1, batch_size=1, lr=1e-4)
     return parser.parse_args(flags)
 

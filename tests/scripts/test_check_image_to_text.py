@@ -21,6 +21,7 @@ from config.nnunet_plans import PreprocessPlan
 from config.schema import load_config
 from config.toy_models import STAMP
 from engine.checkpoint import Checkpoint, save_checkpoint
+from engine.scan_checks import NOTICES
 from models.language_model.decoding import CharacterStream
 from models.language_model.mamba_lm import MambaLM, lm_identity
 from models.language_model.prefix_state import PrefixState
@@ -33,7 +34,7 @@ from scripts.check_image_to_text import main, token_budget
 from tests.models.language_model.tiny import byte_tokenizer, sharp_lm
 
 TWO = ["--question", "肺部有无病变？", "--question", "q"]
-SMALL = {"bridge_width": 8, "bridge_depth": 1, "encoder_target_spatial": 4, "max_visual_tokens": 16}
+SMALL = {"bridge_width": 8, "bridge_depth": 1, "encoder_target_spatial": 4, "max_visual_tokens": 16, "slices": 1}
 NO_TABLES = {"caption_csv_train": None, "caption_csv_val": None}
 LESION = {"slice_policy": "nnunet", "slices": 2, "roi_side": 2, "roi_policy": "lesion"}
 
@@ -49,7 +50,7 @@ def write_checkpoint(root: Path, name: str, **keys: object) -> None:
     network = root / "checkpoint_best.pth"
     paths = {"mamba_model": root / "lm", "cache_dir": root / "cache", "caption_prompt_json": root / "prompts.json"}
     paths = {key: str(path) for key, path in {**paths, "nnunet_encoder_checkpoint": network}.items()}
-    config = load_config(None, **SMALL, **NO_TABLES, **paths, **keys)
+    config = load_config(None, **{**SMALL, **NO_TABLES, **paths, **keys})
     source = load_nnunet_checkpoint(network)
     torch.manual_seed(1)
     encoder = NnUNetEncoder.from_checkpoint(source, target_spatial=4, planes=config.slices)
@@ -103,7 +104,9 @@ def one_by_one(check, *flags: str, **options: str) -> list[str]:
 
 def test_one_question_prints_the_promised_lines(check):
     printed = check()
-    assert re.search(r"^输入图像: .*one\.nii\.gz\n问题: 请描述。\n生成文本: ", printed, re.MULTILINE)
+    order = ("输入图像: ", "slices read: 3 of 6", "问题: 请描述。\n生成文本: ")
+    places = [printed.index(words) for words in order]
+    assert places == sorted(places) and "one.nii.gz" in printed[places[0] : places[1]]
     assert re.search(r"^time to first token: \d+\.\d\d s \(the image read with the question\)$", printed, re.MULTILINE)
     assert "image state" not in printed
 
@@ -152,9 +155,13 @@ def test_cmi_reads_the_image_for_each_question(check, tmp_path):
 
 def test_nnunet_finds_the_slices_of_a_new_scan_and_its_file_is_needed(desk, check, monkeypatch):
     printed = check(checkpoint="lesion")
-    assert texts(printed)[0] and "no lesion" not in printed
+    assert texts(printed)[0] and "no lesion in the segmentation" in printed and "【系统提示】" not in printed
     assert len(list((desk / "cache" / "segmentation").glob("*/mask.bin"))) == 1
-    assert "tokens around it look at the centre" in check(checkpoint="masked")
+    assert "without knowing of a lesion" in (blind := check(checkpoint="masked"))
+    assert texts(blind)[0].startswith(NOTICES["blind"]["zh"] + "\n")
+    switched = check("--slice_policy", "nnunet", checkpoint="masked")
+    assert "note: slice_policy nnunet; the checkpoint was trained with mask" in switched
+    assert "【系统提示】" not in switched
     hidden = (desk / "checkpoint_best.pth").rename(desk / "hidden.pth")
     try:
         with pytest.raises(InputError, match="slice_policy is nnunet"):
@@ -203,7 +210,7 @@ def test_streaming_prints_the_same_text_with_no_log_line_inside(check, monkeypat
     ],
 )
 def test_the_gpu_cap_leaves_room_for_slices_and_roi(keys, wanted, cap, tokens, reason):
-    config = load_config(None, **keys)
+    config = load_config(None, **{"slices": 1, **keys})
     found, why = token_budget(config, wanted, cap)
     assert found == tokens and reason in why and bool(why) == bool(reason)
     local = config.roi_side**2 if config.roi_policy == "lesion" else 0

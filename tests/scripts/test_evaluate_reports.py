@@ -47,7 +47,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> tuple[Path, 
     config = load_config(
         None, bridge_width=8, bridge_depth=1, encoder_target_spatial=4, max_visual_tokens=4,
         mamba_model=str(root / "lm"), cache_dir=str(root / "cache"), caption_csv_train=None,
-        caption_csv_val=str(data.val_csv), caption_prompt_json=str(data.prompt_json),
+        caption_csv_val=str(data.val_csv), caption_prompt_json=str(data.prompt_json), slice_policy="mask",
     )  # fmt: skip
     torch.manual_seed(1)
     encoder = NnUNetEncoder.from_checkpoint(source, target_spatial=4, planes=1)

@@ -38,11 +38,11 @@ def test_an_empty_mask_is_a_note(tmp_path):
 def test_quick_check_names_the_first_bad_file_and_counts_the_others(tmp_path):
     store_as(tmp_path / "a.nii.gz", marked(), "LPS")
     good = row(2, tmp_path / "a.nii.gz")
-    quick_check([good], [good])
+    assert {problem.level for problem in quick_check(train=[good], val=[good])} == {"warning"}
     (tmp_path / "b.nii.gz").write_bytes(b"")
     bad = [row(n, tmp_path / "b.nii.gz") for n in (3, 4)]
     with pytest.raises(InputError, match=r"row 3: .*b\.nii\.gz: file is empty .*and 1 more problems.*check_data\.py"):
-        quick_check([good, *bad], [good])
+        quick_check(train=[good, *bad], val=[good])
 
 
 def test_duplicates_and_leaks_are_found_by_path_patient_and_content(tmp_path):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from data.lesions import MeasuredLesion
+from data.findings import FindingRecord, Measurement
 from data.phantom.finding import Finding
 from data.phantom.report import write_report
 from data.report_language.labeller import label_report
@@ -71,6 +71,7 @@ def test_whole_reports_by_hand() -> None:
         "size_within_4mm": pytest.approx(3 / 5),
         "exact_acc": pytest.approx(2 / 7),
         "garbled_rate": pytest.approx(1 / 7),
+        "missed_lesion_rate": 0.0,
     }
 
 
@@ -108,8 +109,9 @@ def test_cases_whose_reference_is_not_in_full_are_left_out() -> None:
     assert scores["exact_acc"] == 1 and math.isnan(scores["location_acc"])
 
 
-def lesion(name: str, side: str, zone: str, size: float) -> MeasuredLesion:
-    return MeasuredLesion(1, name, 100.0, size, side, zone, 1.0, 1.0, 1.0)
+def lesion(name: str, side: str, zone: str, size: float) -> FindingRecord:
+    measured = Measurement(1, 100.0, None, 1.0, 1.0, 1.0)
+    return FindingRecord(name, side=side, zone=zone, size_mm=size, source="mask", measured=measured)
 
 
 def test_statements_against_masks_by_hand() -> None:

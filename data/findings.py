@@ -1,0 +1,74 @@
+"""One record for a finding, wherever it comes from: stated in a report, or measured on a mask or a segmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+LESION = "lesion"  # a finding of a kind that is not known: what a network of one class segments
+
+Source = Literal["report", "generated", "mask", "segmentation"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured on labels. ``z, y, x``: centre of mass in voxels of the scan; ``z`` from the lowest slice.
+
+    ``label``: value in the mask; ``mean_hu``: None where the scan was not at hand.
+    """
+
+    label: int
+    volume_mm3: float
+    mean_hu: float | None
+    z: float
+    y: float
+    x: float
+
+
+@dataclass(frozen=True)
+class FindingRecord:
+    """A finding at one place; None where nothing is known. ``source``: who says so."""
+
+    finding: str  # one of data.report_language.terms.FINDINGS, or LESION
+    polarity: str = "present"  # present, absent or uncertain; a lesion that has become smaller is present
+    side: str | None = None  # left, right, bilateral
+    lobe: str | None = None  # upper (the lingula too), middle, lower
+    zone: str | None = None  # upper, middle, lower: the craniocaudal level, as in 上野, upper zone, apex
+    size_mm: float | None = None  # stated: largest extent, of a range its upper end; measured: longest axial diameter
+    size_low_mm: float | None = None  # lower end of a stated range
+    count: int | None = None  # 0 for "several"
+    change: str | None = None  # smaller, larger, stable, new, resolved (then the polarity is absent)
+    source: Source = "report"
+    section: str = ""  # of the report; "" before the first heading
+    start: int = 0  # span of the finding's word in the text
+    end: int = 0
+    measured: Measurement | None = None
+
+    @property
+    def level(self) -> str | None:
+        """Craniocaudal level: the zone or, failing that, the lobe."""
+        return self.zone or self.lobe
+
+    def describe(self) -> str:
+        """One line for people: ``right upper zone, lesion 12 mm, 0.9 ml, mean -35 HU``."""
+        place = " ".join(word for word in (self.side, self.zone and f"{self.zone} zone") if word)
+        lobe = f"{self.lobe} lobe" if self.lobe else ""
+        size = f" {self.size_mm:.0f} mm" if self.size_mm is not None else ""
+        count = {None: "", 0: "several", 1: ""}.get(self.count, f"{self.count} parts")
+        polarity = "" if self.polarity == "present" else self.polarity
+        parts = [place, lobe, f"{self.finding}{size}", polarity, count, self.change]
+        if self.measured:
+            parts.append(f"{self.measured.volume_mm3 / 1000:.2g} ml")
+            parts += [f"mean {self.measured.mean_hu:.0f} HU"] if self.measured.mean_hu is not None else []
+        return ", ".join(part for part in parts if part)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, without what is at its default."""
+        return {f.name: value for f in fields(self) if (value := asdict(self)[f.name]) != f.default}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> FindingRecord:
+        """From :meth:`to_dict`."""
+        measured = stored.get("measured")
+        return cls(**{**stored, "measured": Measurement(**measured) if measured else None})
