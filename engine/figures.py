@@ -12,6 +12,7 @@ from __future__ import annotations
 import html
 import textwrap
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from config.files import write_text
 from data.checks.data_check import CheckedImage
 from data.checks.problems import Problem
 from data.imaging.volume import LUNG_WINDOW_HU, SOFT_TISSUE_WINDOW_HU, Volume
+from data.segmentation_scores import ComparedCase, scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,6 +80,29 @@ def draw_case(
         _show(axis, plane, view.grey, "the encoder's input", 1.0, view.sides)
     if text:
         _write(axes[-1], text)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target)
+
+
+def draw_segmentation(target: Path, cases: Sequence[ComparedCase], least: float) -> None:
+    """Write what masks say of a segmentation: Dice of the cases, and lesions found and missed by size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.hist([case.dice for case in cases if case.dice is not None], bins=np.linspace(0, 1, 21), color="#4c78a8")
+    left.set(xlabel="Dice of a case", ylabel="cases", xlim=(0, 1))
+    lesions = [(size, volume > 0 and volume >= least) for case in cases for size, volume in case.true]
+    diameters = [2 * (3 * size / (4 * np.pi)) ** (1 / 3) for size, _ in lesions]
+    edges = np.linspace(0, max(diameters, default=1) * 1.01, 13)
+    groups = [
+        [d for d, (_, found) in zip(diameters, lesions, strict=True) if found is wanted] for wanted in (True, False)
+    ]
+    right.hist(groups, bins=edges, stacked=True, color=["#4c78a8", "#f58518"], label=["found", "missed"])
+    right.set(xlabel="diameter of a ball of the lesion's volume (mm)", ylabel="lesions of the masks")
+    right.legend()
+    false = scores(cases, least).false_lesions
+    figure.suptitle(f"nnU-Net's segmentation beside {len(cases)} masks; {false:.2f} false lesions a case", fontsize=10)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target)
 

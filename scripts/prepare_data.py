@@ -17,11 +17,17 @@ import os
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-from config.schema import load_config
-from engine.cli import Interrupted, positive_int, run_main, shard
+from config.schema import Config, load_config
+from engine.cli import Interrupted, add_force_flag, positive_int, run_main, shard
+
+if TYPE_CHECKING:
+    from data.cache import VolumeCache
+    from engine.prepare import Files, Work
+    from engine.segmentation import SegmentedCache
 
 EXIT_UNUSABLE = 1
 
@@ -35,12 +41,39 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--workers", type=positive_int, help="volumes at a time (default: by cores and free memory)")
     parser.add_argument("--shard", type=shard, metavar="I/N", help="the I-th of N parts (default: RANK, WORLD_SIZE)")
     parser.add_argument("--verify", action="store_true", help="also read every slice of finished entries")
+    add_force_flag(parser)
     return parser.parse_args()
 
 
 def shard_of_environment() -> tuple[int, int]:
     """The shard that torchrun or accelerate gives this process; without them the whole list."""
     return int(os.environ.get("RANK", 0)) + 1, int(os.environ.get("WORLD_SIZE", 1))
+
+
+def show_segmentation(config: Config, cache: SegmentedCache, files: list[Files]) -> None:
+    """Print and draw what the masks say of the segmentation."""
+    from data.segmentation_scores import choose_min_lesion
+    from engine.figures import draw_segmentation
+    from engine.segmentation import describe_segmentation
+
+    compared = [case for pair in files if (case := cache.get(*pair).compared) is not None]
+    least = config.min_lesion_mm3 if config.min_lesion_mm3 is not None else choose_min_lesion(compared)
+    print(describe_segmentation(compared, least), flush=True)
+    if compared:
+        figure = Path(config.output_dir) / "segmentation.png"
+        draw_segmentation(figure, compared, least)
+        print(f"figure: {figure}", flush=True)
+
+
+def image_problems(volumes: VolumeCache, files: list[Files], work: Work, force: bool) -> int:
+    """Print the problems of prepared scans; how many scans cannot be a chest CT, 0 with ``force``."""
+    refused = 0
+    for pair in files:
+        problems = [problem for problem in volumes.get(*pair).problems if problem.level != "note"]
+        for problem in problems:
+            print(f"{problem.level}: {work.named_in[pair]}: {pair[0]}: {problem}", flush=True)
+        refused += any(problem.fatal for problem in problems) and not force
+    return refused
 
 
 def main() -> int:
@@ -84,14 +117,17 @@ def main() -> int:
     if isinstance(cache, SegmentedCache):
         usable = [outcome.files for outcome in outcomes if not outcome.error]
         print(f"segmented {segment_all(cache, usable)} of {len(usable)} volumes with the nnU-Net", flush=True)
+        show_segmentation(config, cache, usable)
+    refused = image_problems(volumes, [outcome.files for outcome in outcomes if not outcome.error], work, args.force)
     failed = sum(bool(outcome.error) for outcome in outcomes)
     prepared = sum(outcome.prepared for outcome in outcomes)
     print(
         f"prepared {prepared}, already there {len(outcomes) - prepared - failed}, failed {failed} "
-        f"of {len(files)} volumes; {work.unusable_rows} rows of the tables cannot be used",
+        f"of {len(files)} volumes; {work.unusable_rows} rows of the tables cannot be used"
+        f"{f'; {refused} scans cannot be a chest CT (--force uses them)' if refused else ''}",
         flush=True,
     )
-    return EXIT_UNUSABLE if failed or work.unusable_rows else 0
+    return EXIT_UNUSABLE if failed or work.unusable_rows or refused else 0
 
 
 if __name__ == "__main__":

@@ -25,6 +25,11 @@ _PLANE_MM, _STEP_MM = (0.3, 3.0), (0.2, 10.0)
 _LENGTH_MM, _WIDTH_MM = (180.0, 800.0), (200.0, 700.0)
 _MAX_LABELS = 32  # distinct values of a label map on the coarse grid; an 8-bit image has more
 _MIN_LUNG_LITRES = 0.7
+_NO_LUNG_LITRES = 0.1
+_WHOLE_MM = (100.0, 150.0)  # length, and width: of a smaller piece nobody expects lungs
+_ONE_LUNG_FRACTION = 0.05  # of the air on the other side
+# Small air columns near the midline: 66 to 95 % lie above the middle of the lungs in real scans and phantoms.
+_AIRWAY_MM, _AIRWAY_MM2, _MIDLINE_MM, _MIN_AIRWAYS, _UPPER_FRACTION = 5.0, (60.0, 900.0), 30.0, 5, 0.42
 _CUT_FRACTION = 0.4  # of the largest lung area; with more on its outermost slice, the scan cuts the lung
 _SPINE_FRACTION = 0.05  # of the body's depth; real scans have -0.16 to -0.09 here, mirrored ones the opposite
 
@@ -65,7 +70,10 @@ def check_volume(volume: Volume) -> list[Problem]:
     if fraction := float(np.mean(coarse < PADDING_HU)):
         words = f"{100 * fraction:.0f} % of the voxels are padding (lowest {float(coarse.min()):.0f})"
         found.append(_warning(words, "harmless: nnU-Net's CT normalisation clips it", "note"))
-    return [*found, *_lungs(coarse, voxel_ml), *_spine(coarse)]
+    extent = [size * count for size, count in zip(volume.spacing, volume.array.shape, strict=True)]
+    whole = extent[0] >= _WHOLE_MM[0] and min(extent[1:]) >= _WHOLE_MM[1]
+    lungs = _lungs(coarse, voxel_ml, whole)
+    return [*found, *lungs, *_spine(coarse), *([] if lungs else _airways(volume, stride[0]))]
 
 
 def voxel_digest(volume: Volume) -> str:
@@ -106,17 +114,29 @@ def _unit(coarse: np.ndarray) -> list[Problem]:
     return [Problem(0, f"values run from {low:.6g} to {high:.6g}: {words}", remedy)]
 
 
-def _lungs(coarse: np.ndarray, voxel_ml: float) -> list[Problem]:
-    """Whether the scan holds the whole lungs: the air that the body encloses in the axial plane."""
+def _lungs(coarse: np.ndarray, voxel_ml: float, whole: bool) -> list[Problem]:
+    """Whether the scan holds both lungs, whole: the air that the body encloses in the axial plane.
+
+    ``whole``: the scan is large enough for a chest, so that without lungs it is none.
+    """
     labels, count = ndimage.label(coarse < AIR_HU)
     outside = np.unique(np.concatenate([labels[:, [0, -1]].ravel(), labels[:, :, [0, -1]].ravel()]))
     keep = np.ones(count + 1, dtype=bool)
     keep[outside] = keep[0] = False
     area = keep[labels].sum(axis=(1, 2))
     litres = float(area.sum()) * voxel_ml / 1000
+    if whole and litres < _NO_LUNG_LITRES:
+        words = f"only {litres:.2f} litres of air inside the body, expected lungs: this is no chest CT"
+        return [Problem(0, words, "name a chest CT as the image")]
     if litres < _MIN_LUNG_LITRES:
         words = f"only {litres:.1f} litres of air inside the body: the lungs are not in the image, or cut by its edge"
         return [_warning(words, "check that this is a whole chest")]
+    columns = np.flatnonzero((coarse > AIR_HU).any(axis=(0, 1)))
+    middle = (columns[0] + columns[-1] + 1) // 2
+    sides = {"right": keep[labels[..., :middle]].sum(), "left": keep[labels[..., middle:]].sum()}
+    if min(sides.values()) < _ONE_LUNG_FRACTION * max(sides.values()):
+        words = f"hardly any air on the {min(sides, key=sides.get)} side of the body: one lung is missing or white"
+        return [_warning(words, "check that the scan is not cut")]
     cut = [name for name, at in (("lower", 0), ("upper", -1)) if area[at] > _CUT_FRACTION * area.max()]
     return [_warning(f"the lungs go on beyond the {' and the '.join(cut)} end of the scan")] if cut else []
 
@@ -132,6 +152,34 @@ def _spine(coarse: np.ndarray) -> list[Problem]:
     if middle - at < _SPINE_FRACTION * (np.ptp(np.flatnonzero(body.any(axis=(0, 2)))) + 1):
         return []
     words = "the spine lies in front: the header's directions are wrong, so left and right may be too"
+    return [_warning(words, "convert the DICOM series again, and look at the contact sheet")]
+
+
+def _airways(volume: Volume, step: int) -> list[Problem]:
+    """Trachea and main bronchi are small air columns near the midline, and lie in the upper half of the lungs."""
+    array, (_, dy, dx) = volume.array[::step], volume.spacing
+    if min(dy, dx) > _AIRWAY_MM or min(array.shape[1:]) < 2:
+        return []
+    levels, air = [], np.zeros(len(array))
+    for z, plane in enumerate(array):
+        parts, count = ndimage.label(plane < AIR_HU)
+        outside = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]]))
+        areas = np.bincount(parts.ravel(), minlength=count + 1) * dy * dx
+        areas[outside], areas[0] = 0, 0
+        air[z] = areas.sum()
+        small = np.flatnonzero((areas > _AIRWAY_MM2[0]) & (areas < _AIRWAY_MM2[1]))
+        columns = np.flatnonzero((plane > AIR_HU).any(axis=0))
+        if small.size and columns.size:
+            middle = (columns[0] + columns[-1]) / 2
+            centres = np.array(ndimage.center_of_mass(parts > 0, parts, small))[:, 1]
+            levels += [z] * int((np.abs(centres - middle) * dx < _MIDLINE_MM).sum())
+    lung = np.flatnonzero(air > 0.05 * air.max()) if air.any() else np.empty(0)
+    if len(levels) < _MIN_AIRWAYS or lung.size < 2:
+        return []
+    upper = float(np.mean(np.array(levels) > (lung[0] + lung[-1]) / 2))
+    if upper > _UPPER_FRACTION:
+        return []
+    words = "the trachea lies below the middle of the lungs: the scan is upside down, or its directions are wrong"
     return [_warning(words, "convert the DICOM series again, and look at the contact sheet")]
 
 

@@ -34,15 +34,19 @@ def folder(tmp_path_factory) -> Path:
     mask[10:14, 30:50, 40:60] = 1
     lines = [f"{case:02}.nii.gz,Q?,A.," for case in range(CASES)]
     for case in range(CASES):
-        write_volume(folder / f"{case:02}.nii.gz", rng.integers(-1000, 400, mask.shape).astype(np.int16), (3, 1.6, 1.6))
+        write_volume(folder / f"{case:02}.nii.gz", rng.integers(-1000, 400, mask.shape).astype(np.int16), (2, 1.6, 1.6))
     for case in range(0, CASES, 3):
-        write_volume(folder / f"{case:02}_mask.nii.gz", mask, (3, 1.6, 1.6))
+        write_volume(folder / f"{case:02}_mask.nii.gz", mask, (2, 1.6, 1.6))
         lines[case] += f"{case:02}_mask.nii.gz"
     for file in folder.iterdir():  # a file of just now may still change, so its digest would not be kept
         os.utime(file, (time.time() - 120,) * 2)
     table = ["image_path,question,answer,mask_path", *lines, lines[0], ""]  # one case stands twice
     (folder / "train.csv").write_text("\n".join(table), encoding="utf-8")
-    values = {"caption_csv_train": str(folder / "train.csv"), "nnunet_encoder_checkpoint": str(CHECKPOINT)}
+    values = {
+        "caption_csv_train": str(folder / "train.csv"),
+        "nnunet_encoder_checkpoint": str(CHECKPOINT),
+        "slice_policy": "mask",
+    }
     write_config(build_config(values, "test"), folder / "paths.yaml")
     return folder
 
