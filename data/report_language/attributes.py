@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 from data.report_language.sentence import Group, Sentence
+from data.report_language.terms import MEASURED_ORGANS, Size
 
 COUNT_REACH = 26  # characters between a number word and the finding after it
-Size = tuple[float | None, float]  # lower end of a range or None, largest extent; mm
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _placed(sentence: Sentence, i: int, polarity: str, earlier: list[Place]) -> 
         return Attributes(list(earlier) if back else [Place()], carried=True)
     # A pleural effusion named after a lobe in another clause is not in that lobe.
     elsewhere = any(
-        sentence.tokens[k].kind == "organ" and sentence.tokens[k].value not in ("lung", "bronchus", "wall", "septum")
+        sentence.tokens[k].kind == "organ" and sentence.tokens[k].value not in ("lung", "bronchus", "airway", "septum")
         for k in sentence.clause_of(i)
     )
     if carried and (polarity == "absent" or elsewhere):
@@ -126,12 +126,24 @@ def _tightly_before(sentence: Sentence, i: int, target: int) -> bool:
 
 
 def _owner_of_size(sentence: Sentence, i: int, polarity: dict[int, str]) -> int | None:
-    following = _next_target(sentence, i)
+    """The finding that a size belongs to; None for the size of an organ or of a lesion that is no finding."""
+    tokens = sentence.tokens
+    following = next((k for k in sentence.clause_of(i) if k > i and (k in polarity or tokens[k].kind == "other")), None)
     if following is not None and _tightly_before(sentence, i, following):
-        return following
-    known = [k for k in sentence.targets if polarity[k] != "absent"]
-    before = [k for k in known if k < i]
-    return before[-1] if before else next(iter(known), None)
+        return following if following in polarity else None
+    owners = [k for k in range(len(tokens)) if polarity.get(k, "absent") != "absent" or tokens[k].kind == "other"]
+    before = [k for k in owners if k < i]
+    owner = before[-1] if before else next(iter(owners), None)
+    if owner not in polarity:
+        return None
+    clause = sentence.clause_number(owner)
+    between = range(owner + 1, i) if before else range(i)
+    measured = any(
+        tokens[k].kind == "organ" and tokens[k].value in MEASURED_ORGANS
+        for k in between
+        if not before or sentence.clause_number(k) > clause
+    )
+    return None if measured else owner
 
 
 def _owner_of_count(sentence: Sentence, i: int) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from data.report_language.lexer import Rule
-from data.report_language.terms import NUMBER, ONE_SIZE, SIZE_RULE, UNIT, Language
+from data.report_language.terms import NUMBER, ONE_SIZE, SIZE, SIZE_RULE, UNIT, Language, long_size_of
 
 _LEVEL = {"上": "upper", "中": "middle", "下": "lower"}
 _SIDE = {"左": "left", "右": "right", "双": "bilateral", "两": "bilateral"}
@@ -41,7 +41,7 @@ _SKIPPED = (
     r"(?:皮下|纵隔|软组织)气肿|气肿疱|渗出性",
     r"不(?:均匀|规则|光整|光滑|清楚?|对称)",
     r"无名(?:动|静)脉|无特殊|无殊|无症状|无需|无壁|无痛|无回声|有无",
-    r"非(?:钙化|空洞)性?|左心\w?|右心\w?|[左右]侧?(?:冠状|冠脉|锁骨下|颈总)",
+    r"非(?:钙化|空洞)性?|[左右]侧?(?:锁骨下|颈总)|胸导管|乳腺?导管|动脉导管|金属伪影",
     rf"(?:层厚|层距|层间距|间隔|壁厚|壁厚度|距[^,。;、]{{0,8}}?)(?:约|为|约为)?(?:{ONE_SIZE})",
     rf"(?:原|前片|前次|上次|既往|先前|旧片)(?:为|约|约为|大小|直径|大小约|直径约|"
     rf"最大径约)*(?:{NUMBER}×)?(?:{ONE_SIZE})",
@@ -56,15 +56,22 @@ _FINDINGS = (
     *_terms("calcification", r"结节[状样]钙化(?:影|灶)?"),
     *_terms(("ground_glass", "nodule"), r"[磨毛]玻璃(?:样|状)?(?:密度)?(?:小|微)?结节(?:影|灶)?|[pm]?ggn"),
     *_terms("mass", rf"肿块(?:影)?|包块(?:影)?|占位(?:性病变|灶|影)?|团块[状样]?{_SHADOW}|团块(?![状样])"),
+    *_terms("lesion", r"软组织(?:样)?(?:肿物|(?:密度)?(?:病灶|灶|影))"),
     *_terms("cavity", r"空洞(?:影|灶|形成)?|空腔(?:影|灶|形成)?"),
     *_terms("consolidation", r"(?:肺)?实变(?:影|灶|区)?"),
     *_terms("ground_glass", r"[磨毛]玻璃(?:样|状)?(?:密度)?(?:增高)?(?:模糊)?(?:影|灶|改变|病变)?|ggo"),
+    *_terms(("ground_glass", "septal_thickening"), r"(?:铺路石|碎石路)[样状]?(?:征|改变|影)?"),
     *_terms("opacity", rf"(?:斑片|小片|大片|片|斑点|云絮|条片|絮|斑)[状样]?{_SHADOW}"),
     *_terms("opacity", r"渗出(?:影|灶|(?:性)?(?:病变|病灶))|浸润(?:影|灶|性(?:病变|病灶))|炎性?渗出"),
     *_terms("tree_in_bud", r"树[芽丫枝](?:发芽)?(?:征|[样状](?:影|改变|结节)?|影)"),
     *_terms("miliary", r"粟粒[样状性型]?(?:微|小|微小|肺)*(?:结节|影|灶|病灶|病变|结核|播散)*"),
     *_terms("fibrosis", r"纤维(?:性)?(?:条索|索条|化|增殖|增生|硬结|瘢痕|灶)[状样性]?(?:灶|影|病灶|病变|改变)*"),
     *_terms("fibrosis", rf"(?:条索|索条)(?:[状样]?{_SHADOW}|灶|[状样])?|瘢痕(?:灶|影)?"),
+    *_terms("fibrosis", r"蜂窝[状样]?(?:影|改变|肺)?"),
+    *_terms("peribronchial_thickening", r"支气管血管束(?:明显|轻度|稍|略)?增[粗厚]|支气管袖套征"),
+    *_terms("mosaic_attenuation", r"马赛克[样状]?(?:灌注|密度|衰减|改变|征)*|(?:空气|气体)(?:潴留|滞留|捕捉)"),
+    *_terms("cardiomegaly", r"心[影脏](?:轻度|明显|显著|稍|略)+增?大"),
+    *_terms("hiatal_hernia", r"(?:食管|食道)?裂孔疝"),
     *_terms("bronchiectasis", r"支扩|牵拉性支扩"),
     *_terms("atelectasis", r"(?:肺)?不张|膨胀不[全良]|萎陷"),
     *_terms("emphysema", r"(?:肺)?气肿"),
@@ -74,11 +81,29 @@ _FINDINGS = (
     *_terms("pneumothorax", r"气胸"),
     *_terms("lymphadenopathy", r"(?:肿大|增大)的?淋巴结"),
     Rule("head", "effusion", r"积液(?:影)?"),
+    Rule("head", "fluid", r"(?:游离)?(?:液[体性]|水)样?(?:低)?密度(?:影|灶|区)?"),
     Rule("head", "thickening", r"增厚|肥厚|变厚"),
     Rule("head", "enlargement", r"肿大"),
-    Rule("head", "growth", r"增大"),
+    Rule("head", "growth", r"增大|扩大"),
     Rule("head", "dilatation", r"(?:柱状|囊状|囊柱状)?扩张"),
     Rule("head", "calcification", r"钙化(?:灶|影|点|斑|斑块|斑点|性病灶|性?肉芽肿)?"),
+    Rule("head", "plaque", r"(?:混合)?斑块"),
+    Rule("head", "atheroma", r"粥样(?:硬化)?(?:性)?(?:钙化|混合)?(?:斑块|改变)?"),
+    Rule(
+        "head",
+        "material",
+        r"(?:人工|金属)?(?:支架|起搏器|除颤器|电极|瓣膜置换|假体|植入物|封堵器|滤器|输液港|picc)(?:影|植入术?后?)?",
+    ),
+    Rule(
+        "head",
+        "material",
+        r"(?:中心静脉|深静脉|引流|营养|透析)?(?:导管|置管|插管|引流管|胃管)影?|气管(?:插管|套管|导管)影?",
+    ),
+    Rule(
+        "head",
+        "material",
+        r"金属[^,。;、]{0,4}?(?:影|夹|钉|板|异物|缝线|钢丝)|(?:固定)?钢丝|内固定|吻合钉|缝合?线|[钛银]夹|螺钉",
+    ),
 )
 
 _ORGANS = (
@@ -86,14 +111,28 @@ _ORGANS = (
     Rule("organ", "pericardium", r"心包腔?"),
     Rule("organ", "node", r"淋巴结"),
     Rule("organ", "bronchus", r"(?:细)?支气管"),
-    Rule("organ", "wall", r"(?:支气管|气管|食管|胃|肠|胆囊)壁|管壁|支气管血管束"),
+    Rule("organ", "airway", r"支气管(?:管)?壁|(?<!动脉)(?<!静脉)(?<!食)管壁|支气管血管束|支气管周围(?:间质)?"),
+    Rule("organ", "wall", r"(?:气管|胸)壁|(?:食管|食道)(?:[胸颈上中下]+段)?管?壁"),
     Rule("organ", "septum", r"小叶间隔|小叶间质|小叶内间质|小叶内间隔"),
-    Rule("organ", "vessel", r"主动脉弓?(?:及?分支)?(?!旁|窗)|冠状动脉|冠脉|动脉|血管(?!束)|瓣膜?|主动脉瓣"),
-    Rule("organ", "heart", r"心影|心脏|心腔|[左右]心[房室]"),
+    Rule("organ", "vessel", r"主动脉弓?(?:及?分支)?(?!旁|窗)|(?:肺|头臂|锁骨下|颈总)?动脉|血管(?!束)"),
+    Rule("organ", "coronary", r"[左右]?侧?冠(?:状动)?脉(?:左?(?:前降|回旋)支|主干)?|左?(?:前降支|回旋支)|左主干"),
+    Rule("organ", "valve", r"(?:主动脉|[二三]尖)?瓣膜?"),
+    Rule("organ", "heart", r"心影|心脏|心腔|[左右全]心[房室]?|心胸比(?:例|率)?"),
     Rule("organ", "mediastinum", r"纵隔|隆突|气管(?!壁|支气管)|肺门|食管|腔静脉后|腋窝|腋下|主动脉旁|主肺动脉窗"),
     Rule("organ", "vessel", r"肺(?:动脉|静脉)(?:干|主干)?"),
     Rule("organ", "outside", r"甲状腺|肝(?:脏|内|左叶|右叶|实质)?(?!门)|脾脏?|肾上腺|[左右双]?肾(?!上腺)脏?|胆囊"),
-    Rule("organ", "outside", r"胆管|胰腺?|乳腺|椎体|肋骨|胸椎|腹腔|盆腔|皮下|前列腺|关节|垂体|脑|胃|鼻窦"),
+    Rule("organ", "outside", r"胆管|胰腺?|乳腺|椎体|[胸腰颈骶]椎|腹|盆腔|皮下|前列腺|关节|垂体|脑|胃|鼻窦"),
+    Rule(
+        "organ",
+        "outside",
+        r"(?:第?[\d一二三四五六七八九十]+前?后?)?肋(?!膈|间)骨?|[胸锁]骨(?!下)|肩胛骨|骨质|肱骨|[髂髋]骨|乳房|子宫",
+    ),
+    Rule("organ", "outside", r"卵巢|膀胱|输尿管|肠|胆总管|门静脉|甲状旁腺|颌下腺|腮腺|颈部|鼻咽|皮肤|脂肪间隙"),
+    Rule(
+        "other",
+        None,
+        r"囊肿|结石|血管瘤|脂肪瘤|腺瘤|憩室|动脉瘤|囊[状样性](?:低密度)?(?:影|灶)|(?<!淋巴)结节性甲状腺肿",
+    ),
     Rule("organ", "lung", r"肺(?:内|实质|组织|叶|野|部)"),
 )
 
@@ -129,6 +168,8 @@ _SCOPE = (
 
 _ATTRIBUTES = (
     SIZE_RULE,
+    Rule("size", long_size_of, rf"(?:长[径轴]|最长径)(?:约|为|达)*{SIZE}"),
+    Rule("size", long_size_of, rf"(?:<|小于|不足|不超过|未超过|不大于|≤){SIZE}"),
     Rule("count", _count, r"(\d{1,2}|[一二两三四五六七八九十])\s*(?:枚|个(?!月)|处)"),
     Rule("count", 1, r"单发|孤立性?|单个|单枚|(?<=见)一(?=[^些定般枚个处])"),
     Rule("count", 0, r"多发性?|多个|多枚|多处|数个|数枚|若干|散在|弥漫性?|少许|少量散在"),
@@ -154,7 +195,9 @@ CHINESE = Language(
     ),
     fillers=r"(?:影|灶|征|样|性|状|及|和|或|与|等|、|\s|明显|明确|异常|改变|病变|病灶|形成|内|等征象|表现|征象)*",
     connector=r"(?:[、及和与或/\s]|以及|合并|并|伴有?|影|灶|多发|少量|双侧)*",
+    organ_gap=r"(?:[、及和与或/\s内壁走行区]|以及|合并|并|伴有?|影|灶|多发|少量|双侧)*",
     continues=r"\s*(?:或|以及|及|和|也|亦)(?:无|未见)?",
+    joint=r"(?!)",
     breaks=r"(?!)",
     not_tight=r"(?!.*)",
     place_gap=r"(?:[、及和与或/,\s的部区侧近野]|以及|并|[前后内外尖基底]*段|胸膜下|肺门旁)*",
@@ -164,5 +207,6 @@ CHINESE = Language(
     r"\s|胸膜下)*",
     of=r"(?!)",
     respectively=r"分别",
+    refers=r"\s*(?:\d|约|其|该|此|病[灶变]|大小|直径|[长短]径|最大|较大|大者|范围|径线|厚|深|边界|密度)",
     normal=r"[双两]肺[^,。;]{0,6}(?:未见[^,。;]{0,4}(?:异常|病变)|正常)",
 )
