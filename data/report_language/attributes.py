@@ -102,14 +102,15 @@ def _with_levels(places: list[Place], levels: list[Place], gap: str) -> list[Pla
 
 def _placed(sentence: Sentence, i: int, polarity: str, earlier: list[Place]) -> Attributes:
     group, carried = sentence.choose(i, place_groups(sentence))
-    if group is None:
-        back = earlier and polarity != "absent" and any(t.kind == "within" for t in sentence.tokens[:i])
-        return Attributes(list(earlier) if back else [Place()], carried=True)
-    # A pleural effusion named after a lobe in another clause is not in that lobe.
+    # A pleural effusion named after a lobe in another clause or sentence is not in that lobe.
     elsewhere = any(
         sentence.tokens[k].kind == "organ" and sentence.tokens[k].value not in ("lung", "bronchus", "airway", "septum")
         for k in sentence.clause_of(i)
     )
+    if group is None:
+        refers = any(token.kind == "within" for token in sentence.tokens[:i])
+        back = earlier and polarity != "absent" and refers and not elsewhere
+        return Attributes(list(earlier) if back else [Place()], carried=True)
     if carried and (polarity == "absent" or elsewhere):
         return Attributes(carried=True)
     return Attributes(read_places(sentence, group), carried)

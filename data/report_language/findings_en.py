@@ -14,7 +14,7 @@ _TAIL = (  # of a scar: what it is made of
     r"tissue))*"
 )
 _PARENCHYMAL = r"(?:(?:pleuro-?\s?parenchymal|parenchymal|linear|reticular|subpleural|fibrotic|band-?like)[ -])*"
-_LARGE = r"(?:larger|enlarged|big|increased|above normal|greater)"
+_LARGE = r"(?:larger|enlarged|big|increased|above (?:the )?normal|greater)"
 _SLIDING = r"(?:sliding|mixed|axial)(?:[- ]type)?"
 _MATERIAL = (
     r"catheters?|port(?:-?a-?cath| chamber| reservoir)s?|pace-?\s?makers?(?: (?:electrodes?|leads?|batter\w+|wires?))*",
@@ -23,7 +23,8 @@ _MATERIAL = (
     r"(?:sternal|surgical|metallic|suture|sternotomy|bypass|operation) (?:wires?|sutures?|clips?|staples?|materials?)",
     r"metallic (?:densit\w+|objects?)|(?:chest|drain(?:age)?|thoracostomy|tracheostomy|feeding|et|ng) tubes?|staples",
     r"(?:endotracheal|nasogastric|intubation) (?:tubes?|cannula\w*)|tracheostomy(?: cannula\w*)?|cannulas?|drains?",
-    r"screws?|instrumentation|fixators?|osteosynthesis|fixation materials?|(?:cava|caval|ivc) filters?|sutures?|clips",
+    r"screws?|instrumentation|fixators?|osteosynthesis|coils?|stabili[sz]ation materials?",
+    r"medical (?:materials?|devices?)|gastrostomy|fixation materials?|(?:cava|caval|ivc) filters?|sutures?|clips",
 )
 
 
@@ -64,16 +65,18 @@ _LUNG = (
     *_terms("miliary", r"miliary (?:micro)?(?:tuberculosis|disease|spread)"),
     *_terms("fibrosis", rf"{_PARENCHYMAL}(?:fibro(?:tic|sis|us)|{SEQUELA}|scar(?:s|ring)?){_TAIL}"),
     *_terms("fibrosis", r"(?:linear|parenchymal|reticular|pleuro-?parenchymal) (?:strand\w*|bands?)|honeycomb\w*"),
+    *_terms("fibrosis", r"pleuro-?\s?parenchymal (?:changes?|lines?)|linear (?:opacit\w+|lines?)"),
     *_terms("fibrosis", r"(?:linear|pleuro-?parenchymal|band-?like) (?:subpleural )?densit(?:y|ies)(?: increases?)?"),
     *_terms("fibrosis+atelectasis", r"fibro-?atelecta\w+(?: (?:bands?|change\w*|densit\w+|sequel\w*))*"),
     *_terms("fibrosis+calcification", r"fibro-?calcific(?: (?:change\w*|lesions?|scar\w*|sequel\w*))*"),
     *_terms("calcification", r"calcifi(?:ed|c) (?:[a-z]+ ){0,2}?(?:granulomas?|granulomata|lesions?|foc(?:us|i))"),
     *_terms("bronchiectasis", r"(?:traction )?bronchiecta\w+(?: change\w*)?"),
-    *_terms("peribronchial_thickening", r"peri-?bronchial cuff(?:ing|s)"),
+    *_terms("peribronchial_thickening", r"peri-?bronchial (?:cuff(?:ing|s)|sheathing)"),
     *_terms("mosaic_attenuation", r"mosaic(?:[- ](?:attenuation|perfusion|density|lung|patterns?|appearance|areas?))*"),
     *_terms("mosaic_attenuation", r"air[- ]trapping"),
     *_terms("atelectasis", r"atelecta\w+(?: (?:bands?|change\w*|densit\w+|areas?))*"),
-    *_terms("atelectasis", r"(?:lobar|lung|segmental|lobe) collapse"),
+    *_terms("atelectasis", r"(?:lobar|lung|segmental|lobe) collapse|collapsed (?:lung|lobe)"),
+    *_terms("atelectasis", r"(?:lung|lobe) is (?:\w+ )?collapsed"),
     *_terms("emphysema", r"emphysema(?:tous)?(?: (?:change\w*|areas?))?"),
     *_terms("bulla", r"bullae?|bullous(?: (?:change\w*|disease|lesions?))?|blebs?"),
     *_terms("bulla+emphysema", r"(?:bullous|bullo)[- ]?emphysema(?:tous change\w*)?"),
@@ -86,10 +89,12 @@ _ELSEWHERE = (
     *_terms("lymphadenopathy", r"nodal enlargement|conglomerate(?:d)? (?:lymph )?nodes?"),
     *_terms("cardiomegaly", r"cardiomegaly"),
     *_terms(
-        "cardiomegaly", rf"(?:heart|cardiac)(?: (?:sizes?|dimensions?|silhouette|shadow|and))* {HAS}{ADVERB}{_LARGE}"
+        "cardiomegaly",
+        rf"(?:heart|cardiac)(?: (?:sizes?|dimensions?|diameters?|silhouette|shadow|and))* {HAS}{ADVERB}{_LARGE}",
     ),
     *_terms(
-        "cardiomegaly", rf"(?:cardio-?thoracic (?:ratio|index)|(?:size|dimensions?) of the heart) {HAS}{ADVERB}{_LARGE}"
+        "cardiomegaly",
+        rf"(?:cardio-?thoracic (?:ratio|index)|(?:size|dimensions?|diameter) of the heart) {HAS}{ADVERB}{_LARGE}",
     ),
     *_terms("cardiomegaly", r"(?:increased?|enlarged|large)(?: in)?(?: the)? (?:heart|cardiac) (?:size|dimensions?)"),
     *_terms("cardiomegaly", r"increased?(?: in)?(?: the)? cardio-?thoracic (?:index|ratio)"),
@@ -99,14 +104,21 @@ _ELSEWHERE = (
 _HEADS = (
     *words("head", "effusion", r"effusions?"),
     *words("head", "fluid", r"fluid"),
-    *words("head", "thickening", r"thicken(?:ings?|ed)|thickness increases?|increased thickness"),
+    *words(
+        "head",
+        "thickening",
+        r"thicken(?:ings?|ed)|thickness increases?|increased thickness",
+    ),
     *words("head", "thickening", r"increased?(?= (?:in )?(?:the )?(?:[a-z]+ ){0,3}?thickness)"),
+    *words("head", "thickening", r"thickness(?:es)? (?:is|are|was|has|have) increased"),
     *words("head", "enlargement", r"enlarge(?:d|ment)"),
     *words("head", "growth", r"(?:larger|wider|greater|bigger) than (?:normal|usual)|increased in size"),
     *words(
         "head", "pathological", r"pathologic(?:al(?:ly)?)?(?: (?:size[sd]?|dimensions?|enlarged|and|or|appearance))*"
     ),
-    *words("head", "dilatation", r"dilat(?:ations?|ions?|ed)|ectasia"),
+    *words("head", "prominence", r"prominen(?:t|ce)"),
+    *words("head", "pathological", r"conglomerat\w+"),
+    *words("head", "dilatation", r"dilat(?:ations?|ions?|ed)|ectasia|ectatic"),
     *words(
         "head", "calcification", r"calcifi(?:cations?|ed|c)(?: (?:wall )?(?:plaques?|change\w*|densit\w+|foc(?:us|i)))?"
     ),
@@ -131,7 +143,9 @@ ORGAN_RULES = (
     *words("organ", "airway", r"peri-?bronchial|(?:peri-?)?broncho?vascular"),
     *words("organ", "bronchus", r"bronch(?:us|i|ial)|bronchioles?|airways?"),
     *words("organ", "septum", r"(?:(?:inter|intra)?-?lobular )?sept(?:a|al|um)|(?:inter|intra)-?lobular"),
-    *words("organ", "vessel", r"aort(?:a|ic)(?: arch)?|arter(?:ial|y|ies)|vascular|supra-?aortic"),
+    *words(
+        "organ", "vessel", r"aort(?:a|ic)(?: arch)?|arter(?:ial|y|ies)|vascular|supra-?aortic|brachiocephalic|carotid"
+    ),
     *words("organ", "vessel", r"pulmonary (?:arter\w+|veins?|trunk)"),
     *words(
         "organ", "coronary", rf"{_SIDED}(?:main )?coronar(?:y|ies)(?: (?:arter(?:y|ies)|vascular structures|vessels))?"
@@ -143,7 +157,11 @@ ORGAN_RULES = (
     *words("organ", "heart", r"cardiomediastinal|inter(?:ventricular|atrial) sept\w+"),
     *words("organ", "mediastinum", r"mediastin(?:um|al)|hila|hilar|hilum|trachea\w*|carina\w*|subcarinal"),
     *words("organ", "mediastinum", r"axilla\w*|o?esophag\w+|(?:pre|para)-?\s?aortic"),
-    *words("organ", "outside", rf"{_SIDED}(?:thyroid|liver|hepatic|kidneys?|renal|adrenals?|spleen|splenic|breasts?)"),
+    *words(
+        "organ",
+        "outside",
+        rf"{_SIDED}(?:thyroid|liver|hepatic|kidneys?|renal|adrenals?|spleen|splenic|breasts?)(?: glands?)?",
+    ),
     *words("organ", "outside", r"(?:(?:both|left|right) )?lobes? of (?:the )?(?:thyroid|liver|prostate)"),
     *words(
         "organ", "outside", r"vertebra\w*|ribs?|pancrea\w+|gallbladder|abdom\w+|peritone\w+|prostat\w+|bon(?:es?|y)"

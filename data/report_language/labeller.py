@@ -145,9 +145,12 @@ def _label_section(text: str, section: Section, language: str) -> list[FindingMe
 
 def _states_size(sentence: Sentence) -> bool:
     """Whether a sentence without findings gives the size of the lesion before it: 大小约3.2cm。"""
-    other = any(token.kind == "other" for token in sentence.tokens)
-    begins = re.match(sentence.language.refers, sentence.own_text)
-    return begins is not None and not other and not sentence.organs & MEASURED_ORGANS
+    for token in sentence.tokens:
+        if token.kind == "other" or (token.kind == "organ" and token.value in MEASURED_ORGANS):
+            return False
+        if token.kind == "size":
+            return re.match(sentence.language.refers, sentence.own_text) is not None
+    return False
 
 
 def _named_by_size(mention: FindingMention) -> FindingMention | None:

@@ -39,6 +39,9 @@ class Sentence:
         self.organs = {organ for i in range(len(self.tokens)) if (organ := self._organ(i))}
         if outside and not self.organs and any(token.kind == "within" for token in self.tokens):
             self.organs = {"outside"}
+        # The clause from which on the sentence is on organs outside the chest alone.
+        named = (self._clause[i] for i in range(len(self.tokens)) if self._organ(i))
+        self._outside_from = next(named, 0) if self.organs == {"outside"} else self.clause_count
         self.names = self._name_targets()
         self.targets = list(self.names)
 
@@ -120,9 +123,17 @@ class Sentence:
         found, _ = self.choose(i, self._organ_groups)
         if found is None:
             return ()
-        classes = [self._organ(k) for k in range(found[0], found[1] + 1)]
-        named = [c for c in classes if c]
-        return tuple(reversed(named) if found[1] < i else named)
+        later = self._clause[found[0]]
+        if (
+            later > self._clause[i] and self._organ(found[0]) == "outside"
+        ):  # a lesion, liver; but not: the liver is normal
+            bare = re.fullmatch(self.language.organ_gap, self.clause_text(later, ("organ", "place")))
+            return ("outside",) if bare else ()
+        return self._classes(found, i)
+
+    def _classes(self, group: Group, i: int) -> tuple[str, ...]:
+        named = [c for k in range(group[0], group[1] + 1) if (c := self._organ(k))]
+        return tuple(reversed(named) if group[1] < i else named)
 
     def _organ(self, i: int) -> str | None:
         token = self.tokens[i]
@@ -138,7 +149,7 @@ class Sentence:
             if token.kind not in ("term", "head"):
                 continue
             classes = self.organ_classes(i)
-            found = self._names_of(token, classes)
+            found = self._names_of(i, classes)
             if found:
                 names[i] = found
             elif classes[:1] and classes[0] in MEASURED_ORGANS:
@@ -154,18 +165,22 @@ class Sentence:
             names |= {node: (NODE,)} if node is not None else {}
         return dict(sorted(names.items()))
 
-    def _names_of(self, token: Token, classes: tuple[str, ...]) -> tuple[str, ...]:
+    def _names_of(self, i: int, classes: tuple[str, ...]) -> tuple[str, ...]:
         """Findings of a term or head, given the classes of its organs, the nearest first."""
+        token = self.tokens[i]
         if token.kind == "term":
-            return self._inside(token.value, classes)
+            return self._inside(i, token.value, classes)
         table = HEADS[token.value]
+        if set(classes) == {"lung"} and not table["*"]:  # the bronchial walls are thickened in both lungs
+            before = [g for g in self._organ_groups if g[1] < i and self._clause[g[1]] == self._clause[i]]
+            classes += self._classes(before[-1], i) if before else ()
         if classes[:1] in ((), ("mediastinum",)) and "node" in self.organs:  # nodes are named apart from their station
             classes = ("node", *classes)
         special = [table[c] for c in dict.fromkeys(classes) if table.get(c)]
         usual = table.get(classes[0], table["*"]) if classes else table["*"]
-        return tuple(special) or self._inside((usual,) if usual else (), classes)
+        return tuple(special) or self._inside(i, (usual,) if usual else (), classes)
 
-    def _inside(self, found: tuple[str, ...], classes: tuple[str, ...]) -> tuple[str, ...]:
-        """No findings that other organs have too, where such an organ is nearest or the sentence names no others."""
-        outside = classes[:1] == ("outside",) or self.organs == {"outside"}
+    def _inside(self, i: int, found: tuple[str, ...], classes: tuple[str, ...]) -> tuple[str, ...]:
+        """No findings that other organs have too, where such an organ is nearest or the sentence is on such organs."""
+        outside = classes[:1] == ("outside",) or self._clause[i] >= self._outside_from
         return () if outside and AMBIGUOUS.issuperset(found) else found

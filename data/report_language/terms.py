@@ -100,11 +100,17 @@ HEADS: dict[str, dict[str, str | None]] = {
         "bronchus": "peribronchial_thickening",
         "*": None,
     },
-    "enlargement": {"node": "lymphadenopathy", "heart": "cardiomegaly", "*": None},
+    "enlargement": {
+        "node": "lymphadenopathy",
+        "heart": "cardiomegaly",
+        "bronchus": "bronchiectasis",
+        "*": None,
+    },
     # Without a lymph node or the heart it is a change: 结节增大.
     "growth": {"node": "lymphadenopathy", "heart": "cardiomegaly", "*": None},
     "pathological": {"node": "lymphadenopathy", "*": None},
-    "dilatation": {"bronchus": "bronchiectasis", "heart": "cardiomegaly", "*": None},
+    "prominence": {"septum": "septal_thickening", "*": None},
+    "dilatation": {"bronchus": "bronchiectasis", "airway": "bronchiectasis", "heart": "cardiomegaly", "*": None},
     "calcification": {
         "vessel": "arterial_calcification",
         "coronary": "coronary_calcification",

@@ -17,6 +17,7 @@ _ABBREVIATED = {"u": "upper", "m": "middle", "l": "lower"}
 _LEVEL = r"(?:upper|middle|mid|lower)"
 _LEVELS = rf"{_LEVEL}(?:(?:,|,? and|,? or| ?/| ?-| to) ?{_LEVEL}){{0,2}}"
 _SOME_LEVELS = rf"{_LEVEL}(?:(?:,|,? and| ?/) ?{_LEVEL})*"
+_COLLAPSE = r" (?:is (?:\w+ )?)?collapse"
 _NOT_APEX = r"segment|posterior|portion of the heart"
 _BE = r"(?:(?:is|are|was|were|has been|have been) )"
 _SEEN = (
@@ -26,7 +27,7 @@ _SEEN = (
 _TO_PREVIOUS = r"(?:in|on|at) (?:the |her |his |any )?(?:previous|prior|earlier|old|former|last|comparison)"
 _CAVITY_OF = (
     r"thoracic|chest|abdominal|(?:intra-?)?peritoneal|pelvic|oral|nasal|pericardial|"
-    r"uterine|endometrial|medullary|marrow|cranial|sinus|joint|glenoid|tympanic|gastric|body"
+    r"uterine|endometrial|medullary|marrow|cranial|sinus|joint|glenoid|tympanic|gastric|body|pneumonectomy|lobectomy|operation|surgical|resection"
 )
 
 
@@ -53,21 +54,25 @@ _SKIPPED = (
     rf"cavit(?:y|ies) of (?:the )?(?:{_CAVITY_OF})|cavit(?:y|ies)(?= of the heart)",
     rf"{SEQUELA} (?=(?:calcif|nodul|thicken|granul|fractur))|(?:fracture|operation|surg\w+) {SEQUELA}",
     r"(?:subcutaneous|mediastinal|soft[- ]tissue) emphysema|emphysema of the (?:chest|abdominal) wall",
-    r"(?:left|right) (?:subclavian|ureter)|mass effect|calcium score",
+    r"(?:left|right) (?:subclavian|ureter)|calcium score|(?:nodules?|lesions?) (?:may|might) be (?:overlooked|missed)",
+    r"(?:adjacent to|neighbou?ring|next to|close to|abutting|at the level of)(?: the)?(?: [a-z0-9]+){0,2}? (?:ribs?|"
+    r"costa\w*|vertebra\w*|spine|sternum|liver|spleen|stomach)",
     r"increased (?:attenuation|lung markings|lucency|bronchovascular markings)|fluid levels?|volume loss",
     r"not only|without contrast|with(?:out)? (?:and without )?contrast|no contrast",
     rf"(?:slice|section|wall) thickness (?:of |is )?(?:about )?(?:{ONE_SIZE})|(?:{ONE_SIZE})(?: thick)? (?:slices?|"
     rf"sections?)",
     rf"wall (?:is )?(?:about )?(?:{ONE_SIZE}) thick|(?:{ONE_SIZE}) (?:away )?from(?= the)",
-    rf"(?:previously|formerly|prior(?:ly)?|was|were|compared (?:to|with)) (?:measured |about |"
-    rf"at )?(?:{NUMBER} ?[x×] ?)?(?:{ONE_SIZE})",
+    rf"(?:previously|formerly|prior(?:ly)?|compared (?:to|with)) (?:measur\w+ |was |were |about |at )*"
+    rf"(?:{NUMBER} ?[x×] ?)?(?:{ONE_SIZE})",
+    rf"(?:was|were|measured) (?:about )?(?:{NUMBER} ?[x×] ?)?"
+    rf"(?:{ONE_SIZE})(?= (?:previously|before|earlier|{_TO_PREVIOUS}))",
     rf"from (?:about )?(?:{NUMBER} ?[x×] ?)?{NUMBER}\s*(?:{UNIT})?(?= to)",
     r"(?:the )?larg(?:er|est)(?: (?:one|of (?:these|them|which)))?(?= (?:measur\w+|is|at|being))",
 )
 
 _PLACES = (
-    *words("place", ("left", (), ()), r"left(?:-sided)?(?: lung(?! collapse))?"),
-    *words("place", ("right", (), ()), r"right(?:-sided)?(?: lung(?! collapse))?"),
+    *words("place", ("left", (), ()), rf"left(?:-sided)?(?: lung(?!{_COLLAPSE}))?"),
+    *words("place", ("right", (), ()), rf"right(?:-sided)?(?: lung(?!{_COLLAPSE}))?"),
     *words("place", ("bilateral", (), ()), r"bilateral(?:ly)?|both lungs|left and right lungs?|both sides"),
     *words("place", ("bilateral", (), ()), r"both hemithoraces"),
     *words("place", ("bilateral", (), ()), rf"both(?= (?:{_LEVEL}|pleural|lobes|apices|bases|hila|lung))"),
@@ -136,7 +141,11 @@ _ATTRIBUTES = (
     *words("count", 1, r"(?:a )?single|(?:a )?solitary|isolated"),
     *words("count", 0, r"multiple|several|numerous|scattered|innumerable|many|(?:a )?few|multifocal|diffuse"),
     Rule("change", "smaller", rf"\b{HAS}(?:interval )?{ADVERB}(?:{_SMALLER}|{_SHRUNK})\b{_IN_SIZE}"),
-    Rule("change", "larger", rf"\b{HAS}(?:interval )?{ADVERB}(?:{_LARGER})\b{_IN_SIZE}"),
+    Rule(
+        "change",
+        "larger",
+        rf"(?<!density )(?<!densities )(?<!thickness )\b{HAS}(?:interval )?{ADVERB}(?:{_LARGER})\b{_IN_SIZE}",
+    ),
     *words("change", "larger", r"(?:has|have) (?:\w+ )?enlarged|(?:is|are|become) (?:now |slightly )*larger"),
     *words("change", "stable", r"unchanged|stable|similar (?:to|in (?:size|appearance|extent))|not (?:\w+ )?changed"),
     *words(
@@ -166,7 +175,7 @@ ENGLISH = Language(
     r"thoracic|discrete|obvious|large|frank|pneumonic|centrilobular|airspace|areas?|an?|infiltrative|occupying)\b|/|\s|-)*",
     connector=r"(?:\b(?:and|or|and/or|the|an?|of|small|mild|patchy|associated|underlying|adjacent)\b|,|/|\s)*",
     organ_gap=r"(?:\b(?:and|or|the|an?|of|in|its|their|both|main|major|all|walls?|branch(?:es)?|ascending|descending|arch|"
-    r"thoracic|abdominal|proximal|distal|as well as|small|regions?|areas?|stations?)\b|,|/|-|\s)*",
+    r"thoracic|abdominal|proximal|distal|as well as|small|regions?|areas?|stations?|trunk|vessels?)\b|,|/|-|\s)*",
     continues=r"\s*(?:or|nor)\b",
     joint=r"\b(?:or|nor)\b|\band\b(?! without)",
     breaks=r"\b(?:mild|small|minimal|trace|tiny|moderate|large|is|are|was|were|has|have|shows?|measur\w+)\b",
