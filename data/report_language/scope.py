@@ -10,6 +10,8 @@ import re
 
 from data.report_language.sentence import Sentence
 
+_LISTED = ("term", "head", "organ", "other", "denied")  # kinds of tokens of a bare member of an enumeration
+
 
 def polarities(sentence: Sentence) -> tuple[dict[int, str], set[int]]:
     """ "present", "absent" or "uncertain" for each target, and the targets reported as resolved."""
@@ -57,6 +59,8 @@ def _continues_denial(sentence: Sentence, clause: int) -> bool:
             body = body[: joint.start()]
             end = sentence.clause_start(n) + joint.start()
             first = [token for token in first if token.start < end]
+        elif n == clause and _ends_denial(sentence, n):
+            return True
         kinds = {token.kind for token in first}
         if kinds & {"stop", "size", "count", "change", "denied"} or re.search(language.breaks, body):
             return False
@@ -67,12 +71,24 @@ def _continues_denial(sentence: Sentence, clause: int) -> bool:
     return False
 
 
+def _ends_denial(sentence: Sentence, n: int) -> bool:
+    """Whether clause n has the only verb since the denial, directly after findings: "no A, B was seen"."""
+    start = sentence.clause_start(n)
+    verb = re.search(sentence.language.verb, sentence.clause_text(n))
+    if verb is None or not sentence.has_targets(n):
+        return False
+    tokens = sentence.tokens[: sentence.clause(n)[0]]
+    cue = max((token.end for token in tokens if token.kind == "negate"), default=start)
+    before = sentence.text_of(start, start + verb.start(), _LISTED)
+    no_verb = re.search(sentence.language.verb, sentence.text[cue:start]) is None
+    return no_verb and re.fullmatch(sentence.language.fillers, before) is not None
+
+
 def _bare(sentence: Sentence, n: int) -> bool:
     """Whether clause n consists of findings only."""
     if not sentence.has_targets(n):
         return False
-    allowed = ("term", "head", "organ", "other", "denied")
-    return re.fullmatch(sentence.language.fillers, sentence.clause_text(n, allowed)) is not None
+    return re.fullmatch(sentence.language.fillers, sentence.clause_text(n, _LISTED)) is not None
 
 
 def _denied_by(sentence: Sentence, i: int) -> list[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 from data.report_language.lexer import Token
@@ -51,10 +51,13 @@ class Sentence:
 
     def between(self, i: int, j: int, without: tuple[str, ...] = ()) -> str:
         """Text after token i and before token j, less the tokens of some kinds."""
-        return self._text(self.tokens[i].end, self.tokens[j].start, range(i + 1, j), without)
+        return self.text_of(self.tokens[i].end, self.tokens[j].start, without)
 
-    def _text(self, start: int, end: int, positions: Iterable[int], without: tuple[str, ...]) -> str:
-        removed = [self.tokens[i] for i in positions if self.tokens[i].kind in without]
+    def text_of(self, start: int, end: int, without: tuple[str, ...] = ()) -> str:
+        """Text from start to end, less the tokens of some kinds."""
+        removed = [
+            token for token in self.tokens if token.kind in without and start <= token.start and token.end <= end
+        ]
         edges = [start, *(edge for token in removed for edge in (token.start, token.end)), end]
         return " ".join(self.text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))
 
@@ -79,7 +82,7 @@ class Sentence:
     def clause_text(self, n: int, without: tuple[str, ...] = ()) -> str:
         """Text of clause n, without its comma and the tokens of some kinds."""
         end = self.tokens[self._clauses[n + 1][0]].start if n + 1 < self.clause_count else len(self.text)
-        return self._text(self.clause_start(n), end, self._clauses[n][1 if n else 0 :], without)
+        return self.text_of(self.clause_start(n), end, without)
 
     def groups(self, kinds: tuple[str, ...], gap: str, without: tuple[str, ...] = ()) -> list[Group]:
         """Runs of tokens of these kinds with only ``gap`` between them."""
@@ -96,8 +99,8 @@ class Sentence:
     def choose(self, i: int, groups: Sequence[Group]) -> tuple[Group | None, bool]:
         """The list of places (or organs) of token i, and whether it is in an earlier clause.
 
-        In this order: directly before it in one noun phrase; after it and joined by a preposition; before it
-        in the clause; after it in the clause; the last one of the sentence so far; one in a later clause that
+        In this order: directly before it in one noun phrase; after it, joined by a preposition or as its noun; before
+        it in the clause; after it in the clause; the last one of the sentence so far; one in a later clause that
         names no finding of its own (a nodule, 8 mm, right upper lobe).
         """
         clause, language = self._clause[i], self.language
@@ -106,7 +109,8 @@ class Sentence:
         if before and not re.search(language.not_tight, self.between(before[1], i)):
             return before, False
         gap = self.between(i, after[0]) if after else ""
-        linked = after and any(t.kind == "link" for t in self.tokens[i + 1 : after[0]])
+        adjective = after and re.fullmatch(language.size_gap, gap)  # enlarged lymph nodes
+        linked = adjective or (after and any(t.kind == "link" for t in self.tokens[i + 1 : after[0]]))
         if after and (linked or re.match(language.link, gap)):
             return after, False
         if before or (after and not re.search(language.apart, gap)):

@@ -157,6 +157,7 @@ class Language:
     continues: str  # a clause that begins so goes on with the enumeration before it
     joint: str  # joins the last member of an enumeration, in the clause of the member before it
     breaks: str  # a clause says something new
+    verb: str  # the verb of a denied enumeration, after its last member: "no A, B was seen"
     not_tight: str  # between a place and a finding that are not one noun phrase
     place_gap: str  # between places that belong to one list
     apart: str  # between a finding and a place after it that belongs to something else

@@ -91,7 +91,7 @@ _SCOPE = (
     *words("denied", None, rf"(?:(?:is|are|was|were|has|have|had|could|can) )?{_NOT}(?:be )?{_SEEN}"),
     *words("denied", None, r"(?:is|are) absent|(?:has|have) been removed|(?:was|were) removed"),
     *words("denied", None, r"(?:is|are|was|were|has been|have been) (?:ruled out|excluded)"),
-    Rule("denied", None, r":\s*(?:none|absent|negative|no|nil|not seen)(?=\s*(?:,|$))"),
+    Rule("denied", None, rf":\s*(?:none|absent|negative|no|nil|not {_SEEN})(?=\s*(?:,|$))"),
     *words("denied", "resolved", r"(?:has|have) (?:completely |fully |now |since )?(?:resolved|disappeared|cleared)"),
     *words("negate", None, r"no|without|absence of|(?:interval |complete )*resolution of|free (?:of|from)|clear of"),
     *words("negate", None, r"negative for|lack of|neither|nor|not|never"),
@@ -179,7 +179,8 @@ ENGLISH = Language(
     continues=r"\s*(?:or|nor)\b",
     joint=r"\b(?:or|nor)\b|\band\b(?! without)",
     breaks=r"\b(?:mild|small|minimal|trace|tiny|moderate|large|is|are|was|were|has|have|shows?|measur\w+)\b",
-    not_tight=r"\b(?:in|of|with|within|and|or|is|are|at|there|an?|the|shows?|demonstrates?|contains?|seen|along)\b|,",
+    verb=rf"{_BE}{_SEEN}\b",
+    not_tight=r"\b(?:in|of|with|by|within|and|or|is|are|at|there|an?|the|shows?|demonstrates?|contains?|seen|along)\b|,",
     place_gap=r"(?:\b(?:and|or|the|of|in|lung|segments?|zone|portion|aspects?|anterior|posterior|lateral|medial|"
     r"superior|apical|apicoposterior|inferior|basal)\b|[,/\s-])*",
     apart=r"\b(?:and|or|with)\b|,",

@@ -199,6 +199,7 @@ CHINESE = Language(
     continues=r"\s*(?:或|以及|及|和|也|亦)(?:无|未见)?",
     joint=r"(?!)",
     breaks=r"(?!)",
+    verb=r"(?!)",
     not_tight=r"(?!.*)",
     place_gap=r"(?:[、及和与或/,\s的部区侧近野]|以及|并|[前后内外尖基底]*段|胸膜下|肺门旁)*",
     apart=r"[、及和与伴并]",

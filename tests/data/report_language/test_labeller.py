@@ -168,6 +168,43 @@ def test_unknown_language() -> None:
         label_report("nodule", "fr")
 
 
+LISTS = (
+    "No {}, {} or {}.",
+    "No significant {}, {} and {} were detected in both lungs.",
+    "No {}, {}, {} was observed.",
+    "No {}-{} or {} is seen.",
+    "Neither {}, {} nor {} is present.",
+    "{}, {} or {} was not detected.",
+    "未见{}、{}及{}。",
+    "未见{}，未见{}，无{}。",
+)
+ITEMS = {
+    "en": "nodule|suspicious mass|pneumonic infiltration|pleural effusion|enlarged lymph nodes|coronary calcification|"
+    "interlobular septal thickening|peribronchial thickening|hiatal hernia|sequela change|mosaic attenuation|catheter",
+    "zh": "结节|肿块|斑片影|胸腔积液|肿大淋巴结|冠状动脉钙化|小叶间隔增厚|支气管壁增厚|食管裂孔疝|纤维灶|马赛克征|引流管",
+}
+NAMES = ["nodule", "mass", "opacity", "effusion", "lymphadenopathy", "coronary_calcification", "septal_thickening"]
+NAMES += ["peribronchial_thickening", "hiatal_hernia", "fibrosis", "mosaic_attenuation", "medical_material"]
+
+
+@pytest.mark.parametrize("pattern", LISTS)
+def test_a_denial_reaches_every_member_of_its_list_and_no_later_statement(pattern: str) -> None:
+    words = ITEMS[detect_language(pattern)].split("|")
+    more = {"en": " There is consolidation.", "zh": "可见实变。"}[detect_language(pattern)]
+    for k in range(len(words)):
+        chosen = [(k + step) % len(words) for step in (0, 1, 5)]
+        labels = report_labels(label_report(pattern.format(*(words[j] for j in chosen)) + more))
+        assert labels == {**{NAMES[j]: "absent" for j in chosen}, "consolidation": "present"}, (pattern, words[k])
+
+
+def test_sentences_that_do_not_refer_back_are_read_alone(assets: Path) -> None:
+    rows = [row for name in "cd" for row in read_sentences(assets / f"report_sentences_{name}.tsv")]
+    for (language, one, _), (_, two, _) in zip(rows, [*rows[7:], *rows[:7]], strict=True):
+        if detect_language(two) == language:
+            apart = [*map(full_key, label_report(one, language)), *map(full_key, label_report(two, language))]
+            assert [*map(full_key, label_report(f"{one} {two}", language))] == apart, (one, two)
+
+
 @pytest.mark.parametrize(
     ("text", "sizes"),
     [
