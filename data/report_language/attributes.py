@@ -137,14 +137,17 @@ def _owner_of_size(sentence: Sentence, i: int, polarity: dict[int, str]) -> int 
     owner = before[-1] if before else next(iter(owners), None)
     if owner not in polarity:
         return None
-    clause = sentence.clause_number(owner)
     between = range(owner + 1, i) if before else range(i)
-    measured = any(
-        tokens[k].kind == "organ" and tokens[k].value in MEASURED_ORGANS
-        for k in between
-        if not before or sentence.clause_number(k) > clause
-    )
-    return None if measured else owner
+    organs = [k for k in between if tokens[k].kind == "organ" and tokens[k].value in MEASURED_ORGANS]
+    if any(not before or _is_new_subject(sentence, owner, k) for k in organs):
+        return None
+    return owner
+
+
+def _is_new_subject(sentence: Sentence, finding: int, organ: int) -> bool:
+    """Whether an organ after a finding is in a later clause or joined by "and"; not: a mass abutting the aorta."""
+    later = sentence.clause_number(organ) > sentence.clause_number(finding)
+    return later or re.search(sentence.language.joint, sentence.between(finding, organ)) is not None
 
 
 def _owner_of_count(sentence: Sentence, i: int) -> int | None:

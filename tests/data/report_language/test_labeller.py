@@ -181,7 +181,8 @@ LISTS = (
 ITEMS = {
     "en": "nodule|suspicious mass|pneumonic infiltration|pleural effusion|enlarged lymph nodes|coronary calcification|"
     "interlobular septal thickening|peribronchial thickening|hiatal hernia|sequela change|mosaic attenuation|catheter",
-    "zh": "结节|肿块|斑片影|胸腔积液|肿大淋巴结|冠状动脉钙化|小叶间隔增厚|支气管壁增厚|食管裂孔疝|纤维灶|马赛克征|引流管",
+    "zh": "结节|肿块|斑片影|胸腔积液|肿大淋巴结|冠状动脉钙化|小叶间隔增厚|支气管壁增厚|食管裂孔疝|"
+    "纤维灶|马赛克征|引流管",
 }
 NAMES = ["nodule", "mass", "opacity", "effusion", "lymphadenopathy", "coronary_calcification", "septal_thickening"]
 NAMES += ["peribronchial_thickening", "hiatal_hernia", "fibrosis", "mosaic_attenuation", "medical_material"]
@@ -211,6 +212,8 @@ def test_sentences_that_do_not_refer_back_are_read_alone(assets: Path) -> None:
         ("A nodule in the lingula. A cyst of 31 mm in the left kidney.", [None]),
         ("Pleural thickening on the left. The right adrenal gland is 14 mm thick. The liver measures 180 mm.", [None]),
         ("A 6 mm nodule in the right upper lobe, the ascending aorta is 43 mm wide.", [6.0]),
+        ("The heart is enlarged and the pulmonary artery measures 32 mm.", [None]),
+        ("A mass abutting the aorta and measuring 45 mm.", [45.0]),
         ("A mass in the left hilum. Its margins are irregular. It measures 38 mm.", [38.0]),
         ("A mass in the left hilum. No free air. Hypodense liver lesion. It measures 38 mm.", [None]),
         ("右侧胸膜增厚。肝内见囊肿，大小约2.5cm。", [None]),
