@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 from data.report_language.sentence import Group, Sentence
+from data.report_language.terms import MEASURED_ORGANS, Size
 
 COUNT_REACH = 26  # characters between a number word and the finding after it
-Size = tuple[float | None, float]  # lower end of a range or None, largest extent; mm
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,15 @@ def _with_levels(places: list[Place], levels: list[Place], gap: str) -> list[Pla
 
 def _placed(sentence: Sentence, i: int, polarity: str, earlier: list[Place]) -> Attributes:
     group, carried = sentence.choose(i, place_groups(sentence))
-    if group is None:
-        back = earlier and polarity != "absent" and any(t.kind == "within" for t in sentence.tokens[:i])
-        return Attributes(list(earlier) if back else [Place()], carried=True)
-    # A pleural effusion named after a lobe in another clause is not in that lobe.
+    # A pleural effusion named after a lobe in another clause or sentence is not in that lobe.
     elsewhere = any(
-        sentence.tokens[k].kind == "organ" and sentence.tokens[k].value not in ("lung", "bronchus", "wall", "septum")
+        sentence.tokens[k].kind == "organ" and sentence.tokens[k].value not in ("lung", "bronchus", "airway", "septum")
         for k in sentence.clause_of(i)
     )
+    if group is None:
+        refers = any(token.kind == "within" for token in sentence.tokens[:i])
+        back = earlier and polarity != "absent" and refers and not elsewhere
+        return Attributes(list(earlier) if back else [Place()], carried=True)
     if carried and (polarity == "absent" or elsewhere):
         return Attributes(carried=True)
     return Attributes(read_places(sentence, group), carried)
@@ -126,12 +127,27 @@ def _tightly_before(sentence: Sentence, i: int, target: int) -> bool:
 
 
 def _owner_of_size(sentence: Sentence, i: int, polarity: dict[int, str]) -> int | None:
-    following = _next_target(sentence, i)
+    """The finding that a size belongs to; None for the size of an organ or of a lesion that is no finding."""
+    tokens = sentence.tokens
+    following = next((k for k in sentence.clause_of(i) if k > i and (k in polarity or tokens[k].kind == "other")), None)
     if following is not None and _tightly_before(sentence, i, following):
-        return following
-    known = [k for k in sentence.targets if polarity[k] != "absent"]
-    before = [k for k in known if k < i]
-    return before[-1] if before else next(iter(known), None)
+        return following if following in polarity else None
+    owners = [k for k in range(len(tokens)) if polarity.get(k, "absent") != "absent" or tokens[k].kind == "other"]
+    before = [k for k in owners if k < i]
+    owner = before[-1] if before else next(iter(owners), None)
+    if owner not in polarity:
+        return None
+    between = range(owner + 1, i) if before else range(i)
+    organs = [k for k in between if tokens[k].kind == "organ" and tokens[k].value in MEASURED_ORGANS]
+    if any(not before or _is_new_subject(sentence, owner, k) for k in organs):
+        return None
+    return owner
+
+
+def _is_new_subject(sentence: Sentence, finding: int, organ: int) -> bool:
+    """Whether an organ after a finding is in a later clause or joined by "and"; not: a mass abutting the aorta."""
+    later = sentence.clause_number(organ) > sentence.clause_number(finding)
+    return later or re.search(sentence.language.joint, sentence.between(finding, organ)) is not None
 
 
 def _owner_of_count(sentence: Sentence, i: int) -> int | None:

@@ -1,9 +1,9 @@
 """Findings of a chest-CT report, by rules: polarity, place, size, number and change.
 
-``label_report`` reads Chinese and English in four steps: sections (:mod:`data.report_language.sections`), sentences and
-tokens (``lexer`` with the tables of ``terms_zh`` and ``terms_en``), scope of negation and uncertainty (``sentence``),
-attributes (``attributes``). Cue words with a scope are NegEx's (Chapman et al. 2001); NegBio and CheXpert apply them to
-chest reports.
+``label_report`` reads Chinese and English in five steps: sections (:mod:`data.report_language.sections`), sentences and
+tokens (``lexer`` with the tables of ``terms_zh`` and ``terms_en``), findings by organ (``sentence``), scope of negation
+and uncertainty (``scope``), attributes (``attributes``). Cue words with a scope are NegEx's (Chapman et al. 2001);
+NegBio and CheXpert apply them to chest reports. ``ct_rate_labels`` gives the labels of CT-RATE.
 
 Limits: a sentence is read alone, except for sizes and places of the lesion in the sentence before. A finding named in
 two sentences gives two mentions. A statement that all is normal gives none: see :func:`states_normal`.
@@ -17,11 +17,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from config.errors import InputError
-from data.report_language.attributes import Attributes, Place, Size, attributes, place_groups, read_places
+from data.report_language.attributes import Attributes, Place, attributes, place_groups, read_places
 from data.report_language.lexer import Lexer, normal_form, sentences
+from data.report_language.scope import polarities
 from data.report_language.sections import PREAMBLE, Section, section_text, split_sections
 from data.report_language.sentence import Sentence
-from data.report_language.terms import FINDINGS, Language
+from data.report_language.terms import (
+    CT_RATE,
+    FINDINGS,
+    LESION,
+    MEASURED_ORGANS,
+    NODE,
+    NODE_SHORT_AXIS_MM,
+    NODULE_MAX_MM,
+    Language,
+    Size,
+)
 from data.report_language.terms_en import ENGLISH
 from data.report_language.terms_zh import CHINESE
 
@@ -41,6 +52,7 @@ class FindingMention:
     zone: str | None = None  # upper, middle, lower: the craniocaudal level, as in 上野, upper zone, apex
     size_mm: float | None = None  # largest stated extent, of a range its upper end
     size_low_mm: float | None = None  # lower end of a stated range
+    short_mm: float | None = None  # smallest extent of this size; None where only the long axis or a bound is stated
     count: int | None = None  # 0 for "several"
     change: str | None = None  # smaller, larger, stable, new, resolved (then the polarity is absent)
     section: str = PREAMBLE  # one of SECTIONS; PREAMBLE for text before the first heading
@@ -90,6 +102,17 @@ def report_labels(mentions: Sequence[FindingMention], sections: Sequence[str] | 
     return {name: labels[name] for name in FINDINGS if name in labels}
 
 
+def ct_rate_labels(report: str | Sequence[FindingMention]) -> dict[str, bool]:
+    """The 18 labels of CT-RATE: whether findings or impression report them as present or possible.
+
+    Args:
+        report: its text, or its mentions.
+    """
+    mentions = label_report(report) if isinstance(report, str) else report
+    labels = report_labels(mentions, (PREAMBLE, "findings", "impression"))
+    return {name: any(labels.get(f, "absent") != "absent" for f in found) for name, found in CT_RATE.items()}
+
+
 def states_normal(text: str, language: str) -> bool:
     """Whether the findings section, or a text without one, says that both lungs are normal."""
     body = section_text(text, "findings")
@@ -104,21 +127,45 @@ def _lexer(language: str) -> Lexer:
 def _label_section(text: str, section: Section, language: str) -> list[FindingMention]:
     mentions: list[FindingMention] = []
     earlier: list[Place] = []
+    open_ = outside = False  # the last lesion, or an organ outside the chest, is what the next sentence can refer to
     for begin, stop in sentences(text, section.start, section.end):
-        sentence = Sentence(text[:stop], _lexer(language).read(text, begin, stop), LANGUAGES[language])
+        tokens = _lexer(language).read(text, begin, stop)
+        sentence = Sentence(text[:stop], begin, tokens, LANGUAGES[language], outside)
         found = _label_sentence(sentence, section.name, earlier)
-        if (
-            not found and mentions and mentions[-1].polarity != "absent"
-        ):  # 大小约3.2cm。 states the size of the lesion before
+        if not found and open_ and _states_size(sentence):
             mentions[-1] = _sized(mentions[-1], [token.value for token in sentence.tokens if token.kind == "size"])
         mentions += found
+        foreign = bool(sentence.organs) or any(token.kind == "other" for token in sentence.tokens)
+        open_ = found[-1].polarity != "absent" if found else open_ and not foreign
+        outside = sentence.organs == {"outside"}
         groups = place_groups(sentence)
         earlier = read_places(sentence, groups[-1]) if groups else earlier if not found else []
-    return mentions
+    return [named for mention in mentions if (named := _named_by_size(mention))]
+
+
+def _states_size(sentence: Sentence) -> bool:
+    """Whether a sentence without findings gives the size of the lesion before it: 大小约3.2cm。"""
+    for token in sentence.tokens:
+        if token.kind == "other" or (token.kind == "organ" and token.value in MEASURED_ORGANS):
+            return False
+        if token.kind == "size":
+            return re.match(sentence.language.refers, sentence.own_text) is not None
+    return False
+
+
+def _named_by_size(mention: FindingMention) -> FindingMention | None:
+    """The mention of a lymph node or soft-tissue lesion under the name that its size gives; None for a small node."""
+    if mention.finding == LESION:
+        small = mention.size_mm is not None and mention.size_mm <= NODULE_MAX_MM
+        return replace(mention, finding="nodule" if small else "mass")
+    if mention.finding != NODE:
+        return mention
+    large = mention.short_mm is not None and mention.short_mm >= NODE_SHORT_AXIS_MM
+    return replace(mention, finding="lymphadenopathy") if large or mention.polarity == "absent" else None
 
 
 def _label_sentence(sentence: Sentence, section: str, earlier: list[Place]) -> list[FindingMention]:
-    polarity, resolved = sentence.polarities()
+    polarity, resolved = polarities(sentence)
     known = attributes(sentence, polarity, earlier)
     mentions: list[FindingMention] = []
     for i in sentence.targets:
@@ -127,16 +174,23 @@ def _label_sentence(sentence: Sentence, section: str, earlier: list[Place]) -> l
         for finding in sentence.names[i]:
             base = FindingMention(finding, polarity[i], section=section, start=token.start, end=token.end, **stated)
             same = [k for k, m in enumerate(mentions) if (m.finding, m.polarity) == (finding, polarity[i])]
-            if same and what.carried:  # the same lesion again, without a place of its own
-                mentions[same[-1]] = _completed(mentions[same[-1]], base, what.sizes)
+            if same and (what.carried or _is_same(mentions[same[-1]], what)):
+                mentions[same[-1]] = _completed(mentions[same[-1]], base, what)
             else:
                 mentions += _at_places(base, what, sentence)
     return mentions
 
 
+def _is_same(old: FindingMention, what: Attributes) -> bool:
+    """Whether a second word for a finding means the same lesion: denied too, or at one place with one size at most."""
+    place = Place(old.side, old.lobe, old.zone)
+    one = what.places == [place] or (len(what.places) == 1 and Place() in (place, what.places[0]))
+    return old.polarity == "absent" or (one and (old.size_mm is None or not what.sizes))
+
+
 def _at_places(base: FindingMention, what: Attributes, sentence: Sentence) -> list[FindingMention]:
     """The mention at each of its places; sizes are paired with the places where there are as many of each."""
-    paired = len(what.sizes) == len(what.places) > 1 and re.search(sentence.language.respectively, sentence.text)
+    paired = len(what.sizes) == len(what.places) > 1 and re.search(sentence.language.respectively, sentence.own_text)
     made = []
     for k, place in enumerate(what.places):
         at = replace(base, side=place.side, lobe=place.lobe, zone=place.zone)
@@ -144,14 +198,17 @@ def _at_places(base: FindingMention, what: Attributes, sentence: Sentence) -> li
     return made
 
 
-def _completed(old: FindingMention, new: FindingMention, sizes: list[Size]) -> FindingMention:
+def _completed(old: FindingMention, new: FindingMention, what: Attributes) -> FindingMention:
     count = new.count if old.count is None else old.count
-    return _sized(replace(old, count=count, change=old.change or new.change), sizes)
+    if (old.side, old.lobe, old.zone) == (None, None, None):
+        old = replace(old, side=what.places[0].side, lobe=what.places[0].lobe, zone=what.places[0].zone)
+    return _sized(replace(old, count=count, change=old.change or new.change), what.sizes)
 
 
-def _sized(mention: FindingMention, sizes: list[Size]) -> FindingMention:
+def _sized(mention: FindingMention, sizes: Sequence[Size]) -> FindingMention:
     """The mention with the largest of the sizes, if it has none yet."""
     if not sizes or mention.size_mm is not None:
         return mention
-    low, high = max(sizes, key=lambda size: size[1])
-    return replace(mention, size_low_mm=low, size_mm=high)
+    size = max(sizes, key=lambda size: size.high)
+    short = max((size.short for size in sizes if size.short is not None), default=None)
+    return replace(mention, size_low_mm=size.low, size_mm=size.high, short_mm=short)

@@ -1,6 +1,7 @@
 """The report labeller: hand-checked sentences in both languages, phantom reports, and single rules.
 
-The rules were written beside ``report_sentences_a.tsv``; ``report_sentences_b.tsv`` was written after them.
+The rules were written beside ``report_sentences_a.tsv`` and ``_c.tsv``; ``_b.tsv`` and ``_d.tsv`` were written after
+them. ``_c.tsv`` and ``_d.tsv`` have the wording of translated reports and of Chinese routine reports.
 """
 
 from __future__ import annotations
@@ -15,12 +16,19 @@ import pytest
 from config.errors import InputError
 from data.phantom.finding import LESION_TYPES, SIDES, ZONES, Finding
 from data.phantom.report import write_report
-from data.report_language.labeller import FindingMention, detect_language, label_report, report_labels
-from data.report_language.terms import FINDINGS
+from data.report_language.labeller import (
+    FindingMention,
+    ct_rate_labels,
+    detect_language,
+    label_report,
+    report_labels,
+)
+from data.report_language.terms import CT_RATE, FINDINGS
 
 SIGNS = {"+": "present", "-": "absent", "?": "uncertain"}
 CHANGES = ("smaller", "larger", "stable", "new", "resolved")
 Key = tuple[object, ...]
+FILES = {"a": 0.97, "b": 0.97, "c": 0.95, "d": 0.95}  # and the least macro-F1 of each language
 
 
 def read_sentences(path: Path) -> list[tuple[str, str, list[FindingMention]]]:
@@ -73,10 +81,20 @@ def agreement(key, truth: list[list[FindingMention]], found: list[list[FindingMe
     return 2 * hits / total
 
 
-@pytest.mark.parametrize("name", ["report_sentences_a.tsv", "report_sentences_b.tsv"])
+def macro_f1(truth: list[list[FindingMention]], found: list[list[FindingMention]]) -> float:
+    """Mean over the findings that the sentences state of the F1 of finding and polarity."""
+
+    def only(name: str, mentions: list[list[FindingMention]]) -> list[list[FindingMention]]:
+        return [[m for m in own if m.finding == name] for own in mentions]
+
+    names = {m.finding for own in truth for m in own}
+    return sum(agreement(short_key, only(name, truth), only(name, found)) for name in names) / len(names)
+
+
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("language", ["zh", "en"])
 def test_hand_checked_sentences(assets: Path, name: str, language: str) -> None:
-    rows = [row for row in read_sentences(assets / name) if row[0] == language]
+    rows = [row for row in read_sentences(assets / f"report_sentences_{name}.tsv") if row[0] == language]
     truth = [row[2] for row in rows]
     found = [label_report(text) for _, text, _ in rows]
     wrong = [
@@ -86,12 +104,13 @@ def test_hand_checked_sentences(assets: Path, name: str, language: str) -> None:
     ]
     what, everything = agreement(short_key, truth, found), agreement(full_key, truth, found)
     message = f"{len(rows)} sentences, F1 {what:.4f}, with all attributes {everything:.4f}\n" + "\n".join(wrong)
-    assert what >= 0.97 and everything >= 0.95, message
+    assert macro_f1(truth, found) >= FILES[name], message
+    assert what >= FILES[name] and everything >= 0.95, message
 
 
 def test_there_are_enough_sentences_and_every_finding_is_among_them(assets: Path) -> None:
-    rows = [row for name in ("a", "b") for row in read_sentences(assets / f"report_sentences_{name}.tsv")]
-    assert len({text for _, text, _ in rows}) == len(rows) >= 200
+    rows = [row for name in FILES for row in read_sentences(assets / f"report_sentences_{name}.tsv")]
+    assert len({text for _, text, _ in rows}) == len(rows) >= 550
     for language in ("zh", "en"):
         present = {m.finding for own, _, stated in rows if own == language for m in stated}
         assert present == set(FINDINGS)
@@ -147,3 +166,107 @@ def test_any_text_can_be_read(text: str) -> None:
 def test_unknown_language() -> None:
     with pytest.raises(InputError, match="language 'fr'"):
         label_report("nodule", "fr")
+
+
+LISTS = (
+    "No {}, {} or {}.",
+    "No significant {}, {} and {} were detected in both lungs.",
+    "No {}, {}, {} was observed.",
+    "No {}-{} or {} is seen.",
+    "Neither {}, {} nor {} is present.",
+    "{}, {} or {} was not detected.",
+    "未见{}、{}及{}。",
+    "未见{}，未见{}，无{}。",
+)
+ITEMS = {
+    "en": "nodule|suspicious mass|pneumonic infiltration|pleural effusion|enlarged lymph nodes|coronary calcification|"
+    "interlobular septal thickening|peribronchial thickening|hiatal hernia|sequela change|mosaic attenuation|catheter",
+    "zh": "结节|肿块|斑片影|胸腔积液|肿大淋巴结|冠状动脉钙化|小叶间隔增厚|支气管壁增厚|食管裂孔疝|"
+    "纤维灶|马赛克征|引流管",
+}
+NAMES = ["nodule", "mass", "opacity", "effusion", "lymphadenopathy", "coronary_calcification", "septal_thickening"]
+NAMES += ["peribronchial_thickening", "hiatal_hernia", "fibrosis", "mosaic_attenuation", "medical_material"]
+
+
+@pytest.mark.parametrize("pattern", LISTS)
+def test_a_denial_reaches_every_member_of_its_list_and_no_later_statement(pattern: str) -> None:
+    words = ITEMS[detect_language(pattern)].split("|")
+    more = {"en": " There is consolidation.", "zh": "可见实变。"}[detect_language(pattern)]
+    for k in range(len(words)):
+        chosen = [(k + step) % len(words) for step in (0, 1, 5)]
+        labels = report_labels(label_report(pattern.format(*(words[j] for j in chosen)) + more))
+        assert labels == {**{NAMES[j]: "absent" for j in chosen}, "consolidation": "present"}, (pattern, words[k])
+
+
+def test_sentences_that_do_not_refer_back_are_read_alone(assets: Path) -> None:
+    rows = [row for name in "cd" for row in read_sentences(assets / f"report_sentences_{name}.tsv")]
+    for (language, one, _), (_, two, _) in zip(rows, [*rows[7:], *rows[:7]], strict=True):
+        if detect_language(two) == language:
+            apart = [*map(full_key, label_report(one, language)), *map(full_key, label_report(two, language))]
+            assert [*map(full_key, label_report(f"{one} {two}", language))] == apart, (one, two)
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("A nodule in the lingula. A cyst of 31 mm in the left kidney.", [None]),
+        ("Pleural thickening on the left. The right adrenal gland is 14 mm thick. The liver measures 180 mm.", [None]),
+        ("A 6 mm nodule in the right upper lobe, the ascending aorta is 43 mm wide.", [6.0]),
+        ("The heart is enlarged and the pulmonary artery measures 32 mm.", [None]),
+        ("A mass abutting the aorta and measuring 45 mm.", [45.0]),
+        ("A mass in the left hilum. Its margins are irregular. It measures 38 mm.", [38.0]),
+        ("A mass in the left hilum. No free air. Hypodense liver lesion. It measures 38 mm.", [None]),
+        ("右侧胸膜增厚。肝内见囊肿，大小约2.5cm。", [None]),
+        ("右侧胸腔积液，肝右叶见低密度灶，大小约2.5cm。", [None]),
+        ("左肺上叶结节。边界清楚，大小约12mm。右肾见囊肿，约30mm。", [12.0]),
+        ("左肺上叶结节，大小约2.0CM×1.5CM。", [20.0]),
+        ("左肺上叶结节，大小约2.0cmx1.5cm。", [20.0]),
+    ],
+)
+def test_a_size_goes_to_its_own_lesion(text: str, sizes: list[float | None]) -> None:
+    assert [mention.size_mm for mention in label_report(text)] == sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "stated"),
+    [
+        ("with a short axis of 12 mm", True),
+        ("measuring 14x11 mm", True),
+        ("measuring 14x8 mm", False),
+        ("with a long axis of 14 mm", False),
+        ("smaller than 10 mm", False),
+        ("of pathological size", True),
+        ("that do not reach pathological size", False),
+    ],
+)
+def test_lymph_nodes_are_a_finding_from_a_short_axis_of_10_mm(size: str, stated: bool) -> None:
+    assert ct_rate_labels(f"Lymph nodes {size} are seen in the mediastinum.")["Lymphadenopathy"] is stated
+
+
+@pytest.mark.parametrize(
+    "organ", ["liver", "left kidney", "thyroid gland", "right adrenal gland", "breast", "T8 vertebra"]
+)
+def test_organs_outside_the_chest_have_no_findings(organ: str) -> None:
+    for lesion in ("A nodule", "A 12 mm mass", "Calcification", "A cavitary lesion", "Increased density"):
+        assert label_report(f"{lesion} is observed in the {organ}.") == []
+
+
+def test_labels_of_ct_rate() -> None:
+    named = {name for names in CT_RATE.values() for name in names}
+    assert len(CT_RATE) == 18 and named | {
+        "cavity",
+        "calcification",
+        "bulla",
+        "pleural_thickening",
+        "pneumothorax",
+    } == {*FINDINGS}
+    text = (
+        "Findings: Calcific plaques in the aorta; possible consolidation; no effusion. Recommendation: rule out mass."
+    )
+    assert [k for k, v in ct_rate_labels(text).items() if v] == [
+        "Arterial wall calcification",
+        "Lung opacity",
+        "Consolidation",
+    ]
+    assert ct_rate_labels(label_report(text)) == ct_rate_labels(text)
+    assert not any(ct_rate_labels("").values())
