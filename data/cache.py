@@ -27,7 +27,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
@@ -39,7 +39,7 @@ from numcodecs import Blosc
 from config.errors import InputError
 from config.files import write_text
 from config.nnunet_plans import PreprocessPlan
-from data.checks.image_checks import check_volume, voxel_digest
+from data.checks.image_checks import check_volume, describe_scan, voxel_digest
 from data.checks.problems import Problem
 from data.findings import FindingRecord
 from data.imaging.reader import files_of, read_mask, read_volume
@@ -133,6 +133,7 @@ class CachedVolume:
     the segmentation, measured on the scan's own grid, largest first; ``compared``: the segmentation beside the mask,
     where there is one. ``problems``: of the scan as a chest CT
     (:func:`data.checks.image_checks.check_volume`). ``voxels``: digest of the scan's voxels.
+    ``described``: :func:`data.checks.image_checks.describe_scan`.
     """
 
     image: CachedArray
@@ -147,6 +148,7 @@ class CachedVolume:
     compared: ComparedCase | None = None
     problems: tuple[Problem, ...] = ()
     voxels: str = ""
+    described: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def first_slice_is_highest(self) -> bool:
@@ -251,6 +253,7 @@ class VolumeCache(CaseCache):
             lps, _ = turned_to_lps(volume)
             meta |= {"source": volume.path.name, "axcodes": volume.axcodes, "voxels": voxel_digest(lps)}
             meta["problems"] = [asdict(problem) for problem in check_volume(lps)]
+            meta["described"] = describe_scan(lps)
             if case.mask is not None:
                 arrays["mask"] = write_slices(folder / "mask.bin", case.mask)
                 meta |= describe_labels(case.mask)
@@ -268,6 +271,7 @@ class VolumeCache(CaseCache):
             axcodes=meta["axcodes"],
             problems=tuple(Problem(**problem) for problem in meta["problems"]),
             voxels=meta["voxels"],
+            described=meta["described"],
             **(label_fields(meta) | {"lesions_from": "mask"} if "mask" in arrays else {}),
         )
 

@@ -37,6 +37,7 @@ class FindingRecord:
     zone: str | None = None  # upper, middle, lower: the craniocaudal level, as in 上野, upper zone, apex
     size_mm: float | None = None  # stated: largest extent, of a range its upper end; measured: longest axial diameter
     size_low_mm: float | None = None  # lower end of a stated range
+    short_mm: float | None = None  # smallest extent of this size; None where only the long axis or a bound is stated
     count: int | None = None  # 0 for "several"
     change: str | None = None  # smaller, larger, stable, new, resolved (then the polarity is absent)
     source: Source = "report"

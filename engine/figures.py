@@ -23,6 +23,7 @@ from config.files import write_text
 from data.checks.data_check import CheckedImage
 from data.checks.problems import Problem
 from data.imaging.volume import LUNG_WINDOW_HU, SOFT_TISSUE_WINDOW_HU, Volume
+from data.report_language.labeller import label_report
 from data.segmentation_scores import ComparedCase, scores
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ def write_sheet(cases: list[tuple[CheckedImage, str, Path | None]], problems: li
         parts.append(
             f"<section><h3>{table}, row {row.number}: {html.escape(str(row.image_path))}</h3>"
             f"{html.escape(_facts(checked))}{_listed(by_row[table, row.number])}{shown}"
-            f"<pre><b>{html.escape(row.question)}</b></pre><pre>{html.escape(row.answer)}</pre></section>"
+            f"<pre><b>{html.escape(row.question)}</b></pre><table><tr><td><pre>{html.escape(row.answer)}</pre></td>"
+            f"<td>read from the report:{_mined(row.answer)}</td></tr></table></section>"
         )
     if figures := [figure for _, _, figure in cases if figure][:_IN_ONE_FIGURE]:
         _stack(figures, out / "contact_sheet.png")
@@ -163,6 +165,11 @@ def _facts(checked: CheckedImage) -> str:
     z, y, x = checked.header.extent_mm
     shape = " x ".join(map(str, checked.header.shape))
     return f"{shape} voxels, {x:.0f} x {y:.0f} x {z:.0f} mm, stored as {checked.header.axcodes}"
+
+
+def _mined(report: str) -> str:
+    found = [f"{finding.section or 'text'}: {finding.describe()}" for finding in label_report(report)]
+    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in found or ["no finding"]) + "</ul>"
 
 
 def _stack(figures: list[Path], target: Path) -> None:

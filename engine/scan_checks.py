@@ -2,6 +2,7 @@
 
     image checks       of data/checks, made when a case is prepared: errors stop, warnings are printed
     segmentation       one that labels a large part of the scan as lesion is none
+    description        extent, spacing, air and noise, beside the range of the training cases
     feature distance   of the scan's encoder features to those of the training cases, beside what validation cases have
 
 The sentences of :func:`notice` are the system's own, marked as such, and stand before the model's text.
@@ -37,6 +38,7 @@ MOST_PRINTED = 8  # lesions
 MOST_LESION = 0.3  # of the scan's voxels; a lung is a sixth of a chest CT
 FIT_CASES, LIMIT_CASES = 256, 128  # training cases of the mean and covariance, validation cases of the limit
 _SHRINKAGE = 0.1  # of the correlation matrix towards the identity: there are fewer cases than features
+_MARGIN = 0.1  # of a range, and of its ends
 _QUANTILE = 0.99  # of the validation cases lie within the limit
 
 NOTICES = {
@@ -224,6 +226,16 @@ class FeatureDistance:
         return dict(vars(self))
 
 
+def compare_described(ranges: dict[str, Sequence[float]] | None, volume: CachedVolume) -> list[str]:
+    """A line for each property of a scan that lies outside those of the training cases, with a margin."""
+    lines = []
+    for name, (low, high) in (ranges or {}).items():
+        value, margin = volume.described[name], _MARGIN * (high - low)
+        if not low * (1 - _MARGIN) - margin <= value <= high * (1 + _MARGIN) + margin:
+            lines.append(f"warning: {name} {value:.3g}, in the training cases {low:.3g} to {high:.3g}")
+    return lines
+
+
 def judge_features(state: dict[str, Tensor] | None, features: Tensor) -> tuple[bool, str]:
     """Whether a scan with these features (1, K, C, T, T) is unlike the training cases, and a line that says so.
 
@@ -262,6 +274,8 @@ class ScanChecks:
 
     def __init__(self, vision: VisionBridge, train: MedicalVLMDataset, val: MedicalVLMDataset) -> None:
         self.vision, self.tables, self._state = vision, (train, val), None
+        cases = [train.cache.get(row.image_path, row.mask_path).described for row in train.rows]
+        self._ranges = {key: [min(c[key] for c in cases), max(c[key] for c in cases)] for key in cases[0]}
 
     def __call__(self) -> dict[str, Any]:
         network = getattr(self.tables[0].cache, "network", None)
@@ -270,6 +284,7 @@ class ScanChecks:
         return {
             "feature_distance": self._feature_distance(),
             "segmentation_network": network,
+            "described": self._ranges,
             "language": language,
         }
 

@@ -3,7 +3,8 @@
     python scripts/check_data.py --csv d:/ct/train.csv --val_csv d:/ct/val.csv --out outputs/data_check
     python scripts/check_data.py --config my_paths.yaml --quick
 
-Writes OUT/problems.csv and OUT/contact_sheet.html (with contact_sheet.png), which shows what the model will see.
+Writes OUT/problems.csv, OUT/findings.csv (what is read from each report) and OUT/contact_sheet.html (with
+contact_sheet.png), which shows what the model will see, and each report beside what is read from it.
 Exit code 1 if any row cannot be used. --quick reads headers only; training does that by itself.
 """
 
@@ -42,9 +43,11 @@ from config.errors import InputError
 from config.schema import Config, load_config
 from data.checks.data_check import CheckedImage, check_image, check_validation, compare_rows
 from data.checks.problems import Problem, from_error
+from data.report_language.labeller import label_report, report_labels
 from data.tables.caption_table import TableScan, read_prompts, scan_caption_table
 from engine.figures import ModelView, draw_case, write_sheet
 
+RARE = 10  # reports: of fewer, a model learns the words by heart at best
 OPPOSITE = dict(zip("LRPASI", "RLAPIS", strict=True))
 
 
@@ -105,6 +108,32 @@ def model_view(config: Config) -> Callable[[CheckedImage], ModelView] | None:
     return view
 
 
+def write_findings(scans: dict[str, TableScan], path: Path) -> list[Problem]:
+    """What is read from each report, as CSV beside the text; a note for findings that are too rare to learn."""
+    counts: Counter[str] = Counter()
+    with path.open("w", encoding="utf-8-sig", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["table", "row", "finding", "polarity", "section", "as read", "words", "report"])
+        for name, table in scans.items():
+            for row in table.rows:
+                found = label_report(row.answer)
+                for one in found:
+                    words = row.answer[one.start : one.end]
+                    line = [one.finding, one.polarity, one.section, one.describe(), words, row.answer]
+                    writer.writerow([name, row.number, *line])
+                if name == "train":
+                    counts.update(
+                        finding for finding, polarity in report_labels(found).items() if polarity == "present"
+                    )
+    shown = ", ".join(f"{finding} {count}" for finding, count in counts.most_common())
+    print(f"findings of the training reports: {shown or 'none were read'}; all: {path}", flush=True)
+    rare = [f"{finding} ({count})" for finding, count in counts.most_common() if count < RARE]
+    if not rare:
+        return []
+    words = f"{len(rare)} findings are in fewer than {RARE} training reports: {', '.join(rare)}"
+    return [Problem(0, words, "too rare to learn: reports will hardly name them", level="note", table="train")]
+
+
 def check_images(
     scans: dict[str, TableScan], args: argparse.Namespace, config: Config
 ) -> list[tuple[CheckedImage, str, Path | None]]:
@@ -152,6 +181,7 @@ def main() -> int:
     train, val = (scans[name].rows if name in scans else [] for name in ("train", "val"))
     problems += [replace(problem, table=name) for checked, name, _ in cases for problem in checked.problems]
     problems += [*check_validation(val), *compare_rows(train, val, digests)]
+    problems += write_findings(scans, args.out / "findings.csv")
     problems = sorted(set(problems), key=lambda p: (p.table, p.row, p.level, p.problem))
 
     for problem in problems:

@@ -86,12 +86,12 @@ from config.schema import Config
 from config.toy_models import check_toy_models
 from data.cache import file_digest
 from data.medical_vlm_dataset import encode_prompt
-from data.report_language.labeller import detect_language
+from data.report_language.labeller import detect_language, label_report
 from data.tables.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
 from data.view_selection import ViewSelection
 from engine import segmentation
 from engine.checkpoint import Checkpoint, load_checkpoint
-from engine.scan_checks import check_new_scan, chosen_blindly, describe_view, judge_features, notice
+from engine.scan_checks import check_new_scan, chosen_blindly, compare_described, describe_view, judge_features, notice
 from models.language_model.decoding import INCOMPLETE, CharacterStream, Decoding, FirstTokenClock, StopRule
 from models.language_model.embedding_table import load_embedding_table
 from models.language_model.mamba_lm import MambaLM, lm_identity, read_lm_config, read_tokenizer
@@ -282,10 +282,11 @@ def _visual_tokens(args: argparse.Namespace, checkpoint: Checkpoint, config: Con
     vision.to(device)
     images, position, roi = (part[None].to(device) for part in view)
     features = vision.features(images)
+    unusual = compare_described(known.get("described"), volume)
     unfamiliar, line = judge_features(known.get("feature_distance"), features)
-    case.facts.append(line)
+    case.facts += [*unusual, line]
     marks = {"forced": any(p.fatal for p in problems), "blind": chosen_blindly(volume, selection)}
-    case.notices = [kind for kind, holds in (marks | {"unfamiliar": unfamiliar}).items() if holds]
+    case.notices = [kind for kind, holds in (marks | {"unfamiliar": unfamiliar or bool(unusual)}).items() if holds]
     case.language = known.get("language") or detect_language(case.questions[0])
     if vision.cmi is None:
         return [vision.tokens(features, position, roi=roi).cpu()]
@@ -349,6 +350,9 @@ def answer(
     with deferred_logs():
         [text] = generate(lm, source.to(device), batch, args.max_new_tokens, **options, criteria=[clock])
         print("" if args.stream else text, flush=True)
+    for finding in label_report(text, source="generated"):
+        if finding.polarity != "absent":
+            print(f"stated in the text: {finding.describe()}", flush=True)
     if text.endswith(INCOMPLETE):
         print("note: the text ends inside a character, whose last bytes were not written", flush=True)
     return clock.seconds

@@ -76,6 +76,27 @@ def check_volume(volume: Volume) -> list[Problem]:
     return [*found, *lungs, *_spine(coarse), *([] if lungs else _airways(volume, stride[0]))]
 
 
+def describe_scan(volume: Volume) -> dict[str, float]:
+    """What distinguishes scans of other regions, scanners and protocols, of a volume read as LPS: extent and spacing in
+    mm, enclosed air in litres, and noise in HU (median difference of neighbours in soft tissue, as a standard
+    deviation)."""
+    stride = [max(1, round(_GRID_MM / size)) for size in volume.spacing]
+    coarse = volume.array[:: stride[0], :: stride[1], :: stride[2]]
+    keep = _enclosed_air(coarse)
+    planes = volume.array[:: stride[0]]
+    tissue = (planes > -100) & (planes < 200)
+    difference = np.abs(np.diff(planes, axis=2))[tissue[..., 1:] & tissue[..., :-1]]
+    length, *width = (size * count for size, count in zip(volume.spacing, volume.array.shape, strict=True))
+    return {
+        "length of the scan (mm)": length,
+        "width of the field of view (mm)": min(width),
+        "distance of slices (mm)": volume.spacing[0],
+        "size of pixels (mm)": volume.spacing[2],
+        "air in the body (l)": float(keep.sum()) * float(np.prod(volume.spacing) * np.prod(stride)) / 1e6,
+        "noise (HU)": float(1.4826 / np.sqrt(2) * np.median(difference)) if difference.size else 0.0,
+    }
+
+
 def voxel_digest(volume: Volume) -> str:
     """Digest of the voxels: one scan under two names, or in two formats, has one digest."""
     salt = b"%d" % volume.array.shape[0]
@@ -119,11 +140,8 @@ def _lungs(coarse: np.ndarray, voxel_ml: float, whole: bool) -> list[Problem]:
 
     ``whole``: the scan is large enough for a chest, so that without lungs it is none.
     """
-    labels, count = ndimage.label(coarse < AIR_HU)
-    outside = np.unique(np.concatenate([labels[:, [0, -1]].ravel(), labels[:, :, [0, -1]].ravel()]))
-    keep = np.ones(count + 1, dtype=bool)
-    keep[outside] = keep[0] = False
-    area = keep[labels].sum(axis=(1, 2))
+    air = _enclosed_air(coarse)
+    area = air.sum(axis=(1, 2))
     litres = float(area.sum()) * voxel_ml / 1000
     if whole and litres < _NO_LUNG_LITRES:
         words = f"only {litres:.2f} litres of air inside the body, expected lungs: this is no chest CT"
@@ -133,12 +151,21 @@ def _lungs(coarse: np.ndarray, voxel_ml: float, whole: bool) -> list[Problem]:
         return [_warning(words, "check that this is a whole chest")]
     columns = np.flatnonzero((coarse > AIR_HU).any(axis=(0, 1)))
     middle = (columns[0] + columns[-1] + 1) // 2
-    sides = {"right": keep[labels[..., :middle]].sum(), "left": keep[labels[..., middle:]].sum()}
+    sides = {"right": air[..., :middle].sum(), "left": air[..., middle:].sum()}
     if min(sides.values()) < _ONE_LUNG_FRACTION * max(sides.values()):
         words = f"hardly any air on the {min(sides, key=sides.get)} side of the body: one lung is missing or white"
         return [_warning(words, "check that the scan is not cut")]
     cut = [name for name, at in (("lower", 0), ("upper", -1)) if area[at] > _CUT_FRACTION * area.max()]
     return [_warning(f"the lungs go on beyond the {' and the '.join(cut)} end of the scan")] if cut else []
+
+
+def _enclosed_air(coarse: np.ndarray) -> np.ndarray:
+    """Air that reaches no side of its slices: lungs, airways, bowel."""
+    labels, count = ndimage.label(coarse < AIR_HU)
+    outside = np.unique(np.concatenate([labels[:, [0, -1]].ravel(), labels[:, :, [0, -1]].ravel()]))
+    keep = np.ones(count + 1, dtype=bool)
+    keep[outside] = keep[0] = False
+    return keep[labels]
 
 
 def _spine(coarse: np.ndarray) -> list[Problem]:

@@ -14,9 +14,10 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from config.errors import InputError
+from data.findings import FindingRecord, Source
 from data.report_language.attributes import Attributes, Place, attributes, place_groups, read_places
 from data.report_language.lexer import Lexer, normal_form, sentences
 from data.report_language.scope import polarities
@@ -41,30 +42,6 @@ _CHINESE_FRACTION = 0.1  # of the letters; a Chinese report contains CT, GGO, mm
 POLARITIES = ("present", "uncertain", "absent")
 
 
-@dataclass(frozen=True)
-class FindingMention:
-    """One finding as a report states it at one place; None where the report does not say."""
-
-    finding: str  # one of FINDINGS
-    polarity: str  # present, absent or uncertain; a lesion that has become smaller is present
-    side: str | None = None  # left, right, bilateral
-    lobe: str | None = None  # upper (the lingula too), middle, lower
-    zone: str | None = None  # upper, middle, lower: the craniocaudal level, as in 上野, upper zone, apex
-    size_mm: float | None = None  # largest stated extent, of a range its upper end
-    size_low_mm: float | None = None  # lower end of a stated range
-    short_mm: float | None = None  # smallest extent of this size; None where only the long axis or a bound is stated
-    count: int | None = None  # 0 for "several"
-    change: str | None = None  # smaller, larger, stable, new, resolved (then the polarity is absent)
-    section: str = PREAMBLE  # one of SECTIONS; PREAMBLE for text before the first heading
-    start: int = 0  # span of the finding's word in the text
-    end: int = 0
-
-    @property
-    def level(self) -> str | None:
-        """Craniocaudal level: the zone or, failing that, the lobe."""
-        return self.zone or self.lobe
-
-
 def detect_language(text: str) -> str:
     """ "zh" where at least a tenth of the letters are Chinese, else "en"."""
     chinese = sum("一" <= c <= "鿿" for c in text)
@@ -72,8 +49,11 @@ def detect_language(text: str) -> str:
     return "zh" if chinese and chinese >= _CHINESE_FRACTION * letters else "en"
 
 
-def label_report(text: str, language: str = "auto") -> list[FindingMention]:
+def label_report(text: str, language: str = "auto", source: Source = "report") -> list[FindingRecord]:
     """Every mention of a finding, in the order of the text. A finding at two places gives two.
+
+    Args:
+        source: of the records.
 
     Raises:
         InputError: the language is not "auto", "zh" or "en".
@@ -83,10 +63,11 @@ def label_report(text: str, language: str = "auto") -> list[FindingMention]:
     if language not in LANGUAGES:
         raise InputError(f"language {language!r} is unknown; use one of: auto, {', '.join(LANGUAGES)}")
     normal = normal_form(text)
-    return [mention for section in split_sections(text) for mention in _label_section(normal, section, language)]
+    found = [mention for section in split_sections(text) for mention in _label_section(normal, section, language)]
+    return found if source == "report" else [replace(mention, source=source) for mention in found]
 
 
-def report_labels(mentions: Sequence[FindingMention], sections: Sequence[str] | None = None) -> dict[str, str]:
+def report_labels(mentions: Sequence[FindingRecord], sections: Sequence[str] | None = None) -> dict[str, str]:
     """One polarity per finding that a report mentions: present before uncertain before absent.
 
     Args:
@@ -102,7 +83,7 @@ def report_labels(mentions: Sequence[FindingMention], sections: Sequence[str] | 
     return {name: labels[name] for name in FINDINGS if name in labels}
 
 
-def ct_rate_labels(report: str | Sequence[FindingMention]) -> dict[str, bool]:
+def ct_rate_labels(report: str | Sequence[FindingRecord]) -> dict[str, bool]:
     """The 18 labels of CT-RATE: whether findings or impression report them as present or possible.
 
     Args:
@@ -124,8 +105,8 @@ def _lexer(language: str) -> Lexer:
     return Lexer(LANGUAGES[language].rules)
 
 
-def _label_section(text: str, section: Section, language: str) -> list[FindingMention]:
-    mentions: list[FindingMention] = []
+def _label_section(text: str, section: Section, language: str) -> list[FindingRecord]:
+    mentions: list[FindingRecord] = []
     earlier: list[Place] = []
     open_ = outside = False  # the last lesion, or an organ outside the chest, is what the next sentence can refer to
     for begin, stop in sentences(text, section.start, section.end):
@@ -153,7 +134,7 @@ def _states_size(sentence: Sentence) -> bool:
     return False
 
 
-def _named_by_size(mention: FindingMention) -> FindingMention | None:
+def _named_by_size(mention: FindingRecord) -> FindingRecord | None:
     """The mention of a lymph node or soft-tissue lesion under the name that its size gives; None for a small node."""
     if mention.finding == LESION:
         small = mention.size_mm is not None and mention.size_mm <= NODULE_MAX_MM
@@ -164,15 +145,15 @@ def _named_by_size(mention: FindingMention) -> FindingMention | None:
     return replace(mention, finding="lymphadenopathy") if large or mention.polarity == "absent" else None
 
 
-def _label_sentence(sentence: Sentence, section: str, earlier: list[Place]) -> list[FindingMention]:
+def _label_sentence(sentence: Sentence, section: str, earlier: list[Place]) -> list[FindingRecord]:
     polarity, resolved = polarities(sentence)
     known = attributes(sentence, polarity, earlier)
-    mentions: list[FindingMention] = []
+    mentions: list[FindingRecord] = []
     for i in sentence.targets:
         token, what = sentence.tokens[i], known[i]
         stated = {"count": what.count, "change": "resolved" if i in resolved else what.change}
         for finding in sentence.names[i]:
-            base = FindingMention(finding, polarity[i], section=section, start=token.start, end=token.end, **stated)
+            base = FindingRecord(finding, polarity[i], section=section, start=token.start, end=token.end, **stated)
             same = [k for k, m in enumerate(mentions) if (m.finding, m.polarity) == (finding, polarity[i])]
             if same and (what.carried or _is_same(mentions[same[-1]], what)):
                 mentions[same[-1]] = _completed(mentions[same[-1]], base, what)
@@ -181,14 +162,14 @@ def _label_sentence(sentence: Sentence, section: str, earlier: list[Place]) -> l
     return mentions
 
 
-def _is_same(old: FindingMention, what: Attributes) -> bool:
+def _is_same(old: FindingRecord, what: Attributes) -> bool:
     """Whether a second word for a finding means the same lesion: denied too, or at one place with one size at most."""
     place = Place(old.side, old.lobe, old.zone)
     one = what.places == [place] or (len(what.places) == 1 and Place() in (place, what.places[0]))
     return old.polarity == "absent" or (one and (old.size_mm is None or not what.sizes))
 
 
-def _at_places(base: FindingMention, what: Attributes, sentence: Sentence) -> list[FindingMention]:
+def _at_places(base: FindingRecord, what: Attributes, sentence: Sentence) -> list[FindingRecord]:
     """The mention at each of its places; sizes are paired with the places where there are as many of each."""
     paired = len(what.sizes) == len(what.places) > 1 and re.search(sentence.language.respectively, sentence.own_text)
     made = []
@@ -198,14 +179,14 @@ def _at_places(base: FindingMention, what: Attributes, sentence: Sentence) -> li
     return made
 
 
-def _completed(old: FindingMention, new: FindingMention, what: Attributes) -> FindingMention:
+def _completed(old: FindingRecord, new: FindingRecord, what: Attributes) -> FindingRecord:
     count = new.count if old.count is None else old.count
     if (old.side, old.lobe, old.zone) == (None, None, None):
         old = replace(old, side=what.places[0].side, lobe=what.places[0].lobe, zone=what.places[0].zone)
     return _sized(replace(old, count=count, change=old.change or new.change), what.sizes)
 
 
-def _sized(mention: FindingMention, sizes: Sequence[Size]) -> FindingMention:
+def _sized(mention: FindingRecord, sizes: Sequence[Size]) -> FindingRecord:
     """The mention with the largest of the sizes, if it has none yet."""
     if not sizes or mention.size_mm is not None:
         return mention

@@ -30,6 +30,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from data.findings import LESION
 from data.report_language.lexer import Rule
 
 FINDINGS = (
@@ -85,7 +86,7 @@ CT_RATE: dict[str, tuple[str, ...]] = {
 }
 
 # Named by their size: a lymph node is a finding from this short axis on; a soft-tissue lesion is a nodule up to 30 mm.
-NODE, LESION = "node", "lesion"
+NODE = "node"
 NODE_SHORT_AXIS_MM = 10.0
 NODULE_MAX_MM = 30.0
 

@@ -19,7 +19,8 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from config.errors import InputError
-from data.report_language.labeller import LANGUAGES, FindingMention, label_report
+from data.findings import FindingRecord
+from data.report_language.labeller import LANGUAGES, label_report
 from data.report_language.lexer import Lexer, Token, normal_form, sentences
 from data.report_language.terms import FINDINGS
 from data.tables.caption_table import CaptionRow
@@ -54,7 +55,7 @@ class Labeller:
             if name not in FINDINGS:
                 raise InputError(f"'{name}' is no finding; expected one of {', '.join(FINDINGS)}")
 
-    def __call__(self, text: str) -> list[FindingMention]:
+    def __call__(self, text: str) -> list[FindingRecord]:
         return [replace(m, finding=self.merged.get(m.finding, m.finding)) for m in label_report(text, self.language)]
 
 
@@ -71,7 +72,7 @@ class Statement:
             such words), whether there is a size, and the fraction of sampled reports that agree (0 without samples).
     """
 
-    mention: FindingMention
+    mention: FindingRecord
     sentence: int
     words: tuple[Span, ...]
     raw: float
@@ -149,7 +150,7 @@ def _lexer(language: str) -> Lexer:
     return Lexer(LANGUAGES[language].rules)
 
 
-def is_right(mention: FindingMention, truth: Sequence[FindingMention]) -> bool:
+def is_right(mention: FindingRecord, truth: Sequence[FindingRecord]) -> bool:
     """Whether a reference confirms a statement: the finding with its place and size, or for a denial its absence."""
     stated = [m for m in truth if m.polarity in STATED and m.section in DIAGNOSTIC_SECTIONS]
     if mention.polarity == "absent":
@@ -160,7 +161,7 @@ def is_right(mention: FindingMention, truth: Sequence[FindingMention]) -> bool:
     return any(agrees(mention, m) for m in sized) if mention.size_mm is not None and sized else bool(same)
 
 
-def agrees(one: FindingMention, other: FindingMention, size: bool = True) -> bool:
+def agrees(one: FindingRecord, other: FindingRecord, size: bool = True) -> bool:
     """Same finding, both stated or both denied, and no contradiction in side, level and size."""
     if one.finding != other.finding or (one.polarity in STATED) != (other.polarity in STATED):
         return False

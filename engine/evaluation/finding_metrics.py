@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from data.report_language.labeller import FindingMention, report_labels
+from data.findings import FindingRecord
+from data.report_language.labeller import report_labels
 from data.report_language.terms import FINDINGS
 from engine.evaluation.bootstrap import REPEATS, Score, case_weights, interval, ratio
 
-Mentions = Sequence[Sequence[FindingMention]]  # of each report
+Mentions = Sequence[Sequence[FindingRecord]]  # of each report
 DIAGNOSTIC_SECTIONS = ("", "findings", "impression")  # advice and tendency state no findings
 STATED = ("present", "uncertain")
 RATES = ("F1", "precision", "recall")

@@ -16,7 +16,7 @@ from config.errors import InputError
 from data.findings import LESION, FindingRecord
 from data.imaging.reader import read_mask, read_volume
 from data.lesions import find_lungs, measure_lesions
-from data.report_language.labeller import FindingMention, states_normal
+from data.report_language.labeller import states_normal
 from data.report_language.sections import PREAMBLE
 from engine.evaluation.bootstrap import Score, hit_score
 from engine.evaluation.finding_metrics import Mentions
@@ -48,14 +48,14 @@ _DEPTHS = ("effusion", "pleural_thickening")  # their stated size is a depth, no
 Hits = defaultdict[str, list[tuple[int, bool]]]  # (case, right or wrong) by name of the score
 
 
-def described(mentions: Sequence[FindingMention]) -> list[FindingMention]:
+def described(mentions: Sequence[FindingRecord]) -> list[FindingRecord]:
     """The findings that a report describes as present, one for each place."""
     present = [m for m in mentions if m.polarity == "present"]
     sections = ([m for m in present if m.section == name] for name in ("findings", PREAMBLE, "impression"))
     return next(filter(None, sections), [])
 
 
-def same_place(truth: FindingMention, stated: FindingMention) -> bool:
+def same_place(truth: FindingRecord, stated: FindingRecord) -> bool:
     """Same side, and the same level where the reference has one."""
     return truth.side == stated.side and truth.level in (None, stated.level)
 
@@ -82,7 +82,7 @@ def place_scores(references: Mentions, generated: Mentions) -> dict[str, Score]:
     return _scored(hits, PLACES, len(references))
 
 
-def stated_in_full(mentions: Sequence[FindingMention]) -> list[FindingMention]:
+def stated_in_full(mentions: Sequence[FindingRecord]) -> list[FindingRecord]:
     """The described findings with side, level and size. A free effusion is dependent: its zone is the lower one."""
     found = [replace(m, zone="lower") if m.finding == "effusion" else m for m in described(mentions)]
     return [m for m in found if m.side and m.level and m.size_mm]
@@ -179,8 +179,8 @@ def _scored(hits: Hits, definitions: Mapping[str, str], cases: int) -> dict[str,
 
 
 def pair(
-    truth: Sequence[FindingMention], stated: Sequence[FindingMention]
-) -> list[tuple[FindingMention, FindingMention | None]]:
+    truth: Sequence[FindingRecord], stated: Sequence[FindingRecord]
+) -> list[tuple[FindingRecord, FindingRecord | None]]:
     """Each true finding with its partner, or None; the nearest pair first."""
     order = sorted((_mention_distance(a, b), i, j) for i, a in enumerate(truth) for j, b in enumerate(stated))
     partner: dict[int, int] = {}
@@ -190,7 +190,7 @@ def pair(
     return [(a, stated[partner[i]] if i in partner else None) for i, a in enumerate(truth)]
 
 
-def agreement(stated: FindingMention, lesion: FindingRecord) -> dict[str, bool]:
+def agreement(stated: FindingRecord, lesion: FindingRecord) -> dict[str, bool]:
     """Whether a statement has the name, side and zone of a lesion, or one of the two has none."""
     return {
         "finding": lesion.finding in (stated.finding, LESION),
@@ -204,12 +204,12 @@ def sizes_agree(a: float, b: float | None) -> bool:
     return b is not None and abs(a - b) <= SIZE_TOLERANCE_MM + 1e-9
 
 
-def _mention_distance(a: FindingMention, b: FindingMention) -> tuple[float, ...]:
+def _mention_distance(a: FindingRecord, b: FindingRecord) -> tuple[float, ...]:
     differing = (a.finding != b.finding) + (a.side != b.side) + (a.level != b.level)
     return differing, abs((a.size_mm or 0) - (b.size_mm or 0))
 
 
-def _lesion_distance(stated: FindingMention, lesion: FindingRecord) -> tuple[float, ...]:
+def _lesion_distance(stated: FindingRecord, lesion: FindingRecord) -> tuple[float, ...]:
     same = agreement(stated, lesion)
     agreeing = 2 * same["finding"] + same["side"] + same["zone"]
     return -agreeing, abs((stated.size_mm or lesion.size_mm) - lesion.size_mm), -lesion.measured.volume_mm3

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from data.report_language.labeller import FindingMention, detect_language
+from data.findings import FindingRecord
+from data.report_language.labeller import detect_language
 from data.report_language.sections import PREAMBLE, SECTIONS, section_shares, section_text
 from engine.evaluation import image_dependence as audit
 from engine.evaluation.bootstrap import Score, hit_score, mean_score
@@ -50,12 +51,12 @@ class TableResults:
     lesion_inputs: Sequence[str] = ()
 
     @cached_property
-    def truth(self) -> list[list[FindingMention]]:
+    def truth(self) -> list[list[FindingRecord]]:
         """Findings of the references."""
         return [self.label(text) for text in self.references]
 
     @cached_property
-    def mentions(self) -> dict[str, list[list[FindingMention]]]:
+    def mentions(self) -> dict[str, list[list[FindingRecord]]]:
         """Findings of the reports of each condition."""
         return {name: [self.label(text) for text in self.texts(name)] for name in self.records}
 

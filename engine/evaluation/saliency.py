@@ -29,7 +29,6 @@ from torch import Tensor
 
 from data.findings import FindingRecord
 from data.imaging.reader import read_mask, read_volume
-from data.report_language.labeller import FindingMention
 from engine.evaluation.conditions import OWN, ReportPasses
 from engine.evaluation.confidence import Statement, split_sentences, touches
 from engine.evaluation.heat_maps import FramedGrid, draw_heat, write_heat
@@ -182,7 +181,7 @@ def _occlusion(report: ReportLikelihood, spans: Spans, baseline: Tensor, chunk: 
 
 def _point(
     heat: np.ndarray,
-    mentions: Sequence[FindingMention],
+    mentions: Sequence[FindingRecord],
     masked: MaskedCase | None,
     labels: np.ndarray,
     grid: FramedGrid,

@@ -47,7 +47,7 @@ def reported(volume: Volume) -> str:
         (lambda hu: hu[:, :, ::-1], ""),  # mirrored sides do not show in the voxels, and are not guessed
         (lambda hu: hu[20:], "lungs go on beyond the lower end"),
         (lambda hu: hu[14:20], "beyond the lower and the upper end"),
-        (lambda hu: np.where(hu < -500, 0, hu) - 1000 * (np.indices(hu.shape)[1] < 12), "0.0 litres of air inside"),
+        (lambda hu: np.where(hu < -500, 0, hu) - 1000 * (np.indices(hu.shape)[1] < 12), "0.00 litres of air inside"),
     ],
 )
 def test_values(chest, change, expected):

@@ -17,7 +17,7 @@ from config.errors import InputError
 from data.phantom.finding import LESION_TYPES, SIDES, ZONES, Finding
 from data.phantom.report import write_report
 from data.report_language.labeller import (
-    FindingMention,
+    FindingRecord,
     ct_rate_labels,
     detect_language,
     label_report,
@@ -31,14 +31,14 @@ Key = tuple[object, ...]
 FILES = {"a": 0.97, "b": 0.97, "c": 0.95, "d": 0.95}  # and the least macro-F1 of each language
 
 
-def read_sentences(path: Path) -> list[tuple[str, str, list[FindingMention]]]:
+def read_sentences(path: Path) -> list[tuple[str, str, list[FindingRecord]]]:
     lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
     return [
         (language, text, [parse_label(s) for s in said.split(";") if s != "none"]) for language, text, said in lines
     ]
 
 
-def parse_label(label: str) -> FindingMention:
+def parse_label(label: str) -> FindingRecord:
     """``nodule + left lobe=upper 5-8mm n=2 smaller``."""
     finding, sign, *rest = label.split()
     assert finding in FINDINGS, label
@@ -57,21 +57,21 @@ def parse_label(label: str) -> FindingMention:
             name, value = word.split("=")
             assert (name, value) in {(n, v) for n in ("lobe", "zone") for v in ZONES}, label
             values[name] = value
-    return FindingMention(finding, SIGNS[sign], **values)
+    return FindingRecord(finding, SIGNS[sign], **values)
 
 
-def short_key(m: FindingMention) -> Key:
+def short_key(m: FindingRecord) -> Key:
     return m.finding, m.polarity
 
 
-def full_key(m: FindingMention) -> Key:
+def full_key(m: FindingRecord) -> Key:
     """All that is stated; of an absent finding only that it is absent."""
     if m.polarity == "absent":
         return short_key(m)
     return (*short_key(m), m.side, m.lobe, m.zone, m.size_low_mm, m.size_mm, m.count, m.change)
 
 
-def agreement(key, truth: list[list[FindingMention]], found: list[list[FindingMention]]) -> float:
+def agreement(key, truth: list[list[FindingRecord]], found: list[list[FindingRecord]]) -> float:
     """F1 over mentions, matched within their sentence."""
     hits = total = 0
     for a, b in zip(truth, found, strict=True):
@@ -81,10 +81,10 @@ def agreement(key, truth: list[list[FindingMention]], found: list[list[FindingMe
     return 2 * hits / total
 
 
-def macro_f1(truth: list[list[FindingMention]], found: list[list[FindingMention]]) -> float:
+def macro_f1(truth: list[list[FindingRecord]], found: list[list[FindingRecord]]) -> float:
     """Mean over the findings that the sentences state of the F1 of finding and polarity."""
 
-    def only(name: str, mentions: list[list[FindingMention]]) -> list[list[FindingMention]]:
+    def only(name: str, mentions: list[list[FindingRecord]]) -> list[list[FindingRecord]]:
         return [[m for m in own if m.finding == name] for own in mentions]
 
     names = {m.finding for own in truth for m in own}
@@ -117,7 +117,7 @@ def test_there_are_enough_sentences_and_every_finding_is_among_them(assets: Path
     assert all(detect_language(text) == language for language, text, _ in rows)
 
 
-def as_phantom(mention: FindingMention) -> Finding:
+def as_phantom(mention: FindingRecord) -> Finding:
     """A mention in the vocabulary of the phantom, whose tree-in-bud reports also say "miliary dots"."""
     kind = {"miliary": "tree_in_bud"}.get(mention.finding, mention.finding)
     zone = "lower" if kind == "effusion" else mention.zone
