@@ -44,7 +44,7 @@ from engine.training.diagnostics import DIAGNOSED_IMAGES, TokenStatistics, token
 from engine.training.loop import Stage, train
 from models.language_model.embedding_table import load_embedding_table
 from models.language_model.mamba_lm import lm_identity, read_lm_config, read_tokenizer
-from models.medical_vlm import VisionBridge
+from models.medical_vlm import VisionBridge, check_regions
 from models.objectives import Align, ProxyL2, Stage1, embed_reports, report_frequencies
 
 
@@ -93,6 +93,7 @@ def main() -> None:
     # ---------------------------------------------------------------- configuration and device
     args = parse_args()
     config = config_from(args)
+    check_regions(config)
     accelerator, output = start_run(args, config, "stage1")
     check_tables(config, "error" if args.objective == "align" else "warning")
     if config.use_cmi:

@@ -45,14 +45,21 @@ from config.files import keep_previous, write_text
 from config.nnunet_plans import PreprocessPlan
 from config.schema import Config
 from data.medical_vlm_dataset import CaptionCollator, encode_answer
-from engine.checkpoint import Checkpoint, check_agreement, load_checkpoint, load_vision_weights, save_checkpoint
+from engine.checkpoint import (
+    Checkpoint,
+    check_agreement,
+    check_width,
+    load_checkpoint,
+    load_vision_weights,
+    save_checkpoint,
+)
 from engine.loaders import build_loaders, check_tables, load_encoder
 from engine.run import jsonable, start_run
 from engine.training.diagnostics import DIAGNOSED_IMAGES, TokenStatistics, check_loss_mask, token_statistics
 from engine.training.loop import Stage, train
 from models.language_model.lora import Adapters
 from models.language_model.mamba_lm import MambaLM
-from models.medical_vlm import MedicalVLM, VisionBridge
+from models.medical_vlm import MedicalVLM, VisionBridge, check_regions
 from models.nnunet.encoder import NnUNetEncoder
 
 BEST_FILE, FINAL_FILE = "vision_bridge_vlm_best_val.pt", "vision_bridge_vlm_final.pt"
@@ -168,6 +175,10 @@ def main() -> None:
     config = config_from(args, max_visual_tokens=args.max_visual_tokens)
     start = find_start(args, config.resolved("output_dir"))
     check_lora(args, start)
+    check_regions(config)
+    if start is not None:  # before the language model and the volumes are read
+        check_agreement(start, config)
+        check_width(start, config.mamba_model)
     accelerator, output = start_run(args, config, "stage2")
     check_tables(config)
     say = accelerator.print

@@ -79,13 +79,13 @@ from data.medical_vlm_dataset import encode_prompt
 from data.tables.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
 from data.view_selection import ViewSelection
 from engine import segmentation
-from engine.checkpoint import Checkpoint, load_checkpoint
+from engine.checkpoint import Checkpoint, check_width, load_checkpoint
 from models.language_model.decoding import INCOMPLETE, CharacterStream, Decoding, FirstTokenClock, StopRule
 from models.language_model.embedding_table import load_embedding_table
-from models.language_model.mamba_lm import MambaLM, lm_identity, read_lm_config, read_tokenizer
+from models.language_model.mamba_lm import MambaLM, lm_identity, read_tokenizer
 from models.language_model.prefix_state import PrefixIdentity, PrefixState, answer_from_state, lm_size
 from models.language_model.quantisation import CONTRADICTION
-from models.medical_vlm import generate_reports
+from models.medical_vlm import check_regions, generate_reports
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -166,16 +166,12 @@ def token_budget(config: Config, wanted: int | None, cap: int | None) -> tuple[i
 
 
 def check_models(checkpoint: Checkpoint, config: Config) -> None:
-    """Raises: InputError when the language model's width is not the one that the tokens were trained for."""
-    width = read_lm_config(config.mamba_model).hidden_size
-    trained = checkpoint.llm
-    if width != trained["width"]:
-        raise InputError(
-            f"mamba_model '{config.mamba_model}' has width {width}, {checkpoint.path} was trained for width "
-            f"{trained['width']} ('{trained['name']}'): use that model"
-        )
-    if config.mamba_model != trained["name"]:
-        print(f"note: language model {config.mamba_model}; the checkpoint was trained with {trained['name']}")
+    """Before anything large is read. Raises: InputError where the language model, the RoI or the token budget does not
+    fit the checkpoint."""
+    check_width(checkpoint, config.mamba_model)
+    check_regions(config)
+    if config.mamba_model != checkpoint.llm["name"]:
+        print(f"note: language model {config.mamba_model}; the checkpoint was trained with {checkpoint.llm['name']}")
     if checkpoint.stage == "vision":
         print("note: a Stage-1 checkpoint: the text is no report before train_vlm.py has trained it too")
     if checkpoint.collapsed:
