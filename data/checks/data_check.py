@@ -20,6 +20,8 @@ from data.checks.problems import Level, Problem, from_error, raise_errors
 from data.imaging.reader import read_header, read_mask, read_volume
 from data.imaging.volume import ImageHeader, Volume
 from data.tables.caption_table import CaptionRow
+from data.lesions import find_lungs, measure_lesions
+from data.report_language.labeller import label_report
 
 _SHORT_REPORT = 8  # characters
 
@@ -79,7 +81,8 @@ def _mask_problems(checked: CheckedImage, path: Path, quick: bool) -> list[Probl
     labels, header = read_header(path), checked.header
     if checked.volume is not None:
         checked.mask = read_mask(path, checked.volume)
-        return [] if checked.mask.any() else [Problem(0, "the mask is empty", "it selects no slice", level="note")]
+        empty = Problem(0, "the mask is empty", "it selects no slice", level="note")
+        return _side_problems(checked) if checked.mask.any() else [empty]
     if not quick or header is None:
         return []
     if np.allclose(labels.extent_mm, header.extent_mm, rtol=1e-2) and sorted(labels.shape) == sorted(header.shape):
@@ -90,6 +93,24 @@ def _mask_problems(checked: CheckedImage, path: Path, quick: bool) -> list[Probl
 
 
 def check_validation(rows: Sequence[CaptionRow], level: Level = "error") -> list[Problem]:
+def _side_problems(checked: CheckedImage) -> list[Problem]:
+    """A warning where all findings with a side are on one side in the report, and all lesions of the mask on the other;
+    none in a scan without lungs, which has a problem of its own."""
+    stated = {mention.side for mention in label_report(checked.row.answer) if mention.polarity != "absent"} - {None}
+    if len(stated) != 1 or "bilateral" in stated:
+        return []
+    spacing = checked.volume.spacing
+    try:
+        lesions = measure_lesions(checked.mask, spacing, find_lungs(checked.volume.array, spacing))
+    except InputError:
+        return []
+    drawn = {lesion.side for lesion in lesions}
+    if len(drawn) != 1 or drawn == stated:
+        return []
+    words = f"mask on the {drawn.pop()}, report says {stated.pop()}"
+    return [Problem(0, words, "find on the contact sheet which one is mirrored, or of another case", level="warning")]
+
+
     """A problem where the loss of a validation table carries no information: one case, or one report for all.
 
     The align objective compares each report with those of other cases, so its loss is then exactly 0.

@@ -6,6 +6,7 @@ import csv
 import importlib
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from matplotlib import image
 
 from config.errors import InputError
 from config.schema import build_config, write_config
+from data.checks.data_check import check_image
 from data.phantom.canvas import Grid
 from data.phantom.case import make_case, write_case
+from data.tables.caption_table import read_caption_table
 from engine.loaders import check_tables
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -94,6 +97,17 @@ def test_tables_that_cannot_be_read_are_reported_together(folder, tmp_path):
     assert done.returncode == 1 and "is empty" in done.stdout and "table not found" in done.stdout
     wrong = run(folder, "--image_root", str(tmp_path / "no"), "--out", str(tmp_path))
     assert wrong.returncode == 2 and "image_root is no folder" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+REPORTS = [(REPORT, False), (REPORT.replace("左", "右"), True), ("双肺实变。", False), ("右肺实变，左肺结节。", False)]
+
+
+@pytest.mark.parametrize(("report", "found"), REPORTS)
+def test_a_mask_on_the_other_side_than_the_report_is_a_warning(folder, report, found):
+    [row] = read_caption_table(folder / "good.csv")
+    problems = [problem for problem in check_image(replace(row, answer=report)).problems if "mask on" in str(problem)]
+    assert len(problems) == found
+    assert all("row 2: mask on the left, report says right; find" in str(problem) for problem in problems)
 
 
 # ---------------------------------------------------------------- training asks first
