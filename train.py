@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from engine.cli import add_training_flags, config_from, run_main
+from engine.cli import Parser, add_training_flags, config_from, run_main
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Stage 1: vision and bridge")
+    parser = Parser(description="Stage 1: vision and bridge")
     add_training_flags(parser, epochs=3, batch_size=4, lr=1e-4)
     parser.add_argument(
         "--objective",

@@ -15,11 +15,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from engine.cli import add_training_flags, config_from, positive_int, run_main
+from engine.cli import Parser, add_training_flags, config_from, positive_int, run_main
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Stage 2: caption loss through the frozen language model")
+    parser = Parser(description="Stage 2: caption loss through the frozen language model")
     add_training_flags(parser, epochs=2, batch_size=1, lr=1e-5)
     parser.add_argument("--vision_checkpoint", type=Path, help="Stage-1 (or Stage-2) checkpoint to start from")
     parser.add_argument("--from_scratch", action="store_true", help="do not continue from vision_bridge_vlm_final.pt")

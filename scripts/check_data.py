@@ -19,11 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-from engine.cli import run_main
+from engine.cli import Parser, run_main
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Check tables and images before training")
+    parser = Parser(description="Check tables and images before training")
     parser.add_argument("--csv", type=Path, help="training table (default: the configuration's tables)")
     parser.add_argument("--val_csv", type=Path, help="validation table, compared with the training table")
     parser.add_argument("--image_root", type=Path, help="where relative paths start and numbers are looked up")

@@ -17,13 +17,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
 from config.errors import InputError
-from engine.cli import add_model_flags, find_checkpoint, local_config, positive_int, run_main
+from engine.cli import Parser, add_model_flags, find_checkpoint, local_config, positive_int, run_main
 
 GPU_TOKEN_CAP = 32  # with the LLM on a GPU beside other programs; --max_visual_tokens overrides it
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="One image to text")
+    parser = Parser(description="One image to text")
     parser.add_argument("--checkpoint", type=Path, help="default: the latest stage's in output_dir")
     parser.add_argument(
         "--config", type=Path, help="take tables, model folder and cache from here instead of the checkpoint"
@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
         "--question", action="append", help="may be repeated; default: the case's own, or one of the prompt file"
     )
     parser.add_argument("--max_visual_tokens", type=positive_int, help="default: as in training")
-    parser.add_argument("--max_new_tokens", type=positive_int, default=80)
+    parser.add_argument("--max_new_tokens", type=positive_int, default=80, help="a text is cut there")
     parser.add_argument("--llm_device", choices=("auto", "cpu"), default="cpu", help="auto: the GPU where there is one")
     parser.add_argument("--llm_8bit", action="store_true", help="int8 weights through bitsandbytes (GPU)")
     parser.add_argument("--llm_int8", action="store_true", help="int8 weights by our own layers (CPU and GPU)")

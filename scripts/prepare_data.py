@@ -21,13 +21,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
 from config.schema import load_config
-from engine.cli import Interrupted, positive_int, run_main, shard
+from engine.cli import Interrupted, Parser, positive_int, run_main, shard
 
 EXIT_UNUSABLE = 1
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Preprocess all volumes of the tables into the cache")
+    parser = Parser(description="Preprocess all volumes of the tables into the cache")
     parser.add_argument("--config", type=Path, help="configuration file (default: config/paths.yaml)")
     parser.add_argument("--csv", type=Path, nargs="+", help="tables (default: the configuration's two)")
     parser.add_argument("--image_root", type=Path, help="where relative paths start and numbers are looked up")

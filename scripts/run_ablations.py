@@ -21,11 +21,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-from engine.cli import positive_float, positive_int, run_main
+from engine.cli import Parser, positive_float, positive_int, run_main
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Ablations on synthetic data, in one table")
+    parser = Parser(description="Ablations on synthetic data, in one table")
     parser.add_argument("--base", type=Path, required=True, help="configuration of the baseline")
     parser.add_argument("--data", type=Path, required=True, help="folder that make_phantoms.py wrote")
     parser.add_argument("--out", type=Path, default=Path("outputs/ablations"))

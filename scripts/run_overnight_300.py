@@ -21,16 +21,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 from config.errors import InputError
 from config.schema import REPOSITORY
-from engine.cli import Interrupted, add_common_flags, config_from, positive_float, positive_int, run_main
+from engine.cli import Interrupted, Parser, add_common_flags, config_from, positive_float, positive_int, run_main
 
 LRS, BATCH_SIZES = (1e-4, 5e-5, 2e-5), (2, 4)
 NO_GRID_LR, NO_GRID_BATCH_SIZE = 1e-4, 4  # train.py's own
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="A night of Stage-1 runs; the same command goes on after any stop")
+    parser = Parser(description="A night of Stage-1 runs; the same command goes on after any stop")
     add_common_flags(parser)
-    parser.add_argument("--epochs", type=positive_int, default=300, help="of every run (default: 300)")
+    parser.add_argument("--epochs", type=positive_int, default=300, help="of every run")
     parser.add_argument("--objective", choices=("align", "proxy_l2"), default="align", help="see train.py")
     parser.add_argument("--lrs", type=positive_float, nargs="+", help=f"default: {LRS}")
     parser.add_argument("--batch_sizes", type=positive_int, nargs="+", help=f"default: {BATCH_SIZES}")
