@@ -17,5 +17,6 @@ def first_line(error: BaseException) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 epoch``, ``2 epochs``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    """``1 epoch``, ``2 epochs``, ``2 processes``."""
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{number} {noun}{'' if number == 1 else ending}"

@@ -9,6 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from data.lesions import find_lungs, measure_lesions
 from data.report_language.labeller import label_report
 
 _SHORT_REPORT = 8  # characters
+Rows = Sequence[CaptionRow]
 
 
 @dataclass
@@ -123,7 +125,7 @@ def _side_problems(checked: CheckedImage) -> list[Problem]:
     return [Problem(0, words, remedy, level=level, table="val")]
 
 
-def compare_rows(train: Sequence[CaptionRow], val: Sequence[CaptionRow], digests: dict[Path, str]) -> list[Problem]:
+def compare_rows(train: Rows, val: Rows, digests: dict[Path, str]) -> list[Problem]:
     """Duplicate images, one report for most cases, and patients or images that are in both tables.
 
     ``digests``: voxel digests of the images that were read; one scan under two names has one digest.
@@ -135,16 +137,26 @@ def compare_rows(train: Sequence[CaptionRow], val: Sequence[CaptionRow], digests
 
     problems = []
     for name, rows in (("train", train), ("val", val)):
-        problems += _duplicates(rows, content, name)
+    return problems + rows_in_training(train, val, digests)
+
+
+def rows_in_training(train: Rows, rows: Rows, digests: dict[Path, str]) -> list[Problem]:
+    """A warning for each patient and image of ``rows`` that the training table has too; ``digests``: of the images."""
+    problems = []
+        problems += _duplicates(rows, partial(_content, digests), name)
         for text, count in Counter(row.answer for row in rows).most_common(1):
             if count > 2 and count > len(rows) / 2:
                 words = f"{count} of {len(rows)} reports are the same text ('{text[:20]}')"
                 problems.append(Problem(0, words, "a model learns to write only this", level="warning", table=name))
     remedy = "split by patient: the validation score would be too good"
-    for what, key in (("patient '{}'", attrgetter("patient")), ("this image", content)):
+    for what, key in (("patient '{}'", attrgetter("patient")), ("this image", partial(_content, digests))):
         first = {key(row): row.number for row in reversed(train) if key(row)}
         for row in val:
             if key(row) in first:
+def _content(digests: dict[Path, str], row: CaptionRow) -> str:
+    return digests.get(row.image_path) or str(row.image_path.absolute())
+
+
                 words = f"{what.format(key(row))} is in the training table too (row {first[key(row)]})"
                 problems.append(Problem(row.number, words, remedy, str(row.image_path), "warning", "val"))
     return problems
