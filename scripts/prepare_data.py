@@ -57,7 +57,7 @@ def main() -> int:
     tables = args.csv or [config.resolved("caption_csv_train")]
     if not args.csv and config.caption_csv_val:
         tables.append(Path(config.caption_csv_val))
-    work = read_work(tables, config)
+    work = read_work(tables, config, *(["--csv"] if args.csv else []))
     index, count = args.shard or shard_of_environment()
     files = work.files[index - 1 :: count]
     workers = min(args.workers or default_workers(), max(len(files), 1))

@@ -25,7 +25,7 @@ from data.tables.table_reader import read_table
 logger = logging.getLogger(__name__)
 
 PathMap = dict[str, str]
-_NAMED_BY = "caption_csv_train / caption_csv_val in the configuration"
+NAMED_BY = "caption_csv_train / caption_csv_val in the configuration"
 _EXPECTED = "expected image_path,question,answer[,mask_path]"
 _NOT_FOUND = "fix the row, or set image_root / path_map in the configuration"
 _SCIENTIFIC = re.compile(r"\d(\.\d+)?E\+\d+", re.IGNORECASE)
@@ -65,7 +65,7 @@ def read_caption_table(path: Path, image_root: Path | None = None, path_map: Pat
 
 
 def scan_caption_table(
-    path: Path, image_root: Path | None = None, path_map: PathMap | None = None, named_by: str = _NAMED_BY
+    path: Path, image_root: Path | None = None, path_map: PathMap | None = None, named_by: str = NAMED_BY
 ) -> TableScan:
     """Read a table and check that its images and masks exist; a bad row is a problem of the result.
 

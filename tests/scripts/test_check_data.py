@@ -94,7 +94,7 @@ def test_tables_that_cannot_be_read_are_reported_together(folder, tmp_path):
     (tmp_path / "empty.csv").touch()
     tables = ("--csv", str(tmp_path / "empty.csv"), "--val_csv", str(tmp_path / "no.csv"))
     done = run(folder, *tables, "--out", str(tmp_path))
-    assert done.returncode == 1 and "is empty" in done.stdout and "table not found" in done.stdout
+    assert done.returncode == 1 and "is empty" in done.stdout and "no.csv; set --val_csv to an" in done.stdout
     wrong = run(folder, "--image_root", str(tmp_path / "no"), "--out", str(tmp_path))
     assert wrong.returncode == 2 and "image_root is no folder" in wrong.stderr and "Traceback" not in wrong.stderr
 
