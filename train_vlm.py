@@ -45,14 +45,7 @@ from config.files import keep_previous, write_text
 from config.nnunet_plans import PreprocessPlan
 from config.schema import Config
 from data.medical_vlm_dataset import CaptionCollator, encode_answer
-from engine.checkpoint import (
-    Checkpoint,
-    check_agreement,
-    check_width,
-    load_checkpoint,
-    load_vision_weights,
-    save_checkpoint,
-)
+from engine.checkpoint import Checkpoint, check_agreement, load_checkpoint, load_vision_weights, save_checkpoint
 from engine.loaders import build_loaders, check_tables, load_encoder
 from engine.run import jsonable, start_run
 from engine.training.diagnostics import DIAGNOSED_IMAGES, TokenStatistics, check_loss_mask, token_statistics
@@ -69,8 +62,7 @@ RECENT_EPOCHS = 5
 def find_start(args: argparse.Namespace, output: Path) -> Checkpoint | None:
     """The checkpoint to start from: the named one, else the last Stage-2 result, else none.
 
-    Raises:
-        InputError: it is missing, unreadable, or collapsed and --allow_collapsed was not given.
+    Raises InputError: it is missing, unreadable, or collapsed and --allow_collapsed was not given.
     """
     if args.vision_checkpoint and args.from_scratch:
         raise InputError("--vision_checkpoint and --from_scratch contradict each other: give one of them")
@@ -178,7 +170,6 @@ def main() -> None:
     check_regions(config)
     if start is not None:  # before the language model and the volumes are read
         check_agreement(start, config)
-        check_width(start, config.mamba_model)
     accelerator, output = start_run(args, config, "stage2")
     check_tables(config)
     say = accelerator.print

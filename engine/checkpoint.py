@@ -147,8 +147,7 @@ def read_torch_file(path: Path, what: str) -> dict[str, Any]:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read, migrate and check a checkpoint.
 
-    Raises:
-        InputError: missing, truncated, not ours, from a newer version, or incomplete.
+    Raises InputError: missing, truncated, not ours, from a newer version, or incomplete.
     """
     content = read_torch_file(path, "checkpoint")
     if content.get("format") != FORMAT:
@@ -192,12 +191,6 @@ def load_vision_weights(vision: VisionBridge, checkpoint: Checkpoint) -> list[st
     missing = [key for key in own if key not in saved and key not in at_random]
     unexpected = [key for key in saved if key not in own]
     wrong = [key for key in own if key in saved and own[key].shape != saved[key].shape]
-    trained_width, width = checkpoint.llm["width"], vision.bridge.spec.out_width
-    if trained_width != width:
-        raise InputError(
-            f"{checkpoint.path} gives tokens of width {trained_width}, the language model has width {width}: use the "
-            f"mamba_model it was trained for ('{checkpoint.llm.get('name')}') or retrain both stages"
-        )
     if missing or unexpected or wrong:
         key = (wrong or missing or unexpected)[0]
         sides = (
@@ -218,6 +211,7 @@ def check_agreement(checkpoint: Checkpoint, config: Config) -> list[str]:
     if checkpoint.has_cmi and not config.use_cmi:
         reason = "was trained with CMI, this configuration has use_cmi: false; set use_cmi: true"
         raise InputError(f"{checkpoint.path} {reason}")
+    check_width(checkpoint, config.mamba_model)
     free = keys_with_role("tokens")
     if len(checkpoint.preprocess_plan.patch_size) == 3:
         free.remove("slices")  # a 3-D encoder pools its volume to this many planes

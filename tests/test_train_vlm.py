@@ -98,9 +98,7 @@ def test_a_best_of_another_training_is_kept_under_another_name(run_stage, tmp_pa
     assert "is of another training and is kept as" in capsys.readouterr().out
 
 
-def test_roi_and_cmi_that_do_not_fit_are_refused_before_anything_large_is_read(
-    run_stage, small_training, tmp_path, monkeypatch
-):
+def test_roi_and_cmi_that_do_not_fit_are_refused_at_once(run_stage, small_training, tmp_path, monkeypatch):
     flags = ["--epochs", "1", "--output_dir", str(tmp_path / "out")]
     run_stage("train_vlm", *flags, config=config_with(small_training, tmp_path, use_cmi=True))
     for stage, changes, words in (
