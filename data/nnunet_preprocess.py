@@ -42,15 +42,6 @@ class VoxelMap:
     shape_before_crop: tuple[int, int, int]
     shape: tuple[int, int, int]
 
-    def to_original(self, points: np.ndarray) -> np.ndarray:
-        """(z, y, x) in the canonical volume of preprocessed ``points`` (..., 3): voxel centres, may be fractional."""
-        box = np.array(self.bbox, dtype=np.float64)
-        scale = (box[:, 1] - box[:, 0]) / np.array(self.shape)
-        permuted = (np.asarray(points, dtype=np.float64) + 0.5) * scale - 0.5 + box[:, 0]
-        original = np.empty_like(permuted)
-        original[..., list(self.transpose_forward)] = permuted
-        return original
-
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> VoxelMap:
         """From the JSON of ``dataclasses.asdict``."""

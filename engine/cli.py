@@ -96,8 +96,7 @@ def add_training_flags(parser: argparse.ArgumentParser, *, epochs: int, batch_si
 def config_from(args: argparse.Namespace, **overrides: object) -> Config:
     """The configuration of a training run, with the flags that override it.
 
-    Raises:
-        InputError: as :func:`load_config`, or a toy model with data that is not synthetic.
+    Raises InputError: as :func:`load_config`, or a toy model with data that is not synthetic.
     """
     output_dir = str(args.output_dir.resolve()) if args.output_dir else None
     config = load_config(args.config, output_dir=output_dir, mamba_model=args.mamba_model, **overrides)
@@ -119,8 +118,7 @@ def local_config(args: argparse.Namespace, trained: Config) -> Config:
 def find_checkpoint(config_file: Path | None) -> Path:
     """The checkpoint in the configuration's ``output_dir`` that comes first in :data:`CHECKPOINTS`; it is printed.
 
-    Raises:
-        InputError: there is none.
+    Raises InputError: there is none.
     """
     folder = load_config(config_file).resolved("output_dir")
     found = next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)

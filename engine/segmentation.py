@@ -91,8 +91,7 @@ class SegmentedCache(CaseCache):
 def open_cache(config: Config, plan: PreprocessPlan) -> CaseCache:
     """The cache that the configuration's slice policy needs.
 
-    Raises:
-        InputError: the policy is ``nnunet`` and the nnU-Net checkpoint is missing, or has another plan.
+    Raises InputError: the policy is ``nnunet`` and the nnU-Net checkpoint is missing, or has another plan.
     """
     volumes = VolumeCache(Path(config.cache_dir), plan)
     if config.slice_policy != "nnunet":

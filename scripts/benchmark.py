@@ -8,7 +8,6 @@ that a suite runs. Measured results: docs/benchmarks.md.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 

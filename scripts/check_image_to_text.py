@@ -223,8 +223,7 @@ def encode(questions: list[str], tokenizer: PreTrainedTokenizerBase, config: Con
 def read_image(args: argparse.Namespace, checkpoint: Checkpoint, config: Config) -> tuple[Case, list[Tensor]]:
     """The case and its visual tokens (1, L, D): one for all questions, or with CMI one for each.
 
-    Raises:
-        InputError: the image or its row cannot be read, or a toy model would read a scan that is not synthetic.
+    Raises InputError: the image or its row cannot be read, or a toy model would read a scan that is not synthetic.
     """
     if checkpoint.has_cmi and args.save_prefix:
         raise InputError(

@@ -20,9 +20,9 @@ from data.checks.image_checks import check_header, check_volume
 from data.checks.problems import Level, Problem, from_error, raise_errors
 from data.imaging.reader import read_header, read_mask, read_volume
 from data.imaging.volume import ImageHeader, Volume
-from data.tables.caption_table import CaptionRow
 from data.lesions import find_lungs, measure_lesions
 from data.report_language.labeller import label_report
+from data.tables.caption_table import CaptionRow
 
 _SHORT_REPORT = 8  # characters
 Rows = Sequence[CaptionRow]
@@ -43,8 +43,7 @@ class CheckedImage:
 def quick_check(*tables: Sequence[CaptionRow]) -> None:
     """Read the header of every image and mask.
 
-    Raises:
-        InputError: one or more files cannot be used; the line names the first and counts the others.
+    Raises InputError: one or more files cannot be used; the line names the first and counts the others.
     """
     problems = [problem for rows in tables for row in rows for problem in check_image(row, quick=True).problems]
     raise_errors(replace(problem, problem=f"{problem.image}: {problem.problem}") for problem in problems)
@@ -94,7 +93,6 @@ def _mask_problems(checked: CheckedImage, path: Path, quick: bool) -> list[Probl
     return [Problem(0, words, "the mask must be drawn on the image's own grid", str(path))]
 
 
-def check_validation(rows: Sequence[CaptionRow], level: Level = "error") -> list[Problem]:
 def _side_problems(checked: CheckedImage) -> list[Problem]:
     """A warning where all findings with a side are on one side in the report, and all lesions of the mask on the other;
     none in a scan without lungs, which has a problem of its own."""
@@ -113,6 +111,7 @@ def _side_problems(checked: CheckedImage) -> list[Problem]:
     return [Problem(0, words, "find on the contact sheet which one is mirrored, or of another case", level="warning")]
 
 
+def check_validation(rows: Sequence[CaptionRow], level: Level = "error") -> list[Problem]:
     """A problem where the loss of a validation table carries no information: one case, or one report for all.
 
     The align objective compares each report with those of other cases, so its loss is then exactly 0.
@@ -131,35 +130,31 @@ def compare_rows(train: Rows, val: Rows, digests: dict[Path, str]) -> list[Probl
     ``digests``: voxel digests of the images that were read; one scan under two names has one digest.
     Problems of the validation table carry ``table='val'``, the others ``'train'``.
     """
-
-    def content(row: CaptionRow) -> str:
-        return digests.get(row.image_path) or str(row.image_path.absolute())
-
     problems = []
     for name, rows in (("train", train), ("val", val)):
+        problems += _duplicates(rows, partial(_content, digests), name)
+        for text, count in Counter(row.answer for row in rows).most_common(1):
+            if count > 2 and count > len(rows) / 2:
+                words = f"{count} of {len(rows)} reports are the same text ('{text[:20]}')"
+                problems.append(Problem(0, words, "a model learns to write only this", level="warning", table=name))
     return problems + rows_in_training(train, val, digests)
 
 
 def rows_in_training(train: Rows, rows: Rows, digests: dict[Path, str]) -> list[Problem]:
     """A warning for each patient and image of ``rows`` that the training table has too; ``digests``: of the images."""
     problems = []
-        problems += _duplicates(rows, partial(_content, digests), name)
-        for text, count in Counter(row.answer for row in rows).most_common(1):
-            if count > 2 and count > len(rows) / 2:
-                words = f"{count} of {len(rows)} reports are the same text ('{text[:20]}')"
-                problems.append(Problem(0, words, "a model learns to write only this", level="warning", table=name))
     remedy = "split by patient: the validation score would be too good"
     for what, key in (("patient '{}'", attrgetter("patient")), ("this image", partial(_content, digests))):
         first = {key(row): row.number for row in reversed(train) if key(row)}
-        for row in val:
+        for row in rows:
             if key(row) in first:
-def _content(digests: dict[Path, str], row: CaptionRow) -> str:
-    return digests.get(row.image_path) or str(row.image_path.absolute())
-
-
                 words = f"{what.format(key(row))} is in the training table too (row {first[key(row)]})"
                 problems.append(Problem(row.number, words, remedy, str(row.image_path), "warning", "val"))
     return problems
+
+
+def _content(digests: dict[Path, str], row: CaptionRow) -> str:
+    return digests.get(row.image_path) or str(row.image_path.absolute())
 
 
 def _duplicates(rows: Sequence[CaptionRow], content: Callable[[CaptionRow], str], table: str) -> Iterator[Problem]:

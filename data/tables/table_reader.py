@@ -47,8 +47,7 @@ class Table:
 def read_table(path: Path) -> Table:
     """Read ``path`` by its suffix: .csv, .tsv, .txt, .xlsx, .xlsm, .json or .jsonl.
 
-    Raises:
-        InputError: of another kind, not decodable, or without a header.
+    Raises InputError: of another kind, not decodable, or without a header.
     """
     suffix = path.suffix.lower()
     if suffix == ".xls":
@@ -110,17 +109,18 @@ def _read_workbook(path: Path) -> pd.DataFrame:
     """Cells of the only sheet that has any. Raises InputError for several, or a file that is no workbook."""
     import pandas as pd
 
-    megabytes, workbook = 0, {}
     try:
         with zipfile.ZipFile(path) as packed:
             megabytes = sum(member.file_size for member in packed.infolist()) >> 20
-        if megabytes <= _MAX_MEGABYTES:
-            workbook = pd.read_excel(path, sheet_name=None, engine="openpyxl", **_AS_TEXT)
+        if megabytes > _MAX_MEGABYTES:
+            words = f"unpacks to {megabytes} MB, more than a table of reports"
+            raise InputError(f"{path}: {words}; save it as CSV UTF-8")
+        workbook = pd.read_excel(path, sheet_name=None, engine="openpyxl", **_AS_TEXT)
+    except InputError:
+        raise
     except Exception as error:  # openpyxl raises whatever damaged XML leads to
         detail = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path} is not a readable workbook ({detail}); save it again, or as 'CSV UTF-8'") from error
-    if megabytes > _MAX_MEGABYTES:
-        raise InputError(f"{path}: unpacks to {megabytes} MB, more than a table of reports; save it as CSV UTF-8")
     sheets = {name: frame for name, frame in workbook.items() if not frame.empty}
     if len(sheets) > 1:
         words = f"{len(sheets)} sheets have cells ({', '.join(sheets)})"

@@ -134,17 +134,17 @@ def test_a_shorter_night_writes_beside_a_longer_one(night: Night, capsys: Captur
 
 
 def test_a_night_of_equal_length_replaces_a_worse_one_only(night: Night) -> None:
-    assert night.run("--lrs", "5e-5", "--batch_sizes", "2") == 0
-    assert night.run("--no_grid", "--seed", "7") == 0, "0.2 after 0.3"
-    assert load_checkpoint(night.out / BEST).val_loss == 0.2 and "note: " not in night.summary
-    night.plan(NAMES[0], val_loss=0.123456789)
-    assert night.run(*ONE) == 0
+    one = ["--lrs", "5e-5", "--batch_sizes", "2"]
+    assert night.run(*one) == 0, "val_loss 0.3"
+    night.plan(NAMES[1], val_loss=0.123456789)
+    assert night.run("--no_grid") == 0
+    assert "best val_loss: 0.123457\n" in night.summary and "note: " not in night.summary
     night.plan(NAMES[2], val_loss=0.25)
-    assert night.run("--lrs", "5e-5", "--batch_sizes", "2", "--seed", "8") == 0
-    assert load_checkpoint(night.out / BEST).val_loss == 0.123456789 and "best val_loss: 0.123457\n" in night.summary
+    assert night.run(*one, "--seed", "8") == 0
+    assert load_checkpoint(night.out / BEST).val_loss == 0.123456789
     assert load_checkpoint(night.out / "vision_bridge_overnight_best_3epochs.pt").val_loss == 0.25
     summary = (night.out / "overnight_best_summary_3epochs.txt").read_text(encoding="utf-8")
-    assert "note: " in summary and "another night (epochs 3, lr 0.0001, batch_size 2, val_loss 0.123457" in summary
+    assert "note: " in summary and "another night (epochs 3, lr 0.0001, batch_size 4, val_loss 0.123457" in summary
 
 
 @pytest.mark.parametrize(("epoch", "kept"), [(2, False), (3, True)])
