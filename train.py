@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from engine.cli import add_training_flags, config_from, run_main
+from engine.cli import Parser, add_training_flags, config_from, run_main
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Stage 1: vision and bridge")
+    parser = Parser(description="Stage 1: vision and bridge")
     add_training_flags(parser, epochs=3, batch_size=4, lr=1e-4)
     parser.add_argument(
         "--objective",
@@ -45,7 +45,7 @@ from engine.training.diagnostics import DIAGNOSED_IMAGES, TokenStatistics, token
 from engine.training.loop import Stage, train
 from models.language_model.embedding_table import load_embedding_table
 from models.language_model.mamba_lm import lm_identity, read_lm_config, read_tokenizer
-from models.medical_vlm import VisionBridge
+from models.medical_vlm import VisionBridge, check_regions
 from models.objectives import Align, ProxyL2, Stage1, embed_reports, report_frequencies
 
 
@@ -94,6 +94,7 @@ def main() -> None:
     # ---------------------------------------------------------------- configuration and device
     args = parse_args()
     config = config_from(args)
+    check_regions(config)
     accelerator, output = start_run(args, config, "stage1")
     problems = check_tables(config, "error" if args.objective == "align" else "warning")
     if config.use_cmi:

@@ -15,11 +15,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from engine.cli import add_training_flags, config_from, positive_int, run_main
+from engine.cli import Parser, add_training_flags, config_from, positive_int, run_main
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Stage 2: caption loss through the frozen language model")
+    parser = Parser(description="Stage 2: caption loss through the frozen language model")
     add_training_flags(parser, epochs=2, batch_size=1, lr=1e-5)
     parser.add_argument("--vision_checkpoint", type=Path, help="Stage-1 (or Stage-2) checkpoint to start from")
     parser.add_argument("--from_scratch", action="store_true", help="do not continue from vision_bridge_vlm_final.pt")
@@ -53,7 +53,7 @@ from engine.training.diagnostics import DIAGNOSED_IMAGES, TokenStatistics, check
 from engine.training.loop import Stage, train
 from models.language_model.lora import Adapters
 from models.language_model.mamba_lm import MambaLM
-from models.medical_vlm import MedicalVLM, VisionBridge
+from models.medical_vlm import MedicalVLM, VisionBridge, check_regions
 from models.nnunet.encoder import NnUNetEncoder
 
 BEST_FILE, FINAL_FILE = "vision_bridge_vlm_best_val.pt", "vision_bridge_vlm_final.pt"
@@ -63,8 +63,7 @@ RECENT_EPOCHS = 5
 def find_start(args: argparse.Namespace, output: Path) -> Checkpoint | None:
     """The checkpoint to start from: the named one, else the last Stage-2 result, else none.
 
-    Raises:
-        InputError: it is missing, unreadable, or collapsed and --allow_collapsed was not given.
+    Raises InputError: it is missing, unreadable, or collapsed and --allow_collapsed was not given.
     """
     if args.vision_checkpoint and args.from_scratch:
         raise InputError("--vision_checkpoint and --from_scratch contradict each other: give one of them")
@@ -172,6 +171,8 @@ def main() -> None:
     if start is not None:  # what its data decided
         decided = {key: getattr(start.config, key) for key in DECIDED_BY_DATA if getattr(config, key) is None}
         config = config.replace(**decided)
+        check_agreement(start, config)  # before the language model and the volumes are read
+    check_regions(config)
     accelerator, output = start_run(args, config, "stage2")
     problems = check_tables(config)
     say = accelerator.print

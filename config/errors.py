@@ -14,3 +14,9 @@ class InputError(ValueError):
 def first_line(error: BaseException) -> str:
     """First line of an exception's message, at most 200 characters; the type of an exception without a message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()[:200]
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 epoch``, ``2 epochs``, ``2 processes``."""
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{number} {noun}{'' if number == 1 else ending}"

@@ -153,8 +153,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def load_config(path: str | Path | None = None, **overrides: Any) -> Config:
     """Read a YAML configuration; ``overrides`` that are not ``None`` win over the file.
 
-    Raises:
-        InputError: the file is missing or is not YAML, or a key is unknown or of the wrong type.
+    Raises InputError: the file is missing or is not YAML, or a key is unknown or of the wrong type.
     """
     path = Path(path) if path else DEFAULT_CONFIG
     if not path.is_file():

@@ -27,8 +27,7 @@ def check_toy_models(config: Config, paths: Iterable[str | Path | None], allow: 
     ``allow`` (--allow_toy_model): print a warning and go on. ``remedy``: what to do about it; by default, set the keys
     in the configuration.
 
-    Raises:
-        InputError: such a model, such data, and not ``allow``.
+    Raises InputError: such a model, such data, and not ``allow``.
     """
     toys = [key for key in OWN_VALUE if getattr(config, key) and is_toy(Path(getattr(config, key)))]
     real = next((path for path in paths if path and not is_synthetic(Path(path))), None)

@@ -177,8 +177,7 @@ class CaseCache(ABC):
     def get(self, image_path: Path, mask_path: Path | None = None) -> CachedVolume:
         """The case, prepared now where it is not there.
 
-        Raises:
-            InputError: a source file is refused, or a file of the cache is damaged (:class:`DamagedFile`).
+        Raises InputError: a source file is refused, or a file of the cache is damaged (:class:`DamagedFile`).
         """
         entry = self.entry(image_path, mask_path)
         if not entry.exists():

@@ -30,6 +30,7 @@ from config.errors import InputError, first_line
 from config.files import atomic_path, pickle_contains
 from config.nnunet_plans import PreprocessPlan
 from config.schema import FIELDS, REMOVED, Config, build_config, keys_with_role, yaml_line
+from models.language_model.mamba_lm import read_lm_config
 from models.medical_vlm import VisionBridge
 from models.nnunet.encoder import NnUNetEncoder
 
@@ -151,8 +152,7 @@ def read_torch_file(path: Path, what: str) -> dict[str, Any]:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read, migrate and check a checkpoint.
 
-    Raises:
-        InputError: missing, truncated, not ours, from a newer version, or incomplete.
+    Raises InputError: missing, truncated, not ours, from a newer version, or incomplete.
     """
     content = read_torch_file(path, "checkpoint")
     if content.get("format") != FORMAT:
@@ -197,15 +197,6 @@ def load_vision_weights(vision: VisionBridge, checkpoint: Checkpoint) -> list[st
     missing = [key for key in own if key not in saved and key not in at_random]
     unexpected = [key for key in saved if key not in own]
     wrong = [key for key in own if key in saved and own[key].shape != saved[key].shape]
-    if checkpoint.has_cmi and vision.cmi is None:
-        reason = "was trained with CMI, this configuration has use_cmi: false; set use_cmi: true"
-        raise InputError(f"{checkpoint.path} {reason}")
-    trained_width, width = checkpoint.llm["width"], vision.bridge.spec.out_width
-    if trained_width != width:
-        raise InputError(
-            f"{checkpoint.path} gives tokens of width {trained_width}, the language model has width {width}: use the "
-            f"mamba_model it was trained for ('{checkpoint.llm.get('name')}') or retrain both stages"
-        )
     if missing or unexpected or wrong:
         key = (wrong or missing or unexpected)[0]
         sides = (
@@ -223,6 +214,10 @@ def check_agreement(checkpoint: Checkpoint, config: Config) -> list[str]:
     """One line for each setting that may differ between a checkpoint and a configuration that continues from it, and
     does. Raises InputError for one that must not."""
     trained = checkpoint.config
+    if checkpoint.has_cmi and not config.use_cmi:
+        reason = "was trained with CMI, this configuration has use_cmi: false; set use_cmi: true"
+        raise InputError(f"{checkpoint.path} {reason}")
+    check_width(checkpoint, config.mamba_model)
     free = keys_with_role("tokens")
     if len(checkpoint.preprocess_plan.patch_size) == 3:
         free.remove("slices")  # a 3-D encoder pools its volume to this many planes
@@ -241,6 +236,16 @@ def check_agreement(checkpoint: Checkpoint, config: Config) -> list[str]:
             )
         notes.append(f"note: {yaml_line(key, there)} in {checkpoint.path.name}, now {yaml_line(key, here)}")
     return notes
+
+
+def check_width(checkpoint: Checkpoint, mamba_model: str) -> None:
+    """Raises InputError where a language model has not the width that the tokens were trained for; reads no weights."""
+    width, trained = read_lm_config(mamba_model).hidden_size, checkpoint.llm
+    if width != trained["width"]:
+        raise InputError(
+            f"mamba_model '{mamba_model}' has width {width}, {checkpoint.path} was trained for width "
+            f"{trained['width']} ('{trained.get('name')}'): use that model, or retrain both stages"
+        )
 
 
 def _differences(checkpoint: Checkpoint, vision: VisionBridge) -> str:

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from config.errors import InputError
 from config.schema import Config, SlicePolicy, keys_with_role, load_config
@@ -52,6 +52,16 @@ def run_main(main: Callable[[], int | None]) -> None:
     sys.exit(code or 0)
 
 
+class Parser(argparse.ArgumentParser):
+    """Names a flag's default in its help, unless it has none or the text names it."""
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        text, default = options.get("help", ""), options.get("default")
+        if default is not None and argparse.SUPPRESS not in (default, text) and "default" not in text:
+            options["help"] = f"{text} (default: %(default)s)" if text else "default: %(default)s"
+        return super().add_argument(*names, **options)
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of every script that loads the language model."""
     parser.add_argument("--mamba_model", metavar="NAME", help="hub name or folder; overrides the configuration")
@@ -74,7 +84,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of every script that trains."""
     parser.add_argument("--config", type=Path, help="configuration file (default: config/paths.yaml)")
     parser.add_argument("--output_dir", type=Path, help="where this run writes (default: the configuration's)")
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--seed", type=int, default=42, help="of every random number")
     add_force_flag(parser)
     add_model_flags(parser)
 
@@ -82,13 +92,13 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 def add_training_flags(parser: argparse.ArgumentParser, *, epochs: int, batch_size: int, lr: float) -> None:
     """Flags that both stages take, with the stage's own defaults."""
     add_common_flags(parser)
-    parser.add_argument("--epochs", type=positive_int, default=epochs)
+    parser.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the training table")
     parser.add_argument("--batch_size", type=positive_int, default=batch_size, help="cases per process and step")
     parser.add_argument("--lr", type=positive_float, default=lr, help="peak learning rate")
     parser.add_argument("--grad_accumulation", type=positive_int, default=1, help="batches per optimizer step")
     parser.add_argument("--warmup_ratio", type=float, default=0.05, help="fraction of all steps; cosine decay follows")
-    parser.add_argument("--weight_decay", type=float, default=0.05)
-    parser.add_argument("--max_grad_norm", type=positive_float, default=1.0)
+    parser.add_argument("--weight_decay", type=float, default=0.05, help="of AdamW")
+    parser.add_argument("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to it")
     precisions, bf16 = ("auto", "no", "bf16", "fp16"), "auto: bf16 on a GPU or CPU that computes in it"
     parser.add_argument("--mixed_precision", choices=precisions, default="auto", help=bf16)
     parser.add_argument("--resume", default="auto", metavar="auto|PATH|never", help="continue an interrupted run")
@@ -98,8 +108,7 @@ def add_training_flags(parser: argparse.ArgumentParser, *, epochs: int, batch_si
 def config_from(args: argparse.Namespace, **overrides: object) -> Config:
     """The configuration of a training run, with the flags that override it.
 
-    Raises:
-        InputError: as :func:`load_config`, or a toy model with data that is not synthetic.
+    Raises InputError: as :func:`load_config`, or a toy model with data that is not synthetic.
     """
     output_dir = str(args.output_dir.resolve()) if args.output_dir else None
     config = load_config(args.config, output_dir=output_dir, mamba_model=args.mamba_model, **overrides)
@@ -124,8 +133,7 @@ def local_config(args: argparse.Namespace, trained: Config) -> Config:
 def find_checkpoint(config_file: Path | None) -> Path:
     """The checkpoint in the configuration's ``output_dir`` that comes first in :data:`CHECKPOINTS`; it is printed.
 
-    Raises:
-        InputError: there is none.
+    Raises InputError: there is none.
     """
     folder = load_config(config_file).resolved("output_dir")
     found = next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)

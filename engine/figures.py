@@ -65,7 +65,8 @@ def draw_case(
     array, (dz, dy, dx) = volume.array, volume.spacing
     lesion = np.zeros(array.shape, bool) if mask is None else mask > 0
     area = lesion.sum(axis=(1, 2))
-    index = view.slices[len(view.slices) // 2] if view else int(area.argmax()) if area.any() else len(area) // 2
+    shown = view.slices if view else [int(area.argmax()) if area.any() else len(area) // 2]
+    index = max(shown, key=lambda z: (area[z], -abs(z - shown[len(shown) // 2])))
     row = int(np.nonzero(lesion)[1].mean()) if area.any() else array.shape[1] // 2
     planes = list(view.planes[:2]) if view else []
     panels = 3 + len(planes) + bool(text)

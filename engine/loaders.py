@@ -33,8 +33,7 @@ DECIDED_BY_DATA = ("slices", "min_lesion_mm3")  # where the configuration leaves
 def load_encoder(config: Config) -> tuple[NnUNetEncoder, PreprocessPlan]:
     """The encoder with nnU-Net's weights, and the plan of its input.
 
-    Raises:
-        InputError: the checkpoint is missing, unsafe, or not nnU-Net's.
+    Raises InputError: the checkpoint is missing, unsafe, or not nnU-Net's.
     """
     source = load_nnunet_checkpoint(config.resolved("nnunet_encoder_checkpoint"))
     stage, grid = config.encoder_output_stage, config.encoder_target_spatial
@@ -131,8 +130,7 @@ def check_tables(config: Config, validation: Level = "warning") -> list[Problem]
 
     ``validation``: the level of a validation table whose loss says nothing (:func:`check_validation`).
 
-    Raises:
-        InputError: as :func:`read_caption_table` and :func:`quick_check` do, or for that validation table.
+    Raises InputError: as :func:`read_caption_table` and :func:`quick_check` do, or for that validation table.
     """
     tables = (config.resolved("caption_csv_train"), config.resolved("caption_csv_val"))
     train, val = (read_caption_table(t, image_root=config.table_root, path_map=config.path_map) for t in tables)

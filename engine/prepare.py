@@ -28,7 +28,7 @@ from tqdm import tqdm
 from config.errors import InputError
 from config.schema import Config
 from data.cache import VolumeCache
-from data.tables.caption_table import CaptionRow, scan_caption_table
+from data.tables.caption_table import NAMED_BY, CaptionRow, scan_caption_table
 from engine.cli import force_utf8
 
 PREPARING_THREADS = 4  # at most, in a process that goes on to train
@@ -53,16 +53,15 @@ class Work(NamedTuple):
     unusable_rows: int
 
 
-def read_work(tables: Iterable[Path], config: Config) -> Work:
-    """Every table read to its end; a row that cannot be used is printed.
+def read_work(tables: Iterable[Path], config: Config, named_by: str = NAMED_BY) -> Work:
+    """Every table read to its end; a row that cannot be used is printed. ``named_by``: the flag or keys of the tables.
 
-    Raises:
-        InputError: a table cannot be read at all.
+    Raises InputError: a table cannot be read at all.
     """
     named_in: dict[Files, str] = {}
     unusable = 0
     for table in tables:
-        scan = scan_caption_table(table, image_root=config.table_root, path_map=config.path_map)
+        scan = scan_caption_table(table, config.table_root, config.path_map, named_by)
         for problem in scan.problems:
             if problem.fatal:
                 unusable += 1

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import Sampler
 
+from config.errors import counted
 from config.schema import Config, write_config
 
 
@@ -56,7 +57,7 @@ def start_run(args: argparse.Namespace, config: Config, name: str) -> tuple[Acce
         write_config(config, output / f"{name}_config.yaml")
         record = {"command": sys.argv, "flags": jsonable(vars(args)), "config": config.to_dict(), **environment()}
         (output / f"{name}_run.json").write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
-        device = f"device {accelerator.device}, {accelerator.num_processes} process(es)"
+        device = f"device {accelerator.device}, {counted(accelerator.num_processes, 'process')}"
         run = f"precision {accelerator.mixed_precision}, seed {args.seed}, output {output}"
         print(f"{name}: {device}, {run}", flush=True)
     return accelerator, output

@@ -115,8 +115,7 @@ class SegmentedCache(CaseCache):
 def open_cache(config: Config, plan: PreprocessPlan) -> CaseCache:
     """The cache that the configuration's slice policy needs; ``auto`` segments where the nnU-Net has its decoder.
 
-    Raises:
-        InputError: the nnU-Net checkpoint is missing, has another plan, or for ``nnunet`` no decoder.
+    Raises InputError: the nnU-Net checkpoint is missing, has another plan, or for ``nnunet`` no decoder.
     """
     volumes = VolumeCache(Path(config.cache_dir), plan)
     if config.slice_policy not in ("auto", "nnunet"):

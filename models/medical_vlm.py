@@ -22,9 +22,20 @@ from models.cmi import CMI
 from models.language_model.mamba_lm import IGNORED, MambaLM
 from models.nnunet.encoder import NnUNetEncoder
 from models.roi_crop import center_crop
-from models.vim_bridge import Bridge, BridgeSpec, VimBridge
+from models.vim_bridge import Bridge, BridgeSpec, VimBridge, grid_side
 
 Images = Tensor | list[Tensor]
+
+
+def check_regions(config: Config) -> None:
+    """Raises InputError where RoI, feature grid, slices and token budget do not fit each other; reads no weights."""
+    lesion, side, grid = config.roi_policy == "lesion", config.roi_side, config.encoder_target_spatial
+    if lesion and not side:
+        raise InputError("roi_policy is lesion and roi_side is empty: set it, e.g. 7 for 49 tokens around a lesion")
+    if side and side > grid:
+        features = f"the {grid} x {grid} features: lower roi_side, or raise encoder_target_spatial"
+        raise InputError(f"roi_side {side} is larger than {features}")
+    grid_side(config.max_visual_tokens, config.slices or 1, side or grid, side**2 if lesion else 0)
 
 
 class VisionBridge(nn.Module):
@@ -42,26 +53,16 @@ class VisionBridge(nn.Module):
     def build(
         cls, config: Config, encoder: NnUNetEncoder, llm_width: int, output_std: float, *, with_cmi: bool
     ) -> VisionBridge:
-        """A fresh bridge (and CMI) around ``encoder``, as the configuration describes.
-
-        Raises InputError when roi_side is missing, or larger than the feature grid.
-        """
-        around_lesions = config.roi_policy == "lesion"
-        side, grid = config.roi_side, config.encoder_target_spatial
-        if around_lesions and not side:
-            raise InputError("roi_policy is lesion and roi_side is empty: set it, e.g. 7 for 49 tokens around a lesion")
-        if around_lesions and side > grid:
-            raise InputError(
-                f"roi_side {side} is larger than the {grid} x {grid} features: lower roi_side, or raise "
-                "encoder_target_spatial"
-            )
+        """A fresh bridge (and CMI) around ``encoder``, as the configuration describes. Raises: as check_regions."""
+        check_regions(config)
+        around_lesions, side = config.roi_policy == "lesion", config.roi_side
         spec = BridgeSpec(
             encoder.out_channels,
             llm_width,
             output_std,
             width=config.bridge_width,
             depth=config.bridge_depth,
-            grid=grid,
+            grid=config.encoder_target_spatial,
             max_visual_tokens=config.max_visual_tokens,
             lesion_side=side if around_lesions else 0,
         )

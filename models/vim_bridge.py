@@ -141,8 +141,7 @@ def grid_side(max_tokens: int, planes: int, available: int, lesion_tokens: int =
 
     ``lesion_tokens``: tokens around each plane's lesion, which the budget includes.
 
-    Raises:
-        InputError: the budget gives a plane less than one token besides those of its lesion.
+    Raises InputError: the budget gives a plane less than one token besides those of its lesion.
     """
     least = planes * (1 + lesion_tokens)
     if max_tokens < least:

@@ -8,17 +8,16 @@ that a suite runs. Measured results: docs/benchmarks.md.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-from engine.cli import run_main
+from engine.cli import Parser, run_main
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Benchmarks beside baselines and the machine's own limits")
+    parser = Parser(description="Benchmarks beside baselines and the machine's own limits")
     parser.add_argument("suite", choices=("scan", "prefill", "decode", "train_step", "scaling", "memory", "data"))
     parser.add_argument("--size", choices=("2.8b", "130m", "tiny"), default="2.8b", help="of the language model")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"), help="folder for the results")

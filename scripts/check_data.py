@@ -20,11 +20,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-from engine.cli import run_main
+from engine.cli import Parser, run_main
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Check tables and images before training")
+    parser = Parser(description="Check tables and images before training")
     parser.add_argument("--csv", type=Path, help="training table (default: the configuration's tables)")
     parser.add_argument("--val_csv", type=Path, help="validation table, compared with the training table")
     parser.add_argument("--image_root", type=Path, help="where relative paths start and numbers are looked up")
@@ -39,24 +39,29 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from config.errors import InputError
+from config.errors import InputError, counted
 from config.schema import Config, load_config
 from data.checks.data_check import CheckedImage, check_image, check_validation, compare_rows
 from data.checks.problems import Problem, from_error
 from data.report_language.labeller import label_report, report_labels
-from data.tables.caption_table import TableScan, read_prompts, scan_caption_table
+from data.tables.caption_table import NAMED_BY, TableScan, read_prompts, scan_caption_table
 from engine.figures import ModelView, draw_case, write_sheet
 
 RARE = 10  # reports: of fewer, a model learns the words by heart at best
 OPPOSITE = dict(zip("LRPASI", "RLAPIS", strict=True))
 
 
-def read_tables(tables: dict[str, Path], config: Config) -> tuple[dict[str, TableScan], list[Problem]]:
-    """Every table read to its end; one that cannot be read is a problem of its own."""
+def read_tables(args: argparse.Namespace, config: Config) -> tuple[dict[str, TableScan], list[Problem]]:
+    """Both tables read to their ends; one that cannot be read is a problem of its own."""
+    tables = {"train": (args.csv, "--csv") if args.csv else (config.resolved("caption_csv_train"), NAMED_BY)}
+    if args.val_csv:
+        tables["val"] = args.val_csv, "--val_csv"
+    elif config.caption_csv_val and not args.csv:
+        tables["val"] = Path(config.caption_csv_val), NAMED_BY
     scans, problems = {}, []
-    for name, path in tables.items():
+    for name, (path, named_by) in tables.items():
         try:
-            scan = scan_caption_table(path, image_root=config.table_root, path_map=config.path_map)
+            scan = scan_caption_table(path, config.table_root, config.path_map, named_by)
         except InputError as error:
             problems.append(replace(from_error(0, path, error), table=name))
             continue
@@ -172,10 +177,7 @@ def main() -> int:
         raise InputError(f"{problem}; set --image_root, or image_root in the configuration")
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    tables = {"train": args.csv or config.resolved("caption_csv_train")}
-    if val_table := args.val_csv or (None if args.csv else config.caption_csv_val):
-        tables["val"] = Path(val_table)
-    scans, problems = read_tables(tables, config)
+    scans, problems = read_tables(args, config)
     cases = check_images(scans, args, config)
     digests = {checked.row.image_path: checked.digest for checked, *_ in cases if checked.digest}
     train, val = (scans[name].rows if name in scans else [] for name in ("train", "val"))
@@ -192,8 +194,9 @@ def main() -> int:
         print(f"contact sheet: {write_sheet(cases, problems, args.out)}", flush=True)
     levels = Counter(problem.level for problem in problems)
     unusable = len({(p.table, p.row) for p in problems if p.fatal})
-    counts = f"{levels['error']} errors in {unusable} rows, {levels['warning']} warnings, {levels['note']} notes"
-    print(f"{len(cases)} images checked: {counts}; list: {args.out / 'problems.csv'}", flush=True)
+    counts = ", ".join(counted(levels[level], level) for level in ("warning", "note"))
+    counts = f"{counted(levels['error'], 'error')} in {counted(unusable, 'row')}, {counts}"
+    print(f"{counted(len(cases), 'image')} checked: {counts}; list: {args.out / 'problems.csv'}", flush=True)
     return 1 if unusable else 0
 
 

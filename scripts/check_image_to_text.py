@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 from config.errors import InputError
 from engine.cli import (
+    Parser,
     add_force_flag,
     add_model_flags,
     add_view_flag,
@@ -31,7 +32,7 @@ GPU_TOKEN_CAP = 32  # with the LLM on a GPU beside other programs; --max_visual_
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="One image to text")
+    parser = Parser(description="One image to text")
     parser.add_argument("--checkpoint", type=Path, help="default: the latest stage's in output_dir")
     parser.add_argument(
         "--config", type=Path, help="take tables, model folder and cache from here instead of the checkpoint"
@@ -43,7 +44,7 @@ def parse_args() -> argparse.Namespace:
         "--question", action="append", help="may be repeated; default: the case's own, or one of the prompt file"
     )
     parser.add_argument("--max_visual_tokens", type=positive_int, help="default: as in training")
-    parser.add_argument("--max_new_tokens", type=positive_int, default=80)
+    parser.add_argument("--max_new_tokens", type=positive_int, default=80, help="a text is cut there")
     parser.add_argument("--llm_device", choices=("auto", "cpu"), default="cpu", help="auto: the GPU where there is one")
     parser.add_argument("--llm_8bit", action="store_true", help="int8 weights through bitsandbytes (GPU)")
     parser.add_argument("--llm_int8", action="store_true", help="int8 weights by our own layers (CPU and GPU)")
@@ -90,14 +91,14 @@ from data.report_language.labeller import detect_language, label_report
 from data.tables.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
 from data.view_selection import ViewSelection
 from engine import segmentation
-from engine.checkpoint import Checkpoint, load_checkpoint
+from engine.checkpoint import Checkpoint, check_width, load_checkpoint
 from engine.scan_checks import check_new_scan, chosen_blindly, compare_described, describe_view, judge_features, notice
 from models.language_model.decoding import INCOMPLETE, CharacterStream, Decoding, FirstTokenClock, StopRule
 from models.language_model.embedding_table import load_embedding_table
-from models.language_model.mamba_lm import MambaLM, lm_identity, read_lm_config, read_tokenizer
+from models.language_model.mamba_lm import MambaLM, lm_identity, read_tokenizer
 from models.language_model.prefix_state import PrefixIdentity, PrefixState, answer_from_state, lm_size
 from models.language_model.quantisation import CONTRADICTION
-from models.medical_vlm import generate_reports
+from models.medical_vlm import check_regions, generate_reports
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -184,16 +185,12 @@ def token_budget(config: Config, wanted: int | None, cap: int | None) -> tuple[i
 
 
 def check_models(checkpoint: Checkpoint, config: Config) -> None:
-    """Raises: InputError when the language model's width is not the one that the tokens were trained for."""
-    width = read_lm_config(config.mamba_model).hidden_size
-    trained = checkpoint.llm
-    if width != trained["width"]:
-        raise InputError(
-            f"mamba_model '{config.mamba_model}' has width {width}, {checkpoint.path} was trained for width "
-            f"{trained['width']} ('{trained['name']}'): use that model"
-        )
-    if config.mamba_model != trained["name"]:
-        print(f"note: language model {config.mamba_model}; the checkpoint was trained with {trained['name']}")
+    """Before anything large is read. Raises: InputError where the language model, the RoI or the token budget does not
+    fit the checkpoint."""
+    check_width(checkpoint, config.mamba_model)
+    check_regions(config)
+    if config.mamba_model != checkpoint.llm["name"]:
+        print(f"note: language model {config.mamba_model}; the checkpoint was trained with {checkpoint.llm['name']}")
     if checkpoint.stage == "vision":
         print("note: a Stage-1 checkpoint: the text is no report before train_vlm.py has trained it too")
     if checkpoint.collapsed:
@@ -245,9 +242,8 @@ def encode(questions: list[str], tokenizer: PreTrainedTokenizerBase, config: Con
 def read_image(args: argparse.Namespace, checkpoint: Checkpoint, config: Config) -> tuple[Case, list[Tensor]]:
     """The case and its visual tokens (1, L, D): one for all questions, or with CMI one for each.
 
-    Raises:
-        InputError: the image or its row cannot be read, it is no chest CT and not --force, or a toy model would read a
-            scan that is not synthetic.
+    Raises InputError: the image or its row cannot be read, it is no chest CT and not --force, or a toy model would read
+    a scan that is not synthetic.
     """
     if checkpoint.has_cmi and args.save_prefix:
         raise InputError(

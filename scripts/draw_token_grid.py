@@ -15,12 +15,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
 from config.schema import REPOSITORY, Config
-from engine.cli import positive_int, run_main
+from engine.cli import Parser, positive_int, run_main
 
 
 def parse_args() -> argparse.Namespace:
     defaults = Config()
-    parser = argparse.ArgumentParser(description="Draw the token grid of a slice")
+    parser = Parser(description="Draw the token grid of a slice")
     parser.add_argument("--out", type=Path, default=Path("docs/token_grid.png"))
     parser.add_argument("--grid", type=positive_int, default=defaults.encoder_target_spatial, help="features per side")
     parser.add_argument("--max_visual_tokens", type=positive_int, default=defaults.max_visual_tokens)

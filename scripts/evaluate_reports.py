@@ -17,11 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-from engine.cli import add_force_flag, add_model_flags, add_view_flag, positive_int, run_main
+from engine.cli import Parser, add_force_flag, add_model_flags, add_view_flag, positive_int, run_main
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Evaluate the reports of a checkpoint")
+    parser = Parser(description="Evaluate the reports of a checkpoint")
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="written by train_vlm.py")
     add("--csv", type=Path, required=True, help="table of held-out cases")
@@ -35,11 +35,11 @@ def parse_args() -> argparse.Namespace:
     add("--samples", type=int, default=0, help="reports sampled per case, for agreement; 0: none")
     add("--maps", type=int, default=12, help="cases whose maps are saved as PNG and NIfTI")
     add("--pointing_cases", type=int, help="at most so many cases for the pointing game; default: all")
-    add("--attribution", choices=("evidence", "integrated", "occlusion"), default="evidence")
+    add("--attribution", choices=("evidence", "integrated", "occlusion"), default="evidence", help="of the maps")
     add("--mask_labels", nargs="+", metavar="N=FINDING", help="names of mask values, or nnU-Net's dataset.json")
     add("--same_finding", nargs="+", metavar="A=B", help="count finding A as B, in reports and references alike")
     add("--language", choices=("auto", "zh", "en"), default="auto", help="of the reports")
-    add("--seed", type=int, default=42)
+    add("--seed", type=int, default=42, help="of every random number")
     add_view_flag(parser)
     add_force_flag(parser)
     add_model_flags(parser)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-from engine.cli import run_main
+from engine.cli import Parser, run_main
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Make synthetic chest CTs with reports")
+    parser = Parser(description="Make synthetic chest CTs with reports")
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set; completed if begun")
     parser.add_argument("--n_train", type=int, default=300)
     parser.add_argument("--n_val", type=int, default=40)

@@ -19,11 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-from engine.cli import positive_float, positive_int, run_main
+from engine.cli import Parser, positive_float, positive_int, run_main
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Pre-train a tiny Mamba on synthetic reports")
+    parser = Parser(description="Pre-train a tiny Mamba on synthetic reports")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its tokenizer")
     parser.add_argument("--language", choices=("zh", "en"), default="zh")
     parser.add_argument("--max_findings", type=positive_int, default=1, help="findings per text, at most")

@@ -15,11 +15,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-from engine.cli import positive_float, positive_int, run_main
+from engine.cli import Parser, positive_float, positive_int, run_main
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a small segmentation U-Net in nnU-Net's format")
+    parser = Parser(description="Train a small segmentation U-Net in nnU-Net's format")
     parser.add_argument("--data", type=Path, required=True, help="folder that make_phantoms.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for plans.json and fold_0/")
     parser.add_argument("--cache_dir", type=Path, help="preprocessed volumes (default: OUT/../cache)")

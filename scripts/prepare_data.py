@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
 from config.schema import Config, load_config
-from engine.cli import Interrupted, add_force_flag, positive_int, run_main, shard
+from engine.cli import Interrupted, Parser, add_force_flag, positive_int, run_main, shard
 
 if TYPE_CHECKING:
     from data.cache import VolumeCache
@@ -33,7 +33,7 @@ EXIT_UNUSABLE = 1
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Preprocess all volumes of the tables into the cache")
+    parser = Parser(description="Preprocess all volumes of the tables into the cache")
     parser.add_argument("--config", type=Path, help="configuration file (default: config/paths.yaml)")
     parser.add_argument("--csv", type=Path, nargs="+", help="tables (default: the configuration's two)")
     parser.add_argument("--image_root", type=Path, help="where relative paths start and numbers are looked up")
@@ -90,7 +90,7 @@ def main() -> int:
     tables = args.csv or [config.resolved("caption_csv_train")]
     if not args.csv and config.caption_csv_val:
         tables.append(Path(config.caption_csv_val))
-    work = read_work(tables, config)
+    work = read_work(tables, config, *(["--csv"] if args.csv else []))
     index, count = args.shard or shard_of_environment()
     files = work.files[index - 1 :: count]
     workers = min(args.workers or default_workers(), max(len(files), 1))

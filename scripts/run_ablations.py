@@ -21,11 +21,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-from engine.cli import positive_float, positive_int, run_main
+from engine.cli import Parser, positive_float, positive_int, run_main
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Ablations on synthetic data, in one table")
+    parser = Parser(description="Ablations on synthetic data, in one table")
     parser.add_argument("--base", type=Path, required=True, help="configuration of the baseline")
     parser.add_argument("--data", type=Path, required=True, help="folder that make_phantoms.py wrote")
     parser.add_argument("--out", type=Path, default=Path("outputs/ablations"))
@@ -73,8 +73,7 @@ class Variant:
 def variants(base: Config) -> list[Variant]:
     """The baseline and every variant that differs from it. An RoI without ``roi_side`` has half of the token grid.
 
-    Raises:
-        InputError: the baseline's slices and RoIs need more than 49 visual tokens.
+    Raises InputError: the baseline's slices and RoIs need more than 49 visual tokens.
     """
     side = base.roi_side or max(base.encoder_target_spatial // 2, 1)
     # The budget of a baseline without RoIs has no room for them: one overview token a slice is added.
@@ -145,8 +144,7 @@ def run_variant(args: argparse.Namespace, base: Config, variant: Variant, seed: 
     """Run what has not been run with these very commands. Returns a row of the table: scores with 95 % intervals,
     validation loss in nats per token after each epoch of Stage 2, and the seconds of the three commands.
 
-    Raises:
-        InputError: one of them failed; the message names its log.
+    Raises InputError: one of them failed; the message names its log.
     """
     folder = args.out / f"{variant.axis}_{variant.name}_seed{seed}".replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)

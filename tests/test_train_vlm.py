@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from config.errors import InputError
-from config.schema import REPOSITORY
+from config.schema import REPOSITORY, Config
 from engine.checkpoint import load_checkpoint
+from models.medical_vlm import check_regions
+from tests.test_train import config_with
 
 FINAL, BEST = "vision_bridge_vlm_final.pt", "vision_bridge_vlm_best_val.pt"
 
@@ -94,6 +96,22 @@ def test_a_best_of_another_training_is_kept_under_another_name(run_stage, tmp_pa
     run_stage("train_vlm", "--output_dir", str(tmp_path), "--epochs", "1")
     assert (tmp_path / "vision_bridge_vlm_best_val.previous.pt").read_bytes() == other
     assert "is of another training and is kept as" in capsys.readouterr().out
+
+
+def test_roi_and_cmi_that_do_not_fit_are_refused_at_once(run_stage, small_training, tmp_path, monkeypatch):
+    flags = ["--epochs", "1", "--output_dir", str(tmp_path / "out")]
+    run_stage("train_vlm", *flags, config=config_with(small_training, tmp_path, use_cmi=True))
+    for stage, changes, words in (
+        ("train_vlm", {}, "was trained with CMI, .* set use_cmi: true"),
+        ("train_vlm", {"roi_side": 1, "use_cmi": True}, "trained with roi_side: 2, the configuration says 1"),
+        ("train_vlm", {"max_visual_tokens": 9}, "max_visual_tokens 9 is less than slices 2 need"),
+        ("train", {"roi_side": 7}, "roi_side 7 is larger than the 6 x 6 features: lower roi_side, or raise"),
+    ):
+        monkeypatch.setattr(f"{stage}.start_run", lambda *_: pytest.fail("it has started"))
+        with pytest.raises(InputError, match=words):
+            run_stage(stage, *flags, config=config_with(small_training, tmp_path, **changes))
+    with pytest.raises(InputError, match="roi_policy is lesion and roi_side is empty"):
+        check_regions(Config(roi_policy="lesion"))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
@@ -18,9 +19,12 @@ from data.checks.image_checks import check_header, check_volume, voxel_digest
 from data.checks.problems import Level, Problem, from_error, raise_errors
 from data.imaging.reader import read_header, read_mask, read_volume
 from data.imaging.volume import ImageHeader, Volume
+from data.lesions import find_lungs, measure_lesions
+from data.report_language.labeller import label_report
 from data.tables.caption_table import CaptionRow
 
 _SHORT_REPORT = 8  # characters
+Rows = Sequence[CaptionRow]
 
 
 @dataclass
@@ -38,8 +42,7 @@ class CheckedImage:
 def quick_check(**tables: Sequence[CaptionRow]) -> list[Problem]:
     """Read the header of every image and mask of the named tables. Returns what is only a warning.
 
-    Raises:
-        InputError: one or more files cannot be used; the line names the first and counts the others.
+    Raises InputError: one or more files cannot be used; the line names the first and counts the others.
     """
     problems = [
         replace(problem, table=name)
@@ -83,7 +86,8 @@ def _mask_problems(checked: CheckedImage, path: Path, quick: bool) -> list[Probl
     labels, header = read_header(path), checked.header
     if checked.volume is not None:
         checked.mask = read_mask(path, checked.volume)
-        return [] if checked.mask.any() else [Problem(0, "the mask is empty", "it selects no slice", level="note")]
+        empty = Problem(0, "the mask is empty", "it selects no slice", level="note")
+        return _side_problems(checked) if checked.mask.any() else [empty]
     if not quick or header is None:
         return []
     if np.allclose(labels.extent_mm, header.extent_mm, rtol=1e-2) and sorted(labels.shape) == sorted(header.shape):
@@ -91,6 +95,24 @@ def _mask_problems(checked: CheckedImage, path: Path, quick: bool) -> list[Probl
     of_mask, of_image = (" x ".join(f"{size:.0f}" for size in one.extent_mm) for one in (labels, header))
     words = f"mask has {labels.shape} voxels over {of_mask} mm, its image {header.shape} over {of_image} mm"
     return [Problem(0, words, "the mask must be drawn on the image's own grid", str(path))]
+
+
+def _side_problems(checked: CheckedImage) -> list[Problem]:
+    """A warning where all findings with a side are on one side in the report, and all lesions of the mask on the other;
+    none in a scan without lungs, which has a problem of its own."""
+    stated = {mention.side for mention in label_report(checked.row.answer) if mention.polarity != "absent"} - {None}
+    if len(stated) != 1 or "bilateral" in stated:
+        return []
+    spacing = checked.volume.spacing
+    try:
+        lesions = measure_lesions(checked.mask, spacing, find_lungs(checked.volume.array, spacing))
+    except InputError:
+        return []
+    drawn = {lesion.side for lesion in lesions}
+    if len(drawn) != 1 or drawn == stated:
+        return []
+    words = f"mask on the {drawn.pop()}, report says {stated.pop()}"
+    return [Problem(0, words, "find on the contact sheet which one is mirrored, or of another case", level="warning")]
 
 
 def check_validation(rows: Sequence[CaptionRow], level: Level = "error") -> list[Problem]:
@@ -106,31 +128,37 @@ def check_validation(rows: Sequence[CaptionRow], level: Level = "error") -> list
     return [Problem(0, words, remedy, level=level, table="val")]
 
 
-def compare_rows(train: Sequence[CaptionRow], val: Sequence[CaptionRow], digests: dict[Path, str]) -> list[Problem]:
+def compare_rows(train: Rows, val: Rows, digests: dict[Path, str]) -> list[Problem]:
     """Duplicate images, one report for most cases, and patients or images that are in both tables.
 
     ``digests``: voxel digests of the images that were read; one scan under two names has one digest.
     Problems of the validation table carry ``table='val'``, the others ``'train'``.
     """
-
-    def content(row: CaptionRow) -> str:
-        return digests.get(row.image_path) or str(row.image_path.absolute())
-
     problems = []
     for name, rows in (("train", train), ("val", val)):
-        problems += _duplicates(rows, content, name)
+        problems += _duplicates(rows, partial(_content, digests), name)
         for text, count in Counter(row.answer for row in rows).most_common(1):
             if count > 2 and count > len(rows) / 2:
                 words = f"{count} of {len(rows)} reports are the same text ('{text[:20]}')"
                 problems.append(Problem(0, words, "a model learns to write only this", level="warning", table=name))
+    return problems + rows_in_training(train, val, digests)
+
+
+def rows_in_training(train: Rows, rows: Rows, digests: dict[Path, str]) -> list[Problem]:
+    """A warning for each patient and image of ``rows`` that the training table has too; ``digests``: of the images."""
+    problems = []
     remedy = "split by patient: the validation score would be too good"
-    for what, key in (("patient '{}'", attrgetter("patient")), ("this image", content)):
+    for what, key in (("patient '{}'", attrgetter("patient")), ("this image", partial(_content, digests))):
         first = {key(row): row.number for row in reversed(train) if key(row)}
-        for row in val:
+        for row in rows:
             if key(row) in first:
                 words = f"{what.format(key(row))} is in the training table too (row {first[key(row)]})"
                 problems.append(Problem(row.number, words, remedy, str(row.image_path), "warning", "val"))
     return problems
+
+
+def _content(digests: dict[Path, str], row: CaptionRow) -> str:
+    return digests.get(row.image_path) or str(row.image_path.absolute())
 
 
 def _duplicates(rows: Sequence[CaptionRow], content: Callable[[CaptionRow], str], table: str) -> Iterator[Problem]:

@@ -25,6 +25,7 @@ from data.tables.table_reader import read_table
 logger = logging.getLogger(__name__)
 
 PathMap = dict[str, str]
+NAMED_BY = "caption_csv_train / caption_csv_val in the configuration"
 _EXPECTED = "expected image_path,question,answer[,mask_path]"
 _NOT_FOUND = "fix the row, or set image_root / path_map in the configuration"
 _SCIENTIFIC = re.compile(r"\d(\.\d+)?E\+\d+", re.IGNORECASE)
@@ -54,11 +55,8 @@ class TableScan:
 
 
 def read_caption_table(path: Path, image_root: Path | None = None, path_map: PathMap | None = None) -> list[CaptionRow]:
-    """As :func:`scan_caption_table`, for a table in which every row must be good.
-
-    Raises:
-        InputError: a missing file, column, cell or image; names the table and the row.
-    """
+    """As :func:`scan_caption_table`, for a table in which every row must be good. Raises InputError for a missing file,
+    column, cell or image; it names the table and the row."""
     scan = scan_caption_table(path, image_root, path_map)
     for note in scan.notes:
         logger.info("%s: %s", path, note)
@@ -66,18 +64,20 @@ def read_caption_table(path: Path, image_root: Path | None = None, path_map: Pat
     return scan.rows
 
 
-def scan_caption_table(path: Path, image_root: Path | None = None, path_map: PathMap | None = None) -> TableScan:
+def scan_caption_table(
+    path: Path, image_root: Path | None = None, path_map: PathMap | None = None, named_by: str = NAMED_BY
+) -> TableScan:
     """Read a table and check that its images and masks exist; a bad row is a problem of the result.
 
     Args:
         path: .csv (UTF-8, UTF-16 or GBK), .xlsx, .json or .jsonl.
         image_root: where relative paths start and examination numbers are looked up; the table's folder if ``None``.
         path_map: prefixes of another machine, see ``config/paths.yaml``.
+        named_by: the flag or key that ``path`` came from, for the message where there is no such file.
 
-    Raises:
-        InputError: the table itself cannot be read, has no image or no report column, or no rows.
+    Raises InputError where the table itself cannot be read, has no image or no report column, or no rows.
     """
-    _require(path, "table", "caption_csv_train / caption_csv_val")
+    _require(path, "table", named_by)
     table = read_table(path)
     if table.problems and not table.rows:
         return TableScan([], table.problems, table.notes)
@@ -101,15 +101,14 @@ def scan_caption_table(path: Path, image_root: Path | None = None, path_map: Pat
 def _row(number: int, cells: dict[str, str], index: ImageIndex) -> tuple[CaptionRow | None, list[Problem]]:
     """``cells`` by role. The row, or None where a problem is fatal; and its problems."""
     found: list[Problem] = []
-    image = mask = None
+    image = None
     try:
         image = _image(cells.get("image_path", ""), cells.get("id", ""), index)
     except InputError as error:
         found.append(from_error(number, "", error))
-    if cells.get("mask_path"):
-        mask = index.path(cells["mask_path"])
-        if not _exists(mask):
-            found.append(Problem(number, f"file not found: {mask}", _NOT_FOUND))
+    mask = index.path(cells["mask_path"]) if cells.get("mask_path") else None
+    if mask and not _exists(mask):
+        found.append(Problem(number, f"file not found: {mask}", _NOT_FOUND))
     answer = cells["answer"] if "answer" in cells else join_sections(cells)
     missing = [name for name in ("findings", "impression") if "answer" not in cells and cells.get(name) == ""]
     if not answer:
@@ -173,25 +172,20 @@ def join_sections(sections: dict[str, str]) -> str:
     parts = []
     for section, heading in zip(SECTIONS, HEADINGS["zh" if chinese else "en"], strict=True):
         text = re.sub(rf"^\s*{heading}\s*[:：]", "", sections.get(section, ""), flags=re.IGNORECASE).strip()
-        if text:
-            parts.append(f"{heading}{colon}{text}{'' if text[-1] in _STOPS else stop}")
+        parts += [f"{heading}{colon}{text}{'' if text[-1] in _STOPS else stop}"] if text else []
     return space.join(parts)
 
 
-def _require(path: Path, what: str, keys: str) -> None:
+def _require(path: Path, what: str, named_by: str) -> None:
     if not path.is_file():
         shipped = "quickstart" in path.parts  # as in the configuration of a fresh clone
         hint = "; the synthetic data set is made by: python scripts/quickstart.py" if shipped else ""
-        raise InputError(f"{what} not found: {path}; set {keys} in the configuration{hint}")
+        raise InputError(f"{what} not found: {path}; set {named_by} to an existing file{hint}")
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The list under ``caption_prompt`` of a prompt JSON.
-
-    Raises:
-        InputError: missing, not JSON, or no list of texts under that key.
-    """
-    _require(path, "prompt file", "caption_prompt_json")
+    """The list under ``caption_prompt`` of a prompt JSON. Raises InputError where there is none, or no such file."""
+    _require(path, "prompt file", "caption_prompt_json in the configuration")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # not JSON, or not UTF-8
@@ -203,11 +197,8 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def question_of(row: CaptionRow, prompts: Sequence[str], seed: int) -> str:
-    """The row's question, else one drawn from ``prompts``: the same for the same seed and row.
-
-    Raises:
-        InputError: the row has none and there are no prompts.
-    """
+    """The row's question, else one drawn from ``prompts``: the same for the same seed and row. Raises InputError where
+    there is neither."""
     if row.question:
         return row.question
     if not prompts:

@@ -52,8 +52,7 @@ def find_columns(columns: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     chosen: dict[str, str] = {}
     notes = []
     for role, aliases in ALIASES.items():
-        keys = dict.fromkeys(map(_key, aliases))
-        found = [by_key[key] for key in keys if key in by_key]
+        found = [by_key[key] for key in dict.fromkeys(map(_key, aliases)) if key in by_key]
         if not found:
             continue
         chosen[role] = found[0]

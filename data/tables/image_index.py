@@ -34,13 +34,10 @@ class ImageIndex:
         for name in (wanted, f"{wanted}_0000"):
             if name in self._by_stem:
                 return [path for _, path in self._by_stem[name]]
-        words = [re.escape(wanted)]
-        if wanted.isascii() and wanted.isdigit():
-            words.append(f"0*{wanted.lstrip('0') or '0'}")
-        for word in words:
+        padded = [f"0*{wanted.lstrip('0') or '0'}"] if wanted.isascii() and wanted.isdigit() else []
+        for word in (re.escape(wanted), *padded):
             pattern = re.compile(rf"(?<![0-9a-z]){word}(?![0-9a-z])")
-            fits = [path for entries in self._by_stem.values() for text, path in entries if pattern.search(text)]
-            if fits:
+            if fits := [path for part in self._by_stem.values() for text, path in part if pattern.search(text)]:
                 return fits
         return []
 

@@ -14,26 +14,23 @@ import json
 import re
 import warnings
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from xml.etree.ElementTree import ParseError
+from typing import TYPE_CHECKING, Any
 
 from config.errors import InputError
 from data.checks.problems import Problem
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 _CJK = re.compile("[\u4e00-\u9fff]")
-_MAX_UNPACKED = 1 << 29  # 512 MB of XML; a workbook of ten thousand reports has some megabytes
-_DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, OSError)
-_DAMAGED_XML = (ParseError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+_MAX_MEGABYTES = 512  # of XML; a workbook of ten thousand reports has some
 # Of pandas: no header, number or missing value is guessed.
 _AS_TEXT = {"header": None, "dtype": str, "na_filter": False}
 _SPARE_COLUMNS = 64  # read beyond the header: a comma outside quotation marks leaves text there
-_QUOTING = (
-    "a text with a comma, a line break or a quotation mark stands between quotation marks, and one inside it is doubled"
-)
-_QUESTION, _ANSWER = ("human", "user"), ("gpt", "assistant", "model")
+_QUOTING = "a text with a comma, a line break or a quotation mark stands between quotation marks, one inside is doubled"
+_SPEAKERS = ("human", "user"), ("gpt", "assistant", "model")  # who asks, who answers
 _RECORD = 'expected {"image": FILE, "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}'
 
 
@@ -50,8 +47,7 @@ class Table:
 def read_table(path: Path) -> Table:
     """Read ``path`` by its suffix: .csv, .tsv, .txt, .xlsx, .xlsm, .json or .jsonl.
 
-    Raises:
-        InputError: of another kind, not decodable, or without a header.
+    Raises InputError: of another kind, not decodable, or without a header.
     """
     suffix = path.suffix.lower()
     if suffix == ".xls":
@@ -73,117 +69,110 @@ def decode(path: Path) -> tuple[str, list[str]]:
     encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     if encoding == "utf-8-sig" and content[:200].count(0) > len(content[:200]) // 4:  # every other byte of ASCII is 0
         encoding = "utf-16-le" if content[1:2] == b"\0" else "utf-16-be"
+    remedy = "save it as 'CSV UTF-8' in Excel"
     try:
         return content.decode(encoding), ["read as UTF-16"] if encoding.startswith("utf-16") else []
     except UnicodeDecodeError as error:
         if encoding.startswith("utf-16"):
-            damage = f"{path} is damaged UTF-16 text ({error.reason})"
-            raise InputError(f"{damage}; save it as 'CSV UTF-8' in Excel") from error
+            raise InputError(f"{path} is damaged UTF-16 text ({error.reason}); {remedy}") from error
         line = content[: error.start].count(b"\n") + 1
     # GB18030 decodes nearly any bytes: damaged UTF-8 is excluded, and 95 % of the characters must be common ones.
     as_utf8, as_gbk = content.decode("utf-8", "replace"), content.decode("gb18030", "replace")
     foreign = re.sub("[\x00-\x7f]", "", as_gbk)
     common = foreign.encode("gb2312", "ignore").decode("gb2312")
     damaged_utf8 = len(_CJK.findall(as_utf8)) > as_utf8.count("\ufffd")
-    if not damaged_utf8 and "\ufffd" not in as_gbk and len(common) >= 0.95 * len(foreign):
-        return as_gbk, ["read as GBK"]
-    raise InputError(
-        f"{path} is neither UTF-8 nor GBK text (line {line}): it is damaged there, or in another encoding; "
-        "save it as 'CSV UTF-8' in Excel"
-    )
+    if damaged_utf8 or "\ufffd" in as_gbk or len(common) < 0.95 * len(foreign):
+        damage = f"(line {line}): it is damaged there, or in another encoding"
+        raise InputError(f"{path} is neither UTF-8 nor GBK text {damage}; {remedy}")
+    return as_gbk, ["read as GBK"]
 
 
-def _read_csv(path: Path, text: str) -> list[list[str]]:
-    """Cells of every row. The separator is a comma, or a tab or semicolon where the header has no comma."""
+def _read_csv(path: Path, text: str) -> pd.DataFrame:
+    """Cells of every row, NaN beyond its end. The separator is a comma, or a tab or semicolon where the header has no
+    comma."""
     import pandas as pd
 
     header = text.lstrip("\r\n").partition("\n")[0]
     delimiter = "," if "," in header else max("\t;", key=header.count)
-    columns = range(header.count(delimiter) + 1 + _SPARE_COLUMNS)
+    layout = {"sep": delimiter, "names": range(header.count(delimiter) + 1 + _SPARE_COLUMNS), "index_col": False}
     try:
         # The Python engine refuses a quotation mark that is never closed. Its warning, unlike its error, has the row.
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-            stream = io.StringIO(text, newline="")
-            layout = {"sep": delimiter, "names": columns, "index_col": False, "skip_blank_lines": False}
-            frame = pd.read_csv(stream, engine="python", on_bad_lines="warn", **layout, **_AS_TEXT)
+            options = {"engine": "python", "on_bad_lines": "warn", "skip_blank_lines": False}
+            return pd.read_csv(io.StringIO(text, newline=""), **layout, **options, **_AS_TEXT)
     except pd.errors.ParserWarning as warning:
         row, _, reason = str(warning).strip().removeprefix("Skipping line ").partition(": ")
         raise InputError(f"{path} is not a readable CSV at row {row}: {reason}; {_QUOTING}") from warning
-    return [[cell for cell in row if isinstance(cell, str)] for row in frame.to_numpy().tolist()]  # padding is NaN
 
 
-def _read_workbook(path: Path) -> list[list[str]]:
+def _read_workbook(path: Path) -> pd.DataFrame:
     """Cells of the only sheet that has any. Raises InputError for several, or a file that is no workbook."""
     import pandas as pd
 
-    unpacked, workbook = 0, {}
     try:
         with zipfile.ZipFile(path) as packed:
-            unpacked = sum(member.file_size for member in packed.infolist())
-        if unpacked <= _MAX_UNPACKED:
-            workbook = pd.read_excel(path, sheet_name=None, engine="openpyxl", **_AS_TEXT)
-    except (*_DAMAGED_ZIP, *_DAMAGED_XML) as error:
+            megabytes = sum(member.file_size for member in packed.infolist()) >> 20
+        if megabytes > _MAX_MEGABYTES:
+            words = f"unpacks to {megabytes} MB, more than a table of reports"
+            raise InputError(f"{path}: {words}; save it as CSV UTF-8")
+        workbook = pd.read_excel(path, sheet_name=None, engine="openpyxl", **_AS_TEXT)
+    except InputError:
+        raise
+    except Exception as error:  # openpyxl raises whatever damaged XML leads to
         detail = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path} is not a readable workbook ({detail}); save it again, or as 'CSV UTF-8'") from error
-    if unpacked > _MAX_UNPACKED:
-        raise InputError(f"{path}: unpacks to {unpacked >> 20} MB, more than a table of reports; save it as CSV UTF-8")
     sheets = {name: frame for name, frame in workbook.items() if not frame.empty}
     if len(sheets) > 1:
         words = f"{len(sheets)} sheets have cells ({', '.join(sheets)})"
         raise InputError(f"{path}: {words}; keep one, or save it as CSV UTF-8")
     # Excel's errors (#N/A) are NaN; '_x000D_' is how it stores a carriage return.
-    rows = [frame.fillna("").replace("_x000[dD]_\n?", "\n", regex=True) for frame in sheets.values()]
-    return rows[0].to_numpy().tolist() if rows else []
+    return next(iter(sheets.values()), pd.DataFrame()).fillna("").replace("_x000[dD]_\n?", "\n", regex=True)
 
 
-def _table(path: Path, rows: list[list[str]], notes: list[str]) -> Table:
-    """``rows`` with the header first."""
+def _table(path: Path, cells: pd.DataFrame, notes: list[str]) -> Table:
+    """``cells`` with the header first."""
+    rows = [[cell for cell in row if isinstance(cell, str)] for row in cells.to_numpy().tolist()]
     header = [name.strip() for name in rows[0]] if rows else []
     if not any(header):
         raise InputError(f"{path} is empty; expected a header: image_path,question,answer[,mask_path]")
     for name in filter(None, header):
         if header.count(name) > 1:
             raise InputError(f"{path} has two columns '{' '.join(name.split())[:100]}'; keep one")
-    problems, records = [], []
-    for number, cells in enumerate(rows[1:], start=2):
-        if any(cell.strip() for cell in cells[len(header) :]):
-            words = f"{len(cells)} cells under {len(header)} columns"
-            problems.append(Problem(number, words, f"put quotation marks: {_QUOTING}"))
-        elif any(cell.strip() for cell in cells):
-            records.append((number, dict(zip(header, cells, strict=False))))
-    return Table([name for name in header if name], records, notes, problems)
+    table = Table([name for name in header if name], [], notes, [])
+    for number, row in enumerate(rows[1:], start=2):
+        if any(cell.strip() for cell in row[len(header) :]):
+            words = f"{len(row)} cells under {len(header)} columns"
+            table.problems.append(Problem(number, words, f"put quotation marks: {_QUOTING}"))
+        elif any(cell.strip() for cell in row):
+            table.rows.append((number, dict(zip(header, row, strict=False))))
+    return table
 
 
 def _read_records(path: Path, text: str, notes: list[str]) -> Table:
-    """Rows of the JSON records, and a problem for each entry that is no record."""
+    """Rows of the JSON records, and a problem for each entry that is no record. Raises InputError for what is no JSON,
+    or no list of records."""
+    by_line = path.suffix.lower() == ".jsonl"
+    entries, line = [], 0
+    try:
+        if by_line:
+            for line, one in enumerate(text.split("\n"), start=1):
+                entries += [(line, json.loads(one))] if one.strip() else []
+        elif isinstance(content := json.loads(text), list):
+            entries = list(enumerate(content, start=1))
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
+        where = f"line {line}: " if by_line else ""
+        raise InputError(f"{path} is not JSON: {where}{error}; {_RECORD}") from error
+    if not (by_line or isinstance(content, list)):
+        keys = f" with the keys {', '.join(list(content)[:5])}" if isinstance(content, dict) else ""
+        raise InputError(f"{path} holds a {type(content).__name__}{keys}, expected a list of records; {_RECORD}")
     rows, problems = [], []
-    for number, record in _parse_json(path, text):
+    for number, record in entries:
         try:
             rows += [(number, row) for row in _record_rows(record)]
         except ValueError as error:
             image = str(record.get("image", "")) if isinstance(record, dict) else ""
             problems.append(Problem(number, str(error), _RECORD, image))
     return Table(list(dict.fromkeys(name for _, row in rows for name in row)), rows, notes, problems)
-
-
-def _parse_json(path: Path, text: str) -> list[tuple[int, Any]]:
-    """Number and content of every entry. Raises InputError if the file is no JSON, or no list of records."""
-    jsonl = path.suffix.lower() == ".jsonl"
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()] if jsonl else [(0, text)]
-    entries = []
-    for number, line in lines:
-        try:
-            entries.append((number, json.loads(line)))
-        except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
-            where = f"line {number}: " if jsonl else ""
-            raise InputError(f"{path} is not JSON: {where}{error}; {_RECORD}") from error
-    if jsonl:
-        return entries
-    content = entries[0][1]
-    if not isinstance(content, list):
-        keys = f" with the keys {', '.join(list(content)[:5])}" if isinstance(content, dict) else ""
-        raise InputError(f"{path} holds a {type(content).__name__}{keys}, expected a list of records; {_RECORD}")
-    return list(enumerate(content, start=1))
 
 
 def _record_rows(record: object) -> list[dict[str, str]]:
@@ -199,12 +188,12 @@ def _record_rows(record: object) -> list[dict[str, str]]:
     texts: list[str] = []
     for turn in turns:
         speaker = str(turn.get("from", turn.get("role", ""))).lower()
-        text = turn.get("value", turn.get("content"))
-        if not isinstance(text, str):
+        texts.append(turn.get("value", turn.get("content")))
+        if not isinstance(texts[-1], str):
             raise ValueError(f"a turn of '{speaker}' has no text")
-        if speaker in (_ANSWER if len(texts) % 2 else _QUESTION):
-            texts.append(text)
-        elif speaker != "system":
+        if speaker == "system":
+            texts.pop()
+        elif speaker not in _SPEAKERS[(len(texts) - 1) % 2]:
             raise ValueError(f"a turn of '{speaker}' is out of turn")
     if not texts or len(texts) % 2:
         raise ValueError("a question has no answer")

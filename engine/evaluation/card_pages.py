@@ -30,7 +30,7 @@ _IMAGES = {
     "shuffled": "another patient's",
     "blank": "blank",
     "prior": "none (mean of all)",
-    "squares": "mean of all, own slice heights and lesion squares",
+    "squares": "mean of all, own slice levels and lesion RoIs",
 }
 Block = tuple[str, str]  # Markdown, HTML
 ShownCase = tuple[str, str, str, Path | None]  # name, reference, marked report, figure of its maps
@@ -153,7 +153,7 @@ def _scored(score: Mapping[str, Any] | None, absent: str = "") -> str:
 
 
 def _audit(audit: Mapping[str, Any]) -> list[Block]:
-    rows = [["image", "macro-F1", "side and height", "size within 3 mm", "nats per token", "loss gap", "same reports"]]
+    rows = [["image", "macro-F1", "side and level", "size within 3 mm", "nats per token", "loss gap", "same reports"]]
     for name in AUDITED:
         one = audit[name]
         numbers = [show(one[key]) for key in ("location_acc", "size_within_3mm", "nats_per_token")]
@@ -189,7 +189,7 @@ def _places(places: Mapping[str, Any], mask: Mapping[str, Any]) -> list[Block]:
         for name, score in (scores or {}).items():
             rows.append([prefix + name, _scored(score), str(score["n"]), score["what"]])
     problems = [_list(mask["problems"])] if mask["problems"] else []
-    return [_heading("Side, height and size"), _table(rows), *problems]
+    return [_heading("Side, craniocaudal level and size"), _table(rows), *problems]
 
 
 def _confidence(found: Mapping[str, Any]) -> list[Block]:

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from config.errors import InputError
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset, Sample
+from data.tables.caption_table import CaptionRow
 from engine.evaluation.report_writer import ReportWriter
 from models.language_model.decoding import Decoding
 
@@ -121,7 +122,7 @@ class ReportPasses:
         """Generate what is missing."""
         order = list(range(len(self)))
         if condition == SHUFFLED:
-            order = shuffled_order([row.patient or str(row.image_path) for row in self.data.rows], self.seed)
+            order = shuffled_order(patients_of(self.data.rows), self.seed)
 
         def make(rows: list[int]) -> list[Record]:
             return self._generate([self._sample(row, order[row], condition) for row in rows], condition)
@@ -215,11 +216,15 @@ class ReportPasses:
         return [self._answers[key] for key in keys]
 
 
+def patients_of(rows: Iterable[CaptionRow]) -> list[str]:
+    """Whose images these are, as far as the table says."""
+    return [row.patient or str(row.image_path) for row in rows]
+
+
 def shuffled_order(patients: Sequence[str], seed: int) -> list[int]:
     """For each case the case whose image it gets: a permutation that gives no case an image of its own patient.
 
-    Raises:
-        InputError: impossible, because one patient has more than half of the cases.
+    Raises InputError: impossible, because one patient has more than half of the cases.
     """
     most = max(map(patients.count, set(patients)), default=0)
     if 2 * most > len(patients):

@@ -25,13 +25,13 @@ from engine.evaluation.report_checks import is_garbled
 SIZE_TOLERANCE_MM = 3.0
 WHOLE_REPORT_TOLERANCE_MM = 4.0
 PLACES = {
-    "location_acc": "true findings whose statement has their side and height",
+    "location_acc": "true findings whose statement has their side and craniocaudal level",
     "location_acc_found": "the same, of findings named rightly",
     "size_within_3mm": "true findings whose statement is within 3 mm of their size",
     "size_within_3mm_found": "the same, of findings named rightly",
 }
 WHOLE_REPORTS = {
-    "location_acc": "true findings whose statement has their side and height",
+    "location_acc": "true findings whose statement has their side and craniocaudal level",
     "type_acc": "true findings named rightly, and normal cases reported as normal",
     "size_within_4mm": "true findings whose statement is within 4 mm of their size",
     "exact_acc": "reports right in number, place, name and size of their findings",

@@ -16,18 +16,28 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from config.errors import InputError
+from config.errors import InputError, counted
 from config.files import write_text
 from config.schema import Config
 from config.toy_models import check_toy_models
 from data.cache import file_digest
+from data.checks.data_check import rows_in_training
 from data.findings import FindingRecord
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from data.report_language.terms import FINDINGS
-from engine.checkpoint import load_checkpoint
+from data.tables.caption_table import CaptionRow, scan_caption_table
+from engine.checkpoint import check_width, load_checkpoint
 from engine.cli import local_config
 from engine.evaluation.card_pages import card_blocks, draw_plots, write_pages
-from engine.evaluation.conditions import AUDITED, OWN, SAMPLE, GenerationStore, ReportPasses
+from engine.evaluation.conditions import (
+    AUDITED,
+    OWN,
+    SAMPLE,
+    GenerationStore,
+    ReportPasses,
+    patients_of,
+    shuffled_order,
+)
 from engine.evaluation.confidence import Labeller, Outcomes, Statement, confidence_scores, statements
 from engine.evaluation.localisation import MaskedCase, measure_case
 from engine.evaluation.report_card import TableResults, language_of, marked_reports, report_card
@@ -57,8 +67,8 @@ class Job:
     def lesion_inputs(self) -> list[str]:
         """What the model is given of lesions beside the image, in words."""
         by_lesion = self.passes.data.view_selection.policy in ("auto", "mask", "nnunet")
-        squares = self.passes.writer.model.vision.bridge.spec.lesion_side > 0
-        return [*(["heights of slices"] if by_lesion else []), *(["squares of lesions"] if squares else [])]
+        regions = self.passes.writer.model.vision.bridge.spec.lesion_side > 0
+        return [*(["levels of slices"] if by_lesion else []), *(["RoIs of lesions"] if regions else [])]
 
     @cached_property
     def notices(self) -> list[list[str]]:
@@ -91,8 +101,7 @@ class Job:
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Generate what is missing, then (main process) score it and write the card. Returns the card.
 
-    Raises:
-        InputError: a flag, file, table or checkpoint that cannot be used.
+    Raises InputError: a flag, file, table or checkpoint that cannot be used.
     """
     check_flags(args)
     accelerator = Accelerator()
@@ -115,6 +124,10 @@ def check_flags(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} {getattr(args, name)}: expected a whole number from 0 on")
     if not 0 <= args.abstain_below <= 1:
         raise InputError(f"--abstain_below {args.abstain_below}: expected a confidence from 0 to 1")
+    for name in ("csv", "calibration_csv"):
+        path = getattr(args, name)
+        if path and not path.is_file():
+            raise InputError(f"--{name} not found: {path}; expected a table of cases")
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"--out {args.out} is a file: expected the name of a folder")
     read_mask_labels(args.mask_labels)
@@ -124,8 +137,7 @@ def check_flags(args: argparse.Namespace) -> None:
 def read_mask_labels(given: Sequence[str] | None) -> dict[int, str] | None:
     """Finding of each mask value, from ``1=nodule 2=cavity`` or from the labels of nnU-Net's dataset.json.
 
-    Raises:
-        InputError: neither, or a name that is no finding (in a dataset.json those are passed over).
+    Raises InputError: neither, or a name that is no finding (in a dataset.json those are passed over).
     """
     if not given:
         return None
@@ -160,6 +172,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     config = local_config(args, checkpoint.config)
     remedy = "use a checkpoint that was trained with your own models"
     check_toy_models(config, [args.csv], args.allow_toy_model, remedy)
+    check_width(checkpoint, config.mamba_model)
     device = accelerator.device
     vision = checkpoint.build_vision().to(device).eval()
 
@@ -167,6 +180,8 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         cache = open_cache(config, checkpoint.preprocess_plan)
         data = MedicalVLMDataset.from_config(config, path, cache, vision.encoder, args.seed)
         data.rows, data.questions = data.rows[:limit], data.questions[:limit]
+        if path == args.csv:  # refused before anything is prepared or generated
+            shuffled_order(patients_of(data.rows), args.seed)
         with accelerator.main_process_first():
             prepare_cases(data.cache, data.rows)
         with contextlib.redirect_stdout(sys.stdout if accelerator.is_main_process else None):
@@ -175,12 +190,9 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
 
     tables, other = {args.csv: load(args.csv, args.limit)}, calibration_csv(args, config)
     tables |= {other: load(other)} if other else {}
+    if accelerator.is_main_process:
+        warn_of_training_cases(config, tables[args.csv].rows)
     lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, adapters=checkpoint.adapters)
-    if lm.width != checkpoint.llm["width"]:
-        raise InputError(
-            f"mamba_model '{config.mamba_model}' has width {lm.width}, {args.checkpoint} was trained for width "
-            f"{checkpoint.llm['width']}: use that model"
-        )
     store = GenerationStore(args.out, generated_from(args, config, lm), accelerator.process_index)
     collator = CaptionCollator(lm.tokenizer, config.max_question_tokens, config.max_answer_tokens)
     writer = ReportWriter(MedicalVLM(vision, lm).eval(), args.max_new_tokens)
@@ -194,14 +206,27 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     if accelerator.is_main_process:
         where = f"{len(calibration[0])} cases to calibrate on" if calibration else "no other table to calibrate on"
         print(f"evaluation: {len(passes)} cases, {where}, reports in {label.language}, device {device}, "
-              f"{accelerator.num_processes} process(es), generations {store.identity}", flush=True)  # fmt: skip
+              f"{counted(accelerator.num_processes, 'process')}, generations {store.identity}", flush=True)  # fmt: skip
     return Job(args, passes, calibration[0] if calibration else None, read_mask_labels(args.mask_labels), label)
+
+
+def warn_of_training_cases(config: Config, rows: Sequence[CaptionRow]) -> None:
+    """Print how many of the rows are in the training table: by patient, by path or by the content of the image."""
+    try:
+        train = scan_caption_table(config.resolved("caption_csv_train"), config.table_root, config.path_map).rows
+    except InputError as error:
+        print(f"note: the cases are not compared with the training table: {error}", flush=True)
+        return
+    memory = Path(config.cache_dir) / "files"  # where the digests of training are kept
+    digests = {row.image_path: file_digest(row.image_path, memory).hex() for row in (*train, *rows)}
+    if problems := rows_in_training(train, rows, digests):
+        count = f"{len({problem.row for problem in problems})} of {counted(len(rows), 'case')}"
+        first = f"row {problems[0].row}: {problems[0].problem}"
+        print(f"warning: {count} in {config.caption_csv_train} too, so scores are too good ({first})", flush=True)
 
 
 def calibration_csv(args: argparse.Namespace, config: Config) -> Path | None:
     """The table to calibrate confidence on; None where it is absent or the evaluated table itself."""
-    if args.calibration_csv and not args.calibration_csv.is_file():
-        raise InputError(f"--calibration_csv not found: {args.calibration_csv}")
     path = args.calibration_csv or Path(config.caption_csv_val or "")
     return path if path.is_file() and file_digest(path) != file_digest(args.csv) else None
 

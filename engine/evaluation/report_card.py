@@ -201,7 +201,7 @@ def _audit(
     gap, same = found["shuffled"]["loss_gap"], found["prior"]["same_reports"]
     code, reasons = audit.judge(len(own), clinical["own"]["p_value"], *differences, gap, same)
     if results.lesion_inputs:
-        alone = {"macro-F1": "macro_f1", "side and height": "location_acc", "size within 3 mm": "size_within_3mm"}
+        alone = {"macro-F1": "macro_f1", "side and level": "location_acc", "size within 3 mm": "size_within_3mm"}
         values = {what: found["squares"][key] for what, key in alone.items()}
         known = ", ".join(f"{what} {value:.3f}" for what, value in values.items() if math.isfinite(value))
         reasons.append(f"{' and '.join(results.lesion_inputs)} alone, with the mean image, give {known}")

@@ -41,8 +41,7 @@ def build_schedule(optimizer: AdamW, total_steps: int, warmup_ratio: float) -> L
 def require_finite(loss: Tensor, step: int, lr: float) -> float:
     """The loss as a number.
 
-    Raises:
-        InputError: NaN or infinite. The weights of the last step and every saved file stay as they are.
+    Raises InputError: NaN or infinite. The weights of the last step and every saved file stay as they are.
     """
     value = float(loss.detach())
     if not math.isfinite(value):

@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -28,22 +29,21 @@ from typing import Any
 import optuna
 import pandas as pd
 import psutil
-import torch
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from config.errors import InputError
-from config.files import atomic_path, write_text
+from config.errors import InputError, counted
+from config.files import write_text
 from config.schema import REPOSITORY, Config, keys_with_role, write_config
-from engine.checkpoint import load_checkpoint, read_torch_file
+from engine.checkpoint import load_checkpoint, read_torch_file, save_torch_file
 from engine.cli import EXIT_BAD_INPUT
 
 BEST_FILE, FINAL_FILE, STATE_FILE = "vision_bridge_best_val.pt", "vision_bridge_final.pt", "stage1_state.pt"
 REPORT_FILES = ("vision_bridge_overnight_best.pt", "overnight_best_summary.txt", "overnight_leaderboard.csv")
-STATISTICS = ("token_std", "image_std", "effective_rank")
-COLUMNS = ["lr", "batch_size", "state", "val_loss", "epoch", *STATISTICS, "seconds", "folder", "reason", "number"]
-STATES = {"COMPLETE": "finished", "PRUNED": "collapsed", "WAITING": "queued", "FAIL": "failed", "RUNNING": "running"}
-ORDER = ["finished", "collapsed", "queued", "interrupted", "failed", "running"]  # of the leaderboard
+SHOWN = ["lr", "batch_size", "state", "val_loss", "epoch", "token_std", "image_std", "effective_rank", "seconds"]
+# optuna's states in the order of the leaderboard; INTERRUPTED is a failed one whose run did not end.
+STATES = {"COMPLETE": "finished", "PRUNED": "collapsed", "WAITING": "queued", "INTERRUPTED": "interrupted"}
+STATES |= {"FAIL": "failed", "RUNNING": "running"}
 UNFINISHED = "not complete; the same command goes on with it"
 OBJECTIVES = {
     "align": "align (contrast of tokens and reports); lower is better agreement",
@@ -54,12 +54,10 @@ OBJECTIVES = {
 def study_name(config: Config, objective: str, epochs: int, seed: int) -> str:
     """A name shared by exactly those runs whose losses are comparable. Tables and nnU-Net count by content.
 
-    Raises:
-        InputError: one of these files is missing.
+    Raises InputError where one of these files is missing.
     """
-    settings = config.to_dict()
-    for key in (*keys_with_role("path"), "path_map", "num_workers", "memory_cache_mb"):
-        settings.pop(key, None)
+    elsewhere = {*keys_with_role("path"), "path_map", "num_workers", "memory_cache_mb"}
+    settings = {key: value for key, value in config.to_dict().items() if key not in elsewhere}
     for key in ("caption_csv_train", "caption_csv_val", "nnunet_encoder_checkpoint"):
         path = config.resolved(key)
         if not path.is_file():
@@ -81,15 +79,12 @@ def read_result(folder: Path) -> dict[str, Any]:
         checkpoint = load_checkpoint(best if best.is_file() else folder / FINAL_FILE)
     except InputError as error:
         return {"reason": str(error)}
+    if not (checkpoint.collapsed or best.is_file()):
+        return {"reason": f"{best} is missing"}
+    reason = "" if checkpoint.epoch else "epoch 0 is the untrained bridge; no later epoch was better and non-collapsed"
     if checkpoint.collapsed:
         reason = f"{checkpoint.path.name} is stamped as collapsed"
-    elif not best.is_file():
-        return {"reason": f"{best} is missing"}
-    else:
-        untrained = "epoch 0 is the untrained bridge; no trained epoch was better and non-collapsed"
-        reason = "" if checkpoint.epoch else untrained
-    statistics = {name: checkpoint.diagnostics.get(name) for name in (*STATISTICS, "collapsed")}
-    return {"val_loss": checkpoint.val_loss, "epoch": checkpoint.epoch, "reason": reason, **statistics}
+    return {**checkpoint.diagnostics, "val_loss": checkpoint.val_loss, "epoch": checkpoint.epoch, "reason": reason}
 
 
 def training_processes(folder: Path) -> list[psutil.Process]:
@@ -101,16 +96,14 @@ def training_processes(folder: Path) -> list[psutil.Process]:
 def train(command: list[str], log: Path) -> int:
     """Run train.py until it ends, its output appended to ``log``. Returns its exit status.
 
-    Raises:
-        KeyboardInterrupt: after Ctrl-C, once the process has saved its state and ended; a second one stops it at once.
+    Raises KeyboardInterrupt after Ctrl-C, once the process has saved its state; a second one stops it at once.
     """
     with log.open("ab", buffering=0) as stream:
         stream.write(f"---- {datetime.now():%Y-%m-%d %H:%M:%S} {' '.join(command)}\n".encode())
         # In its own session the process gets the signals sent here; on Windows the console interrupts both.
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUTF8": "1"}, start_new_session=os.name != "nt",
-        )  # fmt: skip
+        options = {"cwd": REPOSITORY, "start_new_session": os.name != "nt"}
+        output = {"stdin": subprocess.DEVNULL, "stdout": stream, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, **options, **output)
     interrupted = False
     while process.returncode is None:
         try:
@@ -125,15 +118,15 @@ def train(command: list[str], log: Path) -> int:
     return process.returncode
 
 
-def describe(run: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in run.items())
+def describe(run: dict[str, Any]) -> list[str]:
+    """``name value`` of each part, numbers with six significant digits."""
+    return [f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}" for name, value in run.items()]
 
 
 class Night:
     """The runs of one command. ``args``: the flags of run_overnight_300.py, ``lrs`` and ``batch_sizes`` filled in.
 
-    Raises:
-        InputError: a file that the runs need is missing, or the best checkpoint of an earlier night is unreadable.
+    Raises InputError where a file that the runs need is missing, or an earlier night's best checkpoint is unreadable.
     """
 
     def __init__(self, args: argparse.Namespace, config: Config) -> None:
@@ -142,24 +135,22 @@ class Night:
         self.folder = self.output / "overnight" / study_name(config, args.objective, args.epochs, args.seed)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.grid = {"lr": list(dict.fromkeys(args.lrs)), "batch_size": list(dict.fromkeys(args.batch_sizes))}
-        self.count = len(self.grid["lr"]) * len(self.grid["batch_size"])
+        self.count = math.prod(map(len, self.grid.values()))
         self.model_flags = ["--mamba_model", args.mamba_model] if args.mamba_model else []
         self.model_flags += ["--allow_toy_model"] if args.allow_toy_model else []
-        print(f"overnight: {self.count} run(s) of {args.epochs} epochs; {self.folder}", flush=True)
-        print(self.report_paths()[1], end="", flush=True)
+        print(f"overnight: {counted(self.count, 'run')} of {counted(args.epochs, 'epoch')}; {self.folder}", flush=True)
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         self.retry = RetryHeartbeatStaleTrialCallback()
-        storage = RDBStorage(
-            f"sqlite:///{(self.folder.parent / 'overnight.db').as_posix()}",
-            engine_kwargs={"connect_args": {"timeout": 60}},  # seconds that two processes wait for each other
-            heartbeat_interval=60,
-            heartbeat_stale_trial_callback=self.retry,
-        )
+        url = f"sqlite:///{(self.folder.parent / 'overnight.db').as_posix()}"
+        engine = {"connect_args": {"timeout": 60}}  # seconds that two processes wait for each other
+        heartbeats = {"heartbeat_interval": 60, "heartbeat_stale_trial_callback": self.retry}
+        storage = RDBStorage(url, engine_kwargs=engine, **heartbeats)
         self.sampler = optuna.samplers.GridSampler(self.grid, seed=0)
         name = f"{self.folder.name} {self.grid}"
         self.study = optuna.create_study(study_name=name, storage=storage, sampler=self.sampler, load_if_exists=True)
+        print(self.report_paths(self.leaderboard())[1], end="", flush=True)
 
     def search(self) -> None:
         """Run every point of the grid; a failed run gets a second attempt at the end, unless its input is bad."""
@@ -178,8 +169,8 @@ class Night:
 
     def objective(self, trial: Trial) -> float | None:
         """Train one grid point. Returns its validation loss, or None for a failed run, which fails the trial."""
-        lr, batch_size = (trial.suggest_categorical(name, values) for name, values in self.grid.items())
-        folder = self.run_folder(lr, batch_size)
+        point = {name: trial.suggest_categorical(name, values) for name, values in self.grid.items()}
+        folder = self.run_folder(**point)
         log = folder / "train.log"
         trial.set_user_attr("reason", UNFINISHED)
         for process in training_processes(folder):
@@ -188,7 +179,7 @@ class Night:
         if not is_complete(folder):
             how = "continues from its saved state" if (folder / STATE_FILE).exists() else "starts"
             print(f"{folder.name}: {how}; {log}", flush=True)
-            trial.set_user_attr("status", status := train(self.command(folder, lr, batch_size), log))
+            trial.set_user_attr("status", status := train(self.command(folder, **point), log))
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
             trial.set_user_attr("reason", f"status {status} without {FINAL_FILE}: {last[:240]}; see {log}")
         result = read_result(folder) if is_complete(folder) else {}
@@ -202,26 +193,25 @@ class Night:
         """The train.py command of a run. Its configuration is a copy: editing paths.yaml at night changes nothing."""
         args, copy = self.args, folder / "overnight_config.yaml"
         write_config(self.config, copy)
-        return [
-            sys.executable, "-u", str(args.train_script), "--config", str(copy), "--objective", args.objective,
-            "--epochs", str(args.epochs), "--seed", str(args.seed), "--lr", repr(lr), "--batch_size", str(batch_size),
-            "--output_dir", str(folder), "--resume", "auto", *self.model_flags,
-        ]  # fmt: skip
+        flags = {"config": copy, "objective": args.objective, "epochs": args.epochs, "seed": args.seed, "lr": repr(lr)}
+        flags |= {"batch_size": batch_size, "output_dir": folder, "resume": "auto"}
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        return [sys.executable, "-u", "-X", "utf8", str(args.train_script), *words, *self.model_flags]
 
     # ---------------------------------------------------------------- the report
 
     def leaderboard(self) -> pd.DataFrame:
         """One row for each grid point that was started, the best first; of equal losses, the later epoch."""
-        frame = self.study.trials_dataframe(attrs=("number", "params", "state", "duration", "user_attrs"))
-        frame = frame.rename(columns=lambda name: name.removeprefix("params_").removeprefix("user_attrs_"))
-        frame = frame.reindex(columns=[*COLUMNS, "duration"]).dropna(subset=["lr", "batch_size"])
-        frame["seconds"] = pd.to_timedelta(frame.pop("duration")).dt.total_seconds().round()
-        frame = frame.astype({"lr": float, "batch_size": int, "epoch": "Int64", "seconds": "Int64", "number": int})
-        frame["folder"] = [str(self.run_folder(*point)) for point in zip(frame["lr"], frame["batch_size"], strict=True)]
-        frame["reason"] = frame["reason"].fillna("")
-        interrupted = frame["state"].eq("FAIL") & frame["reason"].eq(UNFINISHED)
-        states = frame["state"].map(STATES).mask(interrupted, "interrupted")
-        frame["state"] = pd.Categorical(states, ORDER, ordered=True)
+        rows = []
+        for trial in (trial for trial in self.study.trials if trial.params.keys() == self.grid.keys()):
+            row = {"reason": "", **trial.user_attrs, **trial.params, "number": trial.number}
+            interrupted = trial.state == TrialState.FAIL and row["reason"] == UNFINISHED
+            row |= {"state": STATES["INTERRUPTED" if interrupted else trial.state.name]}
+            row |= {"seconds": trial.duration and round(trial.duration.total_seconds())}
+            rows.append({**row, "folder": str(self.run_folder(**trial.params))})
+        frame = pd.DataFrame(rows, columns=[*SHOWN, "folder", "reason", "number"])
+        frame = frame.astype({"val_loss": float, "epoch": "Int64", "seconds": "Int64"})
+        frame["state"] = pd.Categorical(frame["state"], list(STATES.values()), ordered=True)
         frame = frame.sort_values(["state", "val_loss", "epoch", "number"], ascending=[True, True, False, False])
         frame = frame.drop_duplicates(["lr", "batch_size"], ignore_index=True)
         return frame.set_index(frame.index.rename("rank") + 1)
@@ -235,47 +225,50 @@ class Night:
         left = "unknown time" if pd.isna(seconds) else timedelta(seconds=round((self.count - ended) * seconds))
         elapsed = timedelta(seconds=round(time.monotonic() - self.begun))
         result = {name: trial.user_attrs[name] for name in ("val_loss", "epoch") if name in trial.user_attrs}
-        outcome = ", ".join(filter(None, (STATES[trial.state.name], describe(result), trial.user_attrs["reason"])))
+        outcome = ", ".join(filter(None, (STATES[trial.state.name], *describe(result), trial.user_attrs["reason"])))
         name = self.run_folder(**trial.params).name
         print(f"[{ended}/{self.count}] {name}: {outcome}; elapsed {elapsed}, about {left} left", flush=True)
 
-    def report_paths(self) -> tuple[list[Path], str]:
-        """Best checkpoint, summary and leaderboard; beside those of a longer night, and then a line that says so."""
+    def report_paths(self, frame: pd.DataFrame, val_loss: float = math.inf) -> tuple[list[Path], str]:
+        """Best checkpoint, summary and leaderboard; beside those of a longer or better night, and then a line that says
+        so. A checkpoint of one of the runs in ``frame`` is this night's own and is replaced."""
         paths, epochs = [self.output / name for name in REPORT_FILES], self.args.epochs
         if not paths[0].is_file():
             return paths, ""
         content = read_torch_file(paths[0], "checkpoint")
         # Older versions did not store the epochs; the best epoch is their lower bound.
-        made_by = content.get("overnight") or {"epochs": content.get("epoch", 0)}
-        if made_by["epochs"] <= epochs:
+        there = content.get("overnight") or {"epochs": content.get("epoch", 0), "val_loss": content.get("val_loss", 0)}
+        better = val_loss <= there["val_loss"] or there.get("folder") in set(frame["folder"])
+        if there["epochs"] < epochs or (there["epochs"] == epochs and better):
             return paths, ""
         beside = [path.with_stem(f"{path.stem}_{epochs}epochs") for path in paths]
-        note = f"note: {paths[0]} is of a longer night ({describe(made_by)}) and is kept; see {beside[0].name}\n"
-        return beside, note
+        kind, until = ("a longer", "") if there["epochs"] > epochs else ("another", " until a val_loss here is lower")
+        night = f"{kind} night ({', '.join(describe(there))})"
+        return beside, f"note: {paths[0]} is of {night} and is kept{until}; see {beside[0].name}\n"
 
     def write_report(self) -> tuple[str, Path]:
         """Write best checkpoint, summary and leaderboard. Returns the best run ("": none) and the summary's path."""
-        frame, ((checkpoint, summary, board), kept) = self.leaderboard(), self.report_paths()
-        finished = frame[frame["state"] == "finished"].set_index("folder", drop=False)
-        missing = [folder for folder in finished.index if not (Path(folder) / BEST_FILE).is_file()]
-        usable, best = finished.drop(missing), {}
+        frame = self.leaderboard()
+        finished = frame[frame["state"] == "finished"].to_dict("records")
+        missing = [run["folder"] for run in finished if not (Path(run["folder"]) / BEST_FILE).is_file()]
+        usable = [run for run in finished if run["folder"] not in missing]
+        best = {name: usable[0][name] for name in ("lr", "batch_size", "val_loss", "epoch", "folder")} if usable else {}
+        (checkpoint, summary, board), kept = self.report_paths(frame, best.get("val_loss", math.inf))
         lines = [
             f"Overnight search of Stage 1, {datetime.now():%Y-%m-%d %H:%M}",
-            f"study {self.folder.name}: {self.args.epochs} epochs, seed {self.args.seed}",
+            f"study {self.folder.name}: {counted(self.args.epochs, 'epoch')}, seed {self.args.seed}",
             f"objective: {OBJECTIVES[self.args.objective]}\n{kept}",
             *(f"passed over: {BEST_FILE} is missing in {folder}" for folder in missing),
         ]
-        if usable.empty:
-            lines += ["best: none yet, no run has ended with a non-collapsed checkpoint"]
-        else:
-            names = ["lr", "batch_size", "val_loss", "epoch", "folder"]
-            best = {"epochs": self.args.epochs, **usable[names].to_dict("records")[0]}
+        if best:
+            best = {"epochs": self.args.epochs, **best}
             content = read_torch_file(Path(best["folder"]) / BEST_FILE, "checkpoint")
-            with atomic_path(checkpoint) as part:
-                torch.save(content | {"overnight": best}, part)
-            lines += [f"best {name}: {value}" for name, value in best.items()]
+            save_torch_file(content | {"overnight": best}, checkpoint)
+            lines += [f"best {line.replace(' ', ': ', 1)}" for line in describe(best)]
             lines += [f"checkpoint: {checkpoint}", "\ngo on with Stage 2:", f"    {self.stage2_command(checkpoint)}"]
-        table = frame.drop(columns=["folder", "reason", "number"]).astype(object).fillna("-")
+        else:
+            lines += ["best: none yet, no run has ended with a non-collapsed checkpoint"]
+        table = frame[SHOWN].astype(object).fillna("-")
         lines += ["\nall runs, best first:", table.to_string(float_format="{:.6g}".format)]
         lines += [f"{Path(row.folder).name}: {row.reason}" for row in frame.itertuples() if row.reason]
         # Excel misreads Chinese paths in a table without byte-order mark.
@@ -284,7 +277,7 @@ class Night:
                 write_text(path, text)
             except PermissionError:  # Windows: a spreadsheet holds it open; that must not end the night
                 print(f"note: {path.name} is open in another program and was not updated; close it", flush=True)
-        return describe(best), summary
+        return ", ".join(describe(best)), summary
 
     def stage2_command(self, checkpoint: Path) -> str:
         words = ["python", "train_vlm.py", "--epochs", "20", "--batch_size", "1", "--lr", "2e-5"]

@@ -81,8 +81,7 @@ class TrainState:
         """``auto``: resume an interrupted run with the same settings, if there is one; ``never``: start anew; a path:
         resume from that file or refuse. Returns whether the run is resumed.
 
-        Raises:
-            InputError: the named file is missing, unreadable, or of a run with other settings.
+        Raises InputError: the named file is missing, unreadable, or of a run with other settings.
         """
         path = self.path if wanted == "auto" else Path(wanted)
         if wanted == "never" or (wanted == "auto" and not path.is_file()):

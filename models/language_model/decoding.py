@@ -30,8 +30,7 @@ class Decoding:
     ``temperature`` 0 is greedy, above it sampling; ``top_p`` keeps the likeliest tokens of that total probability;
     the penalties count what was generated, not the question.
 
-    Raises:
-        InputError: a value out of its range, or two that contradict each other.
+    Raises InputError: a value out of its range, or two that contradict each other.
     """
 
     temperature: float = 0.0
@@ -82,8 +81,7 @@ class StopRule:
             at_restart: it also ends where its own opening, up to the first colon, begins a sentence once more
                 (所见：… 结论：… 所见：…): the model has finished and writes the next report.
 
-        Raises:
-            InputError: an empty string, at which any text would end before it began.
+        Raises InputError: an empty string, at which any text would end before it began.
         """
         if "" in strings:
             raise InputError("--stop '': expected at least one character; leave the flag out to stop at the end only")

@@ -22,8 +22,7 @@ TABLE_NAMES = ("backbone.embeddings.weight", "backbone.embedding.weight")
 def load_embedding_table(name: str) -> Tensor:
     """The input embeddings (V, D) of a hub model or local folder, as float32.
 
-    Raises:
-        InputError: no weight file, or none that holds the table.
+    Raises InputError: no weight file, or none that holds the table.
     """
     for file in ("model.safetensors", "pytorch_model.bin"):
         shard: str | None = file

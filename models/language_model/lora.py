@@ -64,8 +64,7 @@ class Adapters(nn.Module):
 def merge(model: MambaForCausalLM, stored: Mapping[str, Any]) -> None:
     """Add the adapters of a checkpoint to the weights of a ``model`` without adapters, in place.
 
-    Raises:
-        InputError: they belong to a model of another shape.
+    Raises InputError: they belong to a model of another shape.
     """
     layers = dict(model.named_modules())
     for name, parts in stored["layers"].items():

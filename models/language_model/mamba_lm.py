@@ -61,8 +61,7 @@ class LMIdentity:
 def read_lm_config(name: str) -> MambaConfig:
     """The model's configuration alone (no weights).
 
-    Raises:
-        InputError: neither a folder nor reachable on the hub, or not a Mamba-1 model.
+    Raises InputError: neither a folder nor reachable on the hub, or not a Mamba-1 model.
     """
     try:
         config = AutoConfig.from_pretrained(name)
@@ -77,8 +76,7 @@ def read_lm_config(name: str) -> MambaConfig:
 def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer, padded with the end-of-text token where it has no padding of its own.
 
-    Raises:
-        InputError: the files are missing, or the tokenizer has no end-of-text token.
+    Raises InputError: the files are missing, or the tokenizer has no end-of-text token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -170,8 +168,7 @@ class MambaLM(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """(B, L) token ids → (B, L, D).
 
-        Raises:
-            InputError: a token of a tokenizer that is larger than the embedding table has no row in it.
+        Raises InputError: a token of a tokenizer that is larger than the embedding table has no row in it.
         """
         if len(self.tokenizer) > self.known_tokens and ids.numel() and int(ids.max()) >= self.known_tokens:
             token = self.tokenizer.convert_ids_to_tokens(int(ids.max()))

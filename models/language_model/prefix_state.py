@@ -118,8 +118,7 @@ class PrefixState:
     def cache(self, lm: MambaLM) -> Cache:
         """A fresh cache of transformers', holding a copy: what is generated from it leaves this state as it is.
 
-        Raises:
-            InputError: the state belongs to a model of another size.
+        Raises InputError: the state belongs to a model of another size.
         """
         config = lm.model.config
         needed = (config.num_hidden_layers, self.images, config.intermediate_size)

@@ -5,8 +5,8 @@
 Half the bytes of bfloat16: decoding is bound by memory bandwidth. Each output row has its own scale, symmetric around
 zero, as the vector-wise scheme of LLM.int8() has it for weights (Dettmers et al., arXiv 2208.07339); activations stay
 as they are. Few rows on a CPU meet the int8 weights in our compiled product, all else meets them widened, a block at a
-time. The reference is ``F.linear(x, layer.dequantised(), layer.bias)``. Ours (``--llm_int8``) works on every device;
-bitsandbytes (``--llm_8bit``) needs a GPU and its own installation.
+time. The reference is ``F.linear(x, layer.weight * layer.scale[:, None], layer.bias)``. Ours (``--llm_int8``) works on
+every device; bitsandbytes (``--llm_8bit``) needs a GPU and its own installation.
 """
 
 from __future__ import annotations
@@ -80,8 +80,7 @@ def quantisation_quality(original: nn.Module, quantised: nn.Module, ids: Tensor)
 def bitsandbytes_options(device: torch.device, *, int8: bool, adapters: bool) -> dict[str, object]:
     """What ``from_pretrained`` takes for ``--llm_8bit``.
 
-    Raises:
-        InputError: bitsandbytes does not import, there is no GPU, or our int8 or adapters are asked for as well.
+    Raises InputError: bitsandbytes does not import, there is no GPU, or our int8 or adapters are asked for as well.
     """
     if int8:
         raise InputError(CONTRADICTION)
@@ -154,10 +153,6 @@ class Int8Linear(FrozenLinear):
 
     def stored(self) -> tuple[Tensor, Tensor | None]:
         return self.weight, self.scale
-
-    def dequantised(self) -> Tensor:
-        """The weights (O, I) in float32: the reference that tests compare with."""
-        return self.weight * self.scale[:, None]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         # The scale stays float32 when the model's dtype changes: its rounding error would affect whole rows.

@@ -47,13 +47,6 @@ def test_grid_side(budget, planes, available, side):
     assert grid_side(budget, planes, available) == side
 
 
-def test_fewer_tokens_than_slices_is_bad_input():
-    with pytest.raises(InputError, match="max_visual_tokens 3 is less than slices 4"):
-        grid_side(3, 4, 28)
-    with pytest.raises(InputError, match="max_visual_tokens"):
-        bridge(max_visual_tokens=1)(features(planes=2), position(planes=2))
-
-
 @pytest.mark.parametrize(
     ("planes", "budget", "tokens"), [(1, 16, 16), (1, 10, 9), (3, 16, 12), (3, 3, 3), (1, 999, 64)]
 )

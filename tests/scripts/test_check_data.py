@@ -6,6 +6,7 @@ import csv
 import importlib
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from matplotlib import image
 
 from config.errors import InputError
 from config.schema import build_config, write_config
+from data.checks.data_check import check_image
 from data.phantom.canvas import Grid
 from data.phantom.case import make_case, write_case
+from data.tables.caption_table import read_caption_table
 from engine.loaders import check_tables
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -43,7 +46,7 @@ def folder(tmp_path_factory) -> Path:
 def configuration(folder: Path, train: Path):  # noqa: ANN201
     values = {"caption_csv_train": train, "caption_csv_val": folder / "val.csv", "cache_dir": folder / "cache"}
     values["nnunet_encoder_checkpoint"] = REPOSITORY / "tests/assets/nnunet_tiny/2d_plain/fold_0/checkpoint_best.pth"
-    return build_config({key: str(value) for key, value in values.items()}, "test")
+    return build_config({**{key: str(value) for key, value in values.items()}, "slice_policy": "mask"}, "test")
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -82,7 +85,7 @@ def test_quick_reads_headers_only_and_a_good_table_returns_zero(folder, tmp_path
     bad = run(folder, *tables, "--quick", "--out", str(tmp_path))
     assert bad.returncode == 1 and "error: train, row 3" in bad.stdout
     assert "error: val, the validation table has a single case" in bad.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["problems.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["findings.csv", "problems.csv"]
     good = run(folder, "--csv", str(folder / "good.csv"), "--quick", "--out", str(tmp_path))
     assert good.returncode == 0 and "0 errors" in good.stdout
 
@@ -91,9 +94,20 @@ def test_tables_that_cannot_be_read_are_reported_together(folder, tmp_path):
     (tmp_path / "empty.csv").touch()
     tables = ("--csv", str(tmp_path / "empty.csv"), "--val_csv", str(tmp_path / "no.csv"))
     done = run(folder, *tables, "--out", str(tmp_path))
-    assert done.returncode == 1 and "is empty" in done.stdout and "table not found" in done.stdout
+    assert done.returncode == 1 and "is empty" in done.stdout and "no.csv; set --val_csv to an" in done.stdout
     wrong = run(folder, "--image_root", str(tmp_path / "no"), "--out", str(tmp_path))
     assert wrong.returncode == 2 and "image_root is no folder" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+REPORTS = [(REPORT, False), (REPORT.replace("左", "右"), True), ("双肺实变。", False), ("右肺实变，左肺结节。", False)]
+
+
+@pytest.mark.parametrize(("report", "found"), REPORTS)
+def test_a_mask_on_the_other_side_than_the_report_is_a_warning(folder, report, found):
+    [row] = read_caption_table(folder / "good.csv")
+    problems = [problem for problem in check_image(replace(row, answer=report)).problems if "mask on" in str(problem)]
+    assert len(problems) == found
+    assert all("row 2: mask on the left, report says right; find" in str(problem) for problem in problems)
 
 
 # ---------------------------------------------------------------- training asks first

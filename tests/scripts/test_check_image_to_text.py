@@ -104,7 +104,7 @@ def one_by_one(check, *flags: str, **options: str) -> list[str]:
 
 def test_one_question_prints_the_promised_lines(check):
     printed = check()
-    order = ("输入图像: ", "slices read: 3 of 6", "问题: 请描述。\n生成文本: ")
+    order = ("输入图像: ", "slices read: 4 of 6", "问题: 请描述。\n生成文本: ")
     places = [printed.index(words) for words in order]
     assert places == sorted(places) and "one.nii.gz" in printed[places[0] : places[1]]
     assert re.search(r"^time to first token: \d+\.\d\d s \(the image read with the question\)$", printed, re.MULTILINE)

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +21,11 @@ from config.nnunet_plans import PreprocessPlan
 from config.schema import load_config
 from data.phantom.dataset import DatasetPaths, make_dataset
 from data.phantom.finding import FINDING_TYPES
+from data.tables.caption_table import read_caption_table
 from engine.checkpoint import save_checkpoint
+from engine.evaluation.pipeline import warn_of_training_cases
 from engine.evaluation.report_writer import Report, ReportWriter
-from models.language_model.mamba_lm import lm_identity
+from models.language_model.mamba_lm import MambaLM, lm_identity
 from models.medical_vlm import VisionBridge
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.encoder import NnUNetEncoder
@@ -148,6 +151,15 @@ def test_more_cases_keep_what_was_generated(evaluate: Callable[..., Path]) -> No
     assert [record["row"] for record in own] == [3, 4, 5]
 
 
+def test_training_cases_are_counted(desk: tuple[Path, DatasetPaths], capsys: pytest.CaptureFixture[str]) -> None:
+    root, data = desk
+    rows = read_caption_table(data.test_csv)
+    copied = shutil.copy(rows[0].image_path, root / "renamed.nii.gz")
+    (root / "train.csv").write_text(f"image_path,answer\n{copied},Normal.\n{rows[3].image_path},Normal.\n", "utf-8")
+    warn_of_training_cases(load_config(None, caption_csv_train=str(root / "train.csv"), cache_dir=str(root)), rows)
+    assert f"warning: 2 of 6 cases in {root / 'train.csv'} too" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -156,11 +168,14 @@ def test_more_cases_keep_what_was_generated(evaluate: Callable[..., Path]) -> No
         (["--mask_labels", "1=tumour"], "--mask_labels 1=tumour: expected N=FINDING"),
         (["--mask_labels", "none.json"], "--mask_labels none.json: expected nnU-Net's dataset.json"),
         (["--same_finding", "miliary"], "'' is no finding"),
-        (["--csv", "none.csv"], "table not found"),
+        (["--csv", "none.csv"], "--csv not found: none.csv"),
         (["--calibration_csv", "none.csv"], "--calibration_csv not found: none.csv"),
         (["--limit", "1"], "images cannot be shuffled between patients"),
     ],
 )
-def test_what_cannot_be_used_is_said_in_one_line(evaluate: Callable[..., Path], flags: list[str], message: str) -> None:
+def test_what_cannot_be_used_is_said_before_a_model_is_loaded(
+    evaluate: Callable[..., Path], flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MambaLM, "load", lambda *_, **__: pytest.fail("it has started"))
     with pytest.raises(InputError, match=re.escape(message)):
         evaluate("bad", *flags)

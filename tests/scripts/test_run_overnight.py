@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import engine.training.overnight as overnight
-from config.errors import InputError
+from config.errors import InputError, counted
 from config.schema import load_config
 from engine.checkpoint import load_checkpoint
 from engine.cli import Interrupted
@@ -71,11 +71,11 @@ def test_runs_the_grid_once_and_reports_it(night: Night, monkeypatch: Patch, cap
 
 
 def test_no_grid_reports_its_own_run_and_a_complete_run_is_not_repeated(night: Night) -> None:
-    assert night.run() == 0
     assert night.run("--no_grid") == 0
-    assert night.calls(NAMES[1]) == [0]
     assert [(row["lr"], row["batch_size"]) for row in night.board] == [("0.0001", "4")]
     assert "best batch_size: 4" in night.summary and load_checkpoint(night.out / BEST).val_loss == 0.2
+    assert night.run() == 0
+    assert night.calls(NAMES[1]) == [0]
     with pytest.raises(InputError, match="--no_grid"):
         night.run("--no_grid", "--lrs", "1e-3")
 
@@ -92,7 +92,7 @@ def test_default_is_300_epochs_with_and_without_the_grid(
     monkeypatch.setattr(overnight.Night, "search", lambda self: None)
     monkeypatch.setattr(sys, "argv", ["run_overnight_300.py", "--config", str(night.config), *flags])
     assert night.script.main() == 1
-    assert f"overnight: {runs} run(s) of 300 epochs" in capsys.readouterr().out
+    assert f"overnight: {counted(runs, 'run')} of 300 epochs;" in capsys.readouterr().out
 
 
 def test_objective_and_model_flags_are_passed_on(night: Night) -> None:
@@ -133,7 +133,21 @@ def test_a_shorter_night_writes_beside_a_longer_one(night: Night, capsys: Captur
     assert torch.load(night.out / BEST, weights_only=True)["overnight"]["epochs"] == 7
 
 
-@pytest.mark.parametrize(("epoch", "kept"), [(3, False), (4, True)])
+def test_a_night_of_equal_length_replaces_a_worse_one_only(night: Night) -> None:
+    one = ["--lrs", "5e-5", "--batch_sizes", "2"]
+    assert night.run(*one) == 0, "val_loss 0.3"
+    night.plan(NAMES[1], val_loss=0.123456789)
+    assert night.run("--no_grid") == 0
+    assert "best val_loss: 0.123457\n" in night.summary and "note: " not in night.summary
+    night.plan(NAMES[2], val_loss=0.25)
+    assert night.run(*one, "--seed", "8") == 0
+    assert load_checkpoint(night.out / BEST).val_loss == 0.123456789
+    assert load_checkpoint(night.out / "vision_bridge_overnight_best_3epochs.pt").val_loss == 0.25
+    summary = (night.out / "overnight_best_summary_3epochs.txt").read_text(encoding="utf-8")
+    assert "note: " in summary and "another night (epochs 3, lr 0.0001, batch_size 4, val_loss 0.123457" in summary
+
+
+@pytest.mark.parametrize(("epoch", "kept"), [(2, False), (3, True)])
 def test_a_checkpoint_of_an_older_version_counts_by_its_best_epoch(night: Night, epoch: int, kept: bool) -> None:
     night.make_checkpoint(night.out / BEST, 0.001, epoch=epoch)
     assert night.run(*ONE) == 0

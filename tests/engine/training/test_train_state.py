@@ -18,7 +18,7 @@ from torch import nn
 from config.errors import InputError
 from config.schema import build_config, load_config
 from data.medical_vlm_dataset import CaptionCollator
-from engine.loaders import build_loaders, load_encoder
+from engine.loaders import build_loaders, load_encoder, prepare_data
 from engine.run import EpochShuffle
 from engine.training.optimization import build_optimizer, build_schedule
 from engine.training.train_state import StopRequest, TrainState, fingerprint
@@ -158,7 +158,8 @@ def test_loaders_leave_the_global_generator_alone(small_training):
     config = load_config(small_training / "paths.yaml")
     encoder, plan = load_encoder(config)
     args = argparse.Namespace(seed=0, batch_size=1)
-    train, val, order = build_loaders(args, config, plan, encoder, CaptionCollator(None, 1, 1), Accelerator(cpu=True))
+    config, cache = prepare_data(config, plan, Accelerator(cpu=True), force=False)
+    train, val, order = build_loaders(args, config, cache, encoder, CaptionCollator(None, 1, 1), Accelerator(cpu=True))
     before = torch.get_rng_state()
     order.start_epoch(0)
     assert sorted(int(batch["row"]) for batch in train) == [0, 1, 2, 3]
