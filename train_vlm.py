@@ -46,7 +46,7 @@ from config.nnunet_plans import PreprocessPlan
 from config.schema import Config, write_config
 from data.medical_vlm_dataset import CaptionCollator, encode_answer
 from engine.checkpoint import Checkpoint, check_agreement, load_checkpoint, load_vision_weights, save_checkpoint
-from engine.loaders import DECIDED_BY_DATA, build_loaders, check_tables, load_encoder, prepare_data
+from engine.loaders import build_loaders, check_tables, load_encoder, prepare_data, with_decisions
 from engine.run import jsonable, start_run
 from engine.scan_checks import ScanChecks
 from engine.training.diagnostics import DIAGNOSED_IMAGES, TokenStatistics, check_loss_mask, token_statistics
@@ -168,11 +168,10 @@ def main() -> None:
     config = config_from(args, max_visual_tokens=args.max_visual_tokens)
     start = find_start(args, config.resolved("output_dir"))
     check_lora(args, start)
-    if start is not None:  # what its data decided
-        decided = {key: getattr(start.config, key) for key in DECIDED_BY_DATA if getattr(config, key) is None}
-        config = config.replace(**decided)
-        check_agreement(start, config)  # before the language model and the volumes are read
     check_regions(config)
+    if start is not None:  # before the language model and the volumes are read
+        config = with_decisions(config, start.config)
+        check_agreement(start, config)
     accelerator, output = start_run(args, config, "stage2")
     problems = check_tables(config)
     say = accelerator.print

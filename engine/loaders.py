@@ -30,6 +30,11 @@ from models.nnunet.encoder import NnUNetEncoder
 DECIDED_BY_DATA = ("slices", "min_lesion_mm3")  # where the configuration leaves them empty
 
 
+def with_decisions(config: Config, trained: Config) -> Config:
+    """``config`` with what the data of an earlier training decided, where it is empty."""
+    return config.replace(**{key: getattr(trained, key) for key in DECIDED_BY_DATA if getattr(config, key) is None})
+
+
 def load_encoder(config: Config) -> tuple[NnUNetEncoder, PreprocessPlan]:
     """The encoder with nnU-Net's weights, and the plan of its input.
 

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,7 +115,8 @@ def prepare_all(cache: VolumeCache, files: Sequence[Files], workers: int, *, ver
         running = set()
         try:
             for pair in files:
-                running.add(pool.submit(_prepare_one, cache, pair, verify))
+                with _sigint_held_back():
+                    running.add(pool.submit(_prepare_one, cache, pair, verify))
                 if len(running) >= 2 * workers:  # one in work and one queued for each
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     yield from (job.result() for job in done)
@@ -139,6 +141,19 @@ def _prepare_one(cache: VolumeCache, files: Files, verify: bool) -> Outcome:
         return Outcome(files, error=f"{files[0]}: not enough memory to prepare it; use fewer --workers")
     except OSError as error:  # the readers report theirs as InputError
         raise InputError(f"cannot write the cache {cache.root}: {error}; fix that and run the same command") from error
+
+
+@contextmanager
+def _sigint_held_back() -> Iterator[None]:
+    """A worker that starts here ignores Ctrl-C from its first instruction on: it inherits the mask (not on Windows)."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_worker() -> None:

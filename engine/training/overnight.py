@@ -137,7 +137,7 @@ class Night:
         self.grid = {"lr": list(dict.fromkeys(args.lrs)), "batch_size": list(dict.fromkeys(args.batch_sizes))}
         self.count = math.prod(map(len, self.grid.values()))
         self.model_flags = ["--mamba_model", args.mamba_model] if args.mamba_model else []
-        self.model_flags += ["--allow_toy_model"] if args.allow_toy_model else []
+        self.model_flags += ["--allow_toy_model"] * args.allow_toy_model + ["--force"] * args.force
         print(f"overnight: {counted(self.count, 'run')} of {counted(args.epochs, 'epoch')}; {self.folder}", flush=True)
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
