@@ -117,7 +117,9 @@ def check_new_scan(cache: CaseCache, image: Path, mask: Path | None, *, force: b
     problems = [*check_header(read_header(image)), *volumes.read(image, mask, lambda volume: volume.problems)]
     problems = [problem for problem in problems if problem.level != "note"]
     if not force:
-        raise_errors(replace(p, problem=f"{image}: {p.problem}", remedy=f"{p.remedy}, or --force") for p in problems)
+        for problem in problems:
+            if problem.fatal:
+                raise InputError(f"{image}: {problem.problem}; {problem.remedy}, or --force")
     return problems
 
 

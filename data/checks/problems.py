@@ -47,4 +47,5 @@ def raise_errors(problems: Iterable[Problem], table: object = "") -> None:
     place = ", ".join(part for part in (str(table), f"row {first.row}" if first.row else "") if part)
     more = f" (and {len(fatal) - 1} more problems)" if len(fatal) > 1 else ""
     remedy = f"{first.remedy}; " if first.remedy else ""
-    raise InputError(f"{place}: {first.problem}{more}; {remedy}scripts/check_data.py lists all at once")
+    begin = f"{place}: " if place else ""
+    raise InputError(f"{begin}{first.problem}{more}; {remedy}scripts/check_data.py lists all at once")
