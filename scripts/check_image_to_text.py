@@ -294,6 +294,7 @@ def _visual_tokens(args: argparse.Namespace, checkpoint: Checkpoint, config: Con
 def _sources(checkpoint: Checkpoint, config: Config) -> dict[str, str]:
     """Digests of what turns an image into visual tokens."""
     framing = [checkpoint.preprocess_plan.to_dict(), config.slices, config.slice_policy]
+    framing += [config.min_lesion_mm3] * (config.min_lesion_mm3 is not None)
     preprocessing = blake2b(json.dumps(framing, sort_keys=True).encode(), digest_size=20).hexdigest()
     return {"vision": file_digest(checkpoint.path).hex(), "preprocessing": preprocessing}
 
@@ -307,7 +308,9 @@ def load_prefix(
     size = lm_size(lm_identity(config.mamba_model))
     identity.check(PrefixIdentity(lm_size=size, image=image, **_sources(checkpoint, config)), str(args.prefix))
     row = CaptionRow(1, Path(identity.image_name), "", "", None)
-    return Case(row.image_path, None, args.question or [_question(row, config, args.seed)], None), state, identity
+    case = Case(row.image_path, None, args.question or [_question(row, config, args.seed)], None)
+    case.notices, case.language = [kind for kind in identity.notices.split(",") if kind], identity.language
+    return case, state, identity
 
 
 def read_once(
@@ -324,6 +327,7 @@ def read_once(
     if args.save_prefix:
         mask = file_digest(case.mask).hex() if case.mask else "none"
         image = {"image": file_digest(case.image).hex(), "mask": mask, "image_name": str(case.image)}
+        image |= {"notices": ",".join(case.notices), "language": case.language}
         state.save(args.save_prefix, PrefixIdentity.of_model(lm, **_sources(checkpoint, config), **image))
         print(f"image state saved: {args.save_prefix}", flush=True)
     return state, seconds

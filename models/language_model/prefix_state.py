@@ -56,6 +56,8 @@ class PrefixIdentity:
     image: str = ""
     mask: str = ""
     image_name: str = ""
+    notices: str = ""  # kinds of sentences that stand before a report of the image, with commas; and their language
+    language: str = "zh"
 
     @classmethod
     def of_model(cls, lm: MambaLM, **rest: str) -> PrefixIdentity:

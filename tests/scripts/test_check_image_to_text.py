@@ -122,12 +122,14 @@ def test_several_questions_read_the_image_once_and_say_the_same(desk, check, mon
 
 
 def test_a_saved_state_answers_without_image_or_vision(desk, check, monkeypatch, tmp_path):
-    state = tmp_path / "states" / "one.safetensors"
+    state, blind = tmp_path / "states" / "one.safetensors", tmp_path / "blind.safetensors"
+    check("--save_prefix", str(blind), checkpoint="masked")
     expected = texts(check(*TWO, "--save_prefix", str(state)))
     monkeypatch.setattr(Checkpoint, "build_vision", None)
     printed = check("--prefix", str(state), *TWO, image=None)
     assert texts(printed) == expected and re.search(r"(?m)^输入图像: .*one\.nii\.gz$", printed)
     assert texts(check("--prefix", str(state), *TWO)) == expected  # the right image may be named
+    assert NOTICES["blind"]["zh"] in texts(check("--prefix", str(blind), checkpoint="masked", image=None))[0]
     with pytest.raises(InputError, match="another image"):
         check("--prefix", str(state), image="two")
 
