@@ -89,6 +89,8 @@ def resolve_views(config: Config, cache: CaseCache, tables: dict[str, Sequence[C
         least = choose_min_lesion(compared) if least is None else least
         print(describe_segmentation(compared, least), flush=True)
         config = config.replace(min_lesion_mm3=least)
+        if not any(case.findings for case in cases["train"]):
+            print("warning: the segmentation finds no lesion in any training case: check nnunet_encoder_checkpoint")
     if config.slices is None:
         if len(cache.plan.patch_size) == 3 or config.slice_policy == "middle":
             slices = 1

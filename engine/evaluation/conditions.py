@@ -193,6 +193,9 @@ class ReportPasses:
             visual = self.writer.visual_of_features(self.mean_image[0], batch["slice_position"], batch, batch["roi"])
         else:
             visual = self.writer.visual(batch)
+        if not torch.isfinite(visual).all():
+            named = ", ".join(str(self.data.rows[sample.row].image_path) for sample in samples)
+            raise InputError(f"visual tokens are not finite: check the images ({named}) and the nnU-Net")
         if condition.startswith(SAMPLE):
             torch.manual_seed(self.seed * 1_000_003 + samples[0].row * 101 + int(condition.removeprefix(SAMPLE)))
             return [{"text": one.text} for one in self.writer.write(visual, batch, Decoding(temperature=1.0))]

@@ -137,3 +137,42 @@ def test_without_the_network_it_is_one_line(tmp_path, checkpoint, assets):
         open_cache(configuration(tmp_path, other), plan)
     unused = configuration(tmp_path, tmp_path / "gone.pth", slice_policy="mask")
     assert isinstance(open_cache(unused, plan), VolumeCache)
+
+
+def test_auto_segments_and_takes_masks_only_where_there_is_no_decoder(tmp_path, checkpoint, capsys):
+    plan = plan_of(checkpoint)
+    assert isinstance(open_cache(configuration(tmp_path, checkpoint, slice_policy="auto"), plan), SegmentedCache)
+    content = torch.load(checkpoint, weights_only=False)
+    weights = content["network_weights"]
+    content["network_weights"] = {name: w for name, w in weights.items() if not name.startswith("decoder.")}
+    torch.save(content, tmp_path / "encoder.pth")
+    assert isinstance(
+        open_cache(configuration(tmp_path, tmp_path / "encoder.pth", slice_policy="auto"), plan), VolumeCache
+    )
+    assert "has no decoder: slices follow the masks" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no decoder to segment with; set slice_policy: auto"):
+        open_cache(configuration(tmp_path, tmp_path / "encoder.pth"), plan)
+
+
+def test_lesions_are_measured_on_the_scan_and_compared_with_its_mask(tmp_path, checkpoint, scan):
+    cache = open_cache(configuration(tmp_path, checkpoint), plan_of(checkpoint))
+    write_volume(
+        tmp_path / "mask.nii.gz", (np.arange(16) == 9)[:, None, None] * np.ones((16, 60, 66), np.uint8), (3, 1.2, 1.2)
+    )
+    volume = cache.get(scan, tmp_path / "mask.nii.gz")
+    assert volume.lesions_from == "segmentation" and volume.compared.dice > 0
+    assert sum(finding.count for finding in volume.findings) >= len(volume.findings) > 0
+    largest = max(volume.findings, key=lambda finding: finding.measured.volume_mm3)
+    assert largest.source == "segmentation" and largest.side is None, "no lungs in this scan"
+    # The labels were moved from the plan's grid to the scan's, voxel by voxel.
+    total = sum(finding.measured.volume_mm3 for finding in volume.findings)
+    assert total == pytest.approx(np.count_nonzero(volume.mask) * np.prod(volume.spacing), rel=0.15)
+    assert -1000 <= largest.measured.mean_hu <= 600 and 0 < largest.size_mm < 110
+
+
+def test_specks_are_dropped_from_the_views(tmp_path, checkpoint, scan):
+    plan = plan_of(checkpoint)
+    volume = open_cache(configuration(tmp_path, checkpoint), plan).get(scan)
+    select = [ViewSelection(plan, (8,) * plan.dim, 1, "auto", min_lesion_mm3=least) for least in (0.0, 1e9)]
+    assert select[0].lesions(volume) and not select[1].lesions(volume)
+    assert not select[1].select(volume).roi.any()
