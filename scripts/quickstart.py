@@ -112,13 +112,15 @@ def run_step(step: Step, out: Path, repeat: bool = False) -> tuple[float, bool]:
 
 def summarise(out: Path, steps: list[Step], seconds: dict[str, float], seed: int) -> dict:
     """Write OUT/summary.json, and OUT/scores.json with every generated report too; the scores are the report card's."""
-    card = json.loads((out / "card" / "report_card.json").read_text(encoding="utf-8"))["whole_reports"]
+    whole_card = json.loads((out / "card" / "report_card.json").read_text(encoding="utf-8"))
+    card = whole_card["whole_reports"]
     own, shuffled = (
         {name: score["value"] for name, score in scores.items()} | {"n": scores["garbled_rate"]["n"]}
         for scores in (card["own"], card["shuffled"])
     )
     summary = {
         **own,
+        "normal_false_finding_rate": whole_card["audit"]["normal_false_finding_rate"],
         "shuffled_images": shuffled,
         "seed": seed,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -150,7 +152,7 @@ def show(out: Path, summary: dict, number: int = 3) -> None:
         draw_case(figure, volume, read_mask(out / "data" / "masks" / volume.path.name, volume))
         table.add_row(str(figure), case["reference"], case["generated"])
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    keys = ("location_acc", "type_acc", "size_within_4mm", "exact_acc", "garbled_rate")
+    keys = ("location_acc", "type_acc", "size_within_4mm", "exact_acc", "garbled_rate", "missed_lesion_rate")
     for name, scores in (("own image", summary), ("shuffled images", summary["shuffled_images"])):
         print(f"{name:>16}: " + "  ".join(f"{key} {scores[key]:.3f}" for key in keys) + f"  (n {scores['n']})")
     print(f"{summary['seconds_total']:.0f} s in all; {out / 'summary.json'}; report card: {out / 'card'}; "

@@ -70,6 +70,11 @@ def labels_of(logits: Tensor, *, regions: bool) -> Tensor:
     """uint8 (B, *space) from logits (B, classes, *space): the likeliest class, or, of overlapping regions, the last of
     those that are likelier than not."""
     if not regions:
-        return logits.argmax(1).to(torch.uint8)
+        # As argmax, which walks over channels that lie far apart ten times slower on a CPU.
+        best, labels = logits[:, 0], torch.zeros_like(logits[:, 0], dtype=torch.uint8)
+        for number in range(1, logits.shape[1]):
+            labels.masked_fill_(logits[:, number] > best, number)
+            best = torch.maximum(best, logits[:, number])
+        return labels
     numbers = torch.arange(1, logits.shape[1] + 1, device=logits.device).view(1, -1, *[1] * (logits.ndim - 2))
     return ((logits > 0) * numbers).amax(1).to(torch.uint8)

@@ -31,10 +31,10 @@ def test_found_missed_and_false_lesions_by_hand() -> None:
     assert scores([case], 5.0).false_lesions == 0 and scores([case], 50.0).recall == 0
 
 
-def test_the_speck_size_is_the_smallest_with_the_best_f1() -> None:
-    case = compare(labels(A, B, SPECK), labels(A, B), SPACING)
-    assert choose_min_lesion([case]) == 5.0
-    assert choose_min_lesion([compare(labels(A, B), labels(A, B), SPACING)]) == 0.0
+def test_the_speck_size_is_the_largest_that_loses_no_lesion() -> None:
+    assert choose_min_lesion([compare(labels(A, B, SPECK), labels(A, B), SPACING)]) == 50.0  # A and B have 64
+    small = np.s_[1:2, 2:4, 2:4]  # 8 mm3
+    assert choose_min_lesion([compare(labels(small, B, SPECK), labels(A, B), SPACING)]) == 5.0
     assert choose_min_lesion([compare(labels(A), labels(), SPACING)]) == MIN_LESION_MM3
 
 

@@ -48,7 +48,8 @@ def test_summary_holds_what_the_report_card_measured(script, tmp_path: Path) -> 
     quickstart = script("quickstart")
     names = ("location_acc", "type_acc", "size_within_4mm", "exact_acc", "garbled_rate")
     own, shuffled = ({name: {"value": value, "n": 4} for name in names} for value in (0.5, 0.25))
-    card = json.dumps({"whole_reports": {"own": own, "shuffled": shuffled}})
+    audit = {"normal_false_finding_rate": 0.125}
+    card = json.dumps({"whole_reports": {"own": own, "shuffled": shuffled}, "audit": audit})
     (tmp_path / "card").mkdir()
     (tmp_path / "card" / "report_card.json").write_text(card, encoding="utf-8")
     reports = "image_path,reference,generated\na.nii.gz,一,二\n"
@@ -56,6 +57,7 @@ def test_summary_holds_what_the_report_card_measured(script, tmp_path: Path) -> 
     steps = [quickstart.Step("stage2", "title", [], steps=10), quickstart.Step("scores", "title", [])]
     quickstart.summarise(tmp_path, steps, {"stage2": 5.0, "scores": 1.0}, seed=3)
     written = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert written.pop("normal_false_finding_rate") == 0.125
     assert {*names, "n", "shuffled_images", "seed", "seconds", "seconds_total", "seconds_per_step"} == set(written)
     assert written["exact_acc"] == 0.5 and written["shuffled_images"]["exact_acc"] == 0.25 and written["n"] == 4
     assert written["seconds_per_step"] == {"stage2": 0.5} and written["seconds_total"] == 6.0
