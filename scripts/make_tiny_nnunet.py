@@ -2,7 +2,8 @@
 
     python scripts/make_tiny_nnunet.py --data outputs/quickstart/data --out outputs/quickstart/nnunet
 
-It stands in for a user's network: OUT/fold_0/checkpoint_best.pth and OUT/plans.json have nnU-Net 2's own layout.
+It stands in for a user's network: OUT has nnU-Net 2's own layout, and nnU-Net's predictor runs on it. At the end its
+segmentation of DATA/val.csv is scored.
 """
 
 from __future__ import annotations
@@ -10,29 +11,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-from engine.cli import Parser, positive_float, positive_int, run_main
+from engine.cli import positive_float, positive_int, run_main
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(description="Train a small segmentation U-Net in nnU-Net's format")
+    parser = argparse.ArgumentParser(description="Train a small segmentation U-Net in nnU-Net's format")
     parser.add_argument("--data", type=Path, required=True, help="folder that make_phantoms.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for plans.json and fold_0/")
     parser.add_argument("--cache_dir", type=Path, help="preprocessed volumes (default: OUT/../cache)")
-    parser.add_argument("--steps", type=positive_int, default=1800)
-    parser.add_argument("--batch_size", type=positive_int, default=16)
-    # High for Adam: instance norm makes the convolutions' scale free, and 3e-3 took ten times the steps.
-    parser.add_argument("--lr", type=positive_float, default=3e-2)
+    parser.add_argument("--steps", type=positive_int, default=2400)
+    # High for Adam: instance norm makes the convolutions' scale free.
+    parser.add_argument("--lr", type=positive_float, default=1e-2)
     parser.add_argument("--features", type=positive_int, nargs=4, default=(8, 24, 48, 96), help="channels per stage")
-    decoder = "the last steps train the decoder too; a few hundred if its segmentation is to be used"
-    parser.add_argument("--decoder_steps", type=positive_int, default=60, help=decoder)
-    windows = "fraction of the steps on windows around lesions; the rest on whole slices, whose statistics differ"
-    parser.add_argument("--window_share", type=float, default=0.8, help=windows)
-    parser.add_argument("--random_slices", type=positive_int, default=1, help="per case, beside those with most lesion")
+    parser.add_argument("--one_class", action="store_true", help="one label, lesion, instead of one for each type")
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
 
@@ -48,24 +46,43 @@ from tqdm import tqdm
 
 from config.nnunet_plans import PreprocessPlan
 from config.toy_models import STAMP
-from data.cache import VolumeCache
+from data.cache import CachedVolume, VolumeCache
 from data.imaging.reader import read_mask, read_volume
-from data.phantom.finding import FINDING_TYPES
+from data.phantom.finding import LESION_TYPES
+from data.segmentation_scores import SegmentationScores, choose_min_lesion, compare, scores
 from data.tables.caption_table import CaptionRow, read_caption_table
 from data.view_selection import centred
 from engine.prepare import fill_cache
 from engine.run import native_bf16, set_seeds
+from engine.segmentation import Network, segment
 from engine.training.optimization import build_optimizer, build_schedule, require_finite
 from models.nnunet.architecture import PLAIN, Architecture, planned_architecture
 from models.nnunet.checkpoint import save_nnunet_checkpoint
-from models.nnunet.unet import SegmentationUNet
+from models.nnunet.unet import SegmentationUNet, UNetDecoder
 
 PATCH = 128
-LESION_SLICES = 4  # per case, those with most lesion
 FINGERPRINT_CASES = 60
 FINGERPRINT_VOXELS = 1000  # drawn from the lesions of each case
-CROP = 48  # voxels; most steps see a window around a lesion, a seventh of the work of a slice
-LESION_FRACTION = 0.8
+SCORED_CASES = 30
+
+
+class Phase(NamedTuple):
+    """A part of the training: images per step with and without lesion, ``side`` voxels wide."""
+
+    fraction: float  # of the steps
+    side: int
+    with_lesion: int
+    without: int
+    decoder: bool
+
+
+# A window is a seventh of a slice, and the encoder half of the network. Whole slices come last: instance norm has other
+# statistics there, and nearly all of a scan's slices show no lesion.
+PHASES = (
+    Phase(0.38, 48, 16, 16, decoder=False),
+    Phase(0.24, 48, 16, 16, decoder=True),
+    Phase(0.38, PATCH, 2, 6, decoder=True),
+)
 
 
 def measure(rows: list[CaptionRow], rng: np.random.Generator) -> tuple[dict[str, float], float]:
@@ -116,42 +133,50 @@ def make_plans(intensity: dict[str, float], spacing: float, features: list[int])
     }
 
 
-def training_slices(
-    cache: VolumeCache, rows: list[CaptionRow], rng: np.random.Generator, at_random: int
-) -> tuple[Tensor, Tensor]:
-    """Per case the slices with most lesion and others at random: images (S, C, y, x), labels (S, y, x) uint8."""
-    images, labels = [], []
-    for row in rows:
-        volume = cache.get(row.image_path, row.mask_path)
-        area = volume.lesion_voxels
-        largest = [int(i) for i in np.argsort(-area)[:LESION_SLICES] if area[i] > 0]
-        for index in [*largest, *rng.integers(len(area), size=at_random).tolist()]:
-            images.append(centred(volume.image.plane(index), (PATCH, PATCH)))
-            labels.append(centred(volume.mask.plane(index)[None], (PATCH, PATCH))[0].astype(np.uint8))
-    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))
+class SliceSampler:
+    """Draws training images of preprocessed cases: every lesion equally often, whatever its size, and other slices.
 
+    ``false_positives``: slices without lesion where the network saw one; half of those without are drawn from them.
+    """
 
-def lesion_crops(images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """A window of :data:`CROP` from each slice, four of five around a lesion voxel where there is one."""
-    cut_images, cut_labels = [], []
-    for image, label in zip(images, labels, strict=True):
-        lesion = label.nonzero()
-        if len(lesion) and rng.random() < LESION_FRACTION:
-            centre = lesion[rng.integers(len(lesion))].numpy()
-        else:
+    def __init__(self, volumes: list[CachedVolume], rng: np.random.Generator) -> None:
+        self.volumes, self.rng = volumes, rng
+        self.lesions = [(case, lesion) for case, volume in enumerate(volumes) for lesion in volume.lesions]
+        areas = [volume.lesion_voxels for volume in volumes]
+        self.empty = [(case, int(z)) for case, area in enumerate(areas) for z in np.flatnonzero(area == 0)]
+        self.false_positives: list[tuple[int, int]] = []
+
+    def draw(self, phase: Phase) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+        """Images (B, C, side, side), those with lesion first, labels (B, side, side), and case and slice of each.
+
+        A window lies around the lesion, which need not be in its middle; in a slice without lesion, anywhere.
+        """
+        rng, images, labels, places = self.rng, [], [], []
+        for number in range(phase.with_lesion + phase.without):
             centre = rng.integers(PATCH, size=2)
-        corner = np.clip(centre - CROP // 2 + rng.integers(-CROP // 4, CROP // 4, size=2), 0, PATCH - CROP)
-        window = tuple(slice(int(c), int(c) + CROP) for c in corner)
-        cut_images.append(image[:, window[0], window[1]])
-        cut_labels.append(label[window])
-    return torch.stack(cut_images), torch.stack(cut_labels)
+            if number < phase.with_lesion:
+                case, lesion = self.lesions[rng.integers(len(self.lesions))]
+                z = lesion.box[0][0] + int(rng.choice(np.flatnonzero(lesion.areas)))
+                centre = lesion.core(z)
+            elif self.false_positives and rng.random() < 0.5:
+                case, z = self.false_positives.pop(rng.integers(len(self.false_positives)))
+            else:
+                case, z = self.empty[rng.integers(len(self.empty))]
+            image, label = self.volumes[case].image.plane(z), self.volumes[case].mask.plane(z)[None]
+            jitter = rng.integers(-phase.side // 3, phase.side // 3, size=2)
+            y, x = np.clip(centre + jitter - phase.side // 2, 0, PATCH - phase.side)
+            window = (slice(y, y + phase.side), slice(x, x + phase.side))
+            images.append(centred(image, (PATCH, PATCH))[:, *window])
+            labels.append(centred(label, (PATCH, PATCH))[0, *window])
+            places.append((case, z))
+        return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)).long(), places
 
 
-def segmentation_loss(logits: Tensor, cover: Tensor) -> Tensor:
+def balanced_entropy(logits: Tensor, cover: Tensor) -> Tensor:
     """Mean cross-entropy of the background, and of the lesions, every slice counting the same: by voxels alone, a
     nodule of twenty would not be learnt beside consolidations of five hundred.
 
-    ``logits``: (B, types, y, x); ``cover``: the same shape, which fraction of each cell is of which type.
+    ``logits``: (B, classes, y, x); ``cover``: the same shape, which fraction of each cell is of which class.
     """
     entropy = -cover * F.log_softmax(logits, dim=1)
     area = cover[:, 1:].sum((1, 2, 3))
@@ -159,28 +184,77 @@ def segmentation_loss(logits: Tensor, cover: Tensor) -> Tensor:
     return per_slice.sum() / (area > 0).sum().clamp(min=1) + entropy[:, 0].sum() / cover[:, 0].sum()
 
 
-def dice_and_entropy(logits: Tensor, label: Tensor) -> Tensor:
-    """nnU-Net's own loss: mean cross-entropy minus the lesions' soft Dice over the batch, of (B, types, y, x)."""
-    probability = logits.softmax(1)[:, 1:]
-    truth = F.one_hot(label, logits.shape[1]).movedim(-1, 1)[:, 1:].float()
-    both, either = (probability * truth).sum((0, 2, 3)), (probability + truth).sum((0, 2, 3))
-    present = truth.sum((0, 2, 3)) > 0
-    dice = (2 * both + 1) / (either + 1)
-    return F.cross_entropy(logits, label) - dice[present].sum() / present.sum().clamp(min=1)
+def entropy_and_dice(logits: Tensor, cover: Tensor) -> Tensor:
+    """nnU-Net's own loss, of :func:`balanced_entropy`'s arguments: mean cross-entropy minus the soft Dice of all lesion
+    voxels of the batch."""
+    found, true = 1 - logits.softmax(1)[:, 0], 1 - cover[:, 0]
+    return F.cross_entropy(logits, cover) - (2 * (found * true).sum() + 1) / ((found + true).sum() + 1)
 
 
-def training_loss(network: SegmentationUNet, head: nn.Module, image: Tensor, label: Tensor, *, full: bool) -> Tensor:
-    """Deep supervision of the deepest stage by ``head``, and with ``full`` the decoder's loss too.
+def decoder_logits(decoder: UNetDecoder, features: list[Tensor]) -> Iterator[Tensor]:
+    """Logits of every resolution, coarse to fine: the forward pass with deep supervision."""
+    x = features[-1]
+    layers = zip(decoder.transpconvs, decoder.stages, decoder.seg_layers, reversed(features[:-1]), strict=True)
+    for transpconv, stage, seg_layer, beside in layers:
+        x = stage(torch.cat((transpconv(x), beside), dim=1))
+        yield seg_layer(x)
+
+
+def training_loss(
+    network: SegmentationUNet, head: nn.Conv2d, image: Tensor, label: Tensor, decoder: bool
+) -> tuple[Tensor, Tensor]:
+    """Loss of the deepest stage, by ``head``, and with ``decoder`` of all resolutions; and the finest logits.
 
     Without ``head``, the skip connections carry the types: on held-out slices, a linear classifier on the deepest stage
     knew 57 % of them, with ``head`` 97 %.
     """
-    features = network.encoder(image.contiguous(memory_format=torch.channels_last))
-    types = F.one_hot(label, len(FINDING_TYPES)).movedim(-1, 1).float()
-    coarse = head(features[-1])
+    features = network.encoder(image)
+    logits = head(features[-1]).float()
+    cover = F.one_hot(label, logits.shape[1]).movedim(-1, 1).float()
     # Fractions, not one label a cell: the size of a lesion is read from how much of a cell it covers.
-    loss = segmentation_loss(coarse.float(), F.adaptive_avg_pool2d(types, coarse.shape[-2:]))
-    return loss + dice_and_entropy(network.decoder(features).float(), label) if full else loss
+    loss = balanced_entropy(logits, F.adaptive_avg_pool2d(cover, logits.shape[-2:]))
+    if decoder:
+        for logits in decoder_logits(network.decoder, features):
+            scale = logits.shape[-1] / cover.shape[-1]
+            loss = loss + scale * entropy_and_dice(logits.float(), F.adaptive_avg_pool2d(cover, logits.shape[-2:]))
+    return loss, logits
+
+
+def train(network: SegmentationUNet, sampler: SliceSampler, steps: int, lr: float) -> None:
+    """Train all of ``network`` in the three phases."""
+    classes = network.architecture.num_classes
+    head = nn.Conv2d(network.architecture.features[-1], classes, 1)  # for training alone: nnU-Net has none there
+    trained = nn.ModuleList([network, head])
+    optimizer = build_optimizer(trained, lr, weight_decay=1e-4)
+    schedule = build_schedule(optimizer, steps, warmup_ratio=0.05)
+    bar = tqdm(range(1, steps + 1), desc="segmentation", unit="step", dynamic_ncols=True, disable=None)
+    ends = np.cumsum([phase.fraction for phase in PHASES]) * steps
+    for step in bar:
+        phase = PHASES[int(np.searchsorted(ends[:-1], step))]
+        image, label, places = sampler.draw(phase)
+        with torch.autocast("cpu", torch.bfloat16, enabled=native_bf16()):
+            loss, logits = training_loss(network, head, image, label.clamp(max=classes - 1), phase.decoder)
+        value = require_finite(loss, step, lr)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if phase.side == PATCH:
+            false = (logits[phase.with_lesion :].argmax(1) > 0).sum((1, 2)) > 1
+            sampler.false_positives += compress(places[phase.with_lesion :], false.tolist())
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{value:.3f}")
+
+
+def score(unet: SegmentationUNet, cache: VolumeCache, rows: list[CaptionRow]) -> SegmentationScores:
+    """The segmentation of whole scans against their masks, on the preprocessed grid."""
+    network, compared = Network(unet.eval(), torch.device("cpu"), False, {}), []
+    for row in rows:
+        volume = cache.get(row.image_path, row.mask_path)
+        found = segment(network, volume, (PATCH, PATCH))
+        compared.append(compare(found, np.asarray(volume.mask), volume.spacing))
+    return scores(compared, choose_min_lesion(compared))
 
 
 def main() -> None:
@@ -190,41 +264,23 @@ def main() -> None:
     rows = read_caption_table(args.data / "train.csv")
     intensity, spacing = measure(rows, rng)
     plans = make_plans(intensity, spacing, args.features)
-    labels_of_types = {"background": 0, **{name: value for value, name in enumerate(FINDING_TYPES) if value}}
-    dataset = {"channel_names": {"0": "CT"}, "labels": labels_of_types, "numTraining": len(rows)}
-    dataset |= {"file_ending": ".nii.gz", STAMP: True}
+    names = ("background", "lesion") if args.one_class else ("background", *LESION_TYPES)
+    dataset = {"channel_names": {"0": "CT"}, "labels": {name: value for value, name in enumerate(names)}}
+    dataset |= {"numTraining": len(rows), "file_ending": ".nii.gz", STAMP: True}
     cache = VolumeCache(args.cache_dir or args.out.parent / "cache", PreprocessPlan.from_nnunet(plans, "2d"))
     fill_cache(cache, rows)
-    images, labels = training_slices(cache, rows, rng, args.random_slices)
+    sampler = SliceSampler([cache.get(row.image_path, row.mask_path) for row in rows], rng)
 
-    network = SegmentationUNet(Architecture.from_plans(plans, "2d", in_channels=1, num_classes=len(FINDING_TYPES)))
-    head = nn.Conv2d(args.features[-1], len(FINDING_TYPES), 1)  # for training alone: nnU-Net has none there
-    trained = nn.ModuleList([network, head]).to(memory_format=torch.channels_last)  # a fifth faster on a CPU
-    optimizer = build_optimizer(trained, args.lr, weight_decay=1e-4)
-    schedule = build_schedule(optimizer, args.steps, warmup_ratio=0.05)
-    bar = tqdm(range(1, args.steps + 1), desc="segmentation", unit="step", dynamic_ncols=True, disable=None)
-    for step in bar:
-        windowed = step <= args.window_share * args.steps
-        count = args.batch_size * (2 if windowed else 1)
-        chosen = torch.from_numpy(rng.choice(len(images), count, replace=False))
-        image, label = images[chosen], labels[chosen].long()
-        if windowed:
-            image, label = lesion_crops(image, label, rng)
-        with torch.autocast("cpu", torch.bfloat16, enabled=native_bf16()):
-            loss = training_loss(network, head, image, label, full=step > args.steps - args.decoder_steps)
-        value = require_finite(loss, step, args.lr)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{value:.3f}")
+    network = SegmentationUNet(Architecture.from_plans(plans, "2d", in_channels=1, num_classes=len(names)))
+    train(network, sampler, args.steps, args.lr)
     target = args.out / "fold_0" / "checkpoint_best.pth"
     save_nnunet_checkpoint(target, network.state_dict_nnunet(), plans, "2d", dataset)
     for name, content in (("plans.json", plans), ("dataset.json", dataset)):
         (args.out / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    print(f"segmentation: {len(images)} slices, last loss {value:.3f}, saved in {args.out}", flush=True)
+    print(f"segmentation: saved in {args.out}", flush=True)
+    held_out = args.data / "val.csv"
+    if held_out.is_file() and (rows := read_caption_table(held_out)[:SCORED_CASES]):
+        print(f"segmentation of {len(rows)} held-out cases: {score(network, cache, rows)}", flush=True)
 
 
 if __name__ == "__main__":

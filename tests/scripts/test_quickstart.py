@@ -67,7 +67,7 @@ def test_summary_holds_what_the_report_card_measured(script, tmp_path: Path) -> 
 
 def test_small_lesions_count_as_much_as_large_ones(script) -> None:
     """The loss of a slice is the mean over its lesion's cells, so its area does not matter."""
-    loss = script("make_tiny_nnunet").segmentation_loss
+    loss = script("make_tiny_nnunet").balanced_entropy
     losses = []
     for side in (2, 10):
         label = torch.zeros(1, 16, 16, dtype=torch.long)
