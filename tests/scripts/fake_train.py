@@ -21,6 +21,7 @@ def main() -> int:
         parser.add_argument(f"--{flag}", required=True)
     parser.add_argument("--mamba_model")
     parser.add_argument("--allow_toy_model", action="store_true")
+    parser.add_argument("--force", action="store_true")
     args = parser.parse_args()
     folder = Path(args.output_dir)
     plans = folder.parents[3] / "plans"

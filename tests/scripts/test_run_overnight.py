@@ -96,10 +96,10 @@ def test_default_is_300_epochs_with_and_without_the_grid(
 
 
 def test_objective_and_model_flags_are_passed_on(night: Night) -> None:
-    flags = ["--objective", "proxy_l2", "--mamba_model", "my/model", "--allow_toy_model"]
+    flags = ["--objective", "proxy_l2", "--mamba_model", "my/model", "--allow_toy_model", "--force"]
     assert night.run(*ONE, *flags) == 0
     command = (night.folder(NAMES[0]) / "train.log").read_text(encoding="utf-8").split("\n")[0]
-    assert "--objective proxy_l2" in command and "--mamba_model my/model --allow_toy_model" in command
+    assert "--objective proxy_l2" in command and "--mamba_model my/model --allow_toy_model --force" in command
     assert load_config(night.folder(NAMES[0]) / "overnight_config.yaml").mamba_model == "my/model"
     stage2 = night.summary.split("go on with Stage 2:\n")[1].split("\n")[0]
     assert "--mamba_model my/model --allow_toy_model" in stage2 and "NO proof of quality" in night.summary

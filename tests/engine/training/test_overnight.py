@@ -53,7 +53,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def open_night(config: Config, trained: list[str]) -> Open:
     def build(lrs: tuple[float, ...] = (1e-4, 5e-5), batch_sizes: tuple[int, ...] = (2,)) -> Night:
         flags = {"objective": "align", "epochs": 3, "seed": 42, "config": None, "output_dir": None}
-        flags |= {"mamba_model": None, "allow_toy_model": False, "train_script": Path("train.py")}
+        flags |= {"mamba_model": None, "allow_toy_model": False, "force": False, "train_script": Path("train.py")}
         return Night(argparse.Namespace(lrs=lrs, batch_sizes=batch_sizes, **flags), config)
 
     return build
