@@ -34,9 +34,10 @@ def logits_of(checkpoint: Path, volume: CachedVolume, plan: PreprocessPlan) -> t
     return torch.stack([sliding_window(network, plane[None], plan.patch_size)[0] for plane in image.unbind(1)], dim=1)
 
 
-@pytest.fixture(params=["2d_plain", "3d_plain"])
-def checkpoint(request, tmp_path, assets: Path, scan: Path) -> Path:
+@pytest.fixture(scope="module", params=["2d_plain", "3d_plain"])
+def checkpoint(request, tmp_path_factory, assets: Path, scan: Path) -> Path:
     """A tiny nnU-Net whose head is moved so that a tenth of the scan is lesion: untrained, it finds nothing."""
+    tmp_path = tmp_path_factory.mktemp("network")
     path = assets / "nnunet_tiny" / request.param / "fold_0" / "checkpoint_best.pth"
     plan = plan_of(path)
     logits = logits_of(path, VolumeCache(tmp_path / "cache", plan).get(scan), plan)
@@ -49,8 +50,9 @@ def checkpoint(request, tmp_path, assets: Path, scan: Path) -> Path:
     return tmp_path / "moved.pth"
 
 
-@pytest.fixture
-def scan(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory) -> Path:
+    tmp_path = tmp_path_factory.mktemp("scan")
     rng = np.random.default_rng(3)
     hu = np.clip(rng.normal(-600, 400, (16, 60, 66)), -1000, 600)
     hu[8:12, 20:36, 20:36] = 300
