@@ -17,7 +17,7 @@ WIDTH = 24
 
 def vision_of(folder: Path, *, with_cmi: bool, **keys: object) -> VisionBridge:
     torch.manual_seed(0)
-    values = {"encoder_target_spatial": 6, "bridge_width": 16, "bridge_depth": 1, "max_visual_tokens": 9}
+    values = {"slices": 1, "encoder_target_spatial": 6, "bridge_width": 16, "bridge_depth": 1, "max_visual_tokens": 9}
     config = build_config({**values, **keys}, "test")
     checkpoint, side = folder / "fold_0" / "checkpoint_best.pth", config.encoder_target_spatial
     encoder = NnUNetEncoder.from_checkpoint(
