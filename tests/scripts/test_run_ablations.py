@@ -33,7 +33,7 @@ def test_every_variant_is_valid_has_room_for_its_tokens_and_differs_from_the_bas
         config = base.replace(**variant.keys)
         assert config != base or variant.start != "align" or variant.flags or variant.random_encoder
         local = config.roi_side**2 if config.roi_policy == "lesion" else 0
-        assert grid_side(config.max_visual_tokens, config.slices, config.encoder_target_spatial, local) >= 1
+        assert grid_side(config.max_visual_tokens, config.slices or 1, config.encoder_target_spatial, local) >= 1
     axes = {"Stage-1 start", "CMI", "RoI", "visual tokens", "augmentation", "language model", "encoder"}
     assert {v.axis for v in found} == axes
 
