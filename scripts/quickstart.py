@@ -64,8 +64,8 @@ max_visual_tokens: 16
 
 
 def plan(out: Path, config: Path, seed: int) -> list[Step]:
-    """The chain: about 2400 + 300 + 200 + 1000 optimizer steps."""
-    cases, batch, seg_steps, lm_steps, align_epochs, caption_epochs = 1600, 16, 2400, 300, 2, 10
+    """The chain: about 1300 + 300 + 200 + 1000 optimizer steps."""
+    cases, batch, seg_steps, lm_steps, align_epochs, caption_epochs = 1600, 16, 1300, 300, 2, 10
     per_epoch = cases // batch
     stage = ["--config", config, "--batch_size", batch]
     chain = [
