@@ -83,7 +83,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from config.schema import Config
+from config.schema import Config, keys_with_role
 from config.toy_models import check_toy_models
 from data.cache import file_digest
 from data.medical_vlm_dataset import encode_prompt
@@ -154,7 +154,8 @@ def run_config(args: argparse.Namespace, checkpoint: Checkpoint, cap: int | None
     trained = checkpoint.config
     config = local_config(args, trained)
     if args.config:
-        changed = [key for key, value in config.to_dict().items() if value != getattr(trained, key)]
+        local = keys_with_role("path") + keys_with_role("place")
+        changed = [key for key in local if getattr(config, key) != getattr(trained, key)]
         print(f"note: from {args.config}, not from the checkpoint: {', '.join(changed) or 'nothing differs'}")
     if args.prefix:
         return config
@@ -269,7 +270,8 @@ def _visual_tokens(args: argparse.Namespace, checkpoint: Checkpoint, config: Con
     vision = checkpoint.build_vision(config.max_visual_tokens).eval()
     selection = ViewSelection.from_config(config, plan, vision.encoder)
     cache, known = segmentation.open_cache(config, plan), checkpoint.scan_checks or {}
-    if known.get("segmentation_network") not in (None, getattr(cache, "network", None)):
+    network = getattr(cache, "network", None)
+    if network and known.get("segmentation_network") not in (None, network):
         case.facts.append("warning: lesions are not segmented by the nnU-Net that the checkpoint was trained with")
     problems = check_new_scan(cache, case.image, case.mask, force=args.force)
     case.facts += [f"{problem.level}: {problem}" for problem in problems]
