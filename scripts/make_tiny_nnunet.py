@@ -165,9 +165,9 @@ class SliceSampler:
             image, label = self.volumes[case].image.plane(z), self.volumes[case].mask.plane(z)[None]
             jitter = rng.integers(-phase.side // 3, phase.side // 3, size=2)
             y, x = np.clip(centre + jitter - phase.side // 2, 0, PATCH - phase.side)
-            window = (slice(y, y + phase.side), slice(x, x + phase.side))
-            images.append(centred(image, (PATCH, PATCH))[:, *window])
-            labels.append(centred(label, (PATCH, PATCH))[0, *window])
+            window = (slice(None), slice(y, y + phase.side), slice(x, x + phase.side))
+            images.append(centred(image, (PATCH, PATCH))[window])
+            labels.append(centred(label, (PATCH, PATCH))[window][0])
             places.append((case, z))
         return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)).long(), places
 
