@@ -66,7 +66,8 @@ class FindingRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, without what is at its default."""
-        return {f.name: value for f in fields(self) if (value := asdict(self)[f.name]) != f.default}
+        values = asdict(self)
+        return {f.name: values[f.name] for f in fields(self) if values[f.name] != f.default}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> FindingRecord:

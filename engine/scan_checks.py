@@ -29,7 +29,7 @@ from data.checks.image_checks import check_header
 from data.checks.problems import Problem, raise_errors
 from data.imaging.reader import read_header
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
-from data.report_language.labeller import detect_language
+from data.report_language.labeller import language_of
 from data.tables.caption_table import CaptionRow
 from data.view_selection import ViewSelection
 from models.medical_vlm import VisionBridge
@@ -281,13 +281,11 @@ class ScanChecks:
 
     def __call__(self) -> dict[str, Any]:
         network = getattr(self.tables[0].cache, "network", None)
-        chinese = sum(detect_language(row.answer) == "zh" for row in self.tables[0].rows)
-        language = "zh" if 2 * chinese >= len(self.tables[0].rows) else "en"
         return {
             "feature_distance": self._feature_distance(),
             "segmentation_network": network,
             "described": self._ranges,
-            "language": language,
+            "language": language_of([row.answer for row in self.tables[0].rows]),
         }
 
     def _feature_distance(self) -> dict[str, Tensor]:

@@ -49,6 +49,12 @@ def detect_language(text: str) -> str:
     return "zh" if chinese and chinese >= _CHINESE_FRACTION * letters else "en"
 
 
+def language_of(reports: Sequence[str]) -> str:
+    """The language of most reports."""
+    chinese = sum(detect_language(text) == "zh" for text in reports)
+    return "zh" if 2 * chinese >= len(reports) else "en"
+
+
 def label_report(text: str, language: str = "auto", source: Source = "report") -> list[FindingRecord]:
     """Every mention of a finding, in the order of the text. A finding at two places gives two.
 

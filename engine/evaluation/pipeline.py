@@ -24,6 +24,7 @@ from data.cache import file_digest
 from data.checks.data_check import rows_in_training
 from data.findings import FindingRecord
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
+from data.report_language.labeller import language_of
 from data.report_language.terms import FINDINGS
 from data.tables.caption_table import CaptionRow, scan_caption_table
 from engine.checkpoint import check_width, load_checkpoint
@@ -40,7 +41,7 @@ from engine.evaluation.conditions import (
 )
 from engine.evaluation.confidence import Labeller, Outcomes, Statement, confidence_scores, statements
 from engine.evaluation.localisation import MaskedCase, measure_case
-from engine.evaluation.report_card import TableResults, language_of, marked_reports, report_card
+from engine.evaluation.report_card import TableResults, marked_reports, report_card
 from engine.evaluation.report_writer import ReportWriter, token_spans
 from engine.evaluation.saliency import map_case
 from engine.run import environment, jsonable, set_seeds

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from data.findings import FindingRecord
-from data.report_language.labeller import detect_language
 from data.report_language.sections import PREAMBLE, SECTIONS, section_shares, section_text
 from engine.evaluation import image_dependence as audit
 from engine.evaluation.bootstrap import Score, hit_score, mean_score
@@ -62,12 +61,6 @@ class TableResults:
 
     def texts(self, condition: str = "own") -> list[str]:
         return [record["text"] for record in self.records[condition]]
-
-
-def language_of(references: Sequence[str]) -> str:
-    """That of most reports."""
-    chinese = sum(detect_language(text) == "zh" for text in references)
-    return "zh" if 2 * chinese >= len(references) else "en"
 
 
 def report_card(results: TableResults) -> dict[str, Any]:
