@@ -43,9 +43,18 @@ from torch.utils.data import DataLoader
 from config.errors import InputError
 from config.files import keep_previous, write_text
 from config.nnunet_plans import PreprocessPlan
-from config.schema import Config, write_config
+from config.schema import Config, FindingsPrompt, write_config
+from data.finding_targets import PromptErrors
 from data.medical_vlm_dataset import CaptionCollator, encode_answer
 from engine.checkpoint import Checkpoint, check_agreement, load_checkpoint, load_vision_weights, save_checkpoint
+from engine.findings_prompt import (
+    HEAD_WEIGHT,
+    batch_believed,
+    calibrate,
+    learnt_findings,
+    prompt_errors,
+    with_key_points,
+)
 from engine.loaders import build_loaders, check_tables, load_encoder, prepare_data, with_decisions
 from engine.run import jsonable, start_run
 from engine.scan_checks import ScanChecks
@@ -58,6 +67,7 @@ from models.nnunet.encoder import NnUNetEncoder
 
 BEST_FILE, FINAL_FILE = "vision_bridge_vlm_best_val.pt", "vision_bridge_vlm_final.pt"
 RECENT_EPOCHS = 5
+PROMPT_DROPOUT = 0.3  # fraction of the training samples whose image must be read without
 
 
 def find_start(args: argparse.Namespace, output: Path) -> Checkpoint | None:
@@ -95,7 +105,8 @@ def build_vision(
     lines = [f"start: {start.path} (epoch {start.epoch}, val_loss {start.val_loss:.6f})"]
     lines += check_agreement(start, config)
     encoder = NnUNetEncoder.from_architecture(start.encoder_architecture)
-    vision = VisionBridge.build(config, encoder, lm.width, start.diagnostics["expected_std"], with_cmi=config.use_cmi)
+    parts = {"with_cmi": config.use_cmi, "findings": start.findings or ()}
+    vision = VisionBridge.build(config, encoder, lm.width, start.diagnostics["expected_std"], **parts)
     at_random = load_vision_weights(vision, start)
     if at_random:
         lines.append(f"the checkpoint has no CMI: these start at random: {', '.join(at_random)}")
@@ -129,18 +140,28 @@ def add_adapters(lm: MambaLM, rank: int, start: Checkpoint | None) -> Adapters |
 
 
 @torch.no_grad()
-def validate(accelerator: Accelerator, model: MedicalVLM, loader: DataLoader) -> tuple[float, TokenStatistics]:
-    """Mean caption loss per answer token (nats), and the statistics of the visual tokens."""
+def validate(
+    accelerator: Accelerator, model: MedicalVLM, loader: DataLoader, mode: FindingsPrompt
+) -> tuple[float, TokenStatistics]:
+    """Mean caption loss per answer token (nats) under the prompts of new cases, and the statistics of the visual
+    tokens; the findings head is calibrated."""
     model.eval()
+    heads, head, data = [], model.vision.head, loader.dataset
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     tokens: list[torch.Tensor] = []
     for batch in loader:
         with accelerator.autocast():
-            visual = model.visual_tokens(batch)
-            loss, count = model.caption_loss(visual, batch)
+            visual, found = model.read(batch)
+            said = batch_believed(head, found, [data.measured(row) for row in batch["row"].tolist()], mode)
+            prompted = with_key_points(batch, model.lm.tokenizer, said, data.language)
+            loss, count = model.caption_loss(visual, prompted)
+        if found is not None:
+            heads.append((found, batch["targets"]))
         if sum(map(len, tokens)) < DIAGNOSED_IMAGES:
             tokens.append(visual.float().cpu())
         total += torch.stack([loss.double(), count.double()])
+    if heads:
+        calibrate(accelerator, head, heads)
     model.train()
     total = accelerator.reduce(total)
     return (total[0] / total[1]).item(), token_statistics(torch.cat(tokens), model.vision.bridge.spec.output_std)
@@ -156,10 +177,10 @@ def report_truncation(accelerator: Accelerator, lm: MambaLM, loader: DataLoader,
         )
 
 
-def mean_loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    """Caption loss per answer token (nats)."""
-    total, count = model(batch)
-    return total / count
+def mean_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Caption loss per answer token (nats) with the findings head's loss, and alone."""
+    total, count, head = model(batch)
+    return total / count + HEAD_WEIGHT * head, total / count
 
 
 def main() -> None:
@@ -189,6 +210,18 @@ def main() -> None:
     train_loader, val_loader, order = build_loaders(args, config, cache, vision.encoder, collator, accelerator)
     report_truncation(accelerator, lm, train_loader, config.max_answer_tokens)
     model = MedicalVLM(vision, lm)
+    table, held_out = train_loader.dataset, val_loader.dataset
+    if table.language is None:
+        config = config.replace(findings_prompt="off")
+    mode = config.findings_prompt
+    trained_head = vision.head is not None
+    findings = learnt_findings(table, held_out, vision.head.names if trained_head else ())
+    if not trained_head:
+        vision.add_head(findings)
+        vision.to(accelerator.device)
+    if mode != "off":
+        table.prompt_errors = prompt_errors(accelerator, vision, val_loader, mode) if trained_head else PromptErrors()
+        table.prompt_dropout = PROMPT_DROPOUT
     parts = vision.freeze(train_encoder=config.train_encoder)
     adapters = add_adapters(lm, args.lora_rank, start)
     trained = nn.ModuleDict({"vision": vision, "adapters": adapters}) if adapters else vision
@@ -226,7 +259,7 @@ def main() -> None:
         if adapters and best is not start:
             adapters.load(best.adapters)
         best_model = MedicalVLM(best.build_vision().to(accelerator.device), lm)
-        val_loss, statistics = validate(accelerator, best_model, val_loader)
+        val_loss, statistics = validate(accelerator, best_model, val_loader, mode)
         if adapters and best is not start:
             adapters.load(start.adapters)
         if best is start and accelerator.is_main_process:
@@ -244,7 +277,7 @@ def main() -> None:
         model=model,
         trained=trained,
         loss=mean_loss,
-        validate=lambda: validate(accelerator, model, val_loader),
+        validate=lambda: validate(accelerator, model, val_loader, mode),
         save=save,
         best_file=BEST_FILE,
         final_file=FINAL_FILE,

@@ -12,6 +12,7 @@ diagnostics              token statistics; ``collapsed`` is true where the visio
 adapters                 of the language model (--lora_rank), where it has any (models/language_model/lora.py)
 scan_checks              feature distances of the training set, and a digest of the nnU-Net that segments
                          (engine/scan_checks.py); None in older files
+findings                 that the findings head knows; None without a head
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Checkpoint:
     diagnostics: dict[str, Any]
     adapters: dict[str, Any] | None = None
     scan_checks: dict[str, Any] | None = None
+    findings: list[str] | None = None
 
     @property
     def collapsed(self) -> bool:
@@ -86,7 +88,8 @@ class Checkpoint:
         encoder = NnUNetEncoder.from_architecture(self.encoder_architecture)
         config = self.config.replace(max_visual_tokens=max_visual_tokens or self.config.max_visual_tokens)
         output_std = self.diagnostics["expected_std"]
-        vision = VisionBridge.build(config, encoder, self.llm["width"], output_std, with_cmi=self.has_cmi)
+        parts = {"with_cmi": self.has_cmi, "findings": self.findings or ()}
+        vision = VisionBridge.build(config, encoder, self.llm["width"], output_std, **parts)
         load_vision_weights(vision, self)
         return vision
 
@@ -128,6 +131,7 @@ def save_checkpoint(
         "diagnostics": diagnostics,
         **({"adapters": adapters} if adapters else {}),
         **({"scan_checks": scan_checks} if scan_checks else {}),
+        **({"findings": list(vision.head.names)} if vision.head is not None else {}),
     }
     save_torch_file(content, path)
 
@@ -166,7 +170,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         version += 1
-    for optional in ("adapters", "scan_checks"):
+    for optional in ("adapters", "scan_checks", "findings"):
         content.setdefault(optional, None)
     fields = {name: _part(content, name, path) for name in Checkpoint.__dataclass_fields__ if name != "path"}
     for key, kept in REMOVED.items():
@@ -174,6 +178,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if value != kept:
             reason = f"{key}: {value}, which is no longer a choice (it is always {kept})"
             raise InputError(f"{path} was trained with {reason}: train both stages again")
+    fields["config"].setdefault("findings_prompt", "off")  # of a checkpoint from before there was one
     known = {key: value for key, value in fields["config"].items() if key in FIELDS}
     fields["config"] = build_config(known, origin=f"{path} (its configuration)")
     fields["preprocess_plan"] = PreprocessPlan.from_dict(fields["preprocess_plan"])

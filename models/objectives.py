@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from models.findings_head import Found, findings_loss
 from models.medical_vlm import VisionBridge
 
 
@@ -78,13 +79,16 @@ class Stage1(nn.Module):
         self.vision = vision
         self.objective = objective
 
-    def forward(self, batch: dict) -> Tensor:
-        """The batch's loss."""
-        return self.objective(self.visual_tokens(batch), batch["row"])
+    def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """The objective's loss of the batch, and the findings head's."""
+        tokens, found = self.read(batch)
+        head = tokens.new_zeros(()) if found is None else findings_loss(found, batch["targets"])
+        return self.objective(tokens, batch["row"]), head
 
-    def visual_tokens(self, batch: dict) -> Tensor:
-        """(B, L, D); without CMI, which reads the question and is trained in Stage 2."""
-        return self.vision(batch["images"], batch["slice_position"], roi=batch["roi"])
+    def read(self, batch: dict) -> tuple[Tensor, Found | None]:
+        """Tokens (B, L, D) without CMI, which reads the question and is trained in Stage 2, and what the head says."""
+        tokens = self.vision.look(self.vision.features(batch["images"]), batch["slice_position"], batch["roi"])
+        return tokens, self.vision.head(tokens, batch["lesions"]) if self.vision.head is not None else None
 
 
 def report_frequencies(reports: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Counter[int]:

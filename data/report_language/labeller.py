@@ -55,6 +55,13 @@ def language_of(reports: Sequence[str]) -> str:
     return "zh" if 2 * chinese >= len(reports) else "en"
 
 
+def readable_language(reports: Sequence[str]) -> str | None:
+    """The language of most reports; None where the labeller reads nothing in most of them: they are in another one."""
+    language = language_of(reports)
+    read = sum(bool(label_report(text, language)) or states_normal(text, language) for text in reports)
+    return language if reports and 2 * read >= len(reports) else None
+
+
 def label_report(text: str, language: str = "auto", source: Source = "report") -> list[FindingRecord]:
     """Every mention of a finding, in the order of the text. A finding at two places gives two.
 

@@ -31,13 +31,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from tqdm import tqdm
 
 from config.errors import InputError
+from config.schema import FindingsPrompt
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset, Sample
 from data.tables.caption_table import CaptionRow
 from engine.evaluation.report_writer import ReportWriter
+from engine.findings_prompt import batch_believed, with_key_points
 from models.language_model.decoding import Decoding
 
 OWN, SHUFFLED, BLANK, PRIOR, SQUARES, SAMPLE = "own", "shuffled", "blank", "prior", "squares", "sample"
@@ -96,7 +99,8 @@ class GenerationStore:
 class ReportPasses:
     """The reports of one table, condition by condition; each process takes its own rows.
 
-    ``table``: a digest of its file.
+    ``table``: a digest of its file; ``mode``, ``language``: of the findings prompt, which comes from the image that a
+    report is written from.
     """
 
     writer: ReportWriter
@@ -108,6 +112,8 @@ class ReportPasses:
     seed: int
     process: int = 0
     processes: int = 1
+    mode: FindingsPrompt = "off"
+    language: str = "zh"
     _answers: dict[tuple, str] = field(default_factory=dict)  # texts that depend on condition and question alone
 
     @functools.cached_property
@@ -158,11 +164,7 @@ class ReportPasses:
 
     def batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Collated, on the model's device."""
-        device = self.writer.device
-        return {
-            key: [image.to(device) for image in value] if isinstance(value, list) else value.to(device)
-            for key, value in self.collator(samples).items()
-        }
+        return send_to_device(self.collator(samples), self.writer.device)
 
     @functools.cached_property
     def mean_image(self) -> tuple[Tensor, Tensor]:
@@ -181,21 +183,25 @@ class ReportPasses:
         sample = self.data[image_of]
         sample = replace(sample, question=self.data.questions[row], answer=self.data.rows[row].answer, row=row)
         if condition == BLANK:
-            nothing = {"images": torch.zeros_like(sample.images), "roi": torch.zeros_like(sample.roi)}
+            nothing = {"images": torch.zeros_like(sample.images), "roi": torch.zeros_like(sample.roi), "measured": []}
             return replace(sample, **nothing, slice_position=self.mean_image[1].cpu().clone())
-        return sample
+        return replace(sample, measured=[]) if condition == PRIOR else sample
 
     def _generate(self, samples: Sequence[Sample], condition: str) -> list[Record]:
         batch = self.batch(samples)
         if condition == PRIOR:
-            visual = self.writer.visual_of_features(*self.mean_image, batch)
+            visual, found = self.writer.visual_of_features(*self.mean_image, batch)
         elif condition == SQUARES:
-            visual = self.writer.visual_of_features(self.mean_image[0], batch["slice_position"], batch, batch["roi"])
+            given = batch["slice_position"], batch, batch["roi"]
+            visual, found = self.writer.visual_of_features(self.mean_image[0], *given)
         else:
-            visual = self.writer.visual(batch)
+            visual, found = self.writer.visual(batch)
         if not torch.isfinite(visual).all():
             named = ", ".join(str(self.data.rows[sample.row].image_path) for sample in samples)
             raise InputError(f"visual tokens are not finite: check the images ({named}) and the nnU-Net")
+        head = self.writer.model.vision.head
+        said = batch_believed(head, found, [sample.measured for sample in samples], self.mode)
+        batch = with_key_points(batch, self.writer.tokenizer, said, self.language)
         if condition.startswith(SAMPLE):
             torch.manual_seed(self.seed * 1_000_003 + samples[0].row * 101 + int(condition.removeprefix(SAMPLE)))
             return [{"text": one.text} for one in self.writer.write(visual, batch, Decoding(temperature=1.0))]
@@ -206,6 +212,9 @@ class ReportPasses:
         else:
             written = self.writer.write(visual, batch)
             texts = [asdict(one) if condition == OWN else {"text": one.text} for one in written]
+            if condition == OWN:
+                known = [one and [finding.to_dict() for finding in one] for one in said]
+                texts = [text | {"believed": one} for text, one in zip(texts, known, strict=True)]
         return [text | loss for text, loss in zip(texts, losses, strict=True)]
 
     def _shared_texts(self, visual: Tensor, batch: Mapping[str, Any], keys: Sequence[tuple]) -> list[str]:
@@ -213,7 +222,7 @@ class ReportPasses:
         new = {key: b for b, key in enumerate(keys) if key not in self._answers}
         if new:
             rows = torch.tensor(list(new.values()), device=visual.device)
-            part = {name: batch[name][rows] for name in ("question_ids", "question_mask")}
+            part = {name: value[rows] for name, value in batch.items() if name.startswith(("question_", "key_point_"))}
             written = self.writer.write(visual[rows], part)
             self._answers |= {key: one.text for key, one in zip(new, written, strict=True)}
         return [self._answers[key] for key in keys]

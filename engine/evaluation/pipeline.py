@@ -198,8 +198,9 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     collator = CaptionCollator(lm.tokenizer, config.max_question_tokens, config.max_answer_tokens)
     writer = ReportWriter(MedicalVLM(vision, lm).eval(), args.max_new_tokens)
     options = args.batch_size, args.seed, accelerator.process_index, accelerator.num_processes
+    prompt = config.findings_prompt, (checkpoint.scan_checks or {}).get("language", "zh")
     passes, *calibration = (
-        ReportPasses(writer, collator, store, file_digest(path).hex()[:12], data, *options)
+        ReportPasses(writer, collator, store, file_digest(path).hex()[:12], data, *options, *prompt)
         for path, data in tables.items()
     )
     answers = [row.answer for row in passes.data.rows]
@@ -242,6 +243,7 @@ def generated_from(args: argparse.Namespace, config: Config, lm: MambaLM) -> dic
         + [config.min_lesion_mm3] * (config.min_lesion_mm3 is not None),
         "cut_at": [config.max_question_tokens, config.max_answer_tokens],
         "max_new_tokens": args.max_new_tokens,
+        **({} if config.findings_prompt == "off" else {"findings_prompt": config.findings_prompt}),
         "seed": args.seed,
         "format": 4,  # raise it when the same checkpoint would be shown something else, or a record has other keys
     }

@@ -58,6 +58,7 @@ class PrefixIdentity:
     image_name: str = ""
     notices: str = ""  # kinds of sentences that stand before a report of the image, with commas; and their language
     language: str = "zh"
+    key_points: str = ""  # the findings prompt
 
     @classmethod
     def of_model(cls, lm: MambaLM, **rest: str) -> PrefixIdentity:

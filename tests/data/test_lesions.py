@@ -22,7 +22,8 @@ def test_two_boxes_by_hand() -> None:
     first, second = measure_lesions(mask, (5.0, 1.0, 2.0), LUNGS, {1: "nodule"})
     assert (first.finding, first.side, first.zone, second.finding) == ("nodule", "left", "lower", LESION)
     assert (second.side, second.zone) == ("right", "upper")
-    assert first.measured == Measurement(1, 24 * 10, None, 2.5, 11.5, 31.0)
+    known = {"thick_mm": pytest.approx(2 * 2 - np.sqrt(2)), "height_mm": 10.0}
+    assert first.measured == Measurement(1, 24 * 10, None, 2.5, 11.5, 31.0, **known)
     # Corner to corner, centre to centre: 3 mm by 4 mm; plus one pixel, of which the sides are 1 and 2 mm.
     assert first.size_mm == pytest.approx(5 + np.sqrt(2))
     assert second.size_mm == pytest.approx(10 + np.sqrt(2))

@@ -76,7 +76,7 @@ def test_collator_pads_on_the_right_and_masks_the_padding(tokenizer):
 
 def test_collator_without_a_tokenizer_gives_images_alone():
     batch = CaptionCollator(None, 128, 1024)([sample((1, 1, 4, 4), "Why?", "a", 0)])
-    assert set(batch) == {"images", "slice_position", "roi", "row"}
+    assert set(batch) == {"images", "slice_position", "roi", "row", "lesions"}
 
 
 # ---------------------------------------------------------------- the whole
@@ -129,7 +129,7 @@ def test_spawned_worker_gives_what_the_main_process_gives(table, tokenizer):
     here = list(DataLoader(pickle.loads(pickle.dumps(cases)), batch_size=2, collate_fn=collator))
     there = list(DataLoader(cases, 2, collate_fn=collator, num_workers=1, multiprocessing_context="spawn"))
     assert len(here) == len(there) == 2
-    torch.testing.assert_close(there, here, rtol=0, atol=0)
+    torch.testing.assert_close(there, here, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("megabytes", "reads"), [(0, 6), (64, 3)])

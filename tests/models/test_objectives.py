@@ -147,13 +147,19 @@ def test_scale_is_trained_but_capped_and_reports_are_no_parameters():
 
 def test_stage1_passes_images_positions_and_rows():
     class Vision(nn.Module):
-        def forward(self, images: Tensor, slice_position: Tensor, *, roi: Tensor) -> Tensor:
-            return images + slice_position[:, :, None] + roi
+        head = None
+
+        def features(self, images: Tensor) -> Tensor:
+            return images
+
+        def look(self, features: Tensor, slice_position: Tensor, roi: Tensor) -> Tensor:
+            return features + slice_position[:, :, None] + roi
 
     batch = {"images": torch.ones(2, 3, 4), "slice_position": torch.ones(2, 3), "roi": torch.ones(2, 3, 4)}
     stage = Stage1(Vision(), ProxyL2())
-    assert torch.equal(stage.visual_tokens(batch), torch.full((2, 3, 4), 3.0))
-    assert stage({**batch, "row": torch.arange(2)}) == 9
+    tokens, found = stage.read(batch)
+    assert torch.equal(tokens, torch.full((2, 3, 4), 3.0)) and found is None
+    assert stage({**batch, "row": torch.arange(2)}) == (9, 0)
 
 
 # ---------------------------------------------------------------- reports as vectors

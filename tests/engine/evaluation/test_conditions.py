@@ -55,16 +55,17 @@ class Model:
     def __init__(self, table: Table, looks: bool) -> None:
         self.reports, self.looks, self.written = [row.answer for row in table.rows], looks, 0
         self.shown: list[tuple[Tensor, Tensor | None]] = []
-        self.model = SimpleNamespace(vision=SimpleNamespace(features=lambda images: images[:, None]))
+        self.model = SimpleNamespace(vision=SimpleNamespace(features=lambda images: images[:, None], head=None))
+        self.tokenizer = None
 
-    def visual(self, batch: Mapping[str, Any]) -> Tensor:
-        return batch["images"][:, 0, 0, 0, 0]
+    def visual(self, batch: Mapping[str, Any]) -> tuple[Tensor, None]:
+        return batch["images"][:, 0, 0, 0, 0], None
 
     def visual_of_features(
         self, features: Tensor, position: Tensor, batch: Mapping[str, Any], roi: Tensor | None = None
-    ) -> Tensor:
+    ) -> tuple[Tensor, None]:
         self.shown.append((position, roi))
-        return torch.zeros(len(batch["question_ids"]))
+        return torch.zeros(len(batch["question_ids"])), None
 
     def _texts(self, visual: Tensor, batch: Mapping[str, Any]) -> list[str]:
         # Without a look it writes one of two reports, by its question: fluent, and of nobody.
