@@ -107,7 +107,7 @@ def states_normal(text: str, language: str) -> bool:
 
 
 @functools.cache
-def _lexer(language: str) -> Lexer:
+def lexer(language: str) -> Lexer:
     return Lexer(LANGUAGES[language].rules)
 
 
@@ -116,7 +116,7 @@ def _label_section(text: str, section: Section, language: str) -> list[FindingRe
     earlier: list[Place] = []
     open_ = outside = False  # the last lesion, or an organ outside the chest, is what the next sentence can refer to
     for begin, stop in sentences(text, section.start, section.end):
-        tokens = _lexer(language).read(text, begin, stop)
+        tokens = lexer(language).read(text, begin, stop)
         sentence = Sentence(text[:stop], begin, tokens, LANGUAGES[language], outside)
         found = _label_sentence(sentence, section.name, earlier)
         if not found and open_ and _states_size(sentence):
