@@ -88,10 +88,12 @@ class MedicalVLMDataset(Dataset):
         return view
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, limit: int) -> list[int]:
-    """``question`` cut to ``limit`` tokens, then a line break: the same in training and generation."""
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, limit: int, key_points: str = "") -> list[int]:
+    """The line of key points whole, ``question`` cut to ``limit`` tokens, a line break: the same in training and
+    generation."""
+    known = tokenizer.encode(key_points, add_special_tokens=False) if key_points else []
     ids = tokenizer.encode(question, add_special_tokens=False)[:limit]
-    return ids + tokenizer.encode("\n", add_special_tokens=False)
+    return [*known, *ids, *tokenizer.encode("\n", add_special_tokens=False)]
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str, limit: int) -> tuple[list[int], bool]:

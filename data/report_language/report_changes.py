@@ -64,7 +64,7 @@ _SYNONYMS = (frozenset(("miliary", "tree_in_bud")), frozenset(("opacity", "conso
 
 
 def _may_be_same(a: FindingRecord, b: FindingRecord) -> bool:
-    """Whether two mentions contradict each other in nothing; two sizes at one place are one finding's."""
+    """Whether two mentions contradict each other in nothing; two sizes in one section are two findings'."""
     if a.finding != b.finding:
         pair = {a.finding, b.finding}
         concluded = a.section != b.section and (a.size_mm is None or b.size_mm is None)
@@ -75,8 +75,8 @@ def _may_be_same(a: FindingRecord, b: FindingRecord) -> bool:
     for one, two in ((a.side, b.side), (a.lobe, b.lobe), (a.zone, b.zone), (a.level, b.level)):
         if one and two and one != two:
             return False
-    exact = (a.side, a.level) == (b.side, b.level)
-    return exact or a.size_mm is None or b.size_mm is None or a.size_mm == b.size_mm
+    repeated = a.section != b.section and (a.side, a.level) == (b.side, b.level)
+    return repeated or a.size_mm is None or b.size_mm is None or a.size_mm == b.size_mm
 
 
 def _completed(a: FindingRecord, b: FindingRecord) -> FindingRecord:
