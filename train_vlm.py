@@ -198,7 +198,8 @@ def main() -> None:
     say = accelerator.print
 
     # ---------------------------------------------------------------- model and data
-    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=accelerator.device, int8=args.llm_int8)
+    weights = {"stage0": config.language_model_adapters, "int8": args.llm_int8}
+    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=accelerator.device, **weights)
     if lm.checkpointing(config.llm_checkpointing):
         say("language model: each block is computed again in the backward pass (llm_checkpointing)", flush=True)
     vision, plan, lines = build_vision(config, start, lm)
@@ -252,7 +253,8 @@ def main() -> None:
         path, best = output / BEST_FILE, start
         if path.is_file():
             best = load_checkpoint(path)
-            if (best.preprocess_plan, best.llm["width"], rank_of(best)) != (plan, lm.width, args.lora_rank):
+            of_best = best.preprocess_plan, best.llm["width"], best.llm.get("adapters", ""), rank_of(best)
+            if of_best != (plan, lm.width, lm.adapters, args.lora_rank):
                 if accelerator.is_main_process:
                     print(f"{path.name} is of another training and is kept as {keep_previous(path).name}", flush=True)
                 best = start

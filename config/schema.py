@@ -98,6 +98,9 @@ class Config:
     )
     # language model
     mamba_model: str = _key("state-spaces/mamba-2.8b-hf", "hub name or local folder of the Mamba LLM", "place")
+    language_model_adapters: str | None = _key(
+        None, "Stage 0's adapters, from scripts/adapt_language_model.py (empty: none)", "path"
+    )
     mamba_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key(
         "auto", "auto: bfloat16 on a GPU or for a large model, else float32", "run"
     )

@@ -27,7 +27,7 @@ from data.cache import CaseCache
 from data.finding_targets import PromptErrors, Targets, descriptors, targets
 from data.findings import FindingRecord
 from data.report_language.key_points import key_points_of, write_key_points
-from data.report_language.labeller import readable_language
+from data.report_language.labeller import known_language
 from data.tables.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
 from data.view_selection import EncoderGeometry, View, ViewSelection
 
@@ -102,8 +102,8 @@ class MedicalVLMDataset(Dataset):
 
     @functools.cached_property
     def language(self) -> str | None:
-        """Of the reports; None where the labeller reads too little of them to learn findings."""
-        return readable_language([row.answer for row in self.rows])
+        """Of the reports; None where the labeller does not know it."""
+        return known_language([row.answer for row in self.rows])
 
     @functools.cached_property
     def stated(self) -> list[list[FindingRecord]]:
@@ -132,15 +132,16 @@ class MedicalVLMDataset(Dataset):
         return view, measured
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, limit: int) -> list[int]:
-    """``question`` cut to ``limit`` tokens, then a line break: the same in training and generation."""
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, limit: int, key_points: str = "") -> list[int]:
+    """The line of key points whole, ``question`` cut to ``limit`` tokens, a line break: the same in training and
+    generation."""
     ids = tokenizer.encode(question, add_special_tokens=False)[:limit]
-    return ids + tokenizer.encode("\n", add_special_tokens=False)
+    return [*encode_key_points(tokenizer, key_points), *ids, *tokenizer.encode("\n", add_special_tokens=False)]
 
 
 def encode_key_points(tokenizer: PreTrainedTokenizerBase, line: str) -> list[int]:
-    """A findings prompt and a line break, before the question; nothing of an empty one."""
-    return encode_prompt(tokenizer, line, MAX_KEY_POINT_TOKENS) if line else []
+    """A findings prompt, which stands before the question; nothing of an empty one."""
+    return tokenizer.encode(line, add_special_tokens=False)[:MAX_KEY_POINT_TOKENS] if line else []
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str, limit: int) -> tuple[list[int], bool]:

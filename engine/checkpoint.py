@@ -31,6 +31,7 @@ from config.errors import InputError, first_line
 from config.files import atomic_path, pickle_contains
 from config.nnunet_plans import PreprocessPlan
 from config.schema import FIELDS, REMOVED, Config, build_config, keys_with_role, yaml_line
+from models.language_model.adapter_file import adapter_digest
 from models.language_model.mamba_lm import read_lm_config
 from models.medical_vlm import VisionBridge
 from models.nnunet.encoder import NnUNetEncoder
@@ -222,7 +223,7 @@ def check_agreement(checkpoint: Checkpoint, config: Config) -> list[str]:
     if checkpoint.has_cmi and not config.use_cmi:
         reason = "was trained with CMI, this configuration has use_cmi: false; set use_cmi: true"
         raise InputError(f"{checkpoint.path} {reason}")
-    check_width(checkpoint, config.mamba_model)
+    check_language_model(checkpoint, config)
     free = keys_with_role("tokens")
     if len(checkpoint.preprocess_plan.patch_size) == 3:
         free.remove("slices")  # a 3-D encoder pools its volume to this many planes
@@ -243,13 +244,21 @@ def check_agreement(checkpoint: Checkpoint, config: Config) -> list[str]:
     return notes
 
 
-def check_width(checkpoint: Checkpoint, mamba_model: str) -> None:
-    """Raises InputError where a language model has not the width that the tokens were trained for; reads no weights."""
-    width, trained = read_lm_config(mamba_model).hidden_size, checkpoint.llm
+def check_language_model(checkpoint: Checkpoint, config: Config) -> None:
+    """Raises InputError where the language model has not the width that the tokens were trained for, or not the Stage-0
+    adapters that Stage 2 was trained with; reads no weights of the model."""
+    width, trained = read_lm_config(config.mamba_model).hidden_size, checkpoint.llm
     if width != trained["width"]:
         raise InputError(
-            f"mamba_model '{mamba_model}' has width {width}, {checkpoint.path} was trained for width "
+            f"mamba_model '{config.mamba_model}' has width {width}, {checkpoint.path} was trained for width "
             f"{trained['width']} ('{trained.get('name')}'): use that model, or retrain both stages"
+        )
+    here, there = adapter_digest(config.language_model_adapters), trained.get("adapters", "")
+    if checkpoint.stage == "vlm" and here != there:
+        names = config.language_model_adapters or "empty", checkpoint.config.language_model_adapters or "empty"
+        raise InputError(
+            f"language_model_adapters is {names[0]} ({here or 'none'}), {checkpoint.path} was trained with {names[1]} "
+            f"({there or 'none'}): set language_model_adapters to that file in the configuration, or retrain Stage 2"
         )
 
 

@@ -6,7 +6,7 @@ images [B, K, C_in, H, W] (2-D)  or  [B, C_in, z, y, x] (3-D)
   VimBridge     → visual [B, L, D]
   FindingsHead  → findings and measured lesions, with probabilities    (beside the way of the tokens)
   CMI           → visual [B, L', D]             (optional, steered by the question)
-  [visual][findings prompt]\\n[question]\\n[answer]  → frozen Mamba → loss on the answer, or generated text
+  [visual][findings prompt][question]\\n[answer]  → frozen Mamba → loss on the answer, or generated text
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def prompt_ids(batch: Mapping[str, Any], b: int) -> Tensor:
 
 
 def answer_inputs(lm: MambaLM, visual: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """``[visual][findings prompt]\\n[question]\\n[answer]`` embedded, padded on the right, and labels, of the answer
+    """``[visual][findings prompt][question]\\n[answer]`` embedded, padded on the right, and labels, of the answer
     alone.
 
     Args:

@@ -96,7 +96,7 @@ from data.report_language.labeller import detect_language, label_report
 from data.tables.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
 from data.view_selection import ViewSelection
 from engine import segmentation
-from engine.checkpoint import Checkpoint, check_width, load_checkpoint
+from engine.checkpoint import Checkpoint, check_language_model, load_checkpoint
 from engine.findings_prompt import believed
 from engine.scan_checks import check_new_scan, chosen_blindly, compare_described, describe_view, judge_features, notice
 from models.language_model.decoding import INCOMPLETE, CharacterStream, Decoding, FirstTokenClock, StopRule
@@ -196,7 +196,7 @@ def token_budget(config: Config, wanted: int | None, cap: int | None) -> tuple[i
 def check_models(args: argparse.Namespace, checkpoint: Checkpoint, config: Config) -> None:
     """Before anything large is read. Raises: InputError where the language model, the RoI or the token budget does not
     fit the checkpoint."""
-    check_width(checkpoint, config.mamba_model)
+    check_language_model(checkpoint, config)
     check_regions(config)
     if config.mamba_model != checkpoint.llm["name"]:
         print(f"note: language model {config.mamba_model}; the checkpoint was trained with {checkpoint.llm['name']}")
@@ -415,6 +415,7 @@ def main() -> None:
 
     # ---------------------------------------------------------------- language model
     weights = {"load_in_8bit": args.llm_8bit, "int8": args.llm_int8, "adapters": checkpoint.adapters}
+    weights["stage0"] = config.language_model_adapters
     lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=llm_device, **weights)
     reading, origin = 0.0, "the image read with the question"
     if identity is not None:

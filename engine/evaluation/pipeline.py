@@ -27,7 +27,7 @@ from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from data.report_language.labeller import language_of
 from data.report_language.terms import FINDINGS
 from data.tables.caption_table import CaptionRow, scan_caption_table
-from engine.checkpoint import check_width, load_checkpoint
+from engine.checkpoint import check_language_model, load_checkpoint
 from engine.cli import local_config
 from engine.evaluation.card_pages import card_blocks, draw_plots, write_pages
 from engine.evaluation.conditions import (
@@ -173,7 +173,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     config = local_config(args, checkpoint.config)
     remedy = "use a checkpoint that was trained with your own models"
     check_toy_models(config, [args.csv], args.allow_toy_model, remedy)
-    check_width(checkpoint, config.mamba_model)
+    check_language_model(checkpoint, config)
     device = accelerator.device
     vision = checkpoint.build_vision().to(device).eval()
 
@@ -193,7 +193,8 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     tables |= {other: load(other)} if other else {}
     if accelerator.is_main_process:
         warn_of_training_cases(config, tables[args.csv].rows)
-    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, adapters=checkpoint.adapters)
+    weights = {"stage0": config.language_model_adapters, "adapters": checkpoint.adapters}
+    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, **weights)
     store = GenerationStore(args.out, generated_from(args, config, lm), accelerator.process_index)
     collator = CaptionCollator(lm.tokenizer, config.max_question_tokens, config.max_answer_tokens)
     writer = ReportWriter(MedicalVLM(vision, lm).eval(), args.max_new_tokens)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import StoppingCriteria
 
 from config.errors import InputError, first_line
+from models.language_model.adapter_file import read_adapters
 from models.language_model.cuda_graph_decode import static_steps
 from models.language_model.decoding import StopAtText, StopRule, plain_text
 from models.language_model.embedding_table import not_found
@@ -49,10 +51,12 @@ class LMIdentity:
     layers: int
     vocabulary: int
     tokens: int
+    adapters: str = ""  # digest of Stage 0's
 
     @classmethod
-    def of(cls, name: str, config: MambaConfig, tokenizer: PreTrainedTokenizerBase) -> LMIdentity:
-        return cls(name, config.hidden_size, config.num_hidden_layers, config.vocab_size, len(tokenizer))
+    def of(cls, name: str, config: MambaConfig, tokenizer: PreTrainedTokenizerBase, adapters: str = "") -> LMIdentity:
+        sizes = config.hidden_size, config.num_hidden_layers, config.vocab_size, len(tokenizer)
+        return cls(name, *sizes, adapters)
 
     def to_dict(self) -> dict[str, str | int]:
         return dict(vars(self))
@@ -103,11 +107,15 @@ def lm_identity(name: str) -> LMIdentity:
 class MambaLM(nn.Module):
     """A frozen ``MambaForCausalLM`` with its tokenizer."""
 
-    def __init__(self, model: MambaForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    def __init__(
+        self, model: MambaForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str, adapters: str = ""
+    ) -> None:
+        """``adapters``: digest of those of Stage 0 in the weights."""
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
+        self.adapters = adapters
         self.known_tokens = min(len(tokenizer), model.config.vocab_size)
         use_our_scan(model)
         self.requires_grad_(False)
@@ -122,6 +130,7 @@ class MambaLM(nn.Module):
         device: torch.device | str = "cpu",
         load_in_8bit: bool = False,
         int8: bool = False,
+        stage0: str | Path | None = None,
         adapters: Mapping[str, Any] | None = None,
     ) -> MambaLM:
         """
@@ -130,14 +139,17 @@ class MambaLM(nn.Module):
             dtype: ``auto`` (bfloat16 on an accelerator or from a billion parameters, else float32) or torch's name.
             load_in_8bit: weights in int8 through bitsandbytes (GPU only).
             int8: the large weights in int8 by our own layers, on any device; ``dtype`` is that of the rest.
-            adapters: of a checkpoint that was trained with --lora_rank; merged into the weights.
+            stage0: file of Stage 0's adapters (language_model_adapters), merged into the weights.
+            adapters: of a checkpoint that was trained with --lora_rank; merged after them.
 
         Raises:
             InputError: not found, not a Mamba-1, weights or bitsandbytes missing, adapters of another model, or options
                 that exclude each other.
         """
         device = torch.device(device)
-        eight_bit = bitsandbytes_options(device, int8=int8, adapters=bool(adapters)) if load_in_8bit else {}
+        adapted = bool(adapters or stage0)
+        eight_bit = bitsandbytes_options(device, int8=int8, adapters=adapted) if load_in_8bit else {}
+        stage0 = read_adapters(Path(stage0)) if stage0 else None
         config, tokenizer = read_lm_config(name), read_tokenizer(name)
         kind = _dtype(dtype, config, device)
         try:
@@ -149,13 +161,15 @@ class MambaLM(nn.Module):
             what = sorted(missing)[:3] or sorted(map(str, report["mismatched_keys"]))[:3]
             raise InputError(f"weights of mamba_model '{name}' are incomplete or of another shape: {', '.join(what)}")
         _tie_head(model, head_missing="lm_head.weight" in report["missing_keys"])
+        if stage0:
+            stage0.merge_into(model, LMIdentity.of(name, config, tokenizer).to_dict())
         if adapters:
             merge(model, adapters)
         if int8:
             quantise_int8(model)  # before it moves: the device never holds the weights as they were
         if not load_in_8bit:
             model.to(device)
-        return cls(model, tokenizer, name)
+        return cls(model, tokenizer, name, stage0.digest if stage0 else "")
 
     @property
     def width(self) -> int:
@@ -163,7 +177,7 @@ class MambaLM(nn.Module):
 
     @property
     def identity(self) -> LMIdentity:
-        return LMIdentity.of(self.name, self.model.config, self.tokenizer)
+        return LMIdentity.of(self.name, self.model.config, self.tokenizer, self.adapters)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, L) token ids → (B, L, D).

@@ -38,6 +38,11 @@ def test_prompt_is_cut_and_ends_with_a_line_break(tokenizer):
     assert encode_prompt(tokenizer, "", 128) == [newline]
 
 
+def test_key_points_stand_whole_before_the_question(tokenizer):
+    ids = encode_prompt(tokenizer, "abc" * 100, 5, key_points="已知：结节。")
+    assert tokenizer.decode(ids) == "已知：结节。abcab\n"
+
+
 def test_answer_ends_with_end_of_text_unless_it_is_cut(tokenizer):
     assert encode_answer(tokenizer, "abc", 4) == ([*tokenizer.encode("abc"), END], False)
     assert encode_answer(tokenizer, "abc", 3) == ([*tokenizer.encode("abc"), END], False)

@@ -218,7 +218,9 @@ def test_older_version_passes_through_its_migrations(saved, monkeypatch):
     assert load_checkpoint(edited(saved, remove="epoch", version=0, epochs_done=7)).epoch == 7
 
 
-NEEDED = [name for name in Checkpoint.__dataclass_fields__ if name not in ("path", "adapters", "scan_checks", "findings")]
+NEEDED = [
+    name for name in Checkpoint.__dataclass_fields__ if name not in ("path", "adapters", "scan_checks", "findings")
+]
 
 
 @pytest.mark.parametrize("name", ["version", *NEEDED])
