@@ -52,6 +52,13 @@ class ReportWriter:
         return self.model.visual_tokens(batch)
 
     @torch.no_grad()
+    def embedding(self, batch: Mapping[str, Any]) -> Tensor:
+        """Mean visual token of each image before CMI, (B, D) float32."""
+        vision = self.model.vision
+        tokens = vision.bridge_tokens(vision.features(batch["images"]), batch["slice_position"], roi=batch["roi"])
+        return tokens.float().mean(1)
+
+    @torch.no_grad()
     def visual_of_features(
         self, features: Tensor, position: Tensor, batch: Mapping[str, Any], roi: Tensor | None = None
     ) -> Tensor:
