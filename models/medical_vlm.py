@@ -101,21 +101,17 @@ class VisionBridge(nn.Module):
         roi: Tensor | None = None,
     ) -> Tensor:
         """As :meth:`forward`, from the encoder's features (B, K, C, T, T), by which saliency maps differentiate."""
-        visual = self.bridge_tokens(features, slice_position, roi=roi)
-        if self.cmi is not None:
-            if question is None or question_mask is None:
-                raise ValueError("CMI is part of this model: the question's embeddings are needed")
-            visual = self.cmi(visual, question, question_mask)
-        return visual
-
-    def bridge_tokens(self, features: Tensor, slice_position: Tensor, *, roi: Tensor | None = None) -> Tensor:
-        """Visual tokens (B, L, D) before CMI, which depend on no question; arguments as for :meth:`tokens`."""
         corner = (0, 0)
         if self.centre_crop is not None:
             B, K = features.shape[:2]
             cropped, corner = center_crop(features.flatten(0, 1), self.centre_crop)
             features = cropped.unflatten(0, (B, K))
-        return self.bridge(features, slice_position, corner, roi)
+        visual = self.bridge(features, slice_position, corner, roi)
+        if self.cmi is not None:
+            if question is None or question_mask is None:
+                raise ValueError("CMI is part of this model: the question's embeddings are needed")
+            visual = self.cmi(visual, question, question_mask)
+        return visual
 
     def freeze(self, *, train_encoder: bool) -> str:
         """The one place that says what is trained; returns it in words, with parameter counts."""

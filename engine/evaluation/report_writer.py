@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 from data.medical_vlm_dataset import pad_tokens
 from models.language_model.decoding import INCOMPLETE, Decoding, plain_text
 from models.language_model.mamba_lm import MambaLM
-from models.medical_vlm import MedicalVLM, answer_inputs, generate_reports
+from models.medical_vlm import MedicalVLM, VisionBridge, answer_inputs, generate_reports
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class ReportWriter:
     def embedding(self, batch: Mapping[str, Any]) -> Tensor:
         """Mean visual token of each image before CMI, (B, D) float32."""
         vision = self.model.vision
-        tokens = vision.bridge_tokens(vision.features(batch["images"]), batch["slice_position"], roi=batch["roi"])
-        return tokens.float().mean(1)
+        without_cmi = VisionBridge(vision.encoder, vision.bridge, None, centre_crop=vision.centre_crop)
+        return without_cmi(batch["images"], batch["slice_position"], roi=batch["roi"]).float().mean(1)
 
     @torch.no_grad()
     def visual_of_features(
