@@ -33,7 +33,6 @@ _IMAGES = {
     "prior": "none (mean of all)",
     "squares": "mean of all, own slice levels and lesion RoIs",
 }
-_FLOORS = {"all_negative": "all negative", "all_positive": "all positive", "permuted": "permuted"}
 _COMPARED = {
     "macro_f1": "macro-F1",
     "micro_f1": "micro-F1",
@@ -183,25 +182,26 @@ def _audit(audit: Mapping[str, Any]) -> list[Block]:
 def _compared(card: Mapping[str, Any]) -> list[Block]:
     """Each score of the reports beside that of the baselines and the floors."""
     baselines, floors = card["baselines"] or {}, card["floors"]
-    rows = [["score", "the model", *baselines, *(f"floor: {words}" for words in _FLOORS.values())]]
-    own, whole = compared_scores(card), card["whole_reports"]["own"]
+    rows = [["score", "the model", *baselines, "floors"]]
     for name, words in _COMPARED.items():
         copied = [_beside(one[name], one["difference"][name]) for one in baselines.values()]
-        rows.append([words, _scored(own[name]), *copied, *(_scored(floors[floor].get(name)) for floor in _FLOORS)])
-    for name, score in whole.items():
+        bounds = "\n".join(show(floor[name]["value"]) for floor in floors.values() if name in floor)
+        rows.append([words, _unbroken(_own_scores(card)[name]), *copied, bounds])
+    for name, score in card["whole_reports"]["own"].items():
         if score["n"]:
             parts = (
                 (one["whole_reports"][name], one["difference"]["whole_reports"][name]) for one in baselines.values()
             )
-            rows.append([f"whole reports: {name}", _scored(score), *(_beside(*part) for part in parts), *[""] * 3])
-    text = f"{card['baselines_note']}. "
+            rows.append([f"whole reports: {name}", _unbroken(score), *(_beside(*part) for part in parts), ""])
+    text = f"{card['baselines_note']}."
     if baselines:
-        text = f"Baselines: {text}" + "; ".join(f"{name}: {words}" for name, words in BASELINES.items())
+        text = f"Baselines copy one of {text} " + "; ".join(f"{name}: {words}" for name, words in BASELINES.items())
         text += ". In the second line of a cell: the model minus the baseline, with its paired interval."
+    text += " Floors, in this order: reports that state no finding, that state every finding, permuted reports."
     return [_heading("Beside its baselines and floors"), _text(text), _table(rows)]
 
 
-def compared_scores(card: Mapping[str, Any]) -> dict[str, Any]:
+def _own_scores(card: Mapping[str, Any]) -> dict[str, Any]:
     """The model's scores that baselines have too, by the names that they have there; of whole reports apart."""
     found = card["findings"]
     macro = {"value": found["macro_f1"], "interval": found["macro_f1_interval"]}
@@ -211,7 +211,12 @@ def compared_scores(card: Mapping[str, Any]) -> dict[str, Any]:
 def _beside(score: Mapping[str, Any], difference: Mapping[str, Any]) -> str:
     numbers = [difference["value"], *difference["interval"]]
     signed = "—" if None in numbers else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*numbers)
-    return f"{_scored(score)}\n{signed}"
+    return f"{_unbroken(score)}\n{signed}".replace(" ", "\u00a0")
+
+
+def _unbroken(score: Mapping[str, Any]) -> str:
+    """With no-break spaces."""
+    return _scored(score).replace(" ", "\u00a0")
 
 
 def _findings(found: Mapping[str, Any]) -> list[Block]:

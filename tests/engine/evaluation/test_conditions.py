@@ -156,7 +156,7 @@ def test_reports_are_compared_with_copied_ones(tmp_path: Path) -> None:
     assert card["audit"]["verdict_code"] == "independent", "which says more than that it is below a baseline"
     assert any("no: exact_acc is above copying" in reason for reason in card["audit"]["reasons"])
     markdown = "\n".join(block for block, _ in card_blocks(card | {"csv": "", "checkpoint": ""}, [], []))
-    assert "Beside its baselines and floors" in markdown and "| score | the model | nearest | floor" in markdown
+    assert "Beside its baselines and floors" in markdown and "| score | the model | nearest | floors |" in markdown
 
 
 def test_squares_are_the_mean_image_with_what_is_known_of_the_case(tmp_path: Path) -> None:
