@@ -59,7 +59,8 @@ def training_cases(
     try:
         path = config.resolved("caption_csv_train")
         shared = warn_of_training_cases(config, path, evaluated)
-        data = MedicalVLMDataset.from_config(config, path, cache, encoder, seed=0)
+        read_once = config.replace(memory_cache_mb=0)
+        data = MedicalVLMDataset.from_config(read_once, path, cache, encoder, seed=0)
         rows = [k for k, row in enumerate(data.rows) if row.number not in shared]
         if not rows:
             raise InputError(f"every case of {path} is evaluated")
