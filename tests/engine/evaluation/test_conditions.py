@@ -62,6 +62,10 @@ class Model:
     def visual(self, batch: Mapping[str, Any]) -> Tensor:
         return batch["images"][:, 0, 0, 0, 0]
 
+    def embedding(self, batch: Mapping[str, Any]) -> Tensor:
+        self.written += len(batch["row"])
+        return torch.stack([self.visual(batch), torch.full((len(batch["row"]),), 1 / 3)], 1)
+
     def visual_of_features(
         self, features: Tensor, position: Tensor, batch: Mapping[str, Any], roi: Tensor | None = None
     ) -> Tensor:
@@ -197,6 +201,16 @@ def test_a_stopped_evaluation_goes_on(tmp_path: Path) -> None:
     again.run("own")
     assert model.written == 30 - 19
     assert [r["text"] for r in again.records("own")] == [row.answer for row in data.rows]
+
+
+def test_embeddings_are_made_once_and_exactly_kept(tmp_path: Path) -> None:
+    data, rows = Table(12), [7, 2, 9]
+    first, again = Model(data, looks=True), Model(data, looks=True)
+    passes_of(tmp_path, data, first).embed(rows)
+    passes = passes_of(tmp_path, data, again)
+    passes.embed(rows)
+    assert (first.written, again.written) == (3, 0)
+    assert (passes.embeddings(rows) == np.array([[8, 1 / 3], [3, 1 / 3], [10, 1 / 3]], np.float32)).all()
 
 
 def test_processes_take_their_own_rows_and_changed_cases_are_missing(tmp_path: Path) -> None:
