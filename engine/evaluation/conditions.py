@@ -21,6 +21,7 @@ number of processes may change between two starts.
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import random
@@ -30,6 +31,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
@@ -45,6 +47,7 @@ from models.language_model.decoding import Decoding
 
 OWN, SHUFFLED, BLANK, PRIOR, SQUARES, SAMPLE = "own", "shuffled", "blank", "prior", "squares", "sample"
 AUDITED = (OWN, SHUFFLED, BLANK, PRIOR, SQUARES)
+EMBEDDING = "embedding"  # key of the records that hold a mean visual token
 _BASELINE_CASES = 256  # that the mean image is made of
 Record = dict[str, Any]
 
@@ -113,7 +116,7 @@ class ReportPasses:
     process: int = 0
     processes: int = 1
     mode: FindingsPrompt = "off"
-    language: str = "zh"
+    language: str | None = None
     _answers: dict[tuple, str] = field(default_factory=dict)  # texts that depend on condition and question alone
 
     @functools.cached_property
@@ -146,6 +149,20 @@ class ReportPasses:
                     for row, record in zip(part, make(part), strict=True)
                 )
                 bar.update(len(part))
+
+    def embed(self, rows: Iterable[int]) -> None:
+        """Store the mean visual token of these rows' images where it is missing."""
+
+        def make(part: list[int]) -> list[Record]:
+            vectors = self.writer.embedding(self.batch([self.data[row] for row in part])).cpu().numpy()
+            return [{"vector": base64.b64encode(vector.astype("<f4").tobytes()).decode()} for vector in vectors]
+
+        self.fill(EMBEDDING, rows, self.batch_size, make)
+
+    def embeddings(self, rows: Iterable[int]) -> np.ndarray:
+        """What :meth:`embed` has stored of these rows, float32 [rows, D]."""
+        records = self.stored(EMBEDDING)
+        return np.stack([np.frombuffer(base64.b64decode(records[row]["vector"]), "<f4") for row in rows])
 
     def key(self, condition: str) -> str:
         """Key of a condition in the store: the shuffled order and the mean image depend on the number of rows."""

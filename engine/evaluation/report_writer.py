@@ -53,6 +53,12 @@ class ReportWriter:
         return self.model.read(batch)
 
     @torch.no_grad()
+    def embedding(self, batch: Mapping[str, Any]) -> Tensor:
+        """Mean visual token of each image before CMI, (B, D) float32."""
+        vision = self.model.vision
+        return vision.look(vision.features(batch["images"]), batch["slice_position"], batch["roi"]).float().mean(1)
+
+    @torch.no_grad()
     def visual_of_features(
         self, features: Tensor, position: Tensor, batch: Mapping[str, Any], roi: Tensor | None = None
     ) -> tuple[Tensor, Found | None]:

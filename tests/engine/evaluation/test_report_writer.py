@@ -19,6 +19,14 @@ def test_losses_are_the_training_loss(model: MedicalVLM, batch: dict[str, Tensor
     assert sum(nats for nats, _ in losses) == pytest.approx(float(total.detach()), rel=1e-5)
 
 
+def test_an_embedding_is_of_the_image_alone(model: MedicalVLM, batch: dict[str, Tensor]) -> None:
+    """Before CMI, which the question steers."""
+    writer = ReportWriter(model, 5)
+    found, other = writer.embedding(batch), {**batch, "question_ids": batch["question_ids"].flip(0)}
+    assert found.shape == (3, 16) and not torch.allclose(writer.visual(batch)[0], writer.visual(other)[0])
+    assert torch.equal(found, writer.embedding(other)) and not torch.allclose(found[0], found[1])
+
+
 @pytest.mark.parametrize("decoding", [None, Decoding(temperature=1.0)])
 def test_log_probs_are_those_of_each_step(
     model: MedicalVLM, batch: dict[str, Tensor], decoding: Decoding | None
