@@ -80,7 +80,7 @@ def test_small_lesions_count_as_much_as_large_ones(script) -> None:
 
 def tokenizer_of(make_tiny_lm, language: str, texts: int = 400, vocabulary: int = 1200):
     source = make_tiny_lm.ReportTexts(language, 1, seed=0)
-    return make_tiny_lm.train_tokenizer(["\n".join(source.draw()) for _ in range(texts)], vocabulary, language)
+    return make_tiny_lm.train_tokenizer(["\n".join(source.draw()) for _ in range(texts)], vocabulary, source.alone)
 
 
 def test_tiny_tokenizer_gives_every_text_back(script) -> None:
