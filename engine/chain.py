@@ -40,12 +40,13 @@ class Step(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """A synthetic data set, and for how many epochs it is trained on."""
+    """A synthetic data set, and how long it is trained on."""
 
     train: int
     val: int
     test: int
     max_findings: int
+    stage0_steps: int
     align_epochs: int
     caption_epochs: int
     max_new_tokens: int = 160
@@ -83,7 +84,7 @@ def write_paths_yaml(out: Path, models: Models, stage0: bool = True, keys: Mappi
 
 def adapters(out: Path) -> Path:
     """What Stage 0 writes."""
-    return out / "language_model_adapters.pt"
+    return out / "language_model_adapters.safetensors"
 
 
 # ------------------------------------------------------------------ steps
@@ -110,9 +111,10 @@ def language_model(folder: Path, seed: int) -> Step:
     return step("language_model", "a tiny Mamba that knows general text", seed, *command)
 
 
-def stage0(out: Path, seed: int) -> Step:
-    command = ["scripts/adapt_language_model.py", "--config", out / "paths.yaml", "--out", adapters(out)]
-    return step("stage0", "Stage 0: the language model learns to write reports", seed, *command)
+def stage0(setting: Setting, out: Path, seed: int) -> Step:
+    command = ["scripts/adapt_language_model.py", "--config", out / "paths.yaml", "--steps", setting.stage0_steps]
+    title = "Stage 0: the language model learns to write reports"
+    return step("stage0", title, seed, *command, steps=setting.stage0_steps)
 
 
 def training(setting: Setting, out: Path, seed: int, lora_rank: int = 0) -> list[Step]:

@@ -23,7 +23,7 @@ import environment
 from config.files import write_text  # nothing but the standard library: .venv may not be installed yet
 from engine import chain
 
-SETTING = chain.Setting(train=400, val=48, test=60, max_findings=1, align_epochs=8, caption_epochs=10)
+SETTING = chain.Setting(train=320, val=40, test=60, max_findings=1, stage0_steps=200, align_epochs=8, caption_epochs=10)
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,7 +42,7 @@ def plan(out: Path, seed: int, from_scratch: bool = False) -> list[chain.Step]:
         models = chain.Models(out / "nnunet" / "fold_0" / "checkpoint_best.pth", out / "mamba_general")
         made = [chain.segmentation(out, seed), chain.language_model(models.language_model, seed)]
     chain.write_paths_yaml(out, models)
-    trained = [chain.stage0(out, seed), *chain.training(SETTING, out, seed)]
+    trained = [chain.stage0(SETTING, out, seed), *chain.training(SETTING, out, seed)]
     return [chain.phantoms(SETTING, out, seed), *made, *trained, chain.scores(SETTING, out, seed)]
 
 

@@ -24,9 +24,10 @@ from config.files import write_text
 from engine import chain
 from engine.cli import Parser, positive_int, run_main
 
+_LENGTHS = {"stage0_steps": 600, "align_epochs": 12, "caption_epochs": 15}
 SETTINGS = {
-    "u1": chain.Setting(train=315, val=64, test=300, max_findings=1, align_epochs=12, caption_epochs=15),
-    "u3": chain.Setting(315, 64, 300, max_findings=3, align_epochs=12, caption_epochs=15, max_new_tokens=300),
+    "u1": chain.Setting(315, 64, 300, max_findings=1, **_LENGTHS),
+    "u3": chain.Setting(315, 64, 300, max_findings=3, **_LENGTHS, max_new_tokens=300),
 }
 LANGUAGE_MODEL_SEED = 42  # one language model for all seeds of a setting
 MASKED_CASES = 100  # held-out cases of the pointing game and of the segmentation's scores
@@ -41,6 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="configuration keys to change")
     parser.add_argument("--no_stage0", action="store_true", help="the language model stays as it was pre-trained")
     parser.add_argument("--lora_rank", type=positive_int, help="of train_vlm.py")
+    parser.add_argument("--stage0_steps", type=positive_int, help="at most")
     parser.add_argument("--align_epochs", type=positive_int, help="of Stage 1")
     parser.add_argument("--caption_epochs", type=positive_int, help="of Stage 2")
     return parser.parse_args()
@@ -68,8 +70,8 @@ def changed_keys(pairs: list[str]) -> dict[str, str]:
 
 def plan(args: argparse.Namespace) -> list[chain.Step]:
     """Write OUT/paths.yaml; the chain on it. Raises InputError: an unknown key, or a wrong value."""
-    changes = {"align_epochs": args.align_epochs, "caption_epochs": args.caption_epochs}
-    setting = SETTINGS[args.setting]._replace(**{key: value for key, value in changes.items() if value})
+    changes = {name: getattr(args, name) for name in _LENGTHS if getattr(args, name)}
+    setting = SETTINGS[args.setting]._replace(**changes)
     out, seed = args.out, args.seed
     models = chain.Models(out / "nnunet" / "fold_0" / "checkpoint_best.pth", args.language_model)
     keys = changed_keys(args.set)
@@ -79,7 +81,7 @@ def plan(args: argparse.Namespace) -> list[chain.Step]:
     return [
         chain.phantoms(setting, out, seed),
         chain.segmentation(out, seed),
-        *([] if args.no_stage0 else [chain.stage0(out, seed)]),
+        *([] if args.no_stage0 else [chain.stage0(setting, out, seed)]),
         *chain.training(setting, out, seed, args.lora_rank or 0),
         chain.scores(setting, out, seed, table),
         chain.pointing(setting, out, seed, MASKED_CASES),
