@@ -13,7 +13,6 @@ import torch
 from config.schema import load_config
 from data.general_text import ChineseParagraphs
 from engine import chain
-from tests.test_documentation import parser_of
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -25,7 +24,7 @@ def script(monkeypatch: pytest.MonkeyPatch):
     return importlib.import_module
 
 
-def test_its_configuration_is_valid_and_every_command_names_a_script(script, tmp_path: Path) -> None:
+def test_its_configuration_is_valid_and_every_command_has_flags_that_exist(script, parse, tmp_path: Path) -> None:
     for from_scratch in (False, True):
         steps = script("quickstart").plan(tmp_path, 7, from_scratch)
         config = load_config(tmp_path / "paths.yaml")
@@ -35,7 +34,7 @@ def test_its_configuration_is_valid_and_every_command_names_a_script(script, tmp
             assert Path(getattr(config, key)).is_relative_to(tmp_path) == from_scratch
         assert len(steps) == 5 + 2 * from_scratch
         for step in steps:
-            assert parser_of(step.command[0]).parse_args(step.command[1:]).seed == 7
+            assert parse(step.command).seed == 7
 
 
 def test_summary_holds_what_the_report_card_measured(script, tmp_path: Path, card: dict) -> None:

@@ -10,7 +10,6 @@ import pytest
 from config.errors import InputError
 from config.schema import load_config
 from scripts import run_user_setting
-from tests.test_documentation import parser_of
 
 
 def plan(monkeypatch: pytest.MonkeyPatch, out: Path, *flags: str) -> dict[str, list[str]]:
@@ -19,10 +18,10 @@ def plan(monkeypatch: pytest.MonkeyPatch, out: Path, *flags: str) -> dict[str, l
     return {step.name: step.command for step in run_user_setting.plan(run_user_setting.parse_args())}
 
 
-def test_every_command_has_flags_that_exist_and_no_mask_reaches_the_scored_cases(tmp_path, monkeypatch) -> None:
+def test_every_command_has_flags_that_exist_and_no_mask_reaches_the_scored_cases(tmp_path, monkeypatch, parse) -> None:
     commands = plan(monkeypatch, tmp_path)
-    for script, *flags in commands.values():
-        assert parser_of(script).parse_args(flags).seed == 2
+    for command in commands.values():
+        assert parse(command).seed == 2
     assert str(tmp_path / "data" / "test_no_masks.csv") in commands["scores"]
     assert "--one_class" in commands["segmentation"]
     assert load_config(tmp_path / "paths.yaml").language_model_adapters
