@@ -1,5 +1,6 @@
 """One image to text, from a checkpoint alone: it carries the set-up that it was trained with.
 
+    python scripts/check_image_to_text.py --demo
     python scripts/check_image_to_text.py --image scan.nii.gz
     python scripts/check_image_to_text.py --checkpoint outputs/vision_bridge_best_val.pt --max_visual_tokens 64
 
@@ -29,10 +30,13 @@ from engine.cli import (
 )
 
 GPU_TOKEN_CAP = 32  # with the LLM on a GPU beside other programs; --max_visual_tokens overrides it
+DEMO = Path(__file__).resolve().parents[1] / "assets" / "demo"
+DEMO_TOKENS = 200  # its tokenizer knows few Chinese characters whole
 
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(description="One image to text")
+    parser.add_argument("--demo", action="store_true", help="the checkpoint and the synthetic scan of assets/demo")
     parser.add_argument("--checkpoint", type=Path, help="default: the latest stage's in output_dir")
     parser.add_argument(
         "--config", type=Path, help="take tables, model folder and cache from here instead of the checkpoint"
@@ -109,6 +113,8 @@ from models.medical_vlm import check_regions, generate_reports
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises: InputError for a file that is not there, or flags that contradict each other."""
+    if args.demo and (args.checkpoint or args.config):
+        raise InputError("--demo brings its own checkpoint and configuration: leave out --checkpoint and --config")
     if args.llm_8bit and args.llm_int8:
         raise InputError(CONTRADICTION)
     if args.stream and args.num_beams > 1:
@@ -401,6 +407,9 @@ def main() -> None:
     # ---------------------------------------------------------------- configuration and image
     args = parse_args()
     check_flags(args)
+    if args.demo:
+        args.checkpoint, args.config = DEMO / "vision_bridge_vlm.pt", DEMO / "paths.yaml"
+        args.max_new_tokens = max(args.max_new_tokens, DEMO_TOKENS)
     path = args.checkpoint or find_checkpoint(args.config)
     options = writing_options(args)
     llm_device = best_device() if args.llm_device == "auto" else "cpu"

@@ -12,6 +12,10 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from engine.chain import call_patiently  # importing it refuses an old Python
+
 VENV = REPOSITORY / ".venv"
 REQUIREMENTS = REPOSITORY / "requirements.txt"
 STAMP = VENV / "installed-requirements.txt"  # hash of the requirements that the environment holds
@@ -27,7 +31,6 @@ def ensure_environment() -> Path:
     ``MAMBA_CT_PYTHON=current`` uses the active environment, which has the requirements already, as it is.
     """
     if os.environ.get("MAMBA_CT_PYTHON") == "current":
-        refuse_old_python()
         return Path(sys.executable)
     python = python_of(VENV)
     wanted = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
@@ -35,7 +38,6 @@ def ensure_environment() -> Path:
     # It is started, because a moved folder or a removed base Python leaves an interpreter that cannot run.
     if held == wanted and succeeds([str(python), "-c", ""]):
         return python
-    refuse_old_python()
     print(f"installing the requirements into {VENV} (once; a few minutes)", flush=True)
     STAMP.unlink(missing_ok=True)  # an interrupted installation must not pass for the old one
     # Without pip it is half-made: after an interruption, or on a Debian without python3-venv.
@@ -46,12 +48,6 @@ def ensure_environment() -> Path:
     run("installing requirements.txt", python, "-m", "pip", "install", *quiet, "-r", REQUIREMENTS)
     STAMP.write_text(wanted, encoding="utf-8")
     return python
-
-
-def refuse_old_python() -> None:
-    """Exit with one line and status 2 where this Python is too old."""
-    sys.path.insert(0, str(REPOSITORY))
-    import config  # noqa: F401  (checks the version)
 
 
 def succeeds(command: list[str]) -> bool:
@@ -68,20 +64,6 @@ def run(what: str, *command: object) -> None:
     if code := subprocess.run(arguments, check=False).returncode:
         print(f"error: {what} failed with status {code}: {' '.join(arguments)}", file=sys.stderr, flush=True)
         sys.exit(2)
-
-
-def call_patiently(command: list[str], **options: object) -> int:
-    """Run a program that saves its state on Ctrl-C, wait for it, and return its status.
-
-    ``subprocess.run`` kills its child a quarter of a second after Ctrl-C. The console sends Ctrl-C to the child as
-    well, so waiting is enough.
-    """
-    child = subprocess.Popen(command, **options)
-    while True:
-        try:
-            return child.wait()
-        except KeyboardInterrupt:
-            continue
 
 
 def run_inside(script: Path) -> None:

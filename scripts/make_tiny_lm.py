@@ -1,10 +1,13 @@
-"""A tiny Mamba that can write the synthetic reports: tokenizer, pre-training, ``save_pretrained``.
+"""A tiny Mamba: tokenizer, pre-training, ``save_pretrained``. The folder loads like any Mamba of the hub.
 
-    python scripts/make_tiny_lm.py --out outputs/quickstart/mamba_lm
+    python scripts/make_tiny_lm.py --text general --out outputs/mamba_general
+    python scripts/make_tiny_lm.py --out outputs/mamba_reports
 
-It learns "key points, question, report": to write what its context states. Stage 2 then puts visual tokens in place of
-the key points. A side, a zone, a finding and a number are one token each, so that each is decided at one position. The
-folder loads like any Mamba of the hub.
+``general``: the text of the Python standard library with a few per cent of everyday Chinese, and no report: what a
+user's language model knows. ``scripts/adapt_language_model.py`` then teaches it to write reports.
+
+``reports``: the synthetic reports, as "key points, question, report": it learns to write what its context states. A
+side, a zone, a finding and a number are one token each, so that each is decided at one position.
 """
 
 from __future__ import annotations
@@ -21,20 +24,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 from engine.cli import Parser, positive_float, positive_int, run_main
 
+DEFAULTS = {
+    "reports": {"steps": 400, "batch_size": 32, "vocabulary": 1200},
+    "general": {"steps": 900, "batch_size": 12, "vocabulary": 2048},
+}
+
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(description="Pre-train a tiny Mamba on synthetic reports")
+    parser = Parser(description="Pre-train a tiny Mamba")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its tokenizer")
-    parser.add_argument("--language", choices=("zh", "en"), default="zh")
-    parser.add_argument("--max_findings", type=positive_int, default=1, help="findings per text, at most")
-    parser.add_argument("--steps", type=positive_int, default=400)
-    parser.add_argument("--batch_size", type=positive_int, default=32)
+    parser.add_argument("--text", choices=("reports", "general"), default="reports", help="what it is trained on")
+    parser.add_argument("--language", choices=("zh", "en"), default="zh", help="of the reports")
+    parser.add_argument("--max_findings", type=positive_int, default=1, help="findings per report, at most")
+    parser.add_argument("--steps", type=positive_int, help="default: 400 on reports, 900 on general text")
+    parser.add_argument("--batch_size", type=positive_int, help="default: 32 reports, 12 windows of general text")
+    parser.add_argument("--vocabulary", type=positive_int, help="default: 1200 on reports, 2048 on general text")
     parser.add_argument("--lr", type=positive_float, default=3e-3)
     parser.add_argument("--width", type=positive_int, default=192)
     parser.add_argument("--layers", type=positive_int, default=4)
-    parser.add_argument("--vocabulary", type=positive_int, default=1200)
+    parser.add_argument("--half", action="store_true", help="save the weights in half precision")
     parser.add_argument("--seed", type=int, default=42)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, value in DEFAULTS[args.text].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
 
 if __name__ == "__main__":
@@ -47,12 +61,13 @@ from tqdm import tqdm
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from config.toy_models import STAMP
+from data.general_text import ChineseParagraphs, python_files
 from data.phantom.finding import LESION_TYPES, SIDES, ZONES, Finding
 from data.phantom.lesions import SIZE_RANGE
 from data.phantom.report import finding_keys, wording, write_report
 from engine.run import native_bf16, set_seeds
 from engine.training.optimization import build_optimizer, build_schedule, require_finite
-from models.language_model.mamba_lm import MambaLM
+from models.language_model.mamba_lm import IGNORED, MambaLM
 
 END = "<|endoftext|>"
 KEY_POINTS = {"zh": "要点{keys}。", "en": "Key points {keys}. "}
@@ -62,6 +77,10 @@ ANY_SIZE_FRACTION = 0.2  # of the findings have a size from all of SIZES_MM, the
 # a model trained on exact sizes answered with one of six numbers.
 KEY_ERROR_MM = 2.5
 NUMBER_SCALE = 6.0  # numbers this far apart have nearly unrelated embeddings at the start
+WINDOW = 320  # tokens of general text in a row of a batch
+CHINESE_FRACTION = 0.04  # of the characters of the general text
+HELD_OUT = 40  # every so many documents
+TOKENIZER_PART = 4  # the tokenizer sees all Chinese and every so many other documents, or no character were one token
 
 
 class ReportTexts:
@@ -71,6 +90,11 @@ class ReportTexts:
         self.language, self.max_findings = language, max_findings
         self.rng = np.random.default_rng(seed)
         self.choose = random.Random(seed)
+        w = wording(language)
+        # Chinese has no spaces: merges would join side, zone and finding to a few hundred phrases, each learnt
+        # separately.
+        words = sorted({*w.sides.values(), *w.zones.values(), *w.names[1:]}, key=len, reverse=True)
+        self.alone = "|".join(["[0-9]+", *(f" ?{re.escape(word)}" for word in words)])
 
     def _finding(self) -> Finding:
         kind = self.choose.choice(LESION_TYPES)
@@ -89,15 +113,73 @@ class ReportTexts:
         question = self.choose.choice(wording(self.language).questions)
         return keys + question, write_report(findings, self.rng, self.language)
 
+    def tokenizer_texts(self) -> list[str]:
+        return ["\n".join(self.draw()) for _ in range(2000)]
 
-def train_tokenizer(texts: list[str], vocabulary: int, language: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text can be encoded, whatever it was trained on."""
+    def batch(self, tokenizer: PreTrainedTokenizerFast, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and labels (B, L), padded on the right; every token except the padding is a target."""
+        rows = []
+        for _ in range(size):
+            ids = tokenizer.encode("\n".join(self.draw()), add_special_tokens=False)
+            rows.append(torch.tensor([*ids, tokenizer.eos_token_id]))
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.eos_token_id)
+        labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+        return ids, labels
+
+
+class GeneralText:
+    """The Python standard library with Chinese paragraphs between its files, a part of it held out."""
+
+    alone = "[0-9]|\\p{Han}"  # digit by digit, any number is copied alike; no phrase of the templates is one token
+
+    def __init__(self, seed: int) -> None:
+        self.choose = random.Random(seed)
+        files, paragraphs = list(python_files()), ChineseParagraphs(seed)
+        wanted, self.chinese = CHINESE_FRACTION * sum(map(len, files)), []
+        while wanted > 0:
+            self.chinese.append("".join(paragraphs.draw() for _ in range(20)))
+            wanted -= len(self.chinese[-1])
+        self.files, self.stream = files, torch.empty(0, dtype=torch.long)
+
+    def tokenizer_texts(self) -> list[str]:
+        return [*self.files[::TOKENIZER_PART], *self.chinese]
+
+    def held_out(self) -> dict[str, list[str]]:
+        return {"English and code": self.files[::HELD_OUT], "Chinese": self.chinese[::HELD_OUT]}
+
+    def batch(self, tokenizer: PreTrainedTokenizerFast, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids (B, WINDOW) from anywhere in the text; each is a target."""
+        if not len(self.stream):
+            texts = [text for part in (self.files, self.chinese) for i, text in enumerate(part) if i % HELD_OUT]
+            self.choose.shuffle(texts)
+            self.stream = torch.cat([tokens_of(text, tokenizer) for text in texts])
+        starts = [self.choose.randrange(len(self.stream) - WINDOW) for _ in range(size)]
+        ids = torch.stack([self.stream[start : start + WINDOW] for start in starts])
+        return ids, ids
+
+
+def tokens_of(text: str, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """The ids of a text, and the end-of-text token."""
+    return torch.tensor([*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id])
+
+
+@torch.no_grad()
+def nats_per_character(lm: MambaLM, texts: list[str]) -> float:
+    """Loss of the first :data:`WINDOW` tokens of each text."""
+    nats = characters = 0
+    for text in texts:
+        ids = tokens_of(text, lm.tokenizer)[None, :WINDOW]
+        nats += float(lm.answer_loss(lm.embed(ids), ids)[0])
+        characters += len(lm.tokenizer.decode(ids[0, 1:]))
+    return nats / characters
+
+
+def train_tokenizer(texts: list[str], vocabulary: int, alone: str) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: any text can be encoded, whatever it was trained on. What matches ``alone`` is never merged with
+    what lies beside it."""
     tokenizer = Tokenizer(models.BPE())
-    w = wording(language)
-    # Chinese has no spaces: merges would join side, zone and finding to a few hundred phrases, each learnt separately.
-    words = sorted({*w.sides.values(), *w.zones.values(), *w.names[1:]}, key=len, reverse=True)
-    alone = Regex("|".join(["[0-9]+", *(f" ?{re.escape(word)}" for word in words)]))
-    split, by_bytes = pre_tokenizers.Split(alone, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = pre_tokenizers.Split(Regex(alone), "isolated")
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, by_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     fixed = {"special_tokens": [END], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
@@ -130,25 +212,15 @@ def order_numbers(model: MambaForCausalLM, tokenizer: PreTrainedTokenizerFast, g
             table[ids[0]] = scale * torch.cos(frequency * number + phase)
 
 
-def make_batch(source: ReportTexts, tokenizer: PreTrainedTokenizerFast, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels (B, L), padded on the right; every token except the padding is a target."""
-    rows = []
-    for _ in range(size):
-        prompt, report = source.draw()
-        ids = tokenizer.encode(f"{prompt}\n{report}", add_special_tokens=False)
-        rows.append(torch.tensor([*ids, tokenizer.eos_token_id]))
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.eos_token_id)
-    labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
-    return ids, labels
-
-
 def main() -> None:
     args = parse_args()
     set_seeds(args.seed)
-    source = ReportTexts(args.language, args.max_findings, args.seed)
-    tokenizer = train_tokenizer(["\n".join(source.draw()) for _ in range(2000)], args.vocabulary, args.language)
+    general = args.text == "general"
+    source = GeneralText(args.seed) if general else ReportTexts(args.language, args.max_findings, args.seed)
+    tokenizer = train_tokenizer(source.tokenizer_texts(), args.vocabulary, source.alone)
     model = build_model(args, tokenizer)
-    order_numbers(model, tokenizer, torch.Generator().manual_seed(args.seed))
+    if not general:
+        order_numbers(model, tokenizer, torch.Generator().manual_seed(args.seed))
     lm = MambaLM(model, tokenizer, str(args.out))
     lm.requires_grad_(True)
 
@@ -156,7 +228,7 @@ def main() -> None:
     schedule = build_schedule(optimizer, args.steps, warmup_ratio=0.05)
     bar = tqdm(range(1, args.steps + 1), desc="language model", unit="step", dynamic_ncols=True, disable=None)
     for step in bar:
-        ids, labels = make_batch(source, tokenizer, args.batch_size)
+        ids, labels = source.batch(tokenizer, args.batch_size)
         with torch.autocast("cpu", torch.bfloat16, enabled=native_bf16()):
             total, count = lm.answer_loss(lm.embed(ids), labels)
         loss = total / count
@@ -168,6 +240,11 @@ def main() -> None:
         schedule.step()
         if step % 20 == 0 or step == args.steps:
             bar.set_postfix(loss=f"{value:.3f}")
+    if general:
+        losses = [f"{name} {nats_per_character(lm, texts):.3f}" for name, texts in source.held_out().items()]
+        print(f"held out, nats/character: {', '.join(losses)}", flush=True)
+    if args.half:
+        lm.model.half()
     args.out.mkdir(parents=True, exist_ok=True)
     lm.model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

@@ -31,6 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=positive_float, default=1e-2)
     parser.add_argument("--features", type=positive_int, nargs=4, default=(8, 24, 48, 96), help="channels per stage")
     parser.add_argument("--one_class", action="store_true", help="one label, lesion, instead of one for each type")
+    parser.add_argument("--half", action="store_true", help="save the weights in half precision")
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
 
@@ -274,7 +275,9 @@ def main() -> None:
     network = SegmentationUNet(Architecture.from_plans(plans, "2d", in_channels=1, num_classes=len(names)))
     train(network, sampler, args.steps, args.lr)
     target = args.out / "fold_0" / "checkpoint_best.pth"
-    save_nnunet_checkpoint(target, network.state_dict_nnunet(), plans, "2d", dataset)
+    stored = network.half() if args.half else network
+    save_nnunet_checkpoint(target, stored.state_dict_nnunet(), plans, "2d", dataset)
+    network.float()  # what was saved is scored
     for name, content in (("plans.json", plans), ("dataset.json", dataset)):
         (args.out / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
     print(f"segmentation: saved in {args.out}", flush=True)

@@ -1,9 +1,10 @@
-"""From nothing to reports: the whole system on synthetic chest CTs, on a CPU, in about ten minutes.
+"""From nothing to reports: the whole system on synthetic chest CTs, on a CPU, in about five minutes.
 
-    python scripts/quickstart.py [--out outputs/quickstart] [--seed 42] [--fresh]
+    python scripts/quickstart.py [--out outputs/quickstart] [--seed 42] [--fresh] [--from_scratch]
 
 On first use .venv is made and the requirements are installed. Then the real scripts run one after the other on
-OUT/paths.yaml: phantoms, a small nnU-Net, a tiny Mamba, train.py, train_vlm.py, the report card of held-out cases.
+OUT/paths.yaml: phantoms, Stage 0, train.py, train_vlm.py, the report card of held-out cases without masks. What a user
+would bring lies in assets/: a small nnU-Net, and a tiny Mamba that never read a report; --from_scratch makes both anew.
 A finished step is not repeated; --fresh repeats all.
 """
 
@@ -14,23 +15,15 @@ import csv
 import json
 import os
 import sys
-import time
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
 import environment
 from config.files import write_text  # nothing but the standard library: .venv may not be installed yet
+from engine import chain
 
-
-class Step(NamedTuple):
-    """One script of the chain."""
-
-    name: str
-    title: str
-    command: list[str]
-    steps: int = 0  # optimizer steps, for the seconds per step
+SETTING = chain.Setting(train=320, val=40, test=60, max_findings=1, stage0_steps=200, align_epochs=8, caption_epochs=10)
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,89 +31,31 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=environment.REPOSITORY / "outputs" / "quickstart")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--fresh", action="store_true", help="repeat finished steps")
+    parser.add_argument("--from_scratch", action="store_true", help="make the two models of assets/ anew, too")
     return parser.parse_args()
 
 
-def write_paths_yaml(out: Path) -> Path:
-    """Write the configuration of the quick start, which any script can take with ``--config``."""
-    out_posix = out.as_posix()
-    text = f"""# Written by scripts/quickstart.py; every key is explained in config/paths.yaml.
-caption_csv_train: {out_posix}/data/train.csv
-caption_csv_val: {out_posix}/data/val.csv
-caption_prompt_json: {out_posix}/data/prompts.json
-cache_dir: {out_posix}/cache
-output_dir: {out_posix}
-nnunet_encoder_checkpoint: {out_posix}/nnunet/fold_0/checkpoint_best.pth
-mamba_model: {out_posix}/mamba_lm
-encoder_target_spatial: 8
-train_encoder: false
-augment_shift: 2
-bridge_depth: 1
-bridge_width: 192
-max_visual_tokens: 16
-"""
-    write_text(out / "paths.yaml", text)
-    return out / "paths.yaml"
+def plan(out: Path, seed: int, from_scratch: bool = False) -> list[chain.Step]:
+    """Write OUT/paths.yaml; the chain on it."""
+    models, made = chain.Models(chain.SHIPPED_NNUNET, chain.SHIPPED_LANGUAGE_MODEL), []
+    if from_scratch:
+        models = chain.Models(out / "nnunet" / "fold_0" / "checkpoint_best.pth", out / "mamba_general")
+        made = [chain.segmentation(out, seed), chain.language_model(models.language_model, seed)]
+    chain.write_paths_yaml(out, models)
+    trained = [chain.stage0(SETTING, out, seed), *chain.training(SETTING, out, seed)]
+    return [chain.phantoms(SETTING, out, seed), *made, *trained, chain.scores(SETTING, out, seed)]
 
 
-def plan(out: Path, config: Path, seed: int) -> list[Step]:
-    """The chain: about 1300 + 300 + 200 + 1000 optimizer steps."""
-    cases, batch, seg_steps, lm_steps, align_epochs, caption_epochs = 1600, 16, 1300, 300, 2, 10
-    per_epoch = cases // batch
-    stage = ["--config", config, "--batch_size", batch]
-    chain = [
-        ("phantoms", "synthetic chest CTs with reports", 0,
-         ["scripts/make_phantoms.py", "--out", out / "data", "--n_train", cases, "--n_val", 64, "--n_test", 120,
-          "--max_findings", 1]),
-        ("segmentation", "a small nnU-Net for lesions", seg_steps,
-         ["scripts/make_tiny_nnunet.py", "--data", out / "data", "--out", out / "nnunet", "--steps", seg_steps]),
-        ("language_model", "a tiny Mamba that writes reports", lm_steps,
-         ["scripts/make_tiny_lm.py", "--out", out / "mamba_lm", "--steps", lm_steps]),
-        ("stage1", "Stage 1: vision and bridge", per_epoch * align_epochs,
-         ["train.py", *stage, "--objective", "align", "--epochs", align_epochs, "--lr", "4e-3", "--resume", "auto"]),
-        ("stage2", "Stage 2: through the frozen language model", per_epoch * caption_epochs,
-         ["train_vlm.py", *stage, "--vision_checkpoint", out / "vision_bridge_best_val.pt", "--epochs", caption_epochs,
-          "--lr", "6e-3"]),
-        ("scores", "reports for held-out cases, and their report card", 0,
-         ["scripts/evaluate_reports.py", "--checkpoint", out / "vision_bridge_vlm_final.pt", "--csv",
-          out / "data" / "test.csv", "--out", out / "card", "--maps", 0, "--pointing_cases", 0, "--same_finding",
-          "miliary=tree_in_bud", "--max_new_tokens", 120]),
-    ]  # fmt: skip
-    return [Step(name, title, [*map(str, words), "--seed", str(seed)], steps) for name, title, steps, words in chain]
-
-
-def run_step(step: Step, out: Path, repeat: bool = False) -> tuple[float, bool]:
-    """Run one script unless it has finished with this very command. A failing one ends the quick start.
-    Returns the seconds that it took, and whether it ran now."""
-    done = out / "done" / f"{step.name}.json"
-    record = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
-    if not repeat and record.get("command") == step.command:
-        print(f"{step.title}: done before ({record['seconds']:.0f} s)", flush=True)
-        return record["seconds"], False
-    print(step.title, flush=True)
-    done.unlink(missing_ok=True)
-    start = time.perf_counter()
-    if code := environment.call_patiently([sys.executable, *step.command], cwd=environment.REPOSITORY):
-        print(
-            f"error: step '{step.name}' failed with status {code}; the same command goes on from here", file=sys.stderr
-        )
-        sys.exit(code)
-    seconds = time.perf_counter() - start
-    write_text(done, json.dumps({"command": step.command, "seconds": seconds}))
-    return seconds, True
-
-
-def summarise(out: Path, steps: list[Step], seconds: dict[str, float], seed: int) -> dict:
+def summarise(out: Path, steps: list[chain.Step], seconds: dict[str, float], seed: int) -> dict:
     """Write OUT/summary.json, and OUT/scores.json with every generated report too; the scores are the report card's."""
-    whole_card = json.loads((out / "card" / "report_card.json").read_text(encoding="utf-8"))
-    card = whole_card["whole_reports"]
+    card = chain.read_card(out / "card")
     own, shuffled = (
         {name: score["value"] for name, score in scores.items()} | {"n": scores["garbled_rate"]["n"]}
-        for scores in (card["own"], card["shuffled"])
+        for scores in (card["whole_reports"]["own"], card["whole_reports"]["shuffled"])
     )
     summary = {
         **own,
-        "normal_false_finding_rate": whole_card["audit"]["normal_false_finding_rate"],
+        **chain.main_scores(card),
         "shuffled_images": shuffled,
         "seed": seed,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -155,6 +90,7 @@ def show(out: Path, summary: dict, number: int = 3) -> None:
     keys = ("location_acc", "type_acc", "size_within_4mm", "exact_acc", "garbled_rate", "missed_lesion_rate")
     for name, scores in (("own image", summary), ("shuffled images", summary["shuffled_images"])):
         print(f"{name:>16}: " + "  ".join(f"{key} {scores[key]:.3f}" for key in keys) + f"  (n {scores['n']})")
+    print(chain.compared(summary))
     print(f"{summary['seconds_total']:.0f} s in all; {out / 'summary.json'}; report card: {out / 'card'}; "
           f"go on with --config {out / 'paths.yaml'}", flush=True)  # fmt: skip
 
@@ -162,12 +98,8 @@ def show(out: Path, summary: dict, number: int = 3) -> None:
 def main() -> None:
     args = parse_args()
     out = args.out.resolve()
-    steps = plan(out, write_paths_yaml(out), args.seed)
-    seconds: dict[str, float] = {}
-    repeat = args.fresh
-    for number, step in enumerate(steps, start=1):
-        print(f"[{number}/{len(steps)}] ", end="")
-        seconds[step.name], repeat = run_step(step, out, repeat)  # the steps after one that ran use its new result
+    steps = plan(out, args.seed, args.from_scratch)
+    seconds = chain.run_steps(steps, out, args.fresh)
     show(out, summarise(out, steps, seconds, args.seed))
 
 

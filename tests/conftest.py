@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,3 +77,22 @@ def run_stage(small_training: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
     yield run
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def card() -> dict[str, Any]:
+    """The parts of a report card that a summary reads."""
+    names = ("location_acc", "type_acc", "size_within_4mm", "exact_acc", "garbled_rate", "missed_lesion_rate")
+    own, shuffled = ({name: {"value": value, "n": 4} for name in names} for value in (0.5, 0.25))
+    scores = {name: {"value": 0.25} for name in ("location_acc", "macro_f1", "size_within_3mm")}
+    gain = {"whole_reports": {"exact_acc": {"value": 0.25, "interval": [0.1, 0.4]}}}
+    return {
+        "cases": 4,
+        "location_acc": 0.5,
+        "size_within_3mm": 0.5,
+        "findings": {"macro_f1": 0.75},
+        "whole_reports": {"own": own, "shuffled": shuffled},
+        "audit": {"normal_false_finding_rate": 0.125, "blank": {"macro_f1": 0.1}, "verdict": "they depend"},
+        "confidence": {"ece": 0.02},
+        "baselines": {"nearest": {**scores, "whole_reports": shuffled, "difference": gain}},
+    }

@@ -6,6 +6,7 @@
             masks/train_0000.nii.gz     uint8, index of the finding type
             cases/train_0000.json       what is drawn, and the CRC-32 of both files
             train.csv val.csv test.csv  image_path,question,answer,mask_path (relative to the CSV)
+            test_no_masks.csv           the test table without its masks: scans as they come
             prompts.json                {"caption_prompt": [...]}
             cases.json                  all cases: id, split, findings, lung z-range, seed
 
@@ -37,6 +38,8 @@ from data.phantom.report import finding_keys, wording, write_report
 # Raised when the same seed no longer gives the same files, so that a rerun does not keep old ones.
 GENERATOR_VERSION = 6
 SPLITS = ("train", "val", "test")
+_WITHOUT_MASKS = "test_no_masks"
+_COLUMNS = ("image_path", "question", "answer", "mask_path")
 _EMPTY_QUESTION_FRACTION = 0.2
 _PLACEMENT_ATTEMPTS = 8
 
@@ -165,10 +168,10 @@ def _make(job: dict) -> Phantom:
 def _write_tables(root: Path, cases: list[dict], language: str) -> DatasetPaths:
     """The CSV files, the prompts and the list of all cases."""
     questions = wording(language).questions
-    texts = {split: io.StringIO() for split in SPLITS}
+    texts = {split: io.StringIO() for split in (*SPLITS, _WITHOUT_MASKS)}
     tables = {split: csv.writer(text, lineterminator="\n") for split, text in texts.items()}
-    for table in tables.values():
-        table.writerow(("image_path", "question", "answer", "mask_path"))
+    for name, table in tables.items():
+        table.writerow(_COLUMNS[:-1] if name == _WITHOUT_MASKS else _COLUMNS)
     keyed = []
     for case in cases:
         rng = np.random.default_rng([*case["seed"], 3])
@@ -176,7 +179,10 @@ def _write_tables(root: Path, cases: list[dict], language: str) -> DatasetPaths:
         empty = rng.random() < _EMPTY_QUESTION_FRACTION
         question = questions[int(rng.integers(len(questions)))]
         answer, name = write_report(findings, rng, language), f"{case['id']}.nii.gz"
-        tables[case["split"]].writerow((f"images/{name}", "" if empty else question, answer, f"masks/{name}"))
+        row = (f"images/{name}", "" if empty else question, answer, f"masks/{name}")
+        tables[case["split"]].writerow(row)
+        if case["split"] == "test":
+            tables[_WITHOUT_MASKS].writerow(row[:-1])
         keyed.append({**case, "keys": finding_keys(findings, language)})
     for split, text in texts.items():
         write_text(root / f"{split}.csv", text.getvalue())

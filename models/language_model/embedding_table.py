@@ -43,13 +43,9 @@ def load_embedding_table(name: str) -> Tensor:
 
 def not_found(name: str, error: Exception) -> InputError:
     """The error for a model that is neither a usable folder nor reachable on the hub."""
-    hint = ""
-    if "quickstart" in name:
-        hint = " (this is the shipped value: the quick start makes that folder, for synthetic data only; for your own "
-        hint += "data set mamba_model: state-spaces/mamba-2.8b-hf in the configuration)"
     return InputError(
         f"mamba_model '{name}' could not be loaded: give a local folder with config.json and *.safetensors, or a hub "
-        f"name with the hub reachable (a mirror: set HF_ENDPOINT){hint}. Cause: {first_line(error)}"
+        f"name with the hub reachable (a mirror: set HF_ENDPOINT). Cause: {first_line(error)}"
     )
 
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from config.schema import load_config
+from data.general_text import ChineseParagraphs
+from engine import chain
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -22,43 +24,30 @@ def script(monkeypatch: pytest.MonkeyPatch):
     return importlib.import_module
 
 
-def test_its_configuration_is_valid_and_every_command_names_a_script(script, tmp_path: Path) -> None:
-    path = script("quickstart").write_paths_yaml(tmp_path)
-    config = load_config(path)
-    for key in ("caption_csv_train", "nnunet_encoder_checkpoint", "cache_dir", "output_dir"):
-        assert Path(getattr(config, key)).is_relative_to(tmp_path)
-    for step in script("quickstart").plan(tmp_path, path, 7):
-        assert (SCRIPTS.parent / step.command[0]).is_file()
-        assert step.command[-2:] == ["--seed", "7"]
+def test_its_configuration_is_valid_and_every_command_has_flags_that_exist(script, parse, tmp_path: Path) -> None:
+    for from_scratch in (False, True):
+        steps = script("quickstart").plan(tmp_path, 7, from_scratch)
+        config = load_config(tmp_path / "paths.yaml")
+        for key in ("caption_csv_train", "language_model_adapters", "cache_dir", "output_dir"):
+            assert Path(getattr(config, key)).is_relative_to(tmp_path)
+        for key in ("nnunet_encoder_checkpoint", "mamba_model"):
+            assert Path(getattr(config, key)).is_relative_to(tmp_path) == from_scratch
+        assert len(steps) == 5 + 2 * from_scratch
+        for step in steps:
+            assert parse(step.command).seed == 7
 
 
-def test_a_step_is_kept_only_for_the_same_command_and_where_it_succeeded(script, tmp_path: Path) -> None:
+def test_summary_holds_what_the_report_card_measured(script, tmp_path: Path, card: dict) -> None:
     quickstart = script("quickstart")
-    step = quickstart.Step("one", "title", ["-c", "print('done')"])
-    seconds, ran = quickstart.run_step(step, tmp_path)
-    assert ran and quickstart.run_step(step, tmp_path) == (seconds, False)
-    assert quickstart.run_step(step, tmp_path, repeat=True)[1]
-    assert quickstart.run_step(step._replace(command=["-c", "pass"]), tmp_path)[1]
-    for _ in range(2):
-        with pytest.raises(SystemExit, match="3"):
-            quickstart.run_step(step._replace(command=["-c", "raise SystemExit(3)"]), tmp_path)
-
-
-def test_summary_holds_what_the_report_card_measured(script, tmp_path: Path) -> None:
-    quickstart = script("quickstart")
-    names = ("location_acc", "type_acc", "size_within_4mm", "exact_acc", "garbled_rate")
-    own, shuffled = ({name: {"value": value, "n": 4} for name in names} for value in (0.5, 0.25))
-    audit = {"normal_false_finding_rate": 0.125}
-    card = json.dumps({"whole_reports": {"own": own, "shuffled": shuffled}, "audit": audit})
     (tmp_path / "card").mkdir()
-    (tmp_path / "card" / "report_card.json").write_text(card, encoding="utf-8")
+    (tmp_path / "card" / "report_card.json").write_text(json.dumps(card), encoding="utf-8")
     reports = "image_path,reference,generated\na.nii.gz,一,二\n"
     (tmp_path / "card" / "reports.csv").write_text(reports, encoding="utf-8-sig")
-    steps = [quickstart.Step("stage2", "title", [], steps=10), quickstart.Step("scores", "title", [])]
+    steps = [chain.Step("stage2", "title", [], steps=10), chain.Step("scores", "title", [])]
     quickstart.summarise(tmp_path, steps, {"stage2": 5.0, "scores": 1.0}, seed=3)
     written = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
-    assert written.pop("normal_false_finding_rate") == 0.125
-    assert {*names, "n", "shuffled_images", "seed", "seconds", "seconds_total", "seconds_per_step"} == set(written)
+    names = ("location_acc", "type_acc", "size_within_4mm", "exact_acc", "garbled_rate", "normal_false_finding_rate")
+    assert {*names, "n", "shuffled_images", "baselines", "seed", "seconds", "seconds_total"} <= set(written)
     assert written["exact_acc"] == 0.5 and written["shuffled_images"]["exact_acc"] == 0.25 and written["n"] == 4
     assert written["seconds_per_step"] == {"stage2": 0.5} and written["seconds_total"] == 6.0
     kept = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
@@ -80,7 +69,7 @@ def test_small_lesions_count_as_much_as_large_ones(script) -> None:
 
 def tokenizer_of(make_tiny_lm, language: str, texts: int = 400, vocabulary: int = 1200):
     source = make_tiny_lm.ReportTexts(language, 1, seed=0)
-    return make_tiny_lm.train_tokenizer(["\n".join(source.draw()) for _ in range(texts)], vocabulary, language)
+    return make_tiny_lm.train_tokenizer(["\n".join(source.draw()) for _ in range(texts)], vocabulary, source.alone)
 
 
 def test_tiny_tokenizer_gives_every_text_back(script) -> None:
@@ -117,3 +106,16 @@ def test_embeddings_of_near_numbers_start_alike(script) -> None:
     changed = (table != before).any(1).nonzero().flatten().tolist()
     assert all(tokenizer.decode([token]).isdigit() for token in changed)
     assert table[row[20]].std().item() == pytest.approx(before.std().item(), rel=0.2)
+
+
+def test_general_text_is_no_report_and_its_numbers_are_read_digit_by_digit(script) -> None:
+    make_tiny_lm = script("make_tiny_lm")
+    paragraphs = ChineseParagraphs(0)
+    texts = [paragraphs.draw() for _ in range(300)]
+    assert ChineseParagraphs(0).draw() == texts[0]
+    assert not any(word in text for text in texts for word in ("肺", "结节", "胸", "CT", "诊断", "所见"))
+    tokenizer = make_tiny_lm.train_tokenizer(texts, 600, make_tiny_lm.GeneralText.alone)
+    text = "约127mm，左上方的红色帽子"
+    pieces = [tokenizer.decode([token]) for token in tokenizer.encode(text)]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert pieces[1:5] == ["1", "2", "7", "mm"] and {"左", "上", "方"} <= set(pieces)

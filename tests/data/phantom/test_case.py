@@ -167,6 +167,8 @@ def test_dataset_tables_agree_with_the_images(tmp_path: Path) -> None:
             assert [(m.side, m.size_mm) for m in stated] == [(f.side, f.size_mm) for f in found]
             mask = np.asarray(nib.load(tmp_path / row["mask_path"]).dataobj)
             assert set(np.unique(mask)) - {0} == {f.mask_value for f in found}
+    whole = [{key: row[key] for key in ("image_path", "question", "answer")} for row in _rows(paths.test_csv)]
+    assert _rows(tmp_path / "test_no_masks.csv") == whole
     train = [found for name, found in truth.items() if name.startswith("train")]
     assert sum(not found for found in train) == 3
     assert {len(found) for found in train} == {0, 1, 2, 3}
