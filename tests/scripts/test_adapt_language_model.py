@@ -72,7 +72,7 @@ def test_the_held_out_loss_falls(stage0, capsys):
 
 
 def test_too_few_reports(stage0):
-    with pytest.raises(InputError, match="^9 different reports to learn from, expected at least 20: add some to"):
+    with pytest.raises(InputError, match="^13 different reports to learn from, expected at least 20: add some to"):
         stage0(texts=reports(9))
 
 
