@@ -44,7 +44,7 @@ from engine.scan_checks import ScanChecks
 from engine.training.diagnostics import DIAGNOSED_IMAGES, TokenStatistics, token_statistics
 from engine.training.loop import Stage, train
 from models.language_model.embedding_table import load_embedding_table
-from models.language_model.mamba_lm import lm_identity, read_lm_config, read_tokenizer
+from models.language_model.identity import lm_identity, read_lm_config, read_tokenizer
 from models.medical_vlm import VisionBridge, check_regions
 from models.objectives import Align, ProxyL2, Stage1, embed_reports, report_frequencies
 
