@@ -90,7 +90,7 @@ def _completed(a: FindingRecord, b: FindingRecord) -> FindingRecord:
 
 @dataclass
 class _Anchor:
-    """Where the words of a mention stand. ``whole``: a change of this kind would leave words of the sentence behind."""
+    """Where the words of a mention stand, and what cannot change since other words of its sentence say it too."""
 
     places: list[Span] = field(default_factory=list)
     sizes: list[Span] = field(default_factory=list)
