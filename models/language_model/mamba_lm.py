@@ -23,7 +23,8 @@ from config.errors import InputError
 from models.language_model.cuda_graph_decode import static_steps
 from models.language_model.decoding import StopAtText, StopRule, plain_text
 from models.language_model.hf_patch import read_in_chunks, recompute_blocks, use_our_scan
-from models.language_model.loading import LMIdentity, is_large, load_language_model
+from models.language_model.identity import LMIdentity
+from models.language_model.loading import is_large, load_language_model
 
 IGNORED = -100  # label of a position that the loss skips
 LOSS_CHUNK = 256  # answer tokens whose logits exist at one time: 50 MB in float32 with 50,280 rows

@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from config.errors import InputError
 from config.files import atomic_path
-from models.language_model.loading import LMIdentity
+from models.language_model.identity import LMIdentity
 from models.language_model.mamba_lm import MambaLM
 
 FORMAT = "mamba-ct-image-state"

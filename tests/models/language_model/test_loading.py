@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from config.errors import InputError
 from models.language_model.embedding_table import load_embedding_table
-from models.language_model.loading import TIED_MESSAGE, lm_identity, read_lm_config, read_tokenizer
+from models.language_model.identity import read_lm_config, read_tokenizer
+from models.language_model.loading import TIED_MESSAGE
 from models.language_model.mamba_lm import MambaLM
 from tests.models.language_model.tiny import byte_tokenizer, random_mamba, without_head
 
@@ -48,22 +48,10 @@ def test_embedding_table_alone_equals_the_models(folder: Path) -> None:
     assert torch.equal(table, MambaLM.load(str(folder)).model.get_input_embeddings().weight)
 
 
-def test_identity_needs_no_weights(folder: Path) -> None:
-    assert lm_identity(str(folder)).to_dict() == {
-        "name": str(folder), "width": 32, "layers": 3, "vocabulary": 264, "tokens": 257, "adapters": "",
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("reader", [read_lm_config, MambaLM.load, load_embedding_table])
 def test_missing_model_is_one_line(reader, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"mamba_model '.*nowhere'"):
         reader(str(tmp_path / "nowhere"))
-
-
-def test_other_architecture_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}), encoding="utf-8")
-    with pytest.raises(InputError, match="'gpt2' model"):
-        read_lm_config(str(tmp_path))
 
 
 def test_a_missing_tokenizer_and_incomplete_weights_are_refused(tmp_path: Path) -> None:
