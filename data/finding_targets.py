@@ -24,6 +24,7 @@ LEVELS, SIDES = ("upper", "middle", "lower"), ("left", "right", "bilateral")
 UNKNOWN, TYPICAL_MM = -100, 15.0  # as models/findings_head.py has them
 _SIZE_RATIO = 2.5  # two sizes of one lesion differ by less
 _LEAST_ERROR = 0.03  # of each kind in training, whatever few held-out cases say
+_ENOUGH = 5  # pairs of one finding whose sizes say how its size is mistaken
 
 
 def learnable(reports: Sequence[Sequence[FindingRecord]]) -> tuple[list[str], dict[str, int]]:
@@ -144,30 +145,46 @@ class PromptErrors:
     def draw(self, stated: Sequence[FindingRecord], rng: np.random.Generator) -> list[FindingRecord]:
         """``stated`` as a prompt of a held-out case might say it."""
         rates = {name: max(rate, _LEAST_ERROR) for name, rate in self.rates().items()}
-        names = sorted({f.finding for pair in self.pairs for f in pair if f is not None} | {f.finding for f in stated})
-        ratios = [r for a, b in self.pairs if a and b and (r := _size_ratio(a, b))] or [0.9, 1.0, 1.1]
         said = []
         for f in stated:
             if rng.random() < rates["missed"]:
                 continue
             changes: dict[str, Any] = {}
             if rng.random() < rates["finding"]:
-                mistaken = [
-                    b.finding for a, b in self.pairs if a and b and a.finding == f.finding != b.finding
-                ] or names
-                changes["finding"] = str(rng.choice(mistaken))
-            if f.side in ("left", "right") and rng.random() < rates["side"]:
-                changes["side"] = "left" if f.side == "right" else "right"
+                changes["finding"] = _one(self._mistaken_finding(f.finding, stated), rng)
+            if f.side and rng.random() < rates["side"]:
+                other = [{"left": "right", "right": "left"}.get(f.side, f.side)]
+                changes["side"] = _one(self._mistaken("side", f.side) or other, rng)
             if f.level and rng.random() < rates["level"]:
                 near = [level for level in LEVELS if abs(LEVELS.index(level) - LEVELS.index(f.level)) == 1]
-                changes["zone" if f.zone else "lobe"] = str(rng.choice(near))
+                level = _one(self._mistaken("level", f.level) or near, rng)
+                changes |= {"zone": level, "lobe": None} if f.zone else {"lobe": level}
             if f.size_mm:
-                changes["size_mm"] = max(1.0, round(f.size_mm * ratios[rng.integers(len(ratios))]))
+                changes["size_mm"] = max(1.0, round(f.size_mm * _one(self._ratios(f.finding), rng)))
             said.append(replace(f, **changes))
         false = [b for a, b in self.pairs if a is None] or [b for _, b in self.pairs if b is not None]
-        if false and rng.random() < rates["false"]:
-            said.append(false[rng.integers(len(false))])
-        return said
+        return said + [_one(false, rng) for _ in range(rng.poisson(rates["false"]) if false else 0)]
+
+    def _mistaken(self, name: str, value: str) -> list[str | None]:
+        """What held-out prompts say where the report says ``value``, and they differ."""
+        return [getattr(b, name) for a, b in self.pairs if a and b and getattr(a, name) == value != getattr(b, name)]
+
+    def _mistaken_finding(self, finding: str, stated: Sequence[FindingRecord]) -> list[str]:
+        """Of a finding that no held-out prompt mistakes: what others are mistaken for, else any other finding."""
+        wrong = [b.finding for a, b in self.pairs if a and b and a.finding != b.finding]
+        names = {f.finding for pair in self.pairs for f in pair if f} | {f.finding for f in stated}
+        return self._mistaken("finding", finding) or wrong or sorted(names - {finding}) or [finding]
+
+    def _ratios(self, finding: str) -> list[float]:
+        """Said over stated size, of this finding where there are enough: the depth of an effusion is stated, and its
+        diameter is measured."""
+        ratios = [(a.finding, r) for a, b in self.pairs if a and b and (r := _size_ratio(a, b))]
+        own = [ratio for name, ratio in ratios if name == finding]
+        return own if len(own) >= _ENOUGH else [ratio for _, ratio in ratios] or [0.9, 1.0, 1.1]
+
+
+def _one(values: Sequence[Any], rng: np.random.Generator) -> Any:
+    return values[rng.integers(len(values))]
 
 
 def _size_ratio(a: FindingRecord, b: FindingRecord) -> float | None:

@@ -55,7 +55,8 @@ def set_up_findings(
 
 def learnt_findings(train: MedicalVLMDataset, val: MedicalVLMDataset, names: Sequence[str] = ()) -> Sequence[str]:
     """What the head learns: ``names``, else what enough training reports state; what is too rare is printed. Both data
-    sets make its targets from then on."""
+    sets make its targets from then on, in the language of the training reports."""
+    val.language = train.language
     if train.language is None:
         print("note: the labeller does not know the language of the reports: no findings head, no findings prompt")
         return ()

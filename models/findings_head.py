@@ -91,14 +91,14 @@ class FindingsHead(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, found: Found, target: Found) -> None:
-        """Set both temperatures to those of the least loss on held-out cases."""
-        presence, lesion = (
-            lambda scale: _presence_loss(found.presence / scale, target.presence),
-            lambda scale: _class_loss(found.lesion / scale, target.lesion),
-        )
-        for temperature, loss in ((self.presence_temperature, presence), (self.lesion_temperature, lesion)):
-            scales = torch.logspace(-1, 1, 81, device=temperature.device)
-            temperature.copy_(scales[torch.stack([loss(scale) for scale in scales]).argmin()])
+        """Set both temperatures to those of the least loss on held-out cases; one that nothing is known for stays."""
+        for temperature, loss, logits, truth in (
+            (self.presence_temperature, _presence_loss, found.presence, target.presence),
+            (self.lesion_temperature, _class_loss, found.lesion, target.lesion),
+        ):
+            if (truth != UNKNOWN).any():
+                scales = torch.logspace(-1, 1, 81, device=temperature.device)
+                temperature.copy_(scales[torch.stack([loss(logits / scale, truth) for scale in scales]).argmin()])
 
 
 def findings_loss(found: Found, target: Found) -> Tensor:

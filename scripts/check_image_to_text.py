@@ -422,6 +422,8 @@ def main() -> None:
         case, state, identity = load_prefix(args, checkpoint, config)
     else:
         case, visuals = read_image(args, checkpoint, config)
+    if args.findings is not None:
+        case.key_points = write_key_points(read_key_points(args.findings, case.language), case.language)
 
     # ---------------------------------------------------------------- language model
     weights = {"load_in_8bit": args.llm_8bit, "int8": args.llm_int8, "adapters": checkpoint.adapters}
@@ -437,8 +439,6 @@ def main() -> None:
 
     # ---------------------------------------------------------------- questions and answers
     print("\n".join([f"输入图像: {case.image}", *case.facts]), flush=True)
-    if args.findings is not None:
-        case.key_points = write_key_points(read_key_points(args.findings, case.language), case.language)
     if case.key_points:
         origin_of = "corrected by --findings" if args.findings is not None else config.findings_prompt
         print(f"findings prompt ({origin_of}): {case.key_points}", flush=True)
