@@ -263,7 +263,7 @@ def measure_lesions(
         measured = Measurement(label, volume, None, *centre, thick_mm=thickness(solid, spacing[1:]))
         height = float(solid.any((1, 2)).sum() * spacing[0])
         measured = replace(
-            measured, height_mm=height, **_fractions(lungs, *centre), **_densities(hu, parts, box, index)
+            measured, height_mm=height, **_fractions(lungs, *centre), **_densities(hu, mask, parts, box, index)
         )
         found.append(
             FindingRecord(
@@ -337,14 +337,16 @@ def _fractions(lungs: LungBox | None, z: float, y: float, x: float) -> dict[str,
     return {name: (value - first) / max(last - first, 1.0) for name, (value, first, last) in spans.items()}
 
 
-def _densities(hu: np.ndarray | None, parts: np.ndarray, box: tuple[slice, ...], index: int) -> dict[str, Any]:
-    """Mean, percentiles and rim of lesion ``index`` in HU; nothing without the scan."""
+def _densities(
+    hu: np.ndarray | None, mask: np.ndarray, parts: np.ndarray, box: tuple[slice, ...], index: int
+) -> dict[str, Any]:
+    """Mean, percentiles and rim of lesion ``index`` in HU; nothing without the scan. Other lesions are no rim."""
     if hu is None:
         return {}
     inside = hu[box][parts[box] == index]
     around = _grown(box)
     grown = ndimage.binary_dilation(parts[around] == index, _NEAR_IN_PLANE, iterations=2)
-    rim = hu[around][grown & (parts[around] == 0)]
+    rim = hu[around][grown & (mask[around] == 0)]
     percentiles = tuple(float(value) for value in np.percentile(inside, (5, 50, 95)))
     return {"mean_hu": float(inside.mean()), "hu": percentiles, "rim_hu": float(rim.mean()) if rim.size else None}
 
