@@ -46,7 +46,7 @@ from engine.training.diagnostics import DIAGNOSED_IMAGES, TokenStatistics, token
 from engine.training.loop import Stage, train
 from models.findings_head import Found
 from models.language_model.embedding_table import load_embedding_table
-from models.language_model.mamba_lm import lm_identity, read_lm_config, read_tokenizer
+from models.language_model.identity import lm_identity, read_lm_config, read_tokenizer
 from models.medical_vlm import VisionBridge, check_regions
 from models.objectives import Align, ProxyL2, Stage1, embed_reports, report_frequencies
 

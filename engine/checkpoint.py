@@ -32,7 +32,7 @@ from config.files import atomic_path, pickle_contains
 from config.nnunet_plans import PreprocessPlan
 from config.schema import FIELDS, REMOVED, Config, build_config, keys_with_role, yaml_line
 from models.language_model.adapter_file import adapter_digest
-from models.language_model.mamba_lm import read_lm_config
+from models.language_model.identity import read_lm_config
 from models.medical_vlm import VisionBridge
 from models.nnunet.encoder import NnUNetEncoder
 

@@ -15,6 +15,8 @@ import argparse
 import math
 import random
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
@@ -34,8 +36,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=positive_int, default=16, help="reports per step")
     parser.add_argument("--lr", type=positive_float, default=2e-3, help="peak learning rate")
     parser.add_argument("--rank", type=positive_int, default=16, help="of the adapters")
-    precisions, bf16 = ("auto", "no", "bf16", "fp16"), "auto: bf16 on a GPU or CPU that computes in it"
-    parser.add_argument("--mixed_precision", choices=precisions, default="auto", help=bf16)
+    bf16 = "auto: bf16 on a GPU or CPU that computes in it"
+    parser.add_argument("--mixed_precision", choices=("auto", "no", "bf16"), default="auto", help=bf16)
     parser.add_argument("--seed", type=int, default=42, help="of every random number")
     add_model_flags(parser)
     return parser.parse_args()
@@ -46,13 +48,14 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from config.errors import InputError, counted
 from config.schema import Config
 from data.medical_vlm_dataset import encode_answer, encode_prompt, pad_tokens
 from data.report_language.key_points import change_together, key_points_of, point_key, write_key_points
-from data.report_language.labeller import known_language
+from data.report_language.labeller import detect_language, known_language
 from data.report_language.sections import split_sections
 from data.tables.caption_table import question_of, read_caption_table, read_prompts, read_reports
 from engine.run import start_run
@@ -71,7 +74,7 @@ Pair = tuple[str, str, str]  # key points, question, report
 
 
 class ReportPairs:
-    """Prompts and reports; ``language`` None: without key points."""
+    """Prompts and reports. Without key points: all where ``language`` is None, else those in another language."""
 
     def __init__(self, reports: list[str], questions: list[str], language: str | None, seed: int) -> None:
         self.reports, self.questions, self.language = reports, questions, language
@@ -80,9 +83,8 @@ class ReportPairs:
     def draw(self) -> Pair:
         """A report changed at random, after its key points or without them."""
         report, question = self.choose.choice(self.reports), self.choose.choice(self.questions)
-        if self.language is None:
-            return "", question, report
-        report = change_together(report, self.language, self.rng)
+        if detect_language(report) == self.language:
+            report = change_together(report, self.language, self.rng)
         without = self.choose.random() < WITHOUT_KEY_POINTS
         return "" if without else self.key_points(report), question, report
 
@@ -91,7 +93,9 @@ class ReportPairs:
         return [(self.key_points(r), self.questions[i % len(self.questions)], r) for i, r in enumerate(reports)]
 
     def key_points(self, report: str) -> str:
-        return write_key_points(key_points_of(report, self.language), self.language) if self.language else ""
+        if detect_language(report) != self.language:
+            return ""
+        return write_key_points(key_points_of(report, self.language), self.language)
 
 
 class Writer:
@@ -122,8 +126,7 @@ class Writer:
     @torch.no_grad()
     def write(self, pairs: list[Pair]) -> list[str]:
         """Greedily, up to a quarter more tokens than the longest report has."""
-        rows = [torch.tensor(self.prompt(pair)[::-1]) for pair in pairs]
-        ids, mask = (part.flip(1) for part in pad_tokens([row.tolist() for row in rows]))  # padded on the left
+        ids, mask = (part.flip(1) for part in pad_tokens([self.prompt(pair)[::-1] for pair in pairs]))  # left-padded
         longest = max(len(self.lm.tokenizer.encode(pair[2], add_special_tokens=False)) for pair in pairs)
         most = min(longest * 5 // 4 + 1, self.config.max_answer_tokens)
         device = self.lm.model.device
@@ -155,9 +158,11 @@ def read_texts(args: argparse.Namespace, config: Config) -> tuple[list[str], lis
     return reports, choose.sample(held_out, min(HELD_OUT, len(held_out))), prompts or questions
 
 
-def train(args: argparse.Namespace, writer: Writer, adapters: Adapters, source: ReportPairs, held_out: list[Pair],
-          accelerator, keep) -> str:  # fmt: skip
-    """Train and ``keep`` the adapters whenever the held-out loss is lowest. Returns how it ended."""
+def train(
+    args: argparse.Namespace, accelerator: Accelerator, writer: Writer, adapters: Adapters, source: ReportPairs,
+    held_out: list[Pair], keep: Callable[[], None],
+) -> str:  # fmt: skip
+    """Train, and ``keep`` the adapters whenever the held-out loss is lowest. Returns how it ended."""
     optimizer = build_optimizer(adapters, args.lr, weight_decay=0.01)
     schedule = build_schedule(optimizer, args.steps, warmup_ratio=0.05)
     best, waited = math.inf, 0
@@ -198,6 +203,10 @@ def measure(writer: Writer, pairs: list[Pair], language: str | None, batch_size:
     return writer.nats_per_character(pairs, batch_size), float(np.mean(whole)), float(np.mean(exact))
 
 
+def save(path: Path, adapters: Adapters, lm: MambaLM) -> None:
+    save_adapters(path, adapters.to_dict(), lm.model, lm.identity.to_dict(), MIXER_LAYERS)
+
+
 def sections_of(report: str) -> set[str]:
     return {section.name for section in split_sections(report) if section.of(report)}
 
@@ -220,7 +229,7 @@ def main() -> None:
     if language is None:
         print("note: the labeller knows Chinese and English reports, not these: training goes on without key points")
     else:
-        print(f"key points, for example: {held_out[0][0]}", flush=True)
+        print(f"key points, for example: {max((pair[0] for pair in held_out), key=len)}", flush=True)
 
     weights = {"dtype": config.mamba_dtype, "device": accelerator.device}
     lm = MambaLM.load(config.mamba_model, **weights)
@@ -233,10 +242,9 @@ def main() -> None:
           f"{count / 1e6:.2f} M parameters", flush=True)  # fmt: skip
     path = output / ADAPTER_FILE
 
-    def keep() -> None:
-        save_adapters(path, adapters.to_dict(), lm.model, lm.identity.to_dict(), MIXER_LAYERS)
-
-    ended = train(args, writer, adapters, source, held_out, accelerator, keep)
+    keep = partial(save, path, adapters, lm)
+    ended = train(args, accelerator, writer, adapters, source, held_out, keep)
+    del writer, lm, keep  # before it is loaded again
     lm = MambaLM.load(config.mamba_model, stage0=path, **weights)
     after = measure(Writer(lm, config), held_out, language, args.batch_size)
     gained = [f"{before[0]:.3f} → {after[0]:.3f} nats/character", f"four sections {before[1]:.2f} → {after[1]:.2f}"]

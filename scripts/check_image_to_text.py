@@ -105,7 +105,8 @@ from engine.findings_prompt import believed
 from engine.scan_checks import check_new_scan, chosen_blindly, compare_described, describe_view, judge_features, notice
 from models.language_model.decoding import INCOMPLETE, CharacterStream, Decoding, FirstTokenClock, StopRule
 from models.language_model.embedding_table import load_embedding_table
-from models.language_model.mamba_lm import MambaLM, lm_identity, read_tokenizer
+from models.language_model.identity import lm_identity, read_tokenizer
+from models.language_model.mamba_lm import MambaLM
 from models.language_model.prefix_state import PrefixIdentity, PrefixState, answer_from_state, lm_size
 from models.language_model.quantisation import CONTRADICTION
 from models.medical_vlm import check_regions, generate_reports

@@ -90,12 +90,13 @@ def _completed(a: FindingRecord, b: FindingRecord) -> FindingRecord:
 
 @dataclass
 class _Anchor:
-    """Where the words of a mention stand. ``whole``: a change of this kind would leave words of the sentence behind."""
+    """Where the words of a mention stand, and what cannot change since other words of its sentence say it too."""
 
     places: list[Span] = field(default_factory=list)
     sizes: list[Span] = field(default_factory=list)
     keeps_side: bool = False
     keeps_level: bool = False
+    sentence: Span = (0, 0)
 
 
 def _anchors(report: str, language: str) -> dict[int, _Anchor]:
@@ -126,12 +127,17 @@ def _anchors(report: str, language: str) -> dict[int, _Anchor]:
             loose = [t for t in tokens if t.kind == "place" and t.value[0] and (t.start, t.end) not in owned]
             for i in sentence.targets:
                 found[tokens[i].start].keeps_side = bool(loose)
+                found[tokens[i].start].sentence = _without_blanks(report, begin, stop)
             earlier = spans[groups[-1]] if groups else earlier if not sentence.targets else []
     return found
 
 
 def _place_spans(sentence: Sentence, group: tuple[int, int]) -> list[Span]:
     return [(t.start, t.end) for t in sentence.tokens[group[0] : group[1] + 1] if t.kind == "place"]
+
+
+def _without_blanks(text: str, begin: int, stop: int) -> Span:
+    return stop - len(text[begin:stop].lstrip()), begin + len(text[begin:stop].rstrip())
 
 
 def _around(places: Sequence[Span], stop: int) -> Span:
@@ -153,9 +159,16 @@ class _Change:
 def change_together(report: str, language: str, rng: np.random.Generator) -> str:
     """The report with sizes, sides and levels of its findings changed at random, everywhere they stand.
 
-    Sizes are drawn log-uniformly from half to twice the stated one, within what the finding's name allows. Sentences of
-    the findings section that stand alone are put in another order. A report without findings stays as it is.
+    Sizes are drawn log-uniformly from half to twice the stated one, within what the finding's name allows. Two
+    findings that stand in sentences of their own may change places. A report without findings stays as it is.
     """
+    if rng.random() < 0.5:
+        report = exchange_findings(report, language, rng)
+    return change_attributes(report, language, rng)
+
+
+def change_attributes(report: str, language: str, rng: np.random.Generator) -> str:
+    """The report with sizes, sides and levels changed; all changes that can be made."""
     mentions, groups, anchors = _parsed(report, language)
     changes = [*_place_changes(mentions, groups, anchors, rng), *_size_changes(mentions, groups, anchors, rng)]
     made = changes
@@ -166,6 +179,45 @@ def change_together(report: str, language: str, rng: np.random.Generator) -> str
             if (new := _apply(report, language, mentions, groups, [*made, change])) is not None:
                 made, changed = [*made, change], new
     return changed
+
+
+def exchange_findings(report: str, language: str, rng: np.random.Generator) -> str:
+    """The report with two findings in exchanged order, unless they share a sentence or the labeller reads it otherwise.
+
+    Their sentences in the findings section change places, and their names with place in the impression.
+    """
+    mentions, groups, anchors = _parsed(report, language)
+    if len(groups) < 2:
+        return report
+    parts = []
+    for members in (groups[k] for k in rng.choice(len(groups), 2, replace=False)):
+        stated = [mentions[m] for m in members if anchors[mentions[m].start].places]
+        spans: dict[str, Span] = {}
+        for m in stated:
+            anchor = anchors[m.start]
+            name = min(m.start, anchor.places[0][0]), max(m.end, anchor.places[-1][1])
+            spans[m.section] = name if m.section in ("impression", "recommendation", "tendency") else anchor.sentence
+        parts.append(spans if len(spans) == len(stated) else {})
+    one, other = parts
+    if not one or one.keys() != other.keys():
+        return report
+    if any(max(one[name][0], other[name][0]) < min(one[name][1], other[name][1]) for name in one):
+        return report
+    words = {}
+    for here, there in ((one[name], other[name]) for name in one):
+        for span, source in ((here, there), (there, here)):
+            text, start = report[slice(*source)], report[span[0]]
+            words[span] = (text[0].upper() if start.isupper() else text[0].lower()) + text[1:]
+    new = _replaced(report, words)
+    before, after = (sorted(str((*_what(m)[2:], m.finding, m.polarity == "absent")) for m in read(text, language))
+                     for text in (report, new))  # fmt: skip
+    return new if before == after and len(grouped(read(new, language))) == len(groups) else report
+
+
+def _replaced(text: str, words: dict[Span, str]) -> str:
+    for start, end in sorted(words, reverse=True):
+        text = text[:start] + words[start, end] + text[end:]
+    return text
 
 
 @lru_cache(maxsize=256)
@@ -244,9 +296,7 @@ def _apply(
             words[span] = change.rewrite(words.get(span, report[slice(*span)]))
         for index, values in change.fields.items():
             wanted[index] = replace(wanted[index], **values)
-    text = report
-    for start, end in sorted(words, reverse=True):
-        text = text[:start] + words[start, end] + text[end:]
+    text = _replaced(report, words)
     found = read(text, language)
     if list(map(_what, found)) != list(map(_what, wanted)) or [members for _, members in grouped(found)] != groups:
         return None

@@ -33,7 +33,11 @@ def stage0(small_training: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def run(*flags: str, texts: list[str] | None = None) -> Path:
         extra, out = tmp_path / "extra.txt", tmp_path / "out"
         extra.write_text("\n".join(reports(24) if texts is None else texts), encoding="utf-8")
-        command = ["adapt", "--config", str(small_training / "paths.yaml"), "--output_dir", str(out)]
+        lines = [f"{small_training / '0.nii.gz'},Q?,{text}" for text in reports(30)[24:]]
+        (tmp_path / "val.csv").write_text("\n".join(["image_path,question,answer", *lines]), encoding="utf-8")
+        config = load_config(small_training / "paths.yaml").replace(caption_csv_val=str(tmp_path / "val.csv"))
+        write_config(config, tmp_path / "stage0.yaml")
+        command = ["adapt", "--config", str(tmp_path / "stage0.yaml"), "--output_dir", str(out)]
         command += ["--extra_reports", str(extra), "--batch_size", "2", "--steps", "2", "--rank", "2", *flags]
         monkeypatch.setattr(sys, "argv", command)
         monkeypatch.setattr(script, "GENERATED", 2)
@@ -68,7 +72,7 @@ def test_the_held_out_loss_falls(stage0, capsys):
 
 
 def test_too_few_reports(stage0):
-    with pytest.raises(InputError, match="^9 different reports to learn from, expected at least 20: add some to"):
+    with pytest.raises(InputError, match="^13 different reports to learn from, expected at least 20: add some to"):
         stage0(texts=reports(9))
 
 

@@ -23,7 +23,8 @@ from config.toy_models import STAMP
 from engine.checkpoint import Checkpoint, save_checkpoint
 from engine.scan_checks import NOTICES
 from models.language_model.decoding import CharacterStream
-from models.language_model.mamba_lm import MambaLM, lm_identity
+from models.language_model.identity import lm_identity
+from models.language_model.mamba_lm import MambaLM
 from models.language_model.prefix_state import PrefixState
 from models.medical_vlm import VisionBridge
 from models.nnunet.checkpoint import load_nnunet_checkpoint

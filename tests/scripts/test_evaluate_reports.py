@@ -22,7 +22,8 @@ from data.phantom.dataset import DatasetPaths, make_dataset
 from data.phantom.finding import FINDING_TYPES
 from engine.checkpoint import save_checkpoint
 from engine.evaluation.report_writer import Report, ReportWriter
-from models.language_model.mamba_lm import MambaLM, lm_identity
+from models.language_model.identity import lm_identity
+from models.language_model.mamba_lm import MambaLM
 from models.medical_vlm import VisionBridge
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.encoder import NnUNetEncoder

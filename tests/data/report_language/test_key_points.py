@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from config.errors import InputError
 from data.findings import LESION, FindingRecord
 from data.phantom.finding import LESION_TYPES, SIDES, ZONES, Finding
 from data.phantom.report import write_report
-from data.report_language.key_points import key_points_of, point_key, read_key_points, write_key_points
+from data.report_language.key_points import change_together, key_points_of, point_key, read_key_points, write_key_points
 from data.report_language.terms import FINDINGS
 
 LANGUAGES = ("zh", "en")
@@ -39,6 +40,22 @@ def test_every_finding_at_every_place_is_read_back(finding: str, language: str) 
         record = FindingRecord(finding, side=side, size_mm=size, **place)
         line = write_key_points([record, EFFUSION], language)
         assert list(map(point_key, read_key_points(line, language))) == [point_key(record), point_key(EFFUSION)], line
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_key_points_of_reports_in_any_wording_are_read_back(language: str, assets: Path) -> None:
+    lines = [line.split("\t") for file in sorted(assets.glob("report_sentences_*.tsv")) for line in read_lines(file)]
+    sentences = [text for known, text, _ in lines if known == language]
+    rng = np.random.default_rng(0)
+    for i in range(0, len(sentences), 4):
+        report = change_together("\n".join(sentences[i : i + 4]), language, rng)
+        found = key_points_of(report, language)
+        line = write_key_points(found, language)
+        assert list(map(point_key, read_key_points(line, language))) == list(map(point_key, found)), line
+
+
+def read_lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.parametrize(

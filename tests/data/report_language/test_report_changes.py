@@ -10,6 +10,7 @@ import pytest
 
 from data.report_language.key_points import change_together, key_points_of, point_key
 from data.report_language.labeller import label_report
+from data.report_language.report_changes import change_attributes, exchange_findings
 from tests.data.report_language.test_key_points import LANGUAGES, drawn, write_report
 
 CHINESE = (
@@ -33,7 +34,7 @@ def test_phantom_reports_change_in_side_zone_and_size(language: str) -> None:
     moved, points = Counter(), 0
     for _ in range(150):
         report = write_report(drawn(rng), rng, language)
-        new = change_together(report, language, rng)
+        new = change_attributes(report, language, rng)
         pairs = list(zip(key_points_of(report, language), key_points_of(new, language), strict=True))
         assert [a.finding for a, _ in pairs] == [b.finding for _, b in pairs]
         assert len(label_report(new, language)) == len(label_report(report, language))
@@ -42,6 +43,29 @@ def test_phantom_reports_change_in_side_zone_and_size(language: str) -> None:
             moved.update(name for name in ("side", "zone", "size_mm") if getattr(a, name) != getattr(b, name))
             assert 0.45 * a.size_mm <= b.size_mm <= 2.1 * a.size_mm
     assert moved["side"] > 0.35 * points and moved["zone"] > 0.4 * points and moved["size_mm"] > 0.8 * points
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_findings_change_places_in_every_section(language: str) -> None:
+    rng, changes = np.random.default_rng(2), 0
+    for _ in range(100):
+        report = write_report(drawn(rng), rng, language)
+        new = exchange_findings(report, language, rng)
+        before, after = ([point_key(f) for f in key_points_of(text, language)] for text in (report, new))
+        assert sorted(map(str, before)) == sorted(map(str, after)) and len(new) == len(report)
+        changes += before != after
+    assert changes > 30
+    text = "所见：右肺上野见12mm结节。左侧胸腔积液。结论：考虑右肺上野结节，左侧胸腔积液。"
+    new = "所见：左侧胸腔积液。右肺上野见12mm结节。结论：考虑左侧胸腔积液，右肺上野结节。"
+    assert exchange_findings(text, "zh", rng) == new
+
+
+@pytest.mark.parametrize(
+    "text", ["右肺上叶见12mm结节及左侧胸腔积液。", "右肺上叶见12mm结节。其内见空洞。左肺下叶实变。"]
+)
+def test_findings_that_depend_on_each_other_keep_their_order(text: str) -> None:
+    found = {exchange_findings(text, "zh", np.random.default_rng(seed)) for seed in range(6)}
+    assert all("结节。其内见空洞" in new or new == text for new in found)
 
 
 def test_every_section_changes_with_the_findings() -> None:

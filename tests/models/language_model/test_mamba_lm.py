@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from config.errors import InputError
 from models.language_model.embedding_table import load_embedding_table
 from models.language_model.hf_patch import use_our_scan
-from models.language_model.mamba_lm import IGNORED, TIED_MESSAGE, MambaLM, lm_identity, read_lm_config, read_tokenizer
+from models.language_model.identity import lm_identity, read_lm_config, read_tokenizer
+from models.language_model.mamba_lm import IGNORED, TIED_MESSAGE, MambaLM
 from tests.models.language_model.tiny import byte_tokenizer, random_mamba
 
 
@@ -62,7 +63,7 @@ def test_embedding_table_alone_equals_the_models(folder: Path) -> None:
 
 def test_identity_needs_no_weights(folder: Path) -> None:
     assert lm_identity(str(folder)).to_dict() == {
-        "name": str(folder), "width": 32, "layers": 3, "vocabulary": 264, "tokens": 257,
+        "name": str(folder), "width": 32, "layers": 3, "vocabulary": 264, "tokens": 257, "adapters": "",
     }  # fmt: skip
 
 
