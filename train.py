@@ -47,8 +47,9 @@ from engine.training.loop import Stage, train
 from models.findings_head import Found
 from models.language_model.embedding_table import load_embedding_table
 from models.language_model.identity import lm_identity, read_lm_config, read_tokenizer
+from models.language_model.report_embedding import embed_reports, report_frequencies
 from models.medical_vlm import VisionBridge, check_regions
-from models.objectives import Align, ProxyL2, Stage1, embed_reports, report_frequencies
+from models.objectives import Align, ProxyL2, Stage1
 
 
 def build_objectives(

@@ -30,7 +30,28 @@ from models.findings_head import SIDES, UNKNOWN, ZONES, FindingsHead, Found
 from models.medical_vlm import VisionBridge
 
 SURE = 0.5  # calibrated probability from which a finding is said
+PROMPT_DROPOUT = 0.3  # fraction of the training samples whose image must be read without a prompt
 HEAD_WEIGHT = 1.0  # of the head's loss beside the objective's or the captions'
+
+
+def set_up_findings(
+    accelerator: Accelerator, vision: VisionBridge, train: DataLoader, val: DataLoader, mode: FindingsPrompt
+) -> FindingsPrompt:
+    """For Stage 2: a findings head where ``vision`` has none, and training prompts that err as those of held-out cases.
+
+    Returns ``mode``, or ``off`` where the labeller does not know the language of the reports.
+    """
+    trained = vision.head is not None
+    findings = learnt_findings(train.dataset, val.dataset, vision.head.names if trained else ())
+    if not trained:
+        vision.add_head(findings)
+        vision.to(accelerator.device)
+    if train.dataset.language is None:
+        return "off"
+    if mode != "off":
+        errors = prompt_errors(accelerator, vision, val, mode) if trained else PromptErrors()
+        train.dataset.prompt_errors, train.dataset.prompt_dropout = errors, PROMPT_DROPOUT
+    return mode
 
 
 def learnt_findings(train: MedicalVLMDataset, val: MedicalVLMDataset, names: Sequence[str] = ()) -> Sequence[str]:
