@@ -17,6 +17,7 @@ SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "enco
 SKIPPED |= {"idlelib", "tkinter", "turtledemo", "ensurepip", "__pycache__"}
 PARAGRAPH = (2, 7)  # sentences
 KEPT = 0.5  # chance that a value of the paragraph is used again, as a text returns to what it is about
+REPEATED = 0.4  # of the sentences are said once more: asked, quoted, summed up
 
 WORDS = {
     "who": "小明 李华 王老师 张先生 陈女士 刘师傅 奶奶 爷爷 哥哥 妹妹 弟弟 姐姐 邻居 同学 司机 店主 工程师 校长 "
@@ -115,6 +116,15 @@ SENTENCES = (
     "一年后再去{city}，{spot}的变化{degree}明显",
 )
 
+REPETITIONS = (
+    "{who}问：“{said}，对吗？”{who}答：“对，{said}。”",
+    "{who}在信里写道：{said}。",
+    "也就是说，{said}。",
+    "标题：{said}。正文：{said}。",
+    "{who}又说了一遍：“{said}。”",
+    "总之，{said}。",
+)
+
 
 def python_files() -> Iterator[str]:
     """The source of the running Python's standard library, file by file in the order of their names."""
@@ -149,5 +159,14 @@ class ChineseParagraphs:
                 used[slot] = self._value(slot)
             return used[slot]
 
-        sentences = self.rng.choices(SENTENCES, k=self.rng.randint(*PARAGRAPH))
-        return "".join(re.sub(r"{(\w+)}", fill, sentence) + "。" for sentence in sentences) + "\n"
+        def filled(template: str) -> str:
+            return re.sub(r"{(\w+)}", fill, template)
+
+        said: list[str] = []
+        text = ""
+        for sentence in self.rng.choices(SENTENCES, k=self.rng.randint(*PARAGRAPH)):
+            said.append(filled(sentence))
+            text += said[-1] + "。"
+            if self.rng.random() < REPEATED:
+                text += filled(self.rng.choice(REPETITIONS).replace("{said}", self.rng.choice(said)))
+        return text + "\n"

@@ -11,6 +11,7 @@ read it, and correct it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,11 +22,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from config.schema import FindingsPrompt
-from data.finding_targets import LEAST_POSITIVE, MOST_LESIONS, PromptErrors, Targets, learnable, pair_findings
-from data.findings import LESION, FindingRecord
+from data.finding_targets import LEAST_POSITIVE, MOST_LESIONS, PromptErrors, Targets, learnable
+from data.findings import FindingRecord
 from data.medical_vlm_dataset import MedicalVLMDataset, encode_key_points, pad_tokens
 from data.report_language.key_points import OUTSIDE_LUNG, write_key_points
-from models.findings_head import SIDES, ZONES, FindingsHead, Found
+from models.findings_head import SIDES, UNKNOWN, ZONES, FindingsHead, Found
 from models.medical_vlm import VisionBridge
 
 SURE = 0.5  # calibrated probability from which a finding is said
@@ -72,12 +73,22 @@ def learnt_findings(train: MedicalVLMDataset, val: MedicalVLMDataset, names: Seq
 
 @torch.no_grad()
 def calibrate(accelerator: Accelerator, head: FindingsHead, batches: Sequence[tuple[Found, Targets]]) -> None:
-    """Temperatures from what the head says of the validation cases and their targets."""
+    """Set the temperatures from what the head says of the validation cases and their targets, and print how often it is
+    right."""
     parts = [tuple(accelerator.gather_for_metrics(tuple(part)) for part in pair) for pair in batches]
     said, target = (
         Found(*(torch.cat(values) for values in zip(*part, strict=True))) for part in zip(*parts, strict=True)
     )
     head.calibrate(said, target)
+    known, stated = target.lesion != UNKNOWN, target.presence == 1
+    named = (said.lesion.argmax(-1) == target.lesion)[known].float()
+    positive = said.presence > 0
+    f1 = 2 * (positive & stated).sum() / (positive.sum() + stated.sum()).clamp(min=1)
+    accelerator.print(
+        f"findings head on {len(stated)} validation cases: {len(named)} measured lesions, named rightly "
+        f"{float(named.mean()) if len(named) else math.nan:.3f}; findings of the scan, micro-F1 {float(f1):.3f}",
+        flush=True,
+    )
 
 
 @torch.no_grad()
@@ -119,10 +130,7 @@ def believed(
     if mode == "predicted":
         return scan
     real = [lesion for lesion in lesions if lesion is not None]
-    names = {lesion.finding for lesion in real}
-    # A finding of the scan that a measured lesion can be is that lesion.
-    unmatched = [f for f in scan if f.finding not in names]
-    return real + [b for a, b in pair_findings([m for m in real if m.finding == LESION], unmatched) if a is None]
+    return real + [finding for finding in scan if finding.finding not in {lesion.finding for lesion in real}]
 
 
 def _named(head: FindingsHead, said: Found, k: int, lesion: FindingRecord) -> FindingRecord | None:
@@ -131,11 +139,8 @@ def _named(head: FindingsHead, said: Found, k: int, lesion: FindingRecord) -> Fi
     best = int(chances.argmax())
     if best == len(head.names):
         return None
-    finding, sure = head.names[best], float(chances[best])
-    if sure < SURE:
-        finding, sure = lesion.finding, 1 - float(chances[-1])
     size = lesion.size_mm and max(1.0, lesion.size_mm * float(said.lesion_size[0, k]))
-    return _placed(replace(lesion, finding=finding, size_mm=size, probability=sure))
+    return _placed(replace(lesion, finding=head.names[best], size_mm=size, probability=float(chances[best])))
 
 
 def _of_scan(head: FindingsHead, said: Found, k: int) -> FindingRecord:

@@ -78,7 +78,7 @@ ANY_SIZE_FRACTION = 0.2  # of the findings have a size from all of SIZES_MM, the
 KEY_ERROR_MM = 2.5
 NUMBER_SCALE = 6.0  # numbers this far apart have nearly unrelated embeddings at the start
 WINDOW = 320  # tokens of general text in a row of a batch
-CHINESE_FRACTION = 0.04  # of the characters of the general text
+CHINESE_FRACTION = 0.05  # of the characters of the general text
 HELD_OUT = 40  # every so many documents
 TOKENIZER_PART = 4  # the tokenizer sees all Chinese and every so many other documents, or no character were one token
 
