@@ -6,6 +6,7 @@ shuffled   the image of another patient
 blank      an image without structure: every voxel the mean of CT normalisation, slices at mean position
 prior      no image: the visual tokens are those of the mean features and mean slice positions of all cases
 squares    the mean features with the case's own slice positions and lesion boxes: what a mask gives away alone
+corrected  the case's image, with one point of its findings prompt changed (engine/evaluation/corrections.py)
 sample1…   the case's image, sampled at temperature 1
 =========  ===========================================================================================
 
@@ -41,11 +42,13 @@ from config.errors import InputError
 from config.schema import FindingsPrompt
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset, Sample
 from data.tables.caption_table import CaptionRow
+from engine.evaluation.corrections import correct
 from engine.evaluation.report_writer import ReportWriter
 from engine.findings_prompt import batch_believed, with_key_points
 from models.language_model.decoding import Decoding
 
 OWN, SHUFFLED, BLANK, PRIOR, SQUARES, SAMPLE = "own", "shuffled", "blank", "prior", "squares", "sample"
+CORRECTED = "corrected"
 AUDITED = (OWN, SHUFFLED, BLANK, PRIOR, SQUARES)
 EMBEDDING = "embedding"  # key of the records that hold a mean visual token
 _BASELINE_CASES = 256  # that the mean image is made of
@@ -127,8 +130,8 @@ class ReportPasses:
     def __len__(self) -> int:
         return len(self.data)
 
-    def run(self, condition: str) -> None:
-        """Generate what is missing."""
+    def run(self, condition: str, most: int | None = None) -> None:
+        """Generate what is missing, of the first ``most`` rows."""
         order = list(range(len(self)))
         if condition == SHUFFLED:
             order = shuffled_order(patients_of(self.data.rows), self.seed)
@@ -136,7 +139,7 @@ class ReportPasses:
         def make(rows: list[int]) -> list[Record]:
             return self._generate([self._sample(row, order[row], condition) for row in rows], condition)
 
-        self.fill(self.key(condition), range(len(self)), self.batch_size, make)
+        self.fill(self.key(condition), range(len(self))[:most], self.batch_size, make)
 
     def fill(self, key: str, rows: Iterable[int], size: int, make: Callable[[list[int]], list[Record]]) -> None:
         """Make and store the missing records of these rows, ``size`` rows at a time."""
@@ -218,7 +221,18 @@ class ReportPasses:
             raise InputError(f"visual tokens are not finite: check the images ({named}) and the nnU-Net")
         head = self.writer.model.vision.head
         said = batch_believed(head, found, [sample.measured for sample in samples], self.mode)
+        changes = []
+        if condition == CORRECTED:
+            seeds = [np.random.default_rng([self.seed, sample.row]) for sample in samples]
+            changes = [correct(one or [], head.names, rng) for one, rng in zip(said, seeds, strict=True)]
+            said = [asked for asked, _, _ in changes]
         batch = with_key_points(batch, self.writer.tokenizer, said, self.language)
+        if condition == CORRECTED:
+            written = self.writer.write(visual, batch)
+            return [
+                {"text": one.text, "asked": [f.to_dict() for f in asked], "kind": kind, "point": point.to_dict()}
+                for one, (asked, kind, point) in zip(written, changes, strict=True)
+            ]
         if condition.startswith(SAMPLE):
             torch.manual_seed(self.seed * 1_000_003 + samples[0].row * 101 + int(condition.removeprefix(SAMPLE)))
             return [{"text": one.text} for one in self.writer.write(visual, batch, Decoding(temperature=1.0))]

@@ -37,6 +37,7 @@ from engine.evaluation.baselines import (
 from engine.evaluation.card_pages import card_blocks, draw_plots, show, write_pages
 from engine.evaluation.conditions import (
     AUDITED,
+    CORRECTED,
     OWN,
     SAMPLE,
     GenerationStore,
@@ -45,9 +46,10 @@ from engine.evaluation.conditions import (
     shuffled_order,
 )
 from engine.evaluation.confidence import Labeller, Outcomes, Statement, confidence_scores, statements
+from engine.evaluation.corrections import correction_scores
 from engine.evaluation.finding_metrics import Mentions
 from engine.evaluation.localisation import MaskedCase, measure_case
-from engine.evaluation.report_card import TableResults, marked_reports, report_card
+from engine.evaluation.report_card import TableResults, marked_reports, plain, report_card
 from engine.evaluation.report_writer import ReportWriter, token_spans
 from engine.evaluation.saliency import map_case
 from engine.run import environment, jsonable, set_seeds
@@ -97,6 +99,12 @@ class Job:
         return table_statements(self, self.passes)
 
     @property
+    def corrections(self) -> int:
+        """Cases whose findings prompt is corrected; none where the model has no findings to correct."""
+        prompted = self.passes.mode != "off" and self.passes.language and self.passes.writer.model.vision.head
+        return min(self.args.corrections, len(self.passes)) if prompted else 0
+
+    @property
     def sampled(self) -> list[str]:
         """Conditions of the sampled reports."""
         return [f"{SAMPLE}{k}" for k in range(1, self.args.samples + 1)]
@@ -129,7 +137,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises: InputError for a value out of range."""
-    for name in ("samples", "maps"):
+    for name in ("samples", "maps", "corrections"):
         if getattr(args, name) < 0:
             raise InputError(f"--{name} {getattr(args, name)}: expected a whole number from 0 on")
     if not 0 <= args.abstain_below <= 1:
@@ -255,6 +263,8 @@ def generate(job: Job, accelerator: Accelerator) -> None:
             job.calibration.run(condition)
     for condition in (*AUDITED, *job.sampled):
         job.passes.run(condition)
+    if job.corrections:
+        job.passes.run(CORRECTED, job.corrections)
     if job.training:
         job.training.embed(job.copied.rows)
         job.passes.embed(range(len(job.passes)))
@@ -333,6 +343,9 @@ def write_card(job: Job) -> dict[str, Any]:
     results.copied = copy_reports(job, list(map(predicted_findings, results.mentions[OWN], believed)))
     card = {"checkpoint": str(args.checkpoint), "csv": str(args.csv)} | report_card(results)
     blind = sum("blind" in kinds for kinds in job.notices)
+    if job.corrections:
+        records = [record for record in passes.stored(CORRECTED) if record is not None]
+        card["corrections"] = plain(correction_scores(records, [job.label(record["text"]) for record in records]))
     card["views"] = {"slice_policy": passes.data.view_selection.policy, "blind_cases": blind}
     if blind:
         print(

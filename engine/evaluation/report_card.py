@@ -96,7 +96,7 @@ def report_card(results: TableResults) -> dict[str, Any]:
         "confidence": _confidence(results),
         **_pointing(results),
     }
-    return _plain(card)
+    return plain(card)
 
 
 def marked_reports(results: TableResults) -> list[str]:
@@ -290,14 +290,14 @@ def _with_interval(name: str, score: Score) -> dict[str, Any]:
     return {name: score.value, f"{name}_interval": score.bounds}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON values: scores become dictionaries, NaN None, NumPy's numbers Python's."""
     if isinstance(value, Score):
         value = value.as_dict()
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
