@@ -10,7 +10,8 @@ from typing import Any, Literal
 LESION = "lesion"  # a finding of a kind that is not known: what a network of one class segments
 
 Source = Literal["report", "generated", "mask", "segmentation", "predicted"]
-DESCRIPTORS = 14  # numbers of :meth:`FindingRecord.descriptors`
+LABELS = 8  # of a segmentation that a lesion's descriptors tell apart
+DESCRIPTORS = 14 + LABELS  # numbers of :meth:`FindingRecord.descriptors`
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,15 @@ class FindingRecord:
         return ", ".join(part for part in parts if part)
 
     def descriptors(self) -> list[float]:
-        """Place, size, shape and density of a measured lesion as :data:`DESCRIPTORS` numbers of about unit size; the
-        last is 1, so that a row of zeros is no lesion. What is not known is 0."""
+        """Label, place, size, shape and density of a measured lesion as :data:`DESCRIPTORS` numbers of about unit size;
+        the last is 1, so that a row of zeros is no lesion. What is not known is 0."""
         m = self.measured
         density = [*(m.hu or (0.0, 0.0, 0.0)), m.mean_hu or 0.0, m.rim_hu or 0.0]
         lengths = [self.size_mm or 0.0, m.thick_mm, m.height_mm, m.volume_mm3 ** (1 / 3)]
         place = [0.0 if value is None else 2 * value - 1 for value in (m.level, m.across, m.depth)]
         shape = [math.log(max(length, 1.0) / 15) for length in lengths]
-        return [*place, *shape, *(hu / 400 for hu in density), math.log1p(self.count or 1) - 1, 1.0]
+        label = [float(m.label == value) for value in range(1, LABELS + 1)]  # a network may know the kinds of lesions
+        return [*label, *place, *shape, *(hu / 400 for hu in density), math.log1p(self.count or 1) - 1, 1.0]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, without what is at its default."""

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 UNKNOWN = -100  # of a target that nothing is known of
-DESCRIPTORS = 14  # P, of data/findings.py
+DESCRIPTORS = 22  # P, of data/findings.py
 SIDES, ZONES = ("left", "right", "bilateral"), ("upper", "middle", "lower")
 TYPICAL_MM = 15.0  # sizes are learnt as their logarithm beside this one's
 

@@ -18,7 +18,7 @@ from data.finding_targets import (
     pair_findings,
     targets,
 )
-from data.findings import DESCRIPTORS, LESION, FindingRecord, Measurement
+from data.findings import DESCRIPTORS, LABELS, LESION, FindingRecord, Measurement
 
 NAMES = ("nodule", "effusion")
 
@@ -109,7 +109,7 @@ def test_lesions_beyond_the_most_are_left_out() -> None:
     rows = descriptors([lesion()])
     assert all(len(row) == DESCRIPTORS for row in rows) and rows[0][-1] == 1
     assert rows[1:] == [[0.0] * DESCRIPTORS] * (MOST_LESIONS - 1)
-    assert rows[0][3] == pytest.approx(math.log(12 / 15)), "sizes are logarithms beside 15 mm"
+    assert rows[0][LABELS + 3] == pytest.approx(math.log(12 / 15)), "sizes are logarithms beside 15 mm"
     assert rows[0][:3] == pytest.approx([0.6, -0.6, 0.0]), "places are from -1 to 1"
 
 

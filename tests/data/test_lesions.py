@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from config.errors import InputError
-from data.findings import DESCRIPTORS, LESION, Measurement
+from data.findings import DESCRIPTORS, LABELS, LESION, Measurement
 from data.lesions import LungBox, find_lungs, longest_axial_diameter, measure_lesions
 from data.phantom.case import Phantom, make_case
 from data.phantom.finding import FINDING_TYPES
@@ -108,7 +108,7 @@ def test_place_is_a_fraction_of_the_lungs_box() -> None:
     nowhere = measure_lesions(mask, (1, 1, 1), None)[0]
     assert (nowhere.side, nowhere.zone, nowhere.measured.level, nowhere.measured.across) == (None,) * 4
     numbers = nowhere.descriptors()
-    assert numbers[:3] == [0.0, 0.0, 0.0] and len(numbers) == DESCRIPTORS and np.isfinite(numbers).all()
+    assert numbers[LABELS : LABELS + 3] == [0.0, 0.0, 0.0] and len(numbers) == DESCRIPTORS and np.isfinite(numbers).all()
 
 
 @pytest.fixture(scope="module")
