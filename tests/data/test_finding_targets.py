@@ -110,7 +110,7 @@ def test_lesions_beyond_the_most_are_left_out() -> None:
     assert all(len(row) == DESCRIPTORS for row in rows) and rows[0][-1] == 1
     assert rows[1:] == [[0.0] * DESCRIPTORS] * (MOST_LESIONS - 1)
     assert rows[0][LABELS + 3] == pytest.approx(math.log(12 / 15)), "sizes are logarithms beside 15 mm"
-    assert rows[0][:3] == pytest.approx([0.6, -0.6, 0.0]), "places are from -1 to 1"
+    assert rows[0][LABELS : LABELS + 3] == pytest.approx([0.6, -0.6, 0.0]), "places are from -1 to 1"
 
 
 def test_learnable_findings_are_stated_often_enough() -> None:
