@@ -31,7 +31,7 @@ CHECKPOINT = "vision_bridge_vlm_best_val.pt"
 
 
 class Step(NamedTuple):
-    """One script of the chain. ``steps``: of its optimizer."""
+    """One script of the chain. ``steps``: of its optimizer, where their number is known beforehand."""
 
     name: str
     title: str
@@ -40,7 +40,7 @@ class Step(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """A synthetic data set, and how long it is trained on."""
+    """Sizes of a synthetic data set, and how long it is trained on; ``stage0_steps``: at most."""
 
     train: int
     val: int
@@ -113,8 +113,7 @@ def language_model(folder: Path, seed: int) -> Step:
 
 def stage0(setting: Setting, out: Path, seed: int) -> Step:
     command = ["scripts/adapt_language_model.py", "--config", out / "paths.yaml", "--steps", setting.stage0_steps]
-    title = "Stage 0: the language model learns to write reports"
-    return step("stage0", title, seed, *command, steps=setting.stage0_steps)
+    return step("stage0", "Stage 0: the language model learns to write reports", seed, *command)
 
 
 def training(setting: Setting, out: Path, seed: int, lora_rank: int = 0) -> list[Step]:
