@@ -225,7 +225,7 @@ def main_scores(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _baseline(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores of a baseline under the names of the reports' own, and by how much the reports exceed it."""
+    """Scores of a baseline under the names of the reports' own; the difference is reports minus baseline."""
     whole, gain = scores["whole_reports"], scores["difference"]["whole_reports"]["exact_acc"]
     return {
         "location_acc": scores["location_acc"]["value"],
@@ -233,7 +233,7 @@ def _baseline(scores: Mapping[str, Any]) -> dict[str, Any]:
         "finding_macro_f1": scores["macro_f1"]["value"],
         "size_within_3mm": scores["size_within_3mm"]["value"],
         **{name: whole[name]["value"] for name in ("exact_acc", "garbled_rate", "missed_lesion_rate")},
-        "exact_acc_below_reports_by": {"value": gain["value"], "interval": gain["interval"]},
+        "exact_acc_difference": {"value": gain["value"], "interval": gain["interval"]},
     }
 
 
