@@ -38,15 +38,18 @@ from config.errors import InputError
 from config.schema import Config, write_config
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from engine.checkpoint import save_checkpoint
+from engine.findings_prompt import HEAD_WEIGHT, calibrate, learnt_findings
 from engine.loaders import build_loaders, check_tables, load_encoder, prepare_data
 from engine.run import start_run
 from engine.scan_checks import ScanChecks
 from engine.training.diagnostics import DIAGNOSED_IMAGES, TokenStatistics, token_statistics
 from engine.training.loop import Stage, train
+from models.findings_head import Found
 from models.language_model.embedding_table import load_embedding_table
-from models.language_model.mamba_lm import lm_identity, read_lm_config, read_tokenizer
+from models.language_model.identity import lm_identity, read_lm_config, read_tokenizer
+from models.language_model.report_embedding import embed_reports, report_frequencies
 from models.medical_vlm import VisionBridge, check_regions
-from models.objectives import Align, ProxyL2, Stage1, embed_reports, report_frequencies
+from models.objectives import Align, ProxyL2, Stage1
 
 
 def build_objectives(
@@ -79,15 +82,26 @@ def validate(
     stage.eval()
     losses: list[Tensor] = []
     tokens: list[Tensor] = []
+    heads: list[tuple[Found, Found]] = []
     for batch in loader:
         with accelerator.autocast():
-            visual = stage.visual_tokens(batch)
+            visual, said = stage.read(batch)
             loss = objective(visual, batch["row"])
+        if said is not None:
+            heads.append((said, batch["targets"]))
         losses.append(accelerator.gather_for_metrics(loss.float().expand(len(batch["row"]))))
         if sum(map(len, tokens)) < DIAGNOSED_IMAGES:
             tokens.append(accelerator.gather_for_metrics(visual.float()).cpu())
+    if heads:
+        calibrate(accelerator, stage.vision.head, heads)
     stage.train()
     return torch.cat(losses).mean().item(), token_statistics(torch.cat(tokens), stage.vision.bridge.spec.output_std)
+
+
+def stage1_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The objective's loss with the findings head's, and the objective's alone."""
+    loss, head = model(batch)
+    return loss + HEAD_WEIGHT * head, loss
 
 
 def main() -> None:
@@ -108,7 +122,8 @@ def main() -> None:
     write_config(config, output / "stage1_config.yaml")
     train_loader, val_loader, order = build_loaders(args, config, cache, encoder, collator, accelerator)
     objective, val_objective, output_std = build_objectives(args, config, train_loader.dataset, val_loader.dataset)
-    vision = VisionBridge.build(config, encoder, identity.width, output_std, with_cmi=False)
+    findings = learnt_findings(train_loader.dataset, val_loader.dataset)
+    vision = VisionBridge.build(config, encoder, identity.width, output_std, with_cmi=False, findings=findings)
     accelerator.print(
         f"model: {vision.freeze(train_encoder=config.train_encoder)}; encoder stage {encoder.output_stage}, "
         f"tokens of width {identity.width}",
@@ -138,7 +153,7 @@ def main() -> None:
         title=f"Stage 1, {args.objective}",
         model=model,
         trained=model,
-        loss=lambda prepared, batch: prepared(batch),
+        loss=stage1_loss,
         validate=lambda: validate(accelerator, model, val_objective, val_loader),
         validate_first=True,
         save=save,

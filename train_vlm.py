@@ -40,126 +40,64 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from config.errors import InputError
-from config.files import keep_previous, write_text
-from config.nnunet_plans import PreprocessPlan
-from config.schema import Config, write_config
-from data.medical_vlm_dataset import CaptionCollator, encode_answer
-from engine.checkpoint import Checkpoint, check_agreement, load_checkpoint, load_vision_weights, save_checkpoint
-from engine.loaders import build_loaders, check_tables, load_encoder, prepare_data, with_decisions
+from config.files import write_text
+from config.schema import FindingsPrompt, write_config
+from data.medical_vlm_dataset import CaptionCollator
+from engine.checkpoint import check_agreement, save_checkpoint
+from engine.findings_prompt import HEAD_WEIGHT, batch_believed, calibrate, set_up_findings, with_key_points
+from engine.loaders import build_loaders, check_tables, prepare_data, report_truncation, with_decisions
 from engine.run import jsonable, start_run
 from engine.scan_checks import ScanChecks
 from engine.training.diagnostics import DIAGNOSED_IMAGES, TokenStatistics, check_loss_mask, token_statistics
 from engine.training.loop import Stage, train
-from models.language_model.lora import Adapters
+from engine.training.start import (
+    BEST_FILE,
+    FINAL_FILE,
+    add_adapters,
+    build_vision,
+    check_lora,
+    find_start,
+    validate_best,
+)
+from engine.training.text_loss import far_above, text_loss
 from models.language_model.mamba_lm import MambaLM
-from models.medical_vlm import MedicalVLM, VisionBridge, check_regions
-from models.nnunet.encoder import NnUNetEncoder
+from models.medical_vlm import MedicalVLM, check_regions
 
-BEST_FILE, FINAL_FILE = "vision_bridge_vlm_best_val.pt", "vision_bridge_vlm_final.pt"
 RECENT_EPOCHS = 5
 
 
-def find_start(args: argparse.Namespace, output: Path) -> Checkpoint | None:
-    """The checkpoint to start from: the named one, else the last Stage-2 result, else none.
-
-    Raises InputError: it is missing, unreadable, or collapsed and --allow_collapsed was not given.
-    """
-    if args.vision_checkpoint and args.from_scratch:
-        raise InputError("--vision_checkpoint and --from_scratch contradict each other: give one of them")
-    path = args.vision_checkpoint
-    if path is None:
-        last = output / FINAL_FILE
-        if args.from_scratch or not last.is_file():
-            return None
-        path = last
-    checkpoint = load_checkpoint(path)
-    if checkpoint.collapsed and not args.allow_collapsed:
-        raise InputError(
-            f"{path} is stamped as collapsed (token_std {checkpoint.diagnostics['token_std']:.2g}, effective rank "
-            f"{checkpoint.diagnostics['effective_rank']:.1f}): its tokens say nothing about the image; "
-            "train Stage 1 again (--objective align), or use --from_scratch, or insist with --allow_collapsed"
-        )
-    return checkpoint
-
-
-def build_vision(
-    config: Config, start: Checkpoint | None, lm: MambaLM
-) -> tuple[VisionBridge, PreprocessPlan, list[str]]:
-    """The vision part, the plan of its input, and lines that say where its weights come from."""
-    if start is None:
-        encoder, plan = load_encoder(config)
-        output_std = float(lm.model.get_input_embeddings().weight.float().std())
-        vision = VisionBridge.build(config, encoder, lm.width, output_std, with_cmi=config.use_cmi)
-        return vision, plan, ["start: nnU-Net encoder, untrained bridge"]
-    lines = [f"start: {start.path} (epoch {start.epoch}, val_loss {start.val_loss:.6f})"]
-    lines += check_agreement(start, config)
-    encoder = NnUNetEncoder.from_architecture(start.encoder_architecture)
-    vision = VisionBridge.build(config, encoder, lm.width, start.diagnostics["expected_std"], with_cmi=config.use_cmi)
-    at_random = load_vision_weights(vision, start)
-    if at_random:
-        lines.append(f"the checkpoint has no CMI: these start at random: {', '.join(at_random)}")
-    return vision, start.preprocess_plan, lines
-
-
-def check_lora(args: argparse.Namespace, start: Checkpoint | None) -> None:
-    """Raises InputError where --lora_rank is impossible, or is not that of the checkpoint to start from."""
-    if args.lora_rank < 0:
-        raise InputError(f"--lora_rank is {args.lora_rank}, expected 0 (none) or the rank of the adapters, e.g. 8")
-    if args.lora_rank and args.llm_int8:
-        raise InputError("--lora_rank and --llm_int8 contradict each other: int8 weights take no adapters in training")
-    stored = rank_of(start)
-    if stored and stored != args.lora_rank:
-        raise InputError(f"{start.path} was trained with --lora_rank {stored}: give the same, or use --from_scratch")
-
-
-def rank_of(checkpoint: Checkpoint | None) -> int:
-    """Rank of the adapters in a checkpoint; 0: none."""
-    return checkpoint.adapters["rank"] if checkpoint is not None and checkpoint.adapters else 0
-
-
-def add_adapters(lm: MambaLM, rank: int, start: Checkpoint | None) -> Adapters | None:
-    """Fresh adapters, or those of the checkpoint to start from; None for rank 0."""
-    if not rank:
-        return None
-    adapters = Adapters(lm.model, rank)
-    if rank_of(start):
-        adapters.load(start.adapters)
-    return adapters
-
-
 @torch.no_grad()
-def validate(accelerator: Accelerator, model: MedicalVLM, loader: DataLoader) -> tuple[float, TokenStatistics]:
-    """Mean caption loss per answer token (nats), and the statistics of the visual tokens."""
+def validate(
+    accelerator: Accelerator, model: MedicalVLM, loader: DataLoader, mode: FindingsPrompt
+) -> tuple[float, TokenStatistics]:
+    """Mean caption loss per answer token (nats) under the prompts of new cases, and the statistics of the visual
+    tokens; the findings head is calibrated."""
     model.eval()
+    heads, head, data = [], model.vision.head, loader.dataset
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     tokens: list[torch.Tensor] = []
     for batch in loader:
         with accelerator.autocast():
-            visual = model.visual_tokens(batch)
-            loss, count = model.caption_loss(visual, batch)
+            visual, found = model.read(batch)
+            said = batch_believed(head, found, [data.measured(row) for row in batch["row"].tolist()], mode)
+            prompted = with_key_points(batch, model.lm.tokenizer, said, data.language)
+            loss, count = model.caption_loss(visual, prompted)
+        if found is not None:
+            heads.append((found, batch["targets"]))
         if sum(map(len, tokens)) < DIAGNOSED_IMAGES:
             tokens.append(visual.float().cpu())
         total += torch.stack([loss.double(), count.double()])
+    if heads:
+        calibrate(accelerator, head, heads)
     model.train()
     total = accelerator.reduce(total)
     return (total[0] / total[1]).item(), token_statistics(torch.cat(tokens), model.vision.bridge.spec.output_std)
 
 
-def report_truncation(accelerator: Accelerator, lm: MambaLM, loader: DataLoader, limit: int) -> None:
-    """Print how many reports are cut at ``limit`` tokens."""
-    answers = [row.answer for row in loader.dataset.rows]
-    cut = sum(encode_answer(lm.tokenizer, answer, limit)[1] for answer in answers)
-    if cut:
-        accelerator.print(
-            f"warning: {cut} of {len(answers)} reports are longer than max_answer_tokens {limit} and are cut"
-        )
-
-
-def mean_loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    """Caption loss per answer token (nats)."""
-    total, count = model(batch)
-    return total / count
+def mean_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Caption loss per answer token (nats) with the findings head's loss, and alone."""
+    total, count, head = model(batch)
+    return total / count + HEAD_WEIGHT * head, total / count
 
 
 def main() -> None:
@@ -177,7 +115,8 @@ def main() -> None:
     say = accelerator.print
 
     # ---------------------------------------------------------------- model and data
-    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=accelerator.device, int8=args.llm_int8)
+    weights = {"stage0": config.language_model_adapters, "int8": args.llm_int8}
+    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=accelerator.device, **weights)
     if lm.checkpointing(config.llm_checkpointing):
         say("language model: each block is computed again in the backward pass (llm_checkpointing)", flush=True)
     vision, plan, lines = build_vision(config, start, lm)
@@ -187,8 +126,11 @@ def main() -> None:
     config, cache = prepare_data(config, plan, accelerator, problems, force=args.force)
     write_config(config, output / "stage2_config.yaml")
     train_loader, val_loader, order = build_loaders(args, config, cache, vision.encoder, collator, accelerator)
-    report_truncation(accelerator, lm, train_loader, config.max_answer_tokens)
+    report_truncation(accelerator, lm.tokenizer, train_loader, config.max_answer_tokens)
     model = MedicalVLM(vision, lm)
+    mode = set_up_findings(accelerator, vision, train_loader, val_loader, config.findings_prompt)
+    config = config.replace(findings_prompt=mode)
+    of_text = text_loss(accelerator, model, val_loader.dataset, collator)
     parts = vision.freeze(train_encoder=config.train_encoder)
     adapters = add_adapters(lm, args.lora_rank, start)
     trained = nn.ModuleDict({"vision": vision, "adapters": adapters}) if adapters else vision
@@ -211,29 +153,12 @@ def main() -> None:
         parts = {"plan": plan, "llm": lm.identity.to_dict(), "adapters": adapters.to_dict() if adapters else None}
         save_checkpoint(output / name, vision, stage="vlm", config=config, scan_checks=checks(), **parts, **position)
 
+    def evaluate(model: MedicalVLM) -> tuple[float, TokenStatistics]:
+        return validate(accelerator, model, val_loader, mode)
+
     def best_so_far() -> float:
-        """Validate, on the present table, the best checkpoint of the training that is continued: it is kept until
-        an epoch is better. One that cannot be compared is kept under another name."""
-        if not continued:
-            return math.inf
-        path, best = output / BEST_FILE, start
-        if path.is_file():
-            best = load_checkpoint(path)
-            if (best.preprocess_plan, best.llm["width"], rank_of(best)) != (plan, lm.width, args.lora_rank):
-                if accelerator.is_main_process:
-                    print(f"{path.name} is of another training and is kept as {keep_previous(path).name}", flush=True)
-                best = start
-        if adapters and best is not start:
-            adapters.load(best.adapters)
-        best_model = MedicalVLM(best.build_vision().to(accelerator.device), lm)
-        val_loss, statistics = validate(accelerator, best_model, val_loader)
-        if adapters and best is not start:
-            adapters.load(start.adapters)
-        if best is start and accelerator.is_main_process:
-            position = {"step": start.step, "epoch": start.epoch, "val_loss": val_loss}
-            save(BEST_FILE, **position, diagnostics=statistics.to_dict())
-        say(f"best so far: epoch {best.epoch}, val_loss {val_loss:.6f} on this table", flush=True)
-        return val_loss
+        parts = plan, lm, adapters, evaluate, save
+        return validate_best(accelerator, start, output / BEST_FILE, *parts) if continued else math.inf
 
     continued = start is not None and start.stage == "vlm"
     # A state from before a flag existed can be resumed without it.
@@ -244,7 +169,7 @@ def main() -> None:
         model=model,
         trained=trained,
         loss=mean_loss,
-        validate=lambda: validate(accelerator, model, val_loader),
+        validate=lambda: evaluate(model),
         save=save,
         best_file=BEST_FILE,
         final_file=FINAL_FILE,
@@ -261,6 +186,8 @@ def main() -> None:
     # ---------------------------------------------------------------- results
     recent = [record["caption_loss"] for record in history[-RECENT_EPOCHS:]]
     say(f"最近 {RECENT_EPOCHS} 个 epoch 平均 caption_loss {sum(recent) / len(recent):.6f}")
+    if cause := far_above(min(record["val_loss"] for record in history), of_text, args):
+        say(cause)
     say(f"saved in {output}: {FINAL_FILE}, {BEST_FILE}, stage2_loss.png", flush=True)
 
 

@@ -23,6 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = REPOSITORY / "config" / "paths.yaml"
 
 SlicePolicy = Literal["auto", "nnunet", "mask", "middle", "uniform"]
+FindingsPrompt = Literal["off", "measured", "predicted", "both"]
 
 
 def _key(default: Any, doc: str, role: str, minimum: int | None = None) -> Any:
@@ -90,8 +91,16 @@ class Config:
     )
     use_cmi: bool = _key(False, "the question steers the visual tokens (Cross-Mamba Interaction)", "tokens")
     cmi_compress_to: int | None = _key(None, "visual tokens after CMI, if fewer", "tokens", 1)
+    findings_prompt: FindingsPrompt = _key(
+        "both",
+        "a line before the question: lesions measured on the segmentation, the findings head's findings, both, or none",
+        "run",
+    )
     # language model
     mamba_model: str = _key("state-spaces/mamba-2.8b-hf", "hub name or local folder of the Mamba LLM", "place")
+    language_model_adapters: str | None = _key(
+        None, "Stage 0's adapters, from scripts/adapt_language_model.py (empty: none)", "path"
+    )
     mamba_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key(
         "auto", "auto: bfloat16 on a GPU or for a large model, else float32", "run"
     )

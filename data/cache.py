@@ -44,13 +44,13 @@ from data.checks.problems import Problem
 from data.findings import FindingRecord
 from data.imaging.reader import files_of, read_mask, read_volume
 from data.imaging.volume import turned_to_lps
-from data.lesions import Lesion, find_lesions
+from data.lesions import Lesion, find_lesions, measure_scan
 from data.nnunet_preprocess import VoxelMap, preprocess
 from data.segmentation_scores import ComparedCase
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 6  # raise it when the same files and plan would give other voxels or another layout
+FORMAT = 7  # raise it when the same files and plan would give other voxels or another layout
 _ABANDONED_S = 24 * 3600
 _RENAME_TRIES = 5
 _UNREADABLE = (FileNotFoundError, ValueError, KeyError, TypeError, IndexError)  # ValueError: JSON, UTF-8
@@ -129,8 +129,8 @@ class CachedVolume:
     ``image``: float32 (C_in, z, y, x); ``mask``: labels (z, y, x) or None; ``spacing``: (z, y, x) in mm;
     ``lesion_voxels``: int64 (z,), voxels with a label per slice, or None; ``lesions``: of the mask, largest first;
     ``axcodes``: where x, y and z of the volume run to before ``transpose_forward``, such as "LPS".
-    ``lesions_from``: "mask" or "segmentation", or None where nobody looked for lesions. ``findings``: the lesions of
-    the segmentation, measured on the scan's own grid, largest first; ``compared``: the segmentation beside the mask,
+    ``lesions_from``: "mask" or "segmentation", or None where nobody looked for lesions. ``findings``: the lesions,
+    measured on the scan's own grid, largest first; ``compared``: the segmentation beside the mask,
     where there is one. ``problems``: of the scan as a chest CT
     (:func:`data.checks.image_checks.check_volume`). ``voxels``: digest of the scan's voxels.
     ``described``: :func:`data.checks.image_checks.describe_scan`.
@@ -256,6 +256,7 @@ class VolumeCache(CaseCache):
             if case.mask is not None:
                 arrays["mask"] = write_slices(folder / "mask.bin", case.mask)
                 meta |= describe_labels(case.mask)
+                meta["findings"] = [f.to_dict() for f in measure_scan(mask, volume, source="mask")]
             (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
         publish(write, entry)
@@ -272,6 +273,7 @@ class VolumeCache(CaseCache):
             voxels=meta["voxels"],
             described=meta["described"],
             **(label_fields(meta) | {"lesions_from": "mask"} if "mask" in arrays else {}),
+            findings=tuple(map(FindingRecord.from_dict, meta.get("findings", ()))),
         )
 
 

@@ -8,7 +8,8 @@ reading the mask. :func:`measure_lesions` measures in mm, with side and zone, on
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -18,6 +19,7 @@ from scipy.spatial.distance import pdist
 
 from config.errors import InputError
 from data.findings import LESION, FindingRecord, Measurement, Source
+from data.imaging.volume import Volume, turned_to_lps
 
 ZONES = ("upper", "middle", "lower")  # thirds of the lung's craniocaudal extent
 MOST = 64  # lesions kept of one case, by size; a mask with more is noise or a disease of the whole lung
@@ -28,6 +30,7 @@ _HULL_POINTS = 50  # fewer than this are compared pair by pair
 _NEAR = np.zeros((3, 3, 3), bool)  # a cross in plane: two voxels are bridged; to one side along z: one slice
 _NEAR[1, 1] = _NEAR[1, :, 1] = _NEAR[:2, 1, 1] = True
 _TOUCHING = np.ones((3, 3, 3), bool)  # 26-connected
+_NEAR_IN_PLANE = _NEAR & (np.arange(3) == 1)[:, None, None]
 
 Span = tuple[int, int]  # first index, and one past the last
 
@@ -68,12 +71,14 @@ class Lesion:
 
 @dataclass(frozen=True)
 class LungBox:
-    """Extent of the lungs in voxels: ``middle_x`` between them, of each side (low z, high z), and of both along y."""
+    """Extent of the lungs in voxels: ``middle_x`` between them, (low z, high z) of each side, and of both along y and
+    x."""
 
     middle_x: float
     left: tuple[float, float]
     right: tuple[float, float]
     y: tuple[float, float] | None = None
+    x: tuple[float, float] | None = None
 
 
 # ------------------------------------------------------------------ lesions in voxels, and the slices that show them
@@ -209,8 +214,8 @@ def find_lungs(hu: np.ndarray, spacing: tuple[float, float, float]) -> LungBox:
             )
         levels = np.flatnonzero(area > 0.03 * area.max())
         bounds[side] = (float(levels[0]), float(levels[-1]))
-    rows = np.flatnonzero(inside.any((0, 2)))
-    return LungBox(middle, **bounds, y=(float(rows[0]), float(rows[-1])))
+    rows, columns = (np.flatnonzero(inside.any(axes)) for axes in ((0, 2), (0, 1)))
+    return LungBox(middle, **bounds, y=(float(rows[0]), float(rows[-1])), x=(float(columns[0]), float(columns[-1])))
 
 
 def measure_lesions(
@@ -244,7 +249,8 @@ def measure_lesions(
     bounds = ndimage.find_objects((mask > 0).view(np.uint8))
     if not bounds:
         return []
-    mask, hu = mask[bounds[0]], None if hu is None else hu[bounds[0]]  # labelling takes four bytes a voxel
+    whole = _grown(bounds[0])  # labelling takes four bytes a voxel
+    mask, hu = mask[whole], None if hu is None else hu[whole]
     found = []
     for parts, box, index in _components(mask, join):
         solid = parts[box] == index
@@ -252,20 +258,39 @@ def measure_lesions(
         if volume < min_volume_mm3:
             continue
         label = int(np.bincount(mask[box][solid]).argmax())
-        starts = (inner.start + outer.start for inner, outer in zip(box, bounds[0], strict=True))
-        z, y, x = (float(axis.mean()) + start for axis, start in zip(np.nonzero(solid), starts, strict=True))
-        mean_hu = None if hu is None else float(hu[box][solid].mean())
+        starts = (inner.start + outer.start for inner, outer in zip(box, whole, strict=True))
+        centre = tuple(float(axis.mean()) + start for axis, start in zip(np.nonzero(solid), starts, strict=True))
+        measured = Measurement(label, volume, None, *centre, thick_mm=thickness(solid, spacing[1:]))
+        height = float(solid.any((1, 2)).sum() * spacing[0])
+        measured = replace(
+            measured, height_mm=height, **_fractions(lungs, *centre), **_densities(hu, mask, parts, box, index)
+        )
         found.append(
             FindingRecord(
                 (names or {}).get(label, LESION),
-                **_place(lungs, z, y, x),
+                **_place(lungs, *centre),
                 size_mm=longest_axial_diameter(solid, spacing[1:]),
                 count=ndimage.label(solid, _TOUCHING)[1] if join else None,
                 source=source,
-                measured=Measurement(label, volume, mean_hu, z, y, x),
+                measured=measured,
             )
         )
     return sorted(found, key=lambda record: (record.measured.label * (not join), -record.measured.volume_mm3))
+
+
+def measure_scan(
+    labels: np.ndarray, volume: Volume, names: Mapping[int, str] | None = None, *, source: Source
+) -> list[FindingRecord]:
+    """The lesions of labels on the grid of a scan as findings, largest first. Where no two lungs are found, which the
+    image checks report, they have no side and no level."""
+    if not labels.any():
+        return []
+    scan, labels = turned_to_lps(volume, labels)
+    try:
+        lungs = find_lungs(scan.array, scan.spacing)
+    except InputError:
+        lungs = None
+    return measure_lesions(labels, scan.spacing, lungs, names, hu=scan.array, source=source, join=True)
 
 
 def _components(mask: np.ndarray, join: bool) -> Iterator[tuple[np.ndarray, tuple[slice, ...], int]]:
@@ -296,6 +321,42 @@ def _place(lungs: LungBox | None, z: float, y: float, x: float) -> dict[str, str
     if level < 0.25 and lungs.y is not None and y > sum(lungs.y) / 2:
         lobe = "lower"
     return {"side": side, "zone": ZONES[2 - min(int(3 * level), 2)], "lobe": lobe}
+
+
+def _grown(box: Sequence[slice]) -> tuple[slice, ...]:
+    """``box`` with room for the rim in plane."""
+    return tuple(slice(max(cut.start - rim, 0), cut.stop + rim) for cut, rim in zip(box, (0, 2, 2), strict=True))
+
+
+def _fractions(lungs: LungBox | None, z: float, y: float, x: float) -> dict[str, float]:
+    """Level, across and depth of :class:`data.findings.Measurement`."""
+    if lungs is None or lungs.y is None or lungs.x is None:
+        return {}
+    low, high = lungs.left if x > lungs.middle_x else lungs.right
+    spans = {"level": (z, low, high), "across": (x, *lungs.x), "depth": (y, *lungs.y)}
+    return {name: (value - first) / max(last - first, 1.0) for name, (value, first, last) in spans.items()}
+
+
+def _densities(
+    hu: np.ndarray | None, mask: np.ndarray, parts: np.ndarray, box: tuple[slice, ...], index: int
+) -> dict[str, Any]:
+    """Mean, percentiles and rim of lesion ``index`` in HU; nothing without the scan. Other lesions are no rim."""
+    if hu is None:
+        return {}
+    inside = hu[box][parts[box] == index]
+    around = _grown(box)
+    grown = ndimage.binary_dilation(parts[around] == index, _NEAR_IN_PLANE, iterations=2)
+    rim = hu[around][grown & (mask[around] == 0)]
+    percentiles = tuple(float(value) for value in np.percentile(inside, (5, 50, 95)))
+    return {"mean_hu": float(inside.mean()), "hu": percentiles, "rim_hu": float(rim.mean()) if rim.size else None}
+
+
+def thickness(solid: np.ndarray, pixel: tuple[float, float]) -> float:
+    """Diameter in mm of the widest disc inside the slice with most of a boolean [Z, Y, X]: the depth of an effusion,
+    the wall of a cavity. ``pixel`` is (y, x) in mm."""
+    plane = np.pad(solid[solid.sum((1, 2)).argmax()], 1)
+    # The distance to the outside ends half a pixel before the next centre.
+    return float(2 * ndimage.distance_transform_edt(plane, sampling=pixel).max() - np.sqrt(np.prod(pixel)))
 
 
 def longest_axial_diameter(solid: np.ndarray, pixel: tuple[float, float]) -> float:

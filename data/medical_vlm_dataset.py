@@ -1,16 +1,20 @@
 """Table rows to samples, samples to batches.
 
 row → cached preprocessed volume [C_in, z, y, x] → 2-D: slices [K, C_in, H, W] · 3-D: patch [C_in, z, y, x]
-batch: images [B, …], slice_position [B, K], roi [B, K, 4], question_ids [B, Lq], answer_ids [B, La] and their masks
+      measured lesions [M, P], what the report states of them; in training a findings prompt that errs as new ones do
+batch: images [B, …], slice_position [B, K], roi [B, K, 4], lesions [B, M, P], targets,
+       key_point_ids [B, Lk], question_ids [B, Lq], answer_ids [B, La] and their masks
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -20,14 +24,21 @@ from transformers import PreTrainedTokenizerBase
 from config.schema import Config
 from data.augmentation import Augmentation
 from data.cache import CaseCache
+from data.finding_targets import PromptErrors, Targets, descriptors, targets
+from data.findings import FindingRecord
+from data.report_language.key_points import key_points_of, write_key_points
+from data.report_language.labeller import known_language
 from data.tables.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
 from data.view_selection import EncoderGeometry, View, ViewSelection
+
+MAX_KEY_POINT_TOKENS = 256  # about 14 findings in Chinese
 
 
 @dataclass
 class Sample:
-    """One case. ``images``, ``slice_position`` and ``roi`` as in :class:`data.view_selection.View`;
-    ``row``: its index in the data set."""
+    """One case. ``images``, ``slice_position`` and ``roi`` as in :class:`data.view_selection.View`; ``measured``: its
+    lesions, None where nobody looked; ``targets``: of the findings head; ``key_points``: the findings prompt, empty for
+    none; ``row``: its index in the data set."""
 
     images: Tensor
     slice_position: Tensor
@@ -35,6 +46,9 @@ class Sample:
     question: str
     answer: str
     row: int
+    measured: list[FindingRecord] | None = None
+    targets: Targets | None = None
+    key_points: str = ""
 
 
 class MedicalVLMDataset(Dataset):
@@ -54,7 +68,10 @@ class MedicalVLMDataset(Dataset):
         self.cache = cache
         self.view_selection = view_selection
         self.questions = [question_of(row, prompts, seed) for row in self.rows]
-        self._kept: dict[int, View] = {}
+        self.findings: Sequence[str] = ()  # that a findings head learns
+        self.prompt_errors: PromptErrors | None = None  # of the prompts of training; None: it has none
+        self.prompt_dropout = 0.0  # fraction of samples without
+        self._kept: dict[int, tuple[View, list[FindingRecord] | None]] = {}
         self._room = int(keep_mb * 2**20)
 
     @classmethod
@@ -76,22 +93,55 @@ class MedicalVLMDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         row = self.rows[index]
-        view = self.view_selection.finish(self._kept.get(index) or self._read(index))
-        return Sample(*view, self.questions[index], row.answer, index)
+        view, measured = self._kept.get(index) or self._read(index)
+        stated = self.stated[index] if self.language else None
+        found = targets(self.findings, stated, measured or [])
+        line = self._training_prompt(stated) if stated is not None and self.prompt_errors else ""
+        view = self.view_selection.finish(view)
+        return Sample(*view, self.questions[index], row.answer, index, measured, found, line)
 
-    def _read(self, index: int) -> View:
-        row = self.rows[index]
-        view = self.cache.read(row.image_path, row.mask_path, self.view_selection.select)
+    @functools.cached_property
+    def language(self) -> str | None:
+        """Of the reports; None where the labeller does not know it."""
+        return known_language([row.answer for row in self.rows])
+
+    @functools.cached_property
+    def stated(self) -> list[list[FindingRecord]]:
+        """The findings of each row's report."""
+        return [key_points_of(row.answer, self.language) for row in self.rows]
+
+    def measured(self, index: int) -> list[FindingRecord] | None:
+        """The lesions of a row, largest first; None where nobody looked for any."""
+        return (self._kept.get(index) or self._read(index))[1]
+
+    def _training_prompt(self, stated: Sequence[FindingRecord]) -> str:
+        """The truth, with the errors that held-out cases have, or nothing; torch's generator draws."""
+        rng = np.random.default_rng(torch.randint(2**31, (1,)).item())
+        if rng.random() < self.prompt_dropout:
+            return ""
+        return write_key_points(self.prompt_errors.draw(stated, rng), self.language)
+
+    def _read(self, index: int) -> tuple[View, list[FindingRecord] | None]:
+        row, selection = self.rows[index], self.view_selection
+        view, measured = self.cache.read(
+            row.image_path, row.mask_path, lambda volume: (selection.select(volume), selection.measured(volume))
+        )
         if view.images.nbytes <= self._room:
             self._room -= view.images.nbytes
-            self._kept[index] = view
-        return view
+            self._kept[index] = view, measured
+        return view, measured
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, limit: int) -> list[int]:
-    """``question`` cut to ``limit`` tokens, then a line break: the same in training and generation."""
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, limit: int, key_points: str = "") -> list[int]:
+    """The line of key points whole, ``question`` cut to ``limit`` tokens, a line break: the same in training and
+    generation."""
     ids = tokenizer.encode(question, add_special_tokens=False)[:limit]
-    return ids + tokenizer.encode("\n", add_special_tokens=False)
+    return [*encode_key_points(tokenizer, key_points), *ids, *tokenizer.encode("\n", add_special_tokens=False)]
+
+
+def encode_key_points(tokenizer: PreTrainedTokenizerBase, line: str) -> list[int]:
+    """A findings prompt, which stands before the question; nothing of an empty one."""
+    return tokenizer.encode(line, add_special_tokens=False)[:MAX_KEY_POINT_TOKENS] if line else []
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str, limit: int) -> tuple[list[int], bool]:
@@ -117,6 +167,8 @@ class CaptionCollator:
         if self.tokenizer is not None:
             prompts = [encode_prompt(self.tokenizer, s.question, self.max_question_tokens) for s in samples]
             answers = [encode_answer(self.tokenizer, s.answer, self.max_answer_tokens)[0] for s in samples]
+            key_points = [encode_key_points(self.tokenizer, s.key_points) for s in samples]
+            batch["key_point_ids"], batch["key_point_mask"] = pad_tokens(key_points)
             batch["question_ids"], batch["question_mask"] = pad_tokens(prompts)
             batch["answer_ids"], batch["answer_mask"] = pad_tokens(answers)
         return batch
@@ -127,12 +179,17 @@ class CaptionCollator:
         images: Tensor | list[Tensor] = [sample.images for sample in samples]
         if len({image.shape for image in images}) == 1:
             images = torch.stack(images)
-        return {
+        batch = {
             "images": images,
             "slice_position": torch.stack([sample.slice_position for sample in samples]),
             "roi": torch.stack([sample.roi for sample in samples]),
             "row": torch.tensor([sample.row for sample in samples]),
+            "lesions": torch.tensor([descriptors(sample.measured or []) for sample in samples]),
         }
+        if all(sample.targets is not None for sample in samples):
+            parts = zip(*(sample.targets for sample in samples), strict=True)
+            batch["targets"] = Targets(*map(torch.tensor, parts))
+        return batch
 
 
 def pad_tokens(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from config.nnunet_plans import PreprocessPlan
 from config.schema import Config, SlicePolicy
 from data.augmentation import Augmentation
 from data.cache import CachedVolume
+from data.findings import FindingRecord
 from data.lesions import Lesion, Span, covering_slices, lesion_of_each
 
 SPREAD_OF = 3  # with policy auto, one slice of so many shows no lesion: effusions and emphysema are not segmented
@@ -175,6 +176,14 @@ class ViewSelection:
     def lesions(self, volume: CachedVolume) -> Sequence[Lesion]:
         """The lesions that the view is selected by, largest first."""
         return self._kept(volume) if self.policy in ("auto", "mask", "nnunet") else ()
+
+    def measured(self, volume: CachedVolume) -> list[FindingRecord] | None:
+        """The lesions as findings measured on the scan's own grid, largest first, without the specks; None where nobody
+        looked for any."""
+        if volume.lesions_from is None:
+            return None
+        least = self.min_lesion_mm3 if volume.lesions_from == "segmentation" else 0.0
+        return [finding for finding in volume.findings if finding.measured.volume_mm3 >= least]
 
     def _kept(self, volume: CachedVolume) -> Sequence[Lesion]:
         if volume.lesions_from != "segmentation":

@@ -12,6 +12,7 @@ diagnostics              token statistics; ``collapsed`` is true where the visio
 adapters                 of the language model (--lora_rank), where it has any (models/language_model/lora.py)
 scan_checks              feature distances of the training set, and a digest of the nnU-Net that segments
                          (engine/scan_checks.py); None in older files
+findings                 that the findings head knows; None without a head
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from config.errors import InputError, first_line
 from config.files import atomic_path, pickle_contains
 from config.nnunet_plans import PreprocessPlan
 from config.schema import FIELDS, REMOVED, Config, build_config, keys_with_role, yaml_line
-from models.language_model.mamba_lm import read_lm_config
+from models.language_model.adapter_file import adapter_digest
+from models.language_model.identity import read_lm_config
 from models.medical_vlm import VisionBridge
 from models.nnunet.encoder import NnUNetEncoder
 
@@ -72,6 +74,7 @@ class Checkpoint:
     diagnostics: dict[str, Any]
     adapters: dict[str, Any] | None = None
     scan_checks: dict[str, Any] | None = None
+    findings: list[str] | None = None
 
     @property
     def collapsed(self) -> bool:
@@ -86,7 +89,8 @@ class Checkpoint:
         encoder = NnUNetEncoder.from_architecture(self.encoder_architecture)
         config = self.config.replace(max_visual_tokens=max_visual_tokens or self.config.max_visual_tokens)
         output_std = self.diagnostics["expected_std"]
-        vision = VisionBridge.build(config, encoder, self.llm["width"], output_std, with_cmi=self.has_cmi)
+        parts = {"with_cmi": self.has_cmi, "findings": self.findings or ()}
+        vision = VisionBridge.build(config, encoder, self.llm["width"], output_std, **parts)
         load_vision_weights(vision, self)
         return vision
 
@@ -128,6 +132,7 @@ def save_checkpoint(
         "diagnostics": diagnostics,
         **({"adapters": adapters} if adapters else {}),
         **({"scan_checks": scan_checks} if scan_checks else {}),
+        **({"findings": list(vision.head.names)} if vision.head is not None else {}),
     }
     save_torch_file(content, path)
 
@@ -166,7 +171,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         version += 1
-    for optional in ("adapters", "scan_checks"):
+    for optional in ("adapters", "scan_checks", "findings"):
         content.setdefault(optional, None)
     fields = {name: _part(content, name, path) for name in Checkpoint.__dataclass_fields__ if name != "path"}
     for key, kept in REMOVED.items():
@@ -174,6 +179,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if value != kept:
             reason = f"{key}: {value}, which is no longer a choice (it is always {kept})"
             raise InputError(f"{path} was trained with {reason}: train both stages again")
+    fields["config"].setdefault("findings_prompt", "off")  # of a checkpoint from before there was one
     known = {key: value for key, value in fields["config"].items() if key in FIELDS}
     fields["config"] = build_config(known, origin=f"{path} (its configuration)")
     fields["preprocess_plan"] = PreprocessPlan.from_dict(fields["preprocess_plan"])
@@ -217,7 +223,7 @@ def check_agreement(checkpoint: Checkpoint, config: Config) -> list[str]:
     if checkpoint.has_cmi and not config.use_cmi:
         reason = "was trained with CMI, this configuration has use_cmi: false; set use_cmi: true"
         raise InputError(f"{checkpoint.path} {reason}")
-    check_width(checkpoint, config.mamba_model)
+    check_language_model(checkpoint, config)
     free = keys_with_role("tokens")
     if len(checkpoint.preprocess_plan.patch_size) == 3:
         free.remove("slices")  # a 3-D encoder pools its volume to this many planes
@@ -238,13 +244,21 @@ def check_agreement(checkpoint: Checkpoint, config: Config) -> list[str]:
     return notes
 
 
-def check_width(checkpoint: Checkpoint, mamba_model: str) -> None:
-    """Raises InputError where a language model has not the width that the tokens were trained for; reads no weights."""
-    width, trained = read_lm_config(mamba_model).hidden_size, checkpoint.llm
+def check_language_model(checkpoint: Checkpoint, config: Config) -> None:
+    """Raises InputError where the language model has not the width that the tokens were trained for, or not the Stage-0
+    adapters that Stage 2 was trained with; reads no weights of the model."""
+    width, trained = read_lm_config(config.mamba_model).hidden_size, checkpoint.llm
     if width != trained["width"]:
         raise InputError(
-            f"mamba_model '{mamba_model}' has width {width}, {checkpoint.path} was trained for width "
+            f"mamba_model '{config.mamba_model}' has width {width}, {checkpoint.path} was trained for width "
             f"{trained['width']} ('{trained.get('name')}'): use that model, or retrain both stages"
+        )
+    here, there = adapter_digest(config.language_model_adapters), trained.get("adapters", "")
+    if checkpoint.stage == "vlm" and here != there:
+        names = config.language_model_adapters or "empty", checkpoint.config.language_model_adapters or "empty"
+        raise InputError(
+            f"language_model_adapters is {names[0]} ({here or 'none'}), {checkpoint.path} was trained with {names[1]} "
+            f"({there or 'none'}): set language_model_adapters to that file in the configuration, or retrain Stage 2"
         )
 
 

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from config.nnunet_plans import PreprocessPlan
 from config.schema import Config
 from data.cache import CaseCache
 from data.checks.data_check import check_validation, quick_check
 from data.checks.problems import Level, Problem, raise_errors
-from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
+from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset, encode_answer
 from data.segmentation_scores import choose_min_lesion
 from data.tables.caption_table import CaptionRow, read_caption_table
 from data.view_selection import ViewSelection, slices_for
@@ -130,6 +131,18 @@ def build_loaders(
     order = EpochShuffle(len(train), args.seed)
     train_loader = DataLoader(train, sampler=order, **options)
     return *accelerator.prepare(train_loader, DataLoader(val, **options)), order
+
+
+def report_truncation(
+    accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, loader: DataLoader, limit: int
+) -> None:
+    """Print how many reports are cut at ``limit`` tokens."""
+    answers = [row.answer for row in loader.dataset.rows]
+    cut = sum(encode_answer(tokenizer, answer, limit)[1] for answer in answers)
+    if cut:
+        accelerator.print(
+            f"warning: {cut} of {len(answers)} reports are longer than max_answer_tokens {limit} and are cut"
+        )
 
 
 def check_tables(config: Config, validation: Level = "warning") -> list[Problem]:

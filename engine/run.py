@@ -71,7 +71,9 @@ def environment() -> dict[str, str]:
 
 
 def jsonable(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+    """Values for JSON: paths, and those in a list, as text."""
+    plain = {key: list(map(str, value)) if isinstance(value, list) else value for key, value in values.items()}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in plain.items()}
 
 
 class EpochShuffle(Sampler[int]):

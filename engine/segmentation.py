@@ -39,8 +39,7 @@ from data.cache import (
 )
 from data.findings import FindingRecord
 from data.imaging.reader import read_volume
-from data.imaging.volume import turned_to_lps
-from data.lesions import find_lungs, measure_lesions
+from data.lesions import measure_scan
 from data.report_language.terms import FINDINGS
 from data.segmentation_scores import ComparedCase, compare, scores
 from data.tables.caption_table import CaptionRow
@@ -49,7 +48,7 @@ from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.sliding_window import labels_of, sliding_window
 from models.nnunet.unet import SegmentationUNet
 
-VERSION = 4  # raise it when the same network would give other labels, or other things are noted of them
+VERSION = 5  # raise it when the same network would give other labels, or other things are noted of them
 _SLICES = 8
 _ONE_AT_A_TIME = threading.Lock()  # of threads that prepare cases: a network fills the device by itself
 
@@ -185,17 +184,11 @@ def segment(network: Network, volume: CachedVolume, patch: Sequence[int]) -> np.
 def measure(
     labels: np.ndarray, volume: CachedVolume, image_path: Path, plan: PreprocessPlan, names: dict[int, str]
 ) -> list[FindingRecord]:
-    """The lesions of a segmentation as findings, on the scan's own grid. Where no two lungs are found, which the image
-    checks report, they have no side and no level."""
+    """The lesions of a segmentation as findings, on the scan's own grid."""
     if not labels.any():
         return []
     restored = volume.voxel_map.labels_to_original(labels)
-    scan, restored = turned_to_lps(read_volume(image_path, plan.orientation), restored)
-    try:
-        lungs = find_lungs(scan.array, scan.spacing)
-    except InputError:
-        lungs = None
-    return measure_lesions(restored, scan.spacing, lungs, names, hu=scan.array, source="segmentation", join=True)
+    return measure_scan(restored, read_volume(image_path, plan.orientation), names, source="segmentation")
 
 
 def free_network() -> None:

@@ -4,13 +4,14 @@ images [B, K, C_in, H, W] (2-D)  or  [B, C_in, z, y, x] (3-D)
   NnUNetEncoder → features [B, K, C, T, T]
   RoI crop      → [B, K, C, r, r]               (optional: the centre; for lesions the bridge adds tokens instead)
   VimBridge     → visual [B, L, D]
+  FindingsHead  → findings and measured lesions, with probabilities    (beside the way of the tokens)
   CMI           → visual [B, L', D]             (optional, steered by the question)
-  [visual][question]\\n[answer]  → frozen Mamba → loss on the answer, or generated text
+  [visual][findings prompt][question]\\n[answer]  → frozen Mamba → loss on the answer, or generated text
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from config.errors import InputError
 from config.schema import Config
 from models.cmi import CMI
+from models.findings_head import DESCRIPTORS, FindingsHead, Found, findings_loss
 from models.language_model.mamba_lm import IGNORED, MambaLM
 from models.nnunet.encoder import NnUNetEncoder
 from models.roi_crop import center_crop
@@ -47,13 +49,22 @@ class VisionBridge(nn.Module):
         self.encoder = encoder
         self.bridge = bridge
         self.cmi = cmi
+        self.head: FindingsHead | None = None
         self.centre_crop = centre_crop
 
     @classmethod
     def build(
-        cls, config: Config, encoder: NnUNetEncoder, llm_width: int, output_std: float, *, with_cmi: bool
+        cls,
+        config: Config,
+        encoder: NnUNetEncoder,
+        llm_width: int,
+        output_std: float,
+        *,
+        with_cmi: bool,
+        findings: Sequence[str] = (),
     ) -> VisionBridge:
-        """A fresh bridge (and CMI) around ``encoder``, as the configuration describes. Raises: as check_regions."""
+        """A fresh bridge (and CMI) around ``encoder``, as the configuration describes, with a head for ``findings``
+        where there are any. Raises: as check_regions."""
         check_regions(config)
         around_lesions, side = config.roi_policy == "lesion", config.roi_side
         spec = BridgeSpec(
@@ -67,7 +78,13 @@ class VisionBridge(nn.Module):
             lesion_side=side if around_lesions else 0,
         )
         cmi = CMI(llm_width, compress_to=config.cmi_compress_to) if with_cmi else None
-        return cls(encoder, VimBridge(spec), cmi, centre_crop=None if around_lesions else side)
+        vision = cls(encoder, VimBridge(spec), cmi, centre_crop=None if around_lesions else side)
+        vision.add_head(findings)
+        return vision
+
+    def add_head(self, findings: Sequence[str]) -> None:
+        """A fresh head for these findings; none for none."""
+        self.head = FindingsHead(findings, self.bridge.spec.out_width, DESCRIPTORS) if findings else None
 
     def features(self, images: Images) -> Tensor:
         """(B, K, C, T, T). A list holds cases of different size, each (K, C_in, H, W) or (C_in, z, y, x)."""
@@ -101,12 +118,19 @@ class VisionBridge(nn.Module):
         roi: Tensor | None = None,
     ) -> Tensor:
         """As :meth:`forward`, from the encoder's features (B, K, C, T, T), by which saliency maps differentiate."""
+        return self.steer(self.look(features, slice_position, roi), question, question_mask)
+
+    def look(self, features: Tensor, slice_position: Tensor, roi: Tensor | None = None) -> Tensor:
+        """The bridge's tokens (B, L, D), which do not depend on the question; the findings head reads them."""
         corner = (0, 0)
         if self.centre_crop is not None:
             B, K = features.shape[:2]
             cropped, corner = center_crop(features.flatten(0, 1), self.centre_crop)
             features = cropped.unflatten(0, (B, K))
-        visual = self.bridge(features, slice_position, corner, roi)
+        return self.bridge(features, slice_position, corner, roi)
+
+    def steer(self, visual: Tensor, question: Tensor | None, question_mask: Tensor | None) -> Tensor:
+        """CMI, where the model has it."""
         if self.cmi is not None:
             if question is None or question_mask is None:
                 raise ValueError("CMI is part of this model: the question's embeddings are needed")
@@ -119,8 +143,8 @@ class VisionBridge(nn.Module):
         # Deeper stages get no data, and data-parallel runs expect a gradient for every trained parameter.
         self.encoder.encoder.stages[self.encoder.output_stage + 1 :].requires_grad_(False)
         parts = []
-        for name, part in (("encoder", self.encoder), ("bridge", self.bridge), ("cmi", self.cmi)):
-            if part is not None:
+        for name in ("encoder", "bridge", "cmi", "head"):
+            if (part := getattr(self, name)) is not None:
                 count = sum(p.numel() for p in part.parameters())
                 trained = any(p.requires_grad for p in part.parameters())
                 parts.append(f"{name} {count / 1e6:.2f} M ({'trained' if trained else 'frozen'})")
@@ -140,17 +164,27 @@ class MedicalVLM(nn.Module):
         self.lm.eval()  # frozen: it has no training mode
         return self
 
-    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Sum of the caption loss over the batch's answer tokens (nats), and their number."""
-        return self.caption_loss(self.visual_tokens(batch), batch)
+    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum of the caption loss over the batch's answer tokens (nats), their number, and the findings head's loss."""
+        visual, found = self.read(batch)
+        head = visual.new_zeros(()) if found is None else findings_loss(found, batch["targets"])
+        return *self.caption_loss(visual, batch), head
+
+    def read(self, batch: Mapping[str, Any], features: Tensor | None = None) -> tuple[Tensor, Found | None]:
+        """Visual tokens (B, L, D) from ``images`` (or their ``features``), ``slice_position``, ``roi`` and the
+        question, and what the findings head says, with ``lesions``."""
+        features = self.vision.features(batch["images"]) if features is None else features
+        seen = self.vision.look(features, batch["slice_position"], batch["roi"])
+        question = self.lm.embed(batch["question_ids"]).float()
+        found = self.vision.head(seen, batch["lesions"]) if self.vision.head is not None else None
+        return self.vision.steer(seen, question, batch["question_mask"]), found
 
     def visual_tokens(self, batch: Mapping[str, Any]) -> Tensor:
-        """(B, L, D) from ``images``, ``slice_position``, ``roi`` and the question."""
-        question = self.lm.embed(batch["question_ids"]).float()
-        return self.vision(batch["images"], batch["slice_position"], question, batch["question_mask"], roi=batch["roi"])
+        """As :meth:`read`, the tokens alone."""
+        return self.read(batch)[0]
 
     def caption_loss(self, visual: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """As :meth:`forward`, from the visual tokens (B, L, D)."""
+        """The caption loss of :meth:`forward`, from the visual tokens (B, L, D)."""
         inputs, labels = answer_inputs(self.lm, visual, batch)
         return self.lm.answer_loss(inputs, labels)
 
@@ -168,26 +202,36 @@ def generate_reports(
 
     Args:
         visual: (B, L, D).
-        batch: ``question_ids`` and ``question_mask``, both (B, Lq), padded on the right.
+        batch: as for :func:`prompt_ids`.
     """
     dtype = lm.model.get_input_embeddings().weight.dtype
-    lengths = batch["question_mask"].sum(1).tolist()
-    longest = int(max(lengths))
+    asked = [prompt_ids(batch, b) for b in range(len(visual))]
+    longest = max(map(len, asked))
     prompts, masks = [], []
-    for b, length in enumerate(map(int, lengths)):
-        prompt = torch.cat([visual[b].to(dtype), lm.embed(batch["question_ids"][b, :length])])
-        padding = longest - length
+    for b, ids in enumerate(asked):
+        prompt = torch.cat([visual[b].to(dtype), lm.embed(ids)])
+        padding = longest - len(ids)
         prompts.append(nn.functional.pad(prompt, (0, 0, padding, 0)))
         masks.append(nn.functional.pad(torch.ones(len(prompt), device=prompt.device, dtype=torch.long), (padding, 0)))
     return lm.generate(torch.stack(prompts), torch.stack(masks), max_new_tokens, **options)
 
 
+def prompt_ids(batch: Mapping[str, Any], b: int) -> Tensor:
+    """Ids of the findings prompt, where the batch has one, and of the question of row ``b``.
+
+    ``batch``: ``question_ids`` and ``question_mask``, both (B, Lq), padded on the right; ``key_point_ids`` alike.
+    """
+    names = ("key_point", "question") if "key_point_ids" in batch else ("question",)
+    return torch.cat([batch[f"{name}_ids"][b, batch[f"{name}_mask"][b].bool()] for name in names])
+
+
 def answer_inputs(lm: MambaLM, visual: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """``[visual][question]\\n[answer]`` embedded, padded on the right, and labels for the answer alone.
+    """``[visual][findings prompt][question]\\n[answer]`` embedded, padded on the right, and labels, of the answer
+    alone.
 
     Args:
         visual: (B, L, D).
-        batch: ``question_ids``, ``answer_ids`` and their masks, (B, Lq) and (B, La).
+        batch: as for :func:`prompt_ids`, and ``answer_ids`` and ``answer_mask``, both (B, La).
 
     Returns:
         (B, L, D) embeddings in the LLM's dtype, and (B, L) labels.
@@ -195,7 +239,7 @@ def answer_inputs(lm: MambaLM, visual: Tensor, batch: Mapping[str, Any]) -> tupl
     table = lm.model.get_input_embeddings().weight
     rows, labels = [], []
     for b in range(visual.shape[0]):
-        question = batch["question_ids"][b, batch["question_mask"][b].bool()]
+        question = prompt_ids(batch, b)
         answer = batch["answer_ids"][b, batch["answer_mask"][b].bool()]
         rows.append(torch.cat([visual[b].to(table.dtype), lm.embed(torch.cat([question, answer]))]))
         before = torch.full((visual.shape[1] + len(question),), IGNORED, device=answer.device)

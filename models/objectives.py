@@ -9,14 +9,12 @@ against collapse.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
+from models.findings_head import Found, findings_loss
 from models.medical_vlm import VisionBridge
 
 
@@ -37,7 +35,7 @@ class Align(nn.Module):
     def __init__(self, reports: Tensor, group: Tensor, expected_std: float, *, variance_weight: float = 1.0) -> None:
         """
         Args:
-            reports: (N, D) unit vectors, from :func:`embed_reports`.
+            reports: (N, D) unit vectors, from :func:`models.language_model.report_embedding.embed_reports`.
             group: (N,) equal for rows whose reports are the same text: they are no negatives of each other.
             expected_std: standard deviation between tokens below which the variance term acts.
         """
@@ -78,46 +76,13 @@ class Stage1(nn.Module):
         self.vision = vision
         self.objective = objective
 
-    def forward(self, batch: dict) -> Tensor:
-        """The batch's loss."""
-        return self.objective(self.visual_tokens(batch), batch["row"])
+    def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """The objective's loss of the batch, and the findings head's."""
+        tokens, found = self.read(batch)
+        head = tokens.new_zeros(()) if found is None else findings_loss(found, batch["targets"])
+        return self.objective(tokens, batch["row"]), head
 
-    def visual_tokens(self, batch: dict) -> Tensor:
-        """(B, L, D); without CMI, which reads the question and is trained in Stage 2."""
-        return self.vision(batch["images"], batch["slice_position"], roi=batch["roi"])
-
-
-def report_frequencies(reports: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Counter[int]:
-    """The number of reports that contain each token."""
-    counts: Counter[int] = Counter()
-    for report in reports:
-        counts.update(set(tokenizer.encode(report, add_special_tokens=False)))
-    return counts
-
-
-def embed_reports(
-    reports: Sequence[str], tokenizer: PreTrainedTokenizerBase, table: Tensor, frequencies: Counter[int], corpus: int
-) -> tuple[Tensor, Tensor]:
-    """Reports as centred unit vectors: means of token embeddings, weighted by inverse document frequency.
-
-    The weights keep the words that all reports share from outweighing those that differ between patients.
-
-    Args:
-        table: (V, D) the LLM's embeddings.
-        frequencies, corpus: of the training reports; the same for validation.
-
-    Returns:
-        (N, D) vectors and (N,) group numbers, equal for equal texts.
-    """
-    vectors = torch.stack([_weighted_mean(report, tokenizer, table, frequencies, corpus) for report in reports])
-    numbers: dict[str, int] = {}
-    group = torch.tensor([numbers.setdefault(report, len(numbers)) for report in reports])
-    return F.normalize(vectors - vectors.mean(0), dim=-1), group
-
-
-def _weighted_mean(
-    report: str, tokenizer: PreTrainedTokenizerBase, table: Tensor, frequencies: Counter[int], corpus: int
-) -> Tensor:
-    ids = tokenizer.encode(report, add_special_tokens=False)
-    weight = torch.tensor([math.log((corpus + 1) / (frequencies[i] + 1)) for i in ids]) + 1e-3
-    return (weight[:, None] * table[ids]).sum(0) / weight.sum()
+    def read(self, batch: dict) -> tuple[Tensor, Found | None]:
+        """Tokens (B, L, D) without CMI, which reads the question and is trained in Stage 2, and what the head says."""
+        tokens = self.vision.look(self.vision.features(batch["images"]), batch["slice_position"], batch["roi"])
+        return tokens, self.vision.head(tokens, batch["lesions"]) if self.vision.head is not None else None

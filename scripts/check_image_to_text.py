@@ -47,6 +47,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--question", action="append", help="may be repeated; default: the case's own, or one of the prompt file"
     )
+    parser.add_argument(
+        "--findings", metavar="TEXT", help="corrected findings prompt, e.g. 右肺上野结节12mm; '' for no lesion"
+    )
     parser.add_argument("--max_visual_tokens", type=positive_int, help="default: as in training")
     parser.add_argument("--max_new_tokens", type=positive_int, default=80, help="a text is cut there")
     parser.add_argument("--llm_device", choices=("auto", "cpu"), default="cpu", help="auto: the GPU where there is one")
@@ -90,16 +93,20 @@ from transformers import PreTrainedTokenizerBase
 from config.schema import Config, keys_with_role
 from config.toy_models import check_toy_models
 from data.cache import file_digest
-from data.medical_vlm_dataset import encode_prompt
+from data.finding_targets import descriptors
+from data.medical_vlm_dataset import encode_key_points, encode_prompt
+from data.report_language.key_points import read_key_points, write_key_points
 from data.report_language.labeller import detect_language, label_report
 from data.tables.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
 from data.view_selection import ViewSelection
 from engine import segmentation
-from engine.checkpoint import Checkpoint, check_width, load_checkpoint
+from engine.checkpoint import Checkpoint, check_language_model, load_checkpoint
+from engine.findings_prompt import believed
 from engine.scan_checks import check_new_scan, chosen_blindly, compare_described, describe_view, judge_features, notice
 from models.language_model.decoding import INCOMPLETE, CharacterStream, Decoding, FirstTokenClock, StopRule
 from models.language_model.embedding_table import load_embedding_table
-from models.language_model.mamba_lm import MambaLM, lm_identity, read_tokenizer
+from models.language_model.identity import lm_identity, read_tokenizer
+from models.language_model.mamba_lm import MambaLM
 from models.language_model.prefix_state import PrefixIdentity, PrefixState, answer_from_state, lm_size
 from models.language_model.quantisation import CONTRADICTION
 from models.medical_vlm import check_regions, generate_reports
@@ -130,7 +137,8 @@ def check_flags(args: argparse.Namespace) -> None:
 class Case:
     """An image, the questions about it, and the report that a table has of it.
 
-    ``facts``: lines on the scan, its lesions and the slices read; ``notices``: kinds of sentences before the report.
+    ``facts``: lines on the scan, its lesions and the slices read; ``notices``: kinds of sentences before the report;
+    ``key_points``: the findings prompt, empty for none.
     """
 
     image: Path
@@ -140,6 +148,7 @@ class Case:
     facts: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     language: str = "zh"
+    key_points: str = ""
 
 
 def best_device() -> str:
@@ -191,15 +200,17 @@ def token_budget(config: Config, wanted: int | None, cap: int | None) -> tuple[i
     return tokens, f"the GPU cap of {cap}{raised} (--max_visual_tokens overrides it)"
 
 
-def check_models(checkpoint: Checkpoint, config: Config) -> None:
+def check_models(args: argparse.Namespace, checkpoint: Checkpoint, config: Config) -> None:
     """Before anything large is read. Raises: InputError where the language model, the RoI or the token budget does not
     fit the checkpoint."""
-    check_width(checkpoint, config.mamba_model)
+    check_language_model(checkpoint, config)
     check_regions(config)
     if config.mamba_model != checkpoint.llm["name"]:
         print(f"note: language model {config.mamba_model}; the checkpoint was trained with {checkpoint.llm['name']}")
     if checkpoint.stage == "vision":
         print("note: a Stage-1 checkpoint: the text is no report before train_vlm.py has trained it too")
+    if config.findings_prompt == "off" and args.findings is not None:
+        raise InputError(f"--findings: {checkpoint.path} was trained without findings prompts; leave it out")
     if checkpoint.collapsed:
         print("warning: this checkpoint is stamped as collapsed: its tokens do not depend on the image")
 
@@ -286,17 +297,25 @@ def _visual_tokens(args: argparse.Namespace, checkpoint: Checkpoint, config: Con
     vision.to(device)
     images, position, roi = (part[None].to(device) for part in view)
     features = vision.features(images)
+    seen = vision.look(features, position, roi)
     unusual = compare_described(known.get("described"), volume)
     unfamiliar, line = judge_features(known.get("feature_distance"), features)
     case.facts += [*unusual, line]
     marks = {"forced": any(p.fatal for p in problems), "blind": chosen_blindly(volume, selection)}
     case.notices = [kind for kind, holds in (marks | {"unfamiliar": unfamiliar or bool(unusual)}).items() if holds]
     case.language = known.get("language") or detect_language(case.questions[0])
+    found, measured = None, selection.measured(volume)
+    if vision.head is not None:
+        found = vision.head(seen, torch.tensor([descriptors(measured or [])], device=device))
+    said = believed(vision.head, found, measured, config.findings_prompt)
+    if said is not None and known.get("language"):
+        case.facts += [f"believed: {finding.describe()}" for finding in said]
+        case.key_points = write_key_points(said, case.language)
     if vision.cmi is None:
-        return [vision.tokens(features, position, roi=roi).cpu()]
+        return [seen.cpu()]
     table, questions = load_embedding_table(config.mamba_model), encode(case.questions, tokenizer, config)
     asked = [(table[ids][None].to(device), torch.ones_like(ids)[None].to(device)) for ids in questions]
-    return [vision.tokens(features, position, *question, roi=roi).cpu() for question in asked]
+    return [vision.steer(seen, *question).cpu() for question in asked]
 
 
 def _sources(checkpoint: Checkpoint, config: Config) -> dict[str, str]:
@@ -318,6 +337,7 @@ def load_prefix(
     row = CaptionRow(1, Path(identity.image_name), "", "", None)
     case = Case(row.image_path, None, args.question or [_question(row, config, args.seed)], None)
     case.notices, case.language = [kind for kind in identity.notices.split(",") if kind], identity.language
+    case.key_points = identity.key_points
     return case, state, identity
 
 
@@ -335,7 +355,7 @@ def read_once(
     if args.save_prefix:
         mask = file_digest(case.mask).hex() if case.mask else "none"
         image = {"image": file_digest(case.image).hex(), "mask": mask, "image_name": str(case.image)}
-        image |= {"notices": ",".join(case.notices), "language": case.language}
+        image |= {"notices": ",".join(case.notices), "language": case.language, "key_points": case.key_points}
         state.save(args.save_prefix, PrefixIdentity.of_model(lm, **_sources(checkpoint, config), **image))
         print(f"image state saved: {args.save_prefix}", flush=True)
     return state, seconds
@@ -396,15 +416,18 @@ def main() -> None:
     llm_device = best_device() if args.llm_device == "auto" else "cpu"
     checkpoint = load_checkpoint(path)
     config = run_config(args, checkpoint, GPU_TOKEN_CAP if llm_device != "cpu" else None)
-    check_models(checkpoint, config)
+    check_models(args, checkpoint, config)
     visuals, state, identity = [], None, None
     if args.prefix:
         case, state, identity = load_prefix(args, checkpoint, config)
     else:
         case, visuals = read_image(args, checkpoint, config)
+    if args.findings is not None:
+        case.key_points = write_key_points(read_key_points(args.findings, case.language), case.language)
 
     # ---------------------------------------------------------------- language model
     weights = {"load_in_8bit": args.llm_8bit, "int8": args.llm_int8, "adapters": checkpoint.adapters}
+    weights["stage0"] = config.language_model_adapters
     lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=llm_device, **weights)
     reading, origin = 0.0, "the image read with the question"
     if identity is not None:
@@ -416,7 +439,12 @@ def main() -> None:
 
     # ---------------------------------------------------------------- questions and answers
     print("\n".join([f"输入图像: {case.image}", *case.facts]), flush=True)
-    for number, ids in enumerate(encode(case.questions, lm.tokenizer, config)):
+    if case.key_points:
+        origin_of = "corrected by --findings" if args.findings is not None else config.findings_prompt
+        print(f"findings prompt ({origin_of}): {case.key_points}", flush=True)
+    known = torch.tensor(encode_key_points(lm.tokenizer, case.key_points), dtype=torch.long)
+    for number, question in enumerate(encode(case.questions, lm.tokenizer, config)):
+        ids = torch.cat([known, question])
         print(f"问题: {case.questions[number]}", flush=True)
         if case.reference and number == 0:
             print(f"参考报告: {case.reference}", flush=True)

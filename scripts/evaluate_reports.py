@@ -33,6 +33,7 @@ def parse_args() -> argparse.Namespace:
     add("--calibration_csv", type=Path, help="cases to calibrate confidence on; default: caption_csv_val")
     add("--abstain_below", type=float, default=0.5, help="surer sentences are not marked")
     add("--samples", type=int, default=0, help="reports sampled per case, for agreement; 0: none")
+    add("--corrections", type=int, default=0, help="cases written again with one point of the prompt changed")
     add("--maps", type=int, default=12, help="cases whose maps are saved as PNG and NIfTI")
     add("--pointing_cases", type=int, help="at most so many cases for the pointing game; default: all")
     add("--attribution", choices=("evidence", "integrated", "occlusion"), default="evidence", help="of the maps")

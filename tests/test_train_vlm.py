@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from models.medical_vlm import check_regions
 from tests.test_train import config_with
 
 FINAL, BEST = "vision_bridge_vlm_final.pt", "vision_bridge_vlm_best_val.pt"
+NODULE, NORMAL = "所见：右肺上野见结节，大小约12mm。结论：右肺上野结节。", "所见：双肺清晰。结论：正常。"
 
 
 @pytest.fixture
@@ -55,9 +58,47 @@ def test_continuing_keeps_the_adapters_and_their_rank(run_stage, adapted, tmp_pa
 def test_the_language_model_alone_stays_frozen_without_adapters(run_stage, tmp_path, capsys):
     run_stage("train_vlm", "--output_dir", str(tmp_path), "--epochs", "1")
     printed = capsys.readouterr().out
-    assert "adapters" not in printed and load_checkpoint(tmp_path / FINAL).adapters is None
+    assert "adapters of rank" not in printed and load_checkpoint(tmp_path / FINAL).adapters is None
     assert "loss mask checked: 16 visual" in printed and "平均 caption_loss" in printed
     assert "最近 5 个 epoch 平均 caption_loss" in printed and "step 2/2  caption_loss" in printed
+    assert "no findings head, no findings prompt" in printed, "the labeller knows no 'Report 0.'"
+    assert "run Stage 0,  python scripts/adapt_language_model.py --config " in printed.split("最近 5 个 epoch")[1]
+
+
+@pytest.fixture
+def chinese(small_training: Path, tmp_path: Path) -> Path:
+    """A configuration of twelve rows, on the four scans, whose reports state a nodule or none."""
+    lines = ["image_path,question,answer,mask_path"]
+    for row in range(12):
+        report = (
+            "所见：右肺上野见结节，大小约12mm。结论：右肺上野结节。" if row < 11 else "所见：双肺清晰。结论：正常。"
+        )
+        lines.append(f"{small_training / str(row % 4)}.nii.gz,Q?,{report},")
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tables = dict.fromkeys(("caption_csv_train", "caption_csv_val"), str(tmp_path / "table.csv"))
+    return config_with(small_training, tmp_path, **tables)
+
+
+def test_findings_head_and_prompt_go_from_stage_to_stage(run_stage, chinese, tmp_path, capsys, monkeypatch):
+    """Stage 1 learns the head, Stage 2 measures how prompts err and goes on with it, and the check script says them."""
+    folder = ["--output_dir", str(tmp_path), "--epochs", "1"]
+    run_stage("train", *folder, config=chinese)
+    assert "findings head: nodule\n" in capsys.readouterr().out
+    first = load_checkpoint(tmp_path / "vision_bridge_best_val.pt")
+    assert first.findings == ["nodule"]
+    run_stage("train_vlm", *folder, "--vision_checkpoint", str(first.path), config=chinese)
+    printed = capsys.readouterr().out
+    assert "findings prompt (both) on 12 held-out cases: missed " in printed and "head 0." in printed
+    assert "language model on 12 validation reports, from their true key points" in printed
+    second = load_checkpoint(tmp_path / FINAL)
+    assert second.findings == ["nodule"] and second.config.findings_prompt == "both"
+    weight = "head.of_finding.weight"
+    assert not torch.equal(first.model_state_dict[weight], second.model_state_dict[weight]), "trained in Stage 2 too"
+    check = importlib.import_module("scripts.check_image_to_text")
+    command = ["check", "--checkpoint", str(tmp_path / FINAL), "--config", str(chinese), "--max_new_tokens", "4"]
+    monkeypatch.setattr(sys, "argv", command)
+    check.main()
+    assert re.search(r"^findings prompt \(both\): 已知：.*。$", capsys.readouterr().out, re.MULTILINE)
 
 
 def rows(folder: Path) -> list[tuple[str, str]]:

@@ -40,7 +40,7 @@ def attributes(sentence: Sentence, polarity: dict[int, str], earlier: list[Place
     found = {i: _placed(sentence, i, polarity[i], earlier) for i in sentence.targets}
     for i, token in enumerate(sentence.tokens):
         if token.kind == "size":
-            owner = _owner_of_size(sentence, i, polarity)
+            owner = owner_of_size(sentence, i, polarity)
             if owner is not None:
                 found[owner].sizes.append(token.value)
         elif token.kind == "count":
@@ -126,7 +126,7 @@ def _tightly_before(sentence: Sentence, i: int, target: int) -> bool:
     return re.fullmatch(sentence.language.size_gap, gap) is not None
 
 
-def _owner_of_size(sentence: Sentence, i: int, polarity: dict[int, str]) -> int | None:
+def owner_of_size(sentence: Sentence, i: int, polarity: dict[int, str]) -> int | None:
     """The finding that a size belongs to; None for the size of an organ or of a lesion that is no finding."""
     tokens = sentence.tokens
     following = next((k for k in sentence.clause_of(i) if k > i and (k in polarity or tokens[k].kind == "other")), None)

@@ -55,6 +55,23 @@ def language_of(reports: Sequence[str]) -> str:
     return "zh" if 2 * chinese >= len(reports) else "en"
 
 
+_ENGLISH_WORDS = frozenset(
+    ("the", "of", "in", "is", "are", "with", "and", "without", "not", "there", "no", "left", "right")
+)
+_OTHER_SCRIPTS = re.compile("[\u3040-\u30ff\uac00-\ud7af\u0400-\u04ff\u0600-\u06ff]")  # kana, hangul, Cyrillic, Arabic
+
+
+def known_language(reports: Sequence[str]) -> str | None:
+    """The language of most reports, or None where it is one that the labeller does not know."""
+    text = "\n".join(reports)
+    letters = sum(character.isalpha() for character in text)
+    if len(_OTHER_SCRIPTS.findall(text)) > _CHINESE_FRACTION * letters:
+        return None
+    words = re.findall(r"[^\W\d_]+", text.lower())
+    english = sum(word in _ENGLISH_WORDS for word in words) >= 0.08 * len(words)
+    return "zh" if language_of(reports) == "zh" else "en" if english else None
+
+
 def label_report(text: str, language: str = "auto", source: Source = "report") -> list[FindingRecord]:
     """Every mention of a finding, in the order of the text. A finding at two places gives two.
 
@@ -107,7 +124,7 @@ def states_normal(text: str, language: str) -> bool:
 
 
 @functools.cache
-def _lexer(language: str) -> Lexer:
+def lexer(language: str) -> Lexer:
     return Lexer(LANGUAGES[language].rules)
 
 
@@ -116,7 +133,7 @@ def _label_section(text: str, section: Section, language: str) -> list[FindingRe
     earlier: list[Place] = []
     open_ = outside = False  # the last lesion, or an organ outside the chest, is what the next sentence can refer to
     for begin, stop in sentences(text, section.start, section.end):
-        tokens = _lexer(language).read(text, begin, stop)
+        tokens = lexer(language).read(text, begin, stop)
         sentence = Sentence(text[:stop], begin, tokens, LANGUAGES[language], outside)
         found = _label_sentence(sentence, section.name, earlier)
         if not found and open_ and _states_size(sentence):

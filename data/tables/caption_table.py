@@ -20,7 +20,7 @@ from data.imaging.reader import SUFFIXES
 from data.report_language.sections import HEADINGS, SECTIONS
 from data.tables.columns import find_columns
 from data.tables.image_index import ImageIndex
-from data.tables.table_reader import read_table
+from data.tables.table_reader import decode, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,28 @@ def scan_caption_table(
         problems += of_row
         rows += [row] if row else []
     return TableScan(rows, sorted(problems), [*table.notes, *notes])
+
+
+def read_reports(path: Path) -> list[str]:
+    """Reports without images: the lines of a .txt, or the report column (or columns of sections) of a table.
+
+    Raises InputError: the file is missing, cannot be read, or holds no report.
+    """
+    _require(path, "reports", "--extra_reports")
+    if path.suffix.lower() == ".txt":
+        texts = decode(path)[0].splitlines()
+    else:
+        table = read_table(path)
+        raise_errors(table.problems, path)
+        roles, _ = find_columns(table.columns)
+        rows = [{role: cells.get(name, "").strip() for role, name in roles.items()} for _, cells in table.rows]
+        texts = [cells["answer"] if "answer" in cells else join_sections(cells) for cells in rows]
+    texts = [text.strip() for text in texts if text.strip()]
+    if not texts:
+        raise InputError(f"{path} holds no report: expected one a line (.txt), or a table with a column 'answer'")
+    if problem := next(filter(None, map(text_problem, texts)), ""):
+        raise InputError(f"{path}: a report {problem}; correct the text, or export it again")
+    return texts
 
 
 def _row(number: int, cells: dict[str, str], index: ImageIndex) -> tuple[CaptionRow | None, list[Problem]]:

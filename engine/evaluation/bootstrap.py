@@ -6,7 +6,7 @@ Percentile bootstrap (Efron 1979): cases are drawn with replacement, as often as
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ class Score:
         low, high: 2.5 and 97.5 % points over resampled cases; NaN where they are not defined.
         n: number of cases, or of what the score counts.
         what: definition: tokenisation, library and version, scale.
+        resampled: values on the resampled cases [REPEATS], where a paired difference needs them.
     """
 
     value: float
@@ -31,6 +32,7 @@ class Score:
     high: float
     n: int
     what: str = ""
+    resampled: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
     def bounds(self) -> list[float]:
@@ -64,8 +66,13 @@ def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 def ratio_score(above: Sequence[float], below: Sequence[float], what: str = "") -> Score:
     """Σ ``above`` / Σ ``below``, each with one value per case; NaN where Σ ``below`` is 0."""
     parts = np.array([above, below], float)  # [2, cases]
-    drawn = case_weights(parts.shape[1]) @ parts.T
-    return Score(float(ratio(*parts.sum(1))), *interval(ratio(*drawn.T)), parts.shape[1], what)
+    resampled = ratio(*(case_weights(parts.shape[1]) @ parts.T).T)
+    return Score(float(ratio(*parts.sum(1))), *interval(resampled), parts.shape[1], what, resampled)
+
+
+def difference(one: Score, other: Score, what: str = "") -> Score:
+    """``one - other`` of the same cases with the paired interval: both were resampled with the same draws."""
+    return Score(one.value - other.value, *interval(one.resampled - other.resampled), one.n, what)
 
 
 def mean_score(values: Sequence[float], what: str = "") -> Score:

@@ -16,6 +16,7 @@ import numpy as np
 
 from config.files import write_text
 from data.report_language.sections import SECTIONS
+from engine.evaluation.baselines import BASELINES
 from engine.evaluation.conditions import AUDITED, OWN
 from engine.evaluation.confidence import EDGES, TO_CHECK, ConfidenceScores
 
@@ -23,7 +24,7 @@ _STYLE = """body{font:15px/1.55 sans-serif;margin:2em auto;max-width:1150px;padd
 table{border-collapse:collapse;margin:.6em 0}td,th{border:1px solid #bbb;padding:.25em .6em;text-align:left;
 vertical-align:top}th{background:#eee}img{max-width:100%}.verdict{font-size:1.25em;font-weight:bold;padding:.5em .8em;
 border-left:6px solid #888;background:#f4f4f4}.depends{border-color:#2a8f3c}.independent{border-color:#b00020}
-.partly,.unclear{border-color:#c77d00}mark{background:#ffd9a0}"""
+.partly,.unclear{border-color:#c77d00}[class*=below]{border-color:#b00020}mark{background:#ffd9a0}"""
 _MARK = re.compile("|".join(map(re.escape, TO_CHECK.values())))
 _IMAGES = {
     "own": "the case's own",
@@ -31,6 +32,13 @@ _IMAGES = {
     "blank": "blank",
     "prior": "none (mean of all)",
     "squares": "mean of all, own slice levels and lesion RoIs",
+}
+_COMPARED = {
+    "macro_f1": "macro-F1",
+    "micro_f1": "micro-F1",
+    "crg": "CRG",
+    "location_acc": "side and level",
+    "size_within_3mm": "size within 3 mm",
 }
 Block = tuple[str, str]  # Markdown, HTML
 ShownCase = tuple[str, str, str, Path | None]  # name, reference, marked report, figure of its maps
@@ -42,6 +50,7 @@ def card_blocks(card: Mapping[str, Any], plots: Sequence[tuple[Path, str]], case
         _text(f"{card['cases']} cases of {card['csv']}, checkpoint {card['checkpoint']}. In brackets: the 95 % "
               "interval over cases. Definitions: docs/evaluation.md."),
         *_audit(card["audit"]),
+        *_compared(card),
         *_findings(card["findings"]),
         *_places(card["places"], card["mask"]),
         *_confidence(card["confidence"]),
@@ -170,11 +179,52 @@ def _audit(audit: Mapping[str, Any]) -> list[Block]:
     return [heading, verdict, _list(audit["reasons"]), _table(rows), _text(text)]
 
 
+def _compared(card: Mapping[str, Any]) -> list[Block]:
+    """Each score of the reports beside that of the baselines and the floors."""
+    baselines, floors = card["baselines"] or {}, card["floors"]
+    rows = [["score", "the model", *baselines, "floors"]]
+    for name, words in _COMPARED.items():
+        copied = [_beside(one[name], one["difference"][name]) for one in baselines.values()]
+        bounds = "\n".join(show(floor[name]["value"]) for floor in floors.values() if name in floor)
+        rows.append([words, _unbroken(_own_scores(card)[name]), *copied, bounds])
+    for name, score in card["whole_reports"]["own"].items():
+        if score["n"]:
+            parts = (
+                (one["whole_reports"][name], one["difference"]["whole_reports"][name]) for one in baselines.values()
+            )
+            rows.append([f"whole reports: {name}", _unbroken(score), *(_beside(*part) for part in parts), ""])
+    text = f"{card['baselines_note']}."
+    if baselines:
+        text = f"Baselines copy one of {text} " + "; ".join(f"{name}: {words}" for name, words in BASELINES.items())
+        text += ". In the second line of a cell: the model minus the baseline, with its paired interval."
+    text += " Floors, in this order: reports that state no finding, that state every finding, permuted reports."
+    return [_heading("Beside its baselines and floors"), _text(text), _table(rows)]
+
+
+def _own_scores(card: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's scores that baselines have too, by the names that they have there; of whole reports apart."""
+    found = card["findings"]
+    macro = {"value": found["macro_f1"], "interval": found["macro_f1_interval"]}
+    return {**found, "macro_f1": macro, **card["places"]}
+
+
+def _beside(score: Mapping[str, Any], difference: Mapping[str, Any]) -> str:
+    numbers = [difference["value"], *difference["interval"]]
+    signed = "—" if None in numbers else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*numbers)
+    return f"{_unbroken(score)}\n{signed}".replace(" ", "\u00a0")
+
+
+def _unbroken(score: Mapping[str, Any]) -> str:
+    """With no-break spaces."""
+    return _scored(score).replace(" ", "\u00a0")
+
+
 def _findings(found: Mapping[str, Any]) -> list[Block]:
     text = (
         f"Macro-F1 {_named(found, 'macro_f1')}; by chance (permutation baseline) {_named(found, 'chance')}, "
         f"p = {show(found['p_value'])}. Micro: F1 {_scored(found['micro_f1'])}, precision "
-        f"{_scored(found['micro_precision'])}, recall {_scored(found['micro_recall'])}."
+        f"{_scored(found['micro_precision'])}, recall {_scored(found['micro_recall'])}. CRG {_scored(found['crg'])}; "
+        "an all-negative and an all-positive report get 0.333."
     )
     rows = [["finding", "in references", "in reports", "precision", "recall", "F1"]]
     keys = ("finding", "references", "reports", "precision", "recall")

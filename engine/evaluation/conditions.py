@@ -6,6 +6,7 @@ shuffled   the image of another patient
 blank      an image without structure: every voxel the mean of CT normalisation, slices at mean position
 prior      no image: the visual tokens are those of the mean features and mean slice positions of all cases
 squares    the mean features with the case's own slice positions and lesion boxes: what a mask gives away alone
+corrected  the case's image, with one point of its findings prompt changed (engine/evaluation/corrections.py)
 sample1…   the case's image, sampled at temperature 1
 =========  ===========================================================================================
 
@@ -21,6 +22,7 @@ number of processes may change between two starts.
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import random
@@ -30,18 +32,25 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from tqdm import tqdm
 
 from config.errors import InputError
+from config.schema import FindingsPrompt
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset, Sample
 from data.tables.caption_table import CaptionRow
+from engine.evaluation.corrections import correct
 from engine.evaluation.report_writer import ReportWriter
+from engine.findings_prompt import batch_believed, with_key_points
 from models.language_model.decoding import Decoding
 
 OWN, SHUFFLED, BLANK, PRIOR, SQUARES, SAMPLE = "own", "shuffled", "blank", "prior", "squares", "sample"
+CORRECTED = "corrected"
 AUDITED = (OWN, SHUFFLED, BLANK, PRIOR, SQUARES)
+EMBEDDING = "embedding"  # key of the records that hold a mean visual token
 _BASELINE_CASES = 256  # that the mean image is made of
 Record = dict[str, Any]
 
@@ -96,7 +105,8 @@ class GenerationStore:
 class ReportPasses:
     """The reports of one table, condition by condition; each process takes its own rows.
 
-    ``table``: a digest of its file.
+    ``table``: a digest of its file; ``mode``, ``language``: of the findings prompt, which comes from the image that a
+    report is written from.
     """
 
     writer: ReportWriter
@@ -108,6 +118,8 @@ class ReportPasses:
     seed: int
     process: int = 0
     processes: int = 1
+    mode: FindingsPrompt = "off"
+    language: str | None = None
     _answers: dict[tuple, str] = field(default_factory=dict)  # texts that depend on condition and question alone
 
     @functools.cached_property
@@ -118,8 +130,8 @@ class ReportPasses:
     def __len__(self) -> int:
         return len(self.data)
 
-    def run(self, condition: str) -> None:
-        """Generate what is missing."""
+    def run(self, condition: str, most: int | None = None) -> None:
+        """Generate what is missing, of the first ``most`` rows."""
         order = list(range(len(self)))
         if condition == SHUFFLED:
             order = shuffled_order(patients_of(self.data.rows), self.seed)
@@ -127,7 +139,7 @@ class ReportPasses:
         def make(rows: list[int]) -> list[Record]:
             return self._generate([self._sample(row, order[row], condition) for row in rows], condition)
 
-        self.fill(self.key(condition), range(len(self)), self.batch_size, make)
+        self.fill(self.key(condition), range(len(self))[:most], self.batch_size, make)
 
     def fill(self, key: str, rows: Iterable[int], size: int, make: Callable[[list[int]], list[Record]]) -> None:
         """Make and store the missing records of these rows, ``size`` rows at a time."""
@@ -140,6 +152,20 @@ class ReportPasses:
                     for row, record in zip(part, make(part), strict=True)
                 )
                 bar.update(len(part))
+
+    def embed(self, rows: Iterable[int]) -> None:
+        """Store the mean visual token of these rows' images where it is missing."""
+
+        def make(part: list[int]) -> list[Record]:
+            vectors = self.writer.embedding(self.batch([self.data[row] for row in part])).cpu().numpy()
+            return [{"vector": base64.b64encode(vector.astype("<f4").tobytes()).decode()} for vector in vectors]
+
+        self.fill(EMBEDDING, rows, self.batch_size, make)
+
+    def embeddings(self, rows: Iterable[int]) -> np.ndarray:
+        """What :meth:`embed` has stored of these rows, float32 [rows, D]."""
+        records = self.stored(EMBEDDING)
+        return np.stack([np.frombuffer(base64.b64decode(records[row]["vector"]), "<f4") for row in rows])
 
     def key(self, condition: str) -> str:
         """Key of a condition in the store: the shuffled order and the mean image depend on the number of rows."""
@@ -158,11 +184,7 @@ class ReportPasses:
 
     def batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Collated, on the model's device."""
-        device = self.writer.device
-        return {
-            key: [image.to(device) for image in value] if isinstance(value, list) else value.to(device)
-            for key, value in self.collator(samples).items()
-        }
+        return send_to_device(self.collator(samples), self.writer.device)
 
     @functools.cached_property
     def mean_image(self) -> tuple[Tensor, Tensor]:
@@ -181,21 +203,36 @@ class ReportPasses:
         sample = self.data[image_of]
         sample = replace(sample, question=self.data.questions[row], answer=self.data.rows[row].answer, row=row)
         if condition == BLANK:
-            nothing = {"images": torch.zeros_like(sample.images), "roi": torch.zeros_like(sample.roi)}
+            nothing = {"images": torch.zeros_like(sample.images), "roi": torch.zeros_like(sample.roi), "measured": []}
             return replace(sample, **nothing, slice_position=self.mean_image[1].cpu().clone())
-        return sample
+        return replace(sample, measured=[]) if condition == PRIOR else sample
 
     def _generate(self, samples: Sequence[Sample], condition: str) -> list[Record]:
         batch = self.batch(samples)
         if condition == PRIOR:
-            visual = self.writer.visual_of_features(*self.mean_image, batch)
+            visual, found = self.writer.visual_of_features(*self.mean_image, batch)
         elif condition == SQUARES:
-            visual = self.writer.visual_of_features(self.mean_image[0], batch["slice_position"], batch, batch["roi"])
+            given = batch["slice_position"], batch, batch["roi"]
+            visual, found = self.writer.visual_of_features(self.mean_image[0], *given)
         else:
-            visual = self.writer.visual(batch)
+            visual, found = self.writer.visual(batch)
         if not torch.isfinite(visual).all():
             named = ", ".join(str(self.data.rows[sample.row].image_path) for sample in samples)
             raise InputError(f"visual tokens are not finite: check the images ({named}) and the nnU-Net")
+        head = self.writer.model.vision.head
+        said = batch_believed(head, found, [sample.measured for sample in samples], self.mode)
+        changes = []
+        if condition == CORRECTED:
+            seeds = [np.random.default_rng([self.seed, sample.row]) for sample in samples]
+            changes = [correct(one or [], head.names, rng) for one, rng in zip(said, seeds, strict=True)]
+            said = [asked for asked, _, _ in changes]
+        batch = with_key_points(batch, self.writer.tokenizer, said, self.language)
+        if condition == CORRECTED:
+            written = self.writer.write(visual, batch)
+            return [
+                {"text": one.text, "asked": [f.to_dict() for f in asked], "kind": kind, "point": point.to_dict()}
+                for one, (asked, kind, point) in zip(written, changes, strict=True)
+            ]
         if condition.startswith(SAMPLE):
             torch.manual_seed(self.seed * 1_000_003 + samples[0].row * 101 + int(condition.removeprefix(SAMPLE)))
             return [{"text": one.text} for one in self.writer.write(visual, batch, Decoding(temperature=1.0))]
@@ -206,6 +243,9 @@ class ReportPasses:
         else:
             written = self.writer.write(visual, batch)
             texts = [asdict(one) if condition == OWN else {"text": one.text} for one in written]
+            if condition == OWN:
+                known = [one and [finding.to_dict() for finding in one] for one in said]
+                texts = [text | {"believed": one} for text, one in zip(texts, known, strict=True)]
         return [text | loss for text, loss in zip(texts, losses, strict=True)]
 
     def _shared_texts(self, visual: Tensor, batch: Mapping[str, Any], keys: Sequence[tuple]) -> list[str]:
@@ -213,7 +253,7 @@ class ReportPasses:
         new = {key: b for b, key in enumerate(keys) if key not in self._answers}
         if new:
             rows = torch.tensor(list(new.values()), device=visual.device)
-            part = {name: batch[name][rows] for name in ("question_ids", "question_mask")}
+            part = {name: value[rows] for name, value in batch.items() if name.startswith(("question_", "key_point_"))}
             written = self.writer.write(visual[rows], part)
             self._answers |= {key: one.text for key, one in zip(new, written, strict=True)}
         return [self._answers[key] for key in keys]

@@ -2,7 +2,7 @@
 
 Findings are read by :func:`data.report_language.labeller.label_report`. A finding counts as stated where a report
 says that it is present or possible. Chance is the permutation baseline: what the same reports reach when they are
-assigned to other cases at random.
+assigned to other cases at random; a report that states nothing, and one that states everything, are the other floors.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def clinical_scores(
         permutations.
         ``p_value``: fraction of permutations whose macro-F1 reaches the true one, (hits + 1) / (permutations + 1).
         ``micro_f1``, ``micro_precision``, ``micro_recall``: over all case–finding pairs.
+        ``crg``, ``crg_chance``: :func:`crg` over all case–finding pairs.
         ``by_finding``: of every finding that some reference or report states: ``finding``, how many ``references`` and
         ``reports`` state it, ``precision``, ``recall`` (NaN: undefined) and ``f1``, a score.
     """
@@ -53,21 +54,66 @@ def clinical_scores(
         f"micro_{name.lower()}": Score(float(value[0]), *interval(resampled), n, f"{name} of all case-finding pairs")
         for name, value, resampled in zip(RATES, rates(counts.sum(2)), rates(drawn.sum(2)), strict=True)
     }
-
-    def chance(values: np.ndarray) -> Score:
-        mean = float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
-        return Score(mean, *interval(values), n, "permutation baseline")
-
-    macro, by_chance = float(macro_f1(counts, known)[0]), macro_f1(permuted, known)
-    hits = int((by_chance >= macro - 1e-12).sum()) if np.isfinite(macro) else REPEATS
+    by_chance = {name: _chance(values, n) for name, values in _values(permuted, truth).items()}
+    scores = finding_scores(truth, found)
+    macro = scores["macro_f1"].value
+    hits = int((macro_f1(permuted, known) >= macro - 1e-12).sum()) if np.isfinite(macro) else REPEATS
     return {
-        "macro_f1": Score(macro, *interval(macro_f1(drawn, known)), n, f"mean F1 of {int(known.sum())} findings"),
-        "chance": chance(by_chance),
-        "p_value": (hits + 1) / (REPEATS + 1),
         **micro,
-        "micro_chance": chance(rates(permuted.sum(2))[0]),
+        **scores,  # with micro-F1 once more
+        "chance": by_chance["macro_f1"],
+        "p_value": (hits + 1) / (REPEATS + 1),
+        "micro_chance": by_chance["micro_f1"],
+        "crg_chance": by_chance["crg"],
         "by_finding": _by_finding(counts, drawn, n),
     }
+
+
+def finding_scores(truth: np.ndarray, found: np.ndarray) -> dict[str, Score]:
+    """``macro_f1``, ``micro_f1`` and ``crg`` of label matrices; they can be compared by paired differences."""
+    n, pairs = len(truth), "of all case-finding pairs"
+    weights = np.ones((1, n), int), case_weights(n)
+    once, drawn = (_values(resampled_counts(truth, found, some), truth) for some in weights)
+    what = f"mean F1 of {int(truth.any(0).sum())} findings", f"F1 {pairs}", f"CRG {pairs}"
+    return {
+        name: Score(float(once[name][0]), *interval(values), n, words, values)
+        for (name, values), words in zip(drawn.items(), what, strict=True)
+    }
+
+
+def constant_floors(references: Mentions) -> dict[str, dict[str, Score]]:
+    """Scores of reports that state no finding at all, and of reports that state every one."""
+    truth = label_matrix(references)
+    constant = {"all_negative": np.zeros_like(truth), "all_positive": np.ones_like(truth)}
+    return {name: finding_scores(truth, found) for name, found in constant.items()}
+
+
+def _values(counts: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
+    """The scores of counts [repeats, 3, findings]."""
+    macro, total = macro_f1(counts, truth.any(0)), counts.sum(2)
+    return {"macro_f1": macro, "micro_f1": rates(total)[0], "crg": crg(total, truth.size)}
+
+
+def _chance(values: np.ndarray, n: int) -> Score:
+    mean = float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+    return Score(mean, *interval(values), n, "permutation baseline")
+
+
+def crg(counts: np.ndarray, cells: int) -> np.ndarray:
+    """CRG score [repeats]: 1 for no error, 1/3 for reports that are all negative and for those that are all positive.
+
+    CRG = U / (2U - s) with s = w TP - w FN - FP, w = (X - A) / 2A and U = wA, its maximum: a missed finding costs more
+    the rarer findings are. X cells, A of them positive. Hamamci et al., "CRG Score: A Distribution-Aware Clinical
+    Metric for Radiology Report Generation", MIDL 2025, arXiv:2505.17167; a ranking metric of the VLM3D challenge.
+
+    Args:
+        counts: cells that are positive in both, in the reference, in the report, [repeats, 3].
+        cells: number of case-finding pairs.
+    """
+    both, truth, found = counts.T
+    most = (cells - truth) / 2
+    s = most * ratio(2 * both - truth, truth) - (found - both)
+    return ratio(most, 2 * most - s)
 
 
 def resampled_counts(truth: np.ndarray, found: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Do the reports depend on the image? Scores with other images and with none, and a verdict.
+"""Do the reports depend on the image, and are they better than copied ones? Scores with other images and with none,
+and a verdict.
 
 A model that has only learnt the language of reports writes fluent reports that fit no patient. Another patient's
 image, a blank one or none at all must then make its reports worse, and does not.
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from engine.evaluation.baselines import BASELINES
 from engine.evaluation.bootstrap import Score, case_weights, hit_score, interval, ratio_score
 from engine.evaluation.finding_metrics import Mentions, label_matrix, macro_f1, resampled_counts
 
@@ -21,6 +23,7 @@ VERDICTS = {
     "partly": "the reports depend on the image only in part",
     "independent": "the reports do not depend on the image",
     "unclear": "too few cases to tell whether the reports depend on the image",
+    **{f"below_{name}": f"the reports are below {what}" for name, what in BASELINES.items()},
 }
 
 
@@ -58,17 +61,27 @@ def same_fraction(texts: Sequence[str], others: Sequence[str]) -> float:
     return float(np.mean(["".join(a.split()) == "".join(b.split()) for a, b in zip(texts, others, strict=True)]))
 
 
-def judge(cases: int, p_value: float, shuffled: Score, prior: Score, gap: Score, same: float) -> tuple[str, list[str]]:
-    """The verdict, a key of ``VERDICTS``, from four criteria; and the numbers that it rests on.
+def judge(
+    cases: int,
+    p_value: float,
+    shuffled: Score,
+    prior: Score,
+    gap: Score,
+    same: float,
+    copied: Mapping[str, Score] | None = None,
+) -> tuple[str, list[str]]:
+    """The verdict, a key of ``VERDICTS``, from four criteria and the baselines; and the numbers that it rests on.
 
     The reports depend on the image where all criteria hold. They do not where none holds, or where nearly all reports
-    equal those of the prior. Otherwise they depend on it in part.
+    equal those of the prior. Otherwise they depend on it in part. Reports that depend on it and are still below a
+    baseline, by an interval that excludes 0, get that as their verdict.
 
     Args:
         p_value: of macro-F1 against the permutation baseline.
         shuffled, prior: macro-F1 with the own image minus that under the condition.
         gap: loss gap under ``shuffled``.
         same: fraction of reports equal to those of the prior.
+        copied: a score of the reports minus that of each baseline.
     """
 
     def fall(score: Score) -> str:
@@ -82,10 +95,17 @@ def judge(cases: int, p_value: float, shuffled: Score, prior: Score, gap: Score,
     }
     reasons = [f"{'yes' if holds else 'no'}: {criterion}" for criterion, holds in criteria.items()]
     reasons.append(f"{same:.0%} of the reports are word for word those without an image")
+    copied = copied or {}
+    for name, score in copied.items():
+        margin = f"{score.value:+.3f} [{score.low:+.3f}, {score.high:+.3f}]"
+        reasons.append(f"{'yes' if score.low > 0 else 'no'}: {score.what} is above {BASELINES[name]} ({margin})")
+    below = [f"below_{name}" for name, score in copied.items() if score.high < 0]
     if cases < FEW_CASES:
         code = "unclear"
     elif same >= _SAME or not any(criteria.values()):
         code = "independent"
+    elif below:
+        code = below[0]
     else:
         code = "depends" if all(criteria.values()) else "partly"
     return code, reasons

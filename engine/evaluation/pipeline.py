@@ -21,17 +21,23 @@ from config.files import write_text
 from config.schema import Config
 from config.toy_models import check_toy_models
 from data.cache import file_digest
-from data.checks.data_check import rows_in_training
 from data.findings import FindingRecord
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from data.report_language.labeller import language_of
 from data.report_language.terms import FINDINGS
-from data.tables.caption_table import CaptionRow, scan_caption_table
-from engine.checkpoint import check_width, load_checkpoint
+from engine.checkpoint import check_language_model, load_checkpoint
 from engine.cli import local_config
-from engine.evaluation.card_pages import card_blocks, draw_plots, write_pages
+from engine.evaluation.baselines import (
+    CopiedReports,
+    TrainingCases,
+    copied_reports,
+    predicted_findings,
+    training_cases,
+)
+from engine.evaluation.card_pages import card_blocks, draw_plots, show, write_pages
 from engine.evaluation.conditions import (
     AUDITED,
+    CORRECTED,
     OWN,
     SAMPLE,
     GenerationStore,
@@ -40,8 +46,10 @@ from engine.evaluation.conditions import (
     shuffled_order,
 )
 from engine.evaluation.confidence import Labeller, Outcomes, Statement, confidence_scores, statements
+from engine.evaluation.corrections import correction_scores
+from engine.evaluation.finding_metrics import Mentions
 from engine.evaluation.localisation import MaskedCase, measure_case
-from engine.evaluation.report_card import TableResults, marked_reports, report_card
+from engine.evaluation.report_card import TableResults, marked_reports, plain, report_card
 from engine.evaluation.report_writer import ReportWriter, token_spans
 from engine.evaluation.saliency import map_case
 from engine.run import environment, jsonable, set_seeds
@@ -56,13 +64,16 @@ _SHOWN = 40  # reports on the card
 
 @dataclass
 class Job:
-    """What every step needs. ``names``: of the mask's labels, where they are known."""
+    """What every step needs. ``names``: of the mask's labels, where they are known; ``training``: the training table,
+    None where it cannot be used, and ``copied``: which of its reports the baselines copy."""
 
     args: argparse.Namespace
     passes: ReportPasses
     calibration: ReportPasses | None
     names: dict[int, str] | None
     label: Labeller
+    training: ReportPasses | None
+    copied: TrainingCases
 
     @property
     def lesion_inputs(self) -> list[str]:
@@ -86,6 +97,12 @@ class Job:
     def stated(self) -> list[list[Statement]]:
         """Statements of the table's reports."""
         return table_statements(self, self.passes)
+
+    @property
+    def corrections(self) -> int:
+        """Cases whose findings prompt is corrected; none where the model has no findings to correct."""
+        prompted = self.passes.mode != "off" and self.passes.language and self.passes.writer.model.vision.head
+        return min(self.args.corrections, len(self.passes)) if prompted else 0
 
     @property
     def sampled(self) -> list[str]:
@@ -120,7 +137,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises: InputError for a value out of range."""
-    for name in ("samples", "maps"):
+    for name in ("samples", "maps", "corrections"):
         if getattr(args, name) < 0:
             raise InputError(f"--{name} {getattr(args, name)}: expected a whole number from 0 on")
     if not 0 <= args.abstain_below <= 1:
@@ -173,7 +190,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     config = local_config(args, checkpoint.config)
     remedy = "use a checkpoint that was trained with your own models"
     check_toy_models(config, [args.csv], args.allow_toy_model, remedy)
-    check_width(checkpoint, config.mamba_model)
+    check_language_model(checkpoint, config)
     device = accelerator.device
     vision = checkpoint.build_vision().to(device).eval()
 
@@ -191,39 +208,30 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
 
     tables, other = {args.csv: load(args.csv, args.limit)}, calibration_csv(args, config)
     tables |= {other: load(other)} if other else {}
-    if accelerator.is_main_process:
-        warn_of_training_cases(config, tables[args.csv].rows)
-    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, adapters=checkpoint.adapters)
+    cache, main = open_cache(config, checkpoint.preprocess_plan), accelerator.is_main_process
+    with accelerator.main_process_first(), contextlib.redirect_stdout(sys.stdout if main else None):
+        copied = training_cases(config, cache, vision.encoder, tables[args.csv].rows)
+    weights = {"stage0": config.language_model_adapters, "adapters": checkpoint.adapters}
+    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, **weights)
     store = GenerationStore(args.out, generated_from(args, config, lm), accelerator.process_index)
     collator = CaptionCollator(lm.tokenizer, config.max_question_tokens, config.max_answer_tokens)
     writer = ReportWriter(MedicalVLM(vision, lm).eval(), args.max_new_tokens)
     options = args.batch_size, args.seed, accelerator.process_index, accelerator.num_processes
-    passes, *calibration = (
-        ReportPasses(writer, collator, store, file_digest(path).hex()[:12], data, *options)
-        for path, data in tables.items()
-    )
+    prompt = config.findings_prompt, (checkpoint.scan_checks or {}).get("language")
+
+    def passes_of(path: Path, data: MedicalVLMDataset) -> ReportPasses:
+        return ReportPasses(writer, collator, store, file_digest(path).hex()[:12], data, *options, *prompt)
+
+    passes, *calibration = (passes_of(path, data) for path, data in tables.items())
+    training = passes_of(config.resolved("caption_csv_train"), copied.data) if copied.data else None
     answers = [row.answer for row in passes.data.rows]
     label = Labeller(language_of(answers) if args.language == "auto" else args.language, same_finding(args))
     if accelerator.is_main_process:
         where = f"{len(calibration[0])} cases to calibrate on" if calibration else "no other table to calibrate on"
         print(f"evaluation: {len(passes)} cases, {where}, reports in {label.language}, device {device}, "
               f"{counted(accelerator.num_processes, 'process')}, generations {store.identity}", flush=True)  # fmt: skip
-    return Job(args, passes, calibration[0] if calibration else None, read_mask_labels(args.mask_labels), label)
-
-
-def warn_of_training_cases(config: Config, rows: Sequence[CaptionRow]) -> None:
-    """Print how many of the rows are in the training table: by patient, by path or by the content of the image."""
-    try:
-        train = scan_caption_table(config.resolved("caption_csv_train"), config.table_root, config.path_map).rows
-    except InputError as error:
-        print(f"note: the cases are not compared with the training table: {error}", flush=True)
-        return
-    memory = Path(config.cache_dir) / "files"  # where the digests of training are kept
-    digests = {row.image_path: file_digest(row.image_path, memory).hex() for row in (*train, *rows)}
-    if problems := rows_in_training(train, rows, digests):
-        count = f"{len({problem.row for problem in problems})} of {counted(len(rows), 'case')}"
-        first = f"row {problems[0].row}: {problems[0].problem}"
-        print(f"warning: {count} in {config.caption_csv_train} too, so scores are too good ({first})", flush=True)
+    held_out, names = calibration[0] if calibration else None, read_mask_labels(args.mask_labels)
+    return Job(args, passes, held_out, names, label, training, copied)
 
 
 def calibration_csv(args: argparse.Namespace, config: Config) -> Path | None:
@@ -242,6 +250,7 @@ def generated_from(args: argparse.Namespace, config: Config, lm: MambaLM) -> dic
         + [config.min_lesion_mm3] * (config.min_lesion_mm3 is not None),
         "cut_at": [config.max_question_tokens, config.max_answer_tokens],
         "max_new_tokens": args.max_new_tokens,
+        **({} if config.findings_prompt == "off" else {"findings_prompt": config.findings_prompt}),
         "seed": args.seed,
         "format": 4,  # raise it when the same checkpoint would be shown something else, or a record has other keys
     }
@@ -254,6 +263,11 @@ def generate(job: Job, accelerator: Accelerator) -> None:
             job.calibration.run(condition)
     for condition in (*AUDITED, *job.sampled):
         job.passes.run(condition)
+    if job.corrections:
+        job.passes.run(CORRECTED, job.corrections)
+    if job.training:
+        job.training.embed(job.copied.rows)
+        job.passes.embed(range(len(job.passes)))
     accelerator.wait_for_everyone()
     job.passes.store.reload()
 
@@ -299,6 +313,16 @@ def masked_cases(job: Job) -> list[MaskedCase | None]:
     ]
 
 
+def copy_reports(job: Job, predicted: Mentions) -> CopiedReports:
+    """The baselines' reports; ``predicted``: findings that the model states in each case."""
+    if job.training is None:
+        return CopiedReports({}, job.copied.note)
+    rows = job.copied.rows
+    reports = [job.training.data.rows[row].answer for row in rows]
+    embeddings = job.passes.embeddings(range(len(job.passes))), job.training.embeddings(rows)
+    return copied_reports(reports, [job.label(text) for text in reports], predicted, embeddings, job.copied.note)
+
+
 def write_card(job: Job) -> dict[str, Any]:
     """Score everything and write the card's files."""
     args, passes, other = job.args, job.passes, job.calibration
@@ -315,8 +339,13 @@ def write_card(job: Job) -> dict[str, Any]:
         abstain_below=args.abstain_below,
         lesion_inputs=job.lesion_inputs,
     )
+    believed = [record.get("believed") for record in results.records[OWN]]
+    results.copied = copy_reports(job, list(map(predicted_findings, results.mentions[OWN], believed)))
     card = {"checkpoint": str(args.checkpoint), "csv": str(args.csv)} | report_card(results)
     blind = sum("blind" in kinds for kinds in job.notices)
+    if job.corrections:
+        records = [record for record in passes.stored(CORRECTED) if record is not None]
+        card["corrections"] = plain(correction_scores(records, [job.label(record["text"]) for record in records]))
     card["views"] = {"slice_policy": passes.data.view_selection.policy, "blind_cases": blind}
     if blind:
         print(
@@ -341,6 +370,12 @@ def write_card(job: Job) -> dict[str, Any]:
     values = (*macro, card["findings"]["chance"], card["confidence"]["ece"], card["pointing_game"])
     shown = ["none" if value is None else f"{value:.3f}" for value in values]
     print("macro-F1 {0} (chance {3}), shuffled {1}, blank {2}; ECE {4}; pointing game {5}".format(*shown))
+    crg = show(card["findings"]["crg"]["value"]), *(show(floor["crg"]["value"]) for floor in card["floors"].values())
+    print("CRG {} (all-negative reports {}, all-positive {}, permuted {})".format(*crg))
+    for name, one in (card["baselines"] or {}).items():
+        values = one["macro_f1"], one["crg"], one["location_acc"], one["whole_reports"]["exact_acc"]
+        shown = (show(score["value"]) for score in values)
+        print("baseline {}: macro-F1 {}, CRG {}, side and level {}, exact {}".format(name, *shown))
     print(f"verdict: {audit['verdict']}")
     print(f"report card: {args.out / 'report_card.html'}", flush=True)
     return card

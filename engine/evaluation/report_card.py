@@ -17,12 +17,15 @@ import numpy as np
 from data.findings import FindingRecord
 from data.report_language.sections import PREAMBLE, SECTIONS, section_shares, section_text
 from engine.evaluation import image_dependence as audit
-from engine.evaluation.bootstrap import Score, hit_score, mean_score
+from engine.evaluation.baselines import CopiedReports
+from engine.evaluation.bootstrap import Score, difference, hit_score, mean_score
 from engine.evaluation.confidence import ConfidenceScores, Labeller, Statement, mark_unsure
-from engine.evaluation.finding_metrics import clinical_scores
+from engine.evaluation.finding_metrics import clinical_scores, constant_floors, finding_scores, label_matrix
 from engine.evaluation.localisation import MaskedCase, mask_scores, place_scores, whole_report_scores
 from engine.evaluation.report_checks import find_duplicates, find_repetition, is_garbled
 from engine.evaluation.text_metrics import language_scores
+
+_COMPARED_PLACES = ("location_acc", "size_within_3mm")
 
 
 @dataclass
@@ -37,6 +40,7 @@ class TableResults:
         confidence: of all statements, in their order.
         pointing: records of the pointing game, None for a row without maps.
         lesion_inputs: what the model is given of lesions beside the image, in words.
+        copied: the baselines' reports.
     """
 
     label: Labeller
@@ -48,6 +52,7 @@ class TableResults:
     pointing: list[Mapping[str, Any] | None]
     abstain_below: float = 0.5
     lesion_inputs: Sequence[str] = ()
+    copied: CopiedReports = CopiedReports({}, "no training cases were given")
 
     @cached_property
     def truth(self) -> list[list[FindingRecord]]:
@@ -68,6 +73,11 @@ def report_card(results: TableResults) -> dict[str, Any]:
     clinical = {name: clinical_scores(results.truth, mentions) for name, mentions in results.mentions.items()}
     places = {name: place_scores(results.truth, mentions) for name, mentions in results.mentions.items()}
     own, language = places["own"], results.label.language
+    whole = {
+        name: whole_report_scores(results.truth, results.mentions[name], results.texts(name), language)
+        for name in ("own", "shuffled")
+    }
+    baselines = _baselines(results, _comparable(clinical["own"], own, whole["own"]))
     card = {
         "cases": len(results.references),
         "language": _language(results),
@@ -75,18 +85,18 @@ def report_card(results: TableResults) -> dict[str, Any]:
         "location_acc": own["location_acc"].value,
         "size_within_3mm": own["size_within_3mm"].value,
         "places": own,
-        "whole_reports": {
-            name: whole_report_scores(results.truth, results.mentions[name], results.texts(name), language)
-            for name in ("own", "shuffled")
-        },
+        "whole_reports": whole,
+        "baselines": baselines or None,
+        "baselines_note": results.copied.note,
+        "floors": _floors(results, clinical["own"]),
         "mask": _mask(results),
         "sections": _sections(results),
         "text": _text(results),
-        "audit": _audit(results, clinical, places),
+        "audit": _audit(results, clinical, places, baselines),
         "confidence": _confidence(results),
         **_pointing(results),
     }
-    return _plain(card)
+    return plain(card)
 
 
 def marked_reports(results: TableResults) -> list[str]:
@@ -121,6 +131,48 @@ def _findings(results: TableResults, scores: Mapping[str, Any]) -> dict[str, Any
             for name, part in zip(sections, parts, strict=True)
         },
     }
+
+
+def _comparable(
+    findings: Mapping[str, Any], places: Mapping[str, Score], whole_reports: Mapping[str, Score]
+) -> dict[str, Any]:
+    """The scores that reports and baselines are compared by, named as in the card."""
+    found = {name: findings[name] for name in ("macro_f1", "micro_f1", "crg")}
+    return found | {name: places[name] for name in _COMPARED_PLACES} | {"whole_reports": whole_reports}
+
+
+def _baselines(results: TableResults, own: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The same scores of each baseline, and ``difference``: those of the reports minus those of the baseline."""
+    found = {}
+    for name, texts in results.copied.reports.items():
+        mentions = [results.label(text) for text in texts]
+        scores = _comparable(
+            finding_scores(label_matrix(results.truth), label_matrix(mentions)),
+            place_scores(results.truth, mentions),
+            whole_report_scores(results.truth, mentions, texts, results.label.language),
+        )
+        found[name] = scores | {"difference": _differences(own, scores)}
+    return found
+
+
+def _differences(own: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: difference(score, other[name], name) if isinstance(score, Score) else _differences(score, other[name])
+        for name, score in own.items()
+    }
+
+
+def _floors(results: TableResults, findings: Mapping[str, Score]) -> dict[str, dict[str, Score]]:
+    """Scores of the findings of reports that nobody need train for."""
+    chance = {"macro_f1": "chance", "micro_f1": "micro_chance", "crg": "crg_chance"}
+    return constant_floors(results.truth) | {"permuted": {name: findings[key] for name, key in chance.items()}}
+
+
+def _headline(cases: int, baseline: Mapping[str, Any]) -> Score:
+    """The difference that the verdict rests on: of exact reports where every reference states its findings in full, as
+    synthetic ones do, else of macro-F1."""
+    exact = baseline["difference"]["whole_reports"]["exact_acc"]
+    return exact if exact.n == cases else baseline["difference"]["macro_f1"]
 
 
 def _mask(results: TableResults) -> dict[str, Any]:
@@ -172,7 +224,10 @@ def _text(results: TableResults) -> dict[str, Any]:
 
 
 def _audit(
-    results: TableResults, clinical: Mapping[str, Mapping], places: Mapping[str, Mapping[str, Score]]
+    results: TableResults,
+    clinical: Mapping[str, Mapping],
+    places: Mapping[str, Mapping[str, Score]],
+    baselines: Mapping[str, Mapping],
 ) -> dict[str, Any]:
     own, mentions, found = results.records["own"], results.mentions, {}
     for name, records in results.records.items():
@@ -192,7 +247,8 @@ def _audit(
     normal = audit.false_findings_on_normal(results.truth, mentions["own"])
     differences = (found[name]["macro_f1_difference"] for name in ("shuffled", "prior"))
     gap, same = found["shuffled"]["loss_gap"], found["prior"]["same_reports"]
-    code, reasons = audit.judge(len(own), clinical["own"]["p_value"], *differences, gap, same)
+    copied = {name: _headline(len(own), baseline) for name, baseline in baselines.items()}
+    code, reasons = audit.judge(len(own), clinical["own"]["p_value"], *differences, gap, same, copied)
     if results.lesion_inputs:
         alone = {"macro-F1": "macro_f1", "side and level": "location_acc", "size within 3 mm": "size_within_3mm"}
         values = {what: found["squares"][key] for what, key in alone.items()}
@@ -234,14 +290,14 @@ def _with_interval(name: str, score: Score) -> dict[str, Any]:
     return {name: score.value, f"{name}_interval": score.bounds}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON values: scores become dictionaries, NaN None, NumPy's numbers Python's."""
     if isinstance(value, Score):
         value = value.as_dict()
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from data.medical_vlm_dataset import pad_tokens
+from models.findings_head import Found
 from models.language_model.decoding import INCOMPLETE, Decoding, plain_text
 from models.language_model.mamba_lm import MambaLM
 from models.medical_vlm import MedicalVLM, answer_inputs, generate_reports
@@ -47,15 +48,21 @@ class ReportWriter:
         return next(self.model.vision.parameters()).device
 
     @torch.no_grad()
-    def visual(self, batch: Mapping[str, Any]) -> Tensor:
-        """Visual tokens (B, L, D)."""
-        return self.model.visual_tokens(batch)
+    def visual(self, batch: Mapping[str, Any]) -> tuple[Tensor, Found | None]:
+        """Visual tokens (B, L, D), and what the findings head says."""
+        return self.model.read(batch)
+
+    @torch.no_grad()
+    def embedding(self, batch: Mapping[str, Any]) -> Tensor:
+        """Mean visual token of each image before CMI, (B, D) float32."""
+        vision = self.model.vision
+        return vision.look(vision.features(batch["images"]), batch["slice_position"], batch["roi"]).float().mean(1)
 
     @torch.no_grad()
     def visual_of_features(
         self, features: Tensor, position: Tensor, batch: Mapping[str, Any], roi: Tensor | None = None
-    ) -> Tensor:
-        """Visual tokens (B, L, D) of one image for all B questions.
+    ) -> tuple[Tensor, Found | None]:
+        """As :meth:`visual`, of one image for all B questions.
 
         Args:
             features: of the image, (K, C, T, T).
@@ -63,10 +70,9 @@ class ReportWriter:
             roi: bounding boxes (B, K, 4); None for no lesion.
         """
         B = len(batch["question_ids"])
-        question = self.model.lm.embed(batch["question_ids"]).float()
-        copies = features.expand(B, *features.shape), position.expand(B, -1)
         roi = torch.zeros_like(batch["roi"]) if roi is None else roi
-        return self.model.vision.tokens(*copies, question, batch["question_mask"], roi=roi)
+        given = {**batch, "slice_position": position.expand(B, -1), "roi": roi}
+        return self.model.read(given, features.expand(B, *features.shape))
 
     @torch.no_grad()
     def write(self, visual: Tensor, batch: Mapping[str, Any], decoding: Decoding | None = None) -> list[Report]:

@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.medical_vlm_dataset import encode_answer
 from models.language_model.mamba_lm import IGNORED
-from models.medical_vlm import MedicalVLM, answer_inputs
+from models.medical_vlm import MedicalVLM, answer_inputs, prompt_ids
 
 MIN_STD_FRACTION = 0.05  # of the standard deviation that the bridge starts with; a healthy run stays near 1
 MIN_RANK = 2.0
@@ -78,10 +79,7 @@ def check_loss_mask(model: MedicalVLM, loader: DataLoader, device: torch.device)
     """On a real batch: the labels are the answers' tokens and nothing else. Raises AssertionError if not."""
     dataset, collator = loader.dataset, loader.collate_fn
     samples = [dataset[index] for index in range(min(2, len(dataset)))]
-    batch = {
-        key: value.to(device) if isinstance(value, torch.Tensor) else [image.to(device) for image in value]
-        for key, value in collator(samples).items()
-    }
+    batch = send_to_device(collator(samples), device)
     inputs, labels = answer_inputs(model.lm, model.visual_tokens(batch), batch)
     for row, sample in enumerate(samples):
         answer, _ = encode_answer(model.lm.tokenizer, sample.answer, collator.max_answer_tokens)
@@ -91,7 +89,7 @@ def check_loss_mask(model: MedicalVLM, loader: DataLoader, device: torch.device)
         assert bool(in_loss[first : first + len(answer)].all()), "labels are not contiguous"
         embedded = model.lm.embed(labels[row, in_loss])
         assert torch.equal(inputs[row, first : first + len(answer)], embedded), "labels and inputs are shifted"
-    question = int(batch["question_mask"][0].sum())
+    question = len(prompt_ids(batch, 0))
     visual = int((labels[0] != IGNORED).nonzero()[0]) - question
     answer = int((labels[0] != IGNORED).sum())
     return f"loss mask checked: {visual} visual + {question} question tokens masked, {answer} answer tokens in the loss"

@@ -33,7 +33,7 @@ class Stage:
     Attributes:
         name: prefix of the stage's files. title: of the loss figure.
         model: is prepared for the device; ``loss`` calls it. trained: its part that is optimised and saved.
-        loss: (prepared model, batch) → mean loss of the batch.
+        loss: (prepared model, batch) → loss to be minimised, and its part that is shown.
         validate: → validation loss, and the statistics of the visual tokens.
         save: (file name, step, epoch, val_loss, diagnostics) writes a checkpoint, on the main process alone.
         best_file, final_file: checkpoints of the lowest validation loss and of the last epoch.
@@ -49,7 +49,7 @@ class Stage:
     title: str
     model: nn.Module
     trained: nn.Module
-    loss: Callable[[nn.Module, Mapping[str, Any]], Tensor]
+    loss: Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
     validate: Callable[[], tuple[float, TokenStatistics]]
     save: Callable[..., None]
     best_file: str
@@ -95,8 +95,9 @@ def train(
             order.start_epoch(progress.epoch, progress.batch * args.batch_size * accelerator.num_processes)
             for batch in loader:
                 with accelerator.accumulate(run.model):
-                    loss = stage.loss(run.model, batch)
-                    progress.losses.append(require_finite(loss, progress.step + 1, args.lr))
+                    loss, shown = stage.loss(run.model, batch)
+                    require_finite(loss, progress.step + 1, args.lr)
+                    progress.losses.append(shown.item())
                     accelerator.backward(loss)
                     lr = schedule.get_last_lr()[0]
                     stepped = optimizer_step(

@@ -1,6 +1,8 @@
-"""Low-rank adapters on the language model's input projections: trained by peft, merged for use.
+"""Low-rank adapters on the language model's linear layers: trained by peft, merged for use.
 
     in_proj(x) → in_proj(x) + (α / r) · B A x        A [r, D], B [2E, r]; B starts at zero
+
+Stage 2 trains them on the input projections (--lora_rank); Stage 0 on all linear layers of the mixers.
 
 The language model's own weights stay frozen and are saved nowhere; a checkpoint holds A and B alone. To write reports
 the product is added to the weights once, so that decoding costs what it cost before, and peft is not needed.
@@ -10,7 +12,7 @@ Source: Hu et al. 2021 (arXiv 2106.09685); peft, ``inject_adapter_in_model``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,21 +21,23 @@ from transformers import MambaForCausalLM
 
 from config.errors import InputError
 
-TARGET = "in_proj"
+INPUT_PROJECTION = ("in_proj",)
+MIXER_LAYERS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 ALPHA_PER_RANK = 2  # α = 2 r: the learning rate need not change with the rank
 
 
 class Adapters(nn.Module):
     """The trained low-rank matrices inside a language model, by the names of their layers."""
 
-    def __init__(self, model: MambaForCausalLM, rank: int) -> None:
-        """Put fresh adapters into ``model``, in float32 whatever its weights are in."""
+    def __init__(self, model: MambaForCausalLM, rank: int, targets: Sequence[str] = INPUT_PROJECTION) -> None:
+        """Put fresh adapters into the layers named ``targets``, in float32 whatever the weights of ``model`` are in."""
         super().__init__()
         from peft import LoraConfig, inject_adapter_in_model  # slow to import, and needed in training alone
 
-        inject_adapter_in_model(
-            LoraConfig(r=rank, lora_alpha=ALPHA_PER_RANK * rank, target_modules=[TARGET], lora_dropout=0.0), model
-        )
+        # Into the blocks alone: for a whole Mamba peft refuses out_proj, whose weight its authors' kernel reads past
+        # the adapter; our mixer calls the layer.
+        fixed = {"lora_alpha": ALPHA_PER_RANK * rank, "lora_dropout": 0.0}
+        inject_adapter_in_model(LoraConfig(r=rank, target_modules=[*targets], **fixed), model.backbone.layers)
         self.rank = rank
         self.layers: dict[str, dict[str, nn.Parameter]] = {
             name: {part: getattr(layer, f"lora_{part}")["default"].weight for part in "AB"}

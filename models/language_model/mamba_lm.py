@@ -8,154 +8,50 @@ without a token are masked, so that they are never generated.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoTokenizer, MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase
+from transformers import MambaForCausalLM, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import StoppingCriteria
 
-from config.errors import InputError, first_line
+from config.errors import InputError
 from models.language_model.cuda_graph_decode import static_steps
 from models.language_model.decoding import StopAtText, StopRule, plain_text
-from models.language_model.embedding_table import not_found
 from models.language_model.hf_patch import read_in_chunks, recompute_blocks, use_our_scan
-from models.language_model.lora import merge
-from models.language_model.quantisation import bitsandbytes_options, quantise_int8
+from models.language_model.identity import LMIdentity
+from models.language_model.loading import is_large, load_language_model
 
 IGNORED = -100  # label of a position that the loss skips
-TIED_MESSAGE = "lm_head 已绑定到 input_embeddings"  # users look for this line
-LARGE_MODEL = 1_000_000_000  # parameters from which "auto" means bfloat16 on a CPU too, and blocks are recomputed
 LOSS_CHUNK = 256  # answer tokens whose logits exist at one time: 50 MB in float32 with 50,280 rows
-
-
-class _Mamba(MambaForCausalLM):
-    # Rounded decay rates accumulate over the sequence; both stay float32 whatever the weights' dtype.
-    _keep_in_fp32_modules_strict = {"A_log", "mixer.D"}
-
-
-@dataclass(frozen=True)
-class LMIdentity:
-    """What a checkpoint remembers of its language model, to notice a different one later."""
-
-    name: str
-    width: int
-    layers: int
-    vocabulary: int
-    tokens: int
-
-    @classmethod
-    def of(cls, name: str, config: MambaConfig, tokenizer: PreTrainedTokenizerBase) -> LMIdentity:
-        return cls(name, config.hidden_size, config.num_hidden_layers, config.vocab_size, len(tokenizer))
-
-    def to_dict(self) -> dict[str, str | int]:
-        return dict(vars(self))
-
-
-def read_lm_config(name: str) -> MambaConfig:
-    """The model's configuration alone (no weights).
-
-    Raises InputError: neither a folder nor reachable on the hub, or not a Mamba-1 model.
-    """
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise not_found(name, error) from error
-    if config.model_type != "mamba":
-        what = f"is a '{config.model_type}' model; expected model_type 'mamba' (Mamba-1)"
-        raise InputError(f"mamba_model '{name}' {what}")
-    return config
-
-
-def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, padded with the end-of-text token where it has no padding of its own.
-
-    Raises InputError: the files are missing, or the tokenizer has no end-of-text token.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(
-            f"mamba_model '{name}' has no usable tokenizer: put tokenizer.json (and tokenizer_config.json) into "
-            f"the folder ({first_line(error)})"
-        ) from error
-    if not tokenizer.encode("a", add_special_tokens=False):
-        # Without its files, transformers builds an empty tokenizer that turns every text into nothing.
-        raise InputError(f"mamba_model '{name}' has no tokenizer files: put tokenizer.json into the folder")
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer of mamba_model '{name}' has no eos_token: set it in its tokenizer_config.json")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def lm_identity(name: str) -> LMIdentity:
-    """Raises: InputError as :func:`read_lm_config` and :func:`read_tokenizer` do."""
-    return LMIdentity.of(name, read_lm_config(name), read_tokenizer(name))
 
 
 class MambaLM(nn.Module):
     """A frozen ``MambaForCausalLM`` with its tokenizer."""
 
-    def __init__(self, model: MambaForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    def __init__(
+        self, model: MambaForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str, adapters: str = ""
+    ) -> None:
+        """``adapters``: digest of those of Stage 0 in the weights."""
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
+        self.adapters = adapters
         self.known_tokens = min(len(tokenizer), model.config.vocab_size)
         use_our_scan(model)
         self.requires_grad_(False)
         self.eval()
 
     @classmethod
-    def load(
-        cls,
-        name: str,
-        *,
-        dtype: str = "auto",
-        device: torch.device | str = "cpu",
-        load_in_8bit: bool = False,
-        int8: bool = False,
-        adapters: Mapping[str, Any] | None = None,
-    ) -> MambaLM:
-        """
-        Args:
-            name: hub name or local folder.
-            dtype: ``auto`` (bfloat16 on an accelerator or from a billion parameters, else float32) or torch's name.
-            load_in_8bit: weights in int8 through bitsandbytes (GPU only).
-            int8: the large weights in int8 by our own layers, on any device; ``dtype`` is that of the rest.
-            adapters: of a checkpoint that was trained with --lora_rank; merged into the weights.
-
-        Raises:
-            InputError: not found, not a Mamba-1, weights or bitsandbytes missing, adapters of another model, or options
-                that exclude each other.
-        """
-        device = torch.device(device)
-        eight_bit = bitsandbytes_options(device, int8=int8, adapters=bool(adapters)) if load_in_8bit else {}
-        config, tokenizer = read_lm_config(name), read_tokenizer(name)
-        kind = _dtype(dtype, config, device)
-        try:
-            model, report = _Mamba.from_pretrained(name, output_loading_info=True, dtype=kind, **eight_bit)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise not_found(name, error) from error
-        missing = set(report["missing_keys"]) - {"lm_head.weight"}
-        if missing or report["mismatched_keys"]:
-            what = sorted(missing)[:3] or sorted(map(str, report["mismatched_keys"]))[:3]
-            raise InputError(f"weights of mamba_model '{name}' are incomplete or of another shape: {', '.join(what)}")
-        _tie_head(model, head_missing="lm_head.weight" in report["missing_keys"])
-        if adapters:
-            merge(model, adapters)
-        if int8:
-            quantise_int8(model)  # before it moves: the device never holds the weights as they were
-        if not load_in_8bit:
-            model.to(device)
-        return cls(model, tokenizer, name)
+    def load(cls, name: str, **options: Any) -> MambaLM:
+        """Hub name or local folder; options and errors are those of
+        :func:`models.language_model.loading.load_language_model`."""
+        return cls(*load_language_model(name, **options))
 
     @property
     def width(self) -> int:
@@ -163,7 +59,7 @@ class MambaLM(nn.Module):
 
     @property
     def identity(self) -> LMIdentity:
-        return LMIdentity.of(self.name, self.model.config, self.tokenizer)
+        return LMIdentity.of(self.name, self.model.config, self.tokenizer, self.adapters)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, L) token ids → (B, L, D).
@@ -211,7 +107,7 @@ class MambaLM(nn.Module):
 
     def checkpointing(self, wanted: bool | None) -> bool:
         """Keep only the blocks' inputs for the backward pass (None: from a billion parameters on); returns which."""
-        wanted = _is_large(self.model.config) if wanted is None else wanted
+        wanted = is_large(self.model.config) if wanted is None else wanted
         recompute_blocks(self.model, wanted)
         return wanted
 
@@ -271,26 +167,3 @@ class MambaLM(nn.Module):
             )
         texts = [plain_text(self.tokenizer, row) for row in ids]
         return [stop.cut(text) for text in texts] if stop else texts
-
-
-def _dtype(wanted: str, config: MambaConfig, device: torch.device) -> torch.dtype:
-    if wanted != "auto":
-        return getattr(torch, wanted)
-    return torch.bfloat16 if device.type != "cpu" or _is_large(config) else torch.float32
-
-
-def _is_large(config: MambaConfig) -> bool:
-    """Counts in_proj, out_proj and the embedding table, which hold nearly all parameters of a Mamba."""
-    weights = 3 * config.num_hidden_layers * config.intermediate_size + config.vocab_size
-    return weights * config.hidden_size > LARGE_MODEL
-
-
-def _tie_head(model: MambaForCausalLM, head_missing: bool) -> None:
-    """The official ``-hf`` files hold no head: it is the embedding table, or it would be random."""
-    table = model.get_input_embeddings().weight
-    if head_missing:
-        model.lm_head.weight = table
-    if model.lm_head.weight is table:
-        print(TIED_MESSAGE, flush=True)
-    else:
-        logging.getLogger(__name__).warning("lm_head has weights of its own in these files; it is not tied")

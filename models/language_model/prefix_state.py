@@ -24,7 +24,8 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from config.errors import InputError
 from config.files import atomic_path
-from models.language_model.mamba_lm import LMIdentity, MambaLM
+from models.language_model.identity import LMIdentity
+from models.language_model.mamba_lm import MambaLM
 
 FORMAT = "mamba-ct-image-state"
 VERSION = 1
@@ -58,6 +59,7 @@ class PrefixIdentity:
     image_name: str = ""
     notices: str = ""  # kinds of sentences that stand before a report of the image, with commas; and their language
     language: str = "zh"
+    key_points: str = ""  # the findings prompt
 
     @classmethod
     def of_model(cls, lm: MambaLM, **rest: str) -> PrefixIdentity:

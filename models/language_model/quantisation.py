@@ -86,8 +86,8 @@ def bitsandbytes_options(device: torch.device, *, int8: bool, adapters: bool) ->
         raise InputError(CONTRADICTION)
     if adapters:
         raise InputError(
-            "--llm_8bit: this checkpoint has adapters (--lora_rank), which bitsandbytes' weights cannot be merged "
-            "with; use --llm_int8"
+            "--llm_8bit: this checkpoint has adapters (language_model_adapters or --lora_rank), which bitsandbytes' "
+            "weights cannot be merged with; use --llm_int8"
         )
     try:
         import bitsandbytes  # noqa: F401  (a CUDA build; present on few machines)

@@ -12,7 +12,7 @@ from config.errors import InputError
 from config.schema import Config, build_config
 from config.toy_models import STAMP, check_toy_models
 from data.phantom.dataset import make_dataset
-from models.language_model.mamba_lm import read_lm_config
+from models.language_model.identity import read_lm_config
 from models.nnunet.checkpoint import load_nnunet_checkpoint, save_nnunet_checkpoint
 from scripts import make_tiny_lm
 

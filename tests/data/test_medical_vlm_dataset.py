@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from config.errors import InputError
 from config.schema import build_config
 from data.cache import VolumeCache
+from data.finding_targets import PromptErrors
 from data.imaging.nifti import write_volume
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset, Sample, encode_answer, encode_prompt
 from tests.data.imaging.images import PLAN_2D
@@ -36,6 +37,11 @@ def test_prompt_is_cut_and_ends_with_a_line_break(tokenizer):
     assert encode_prompt(tokenizer, "abc", 128) == [*tokenizer.encode("abc"), newline]
     assert encode_prompt(tokenizer, "abc" * 100, 5) == [*tokenizer.encode("abcab"), newline]
     assert encode_prompt(tokenizer, "", 128) == [newline]
+
+
+def test_key_points_stand_whole_before_the_question(tokenizer):
+    ids = encode_prompt(tokenizer, "abc" * 100, 5, key_points="已知：结节。")
+    assert tokenizer.decode(ids) == "已知：结节。abcab\n"
 
 
 def test_answer_ends_with_end_of_text_unless_it_is_cut(tokenizer):
@@ -76,7 +82,7 @@ def test_collator_pads_on_the_right_and_masks_the_padding(tokenizer):
 
 def test_collator_without_a_tokenizer_gives_images_alone():
     batch = CaptionCollator(None, 128, 1024)([sample((1, 1, 4, 4), "Why?", "a", 0)])
-    assert set(batch) == {"images", "slice_position", "roi", "row"}
+    assert set(batch) == {"images", "slice_position", "roi", "row", "lesions"}
 
 
 # ---------------------------------------------------------------- the whole
@@ -129,7 +135,7 @@ def test_spawned_worker_gives_what_the_main_process_gives(table, tokenizer):
     here = list(DataLoader(pickle.loads(pickle.dumps(cases)), batch_size=2, collate_fn=collator))
     there = list(DataLoader(cases, 2, collate_fn=collator, num_workers=1, multiprocessing_context="spawn"))
     assert len(here) == len(there) == 2
-    torch.testing.assert_close(there, here, rtol=0, atol=0)
+    torch.testing.assert_close(there, here, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("megabytes", "reads"), [(0, 6), (64, 3)])
@@ -144,3 +150,48 @@ def test_images_once_read_stay_in_memory_as_far_as_there_is_room(table, monkeypa
             assert torch.equal(sample, expected)
             sample += 1  # whoever writes to a sample does not write to what is kept
     assert len(count) == reads - (3 if megabytes else 0)
+
+
+@pytest.fixture(scope="module")
+def chinese(table: Path) -> Path:
+    text = table.read_text(encoding="utf-8")
+    for case, report in enumerate(
+        ("所见：双肺清晰。结论：正常。", "结论：右肺上野结节，约12mm。", "结论：左侧胸腔积液。")
+    ):
+        text = text.replace(f"Report {case}.", report)
+    (table.parent / "chinese.csv").write_text(text, encoding="utf-8")
+    return table.parent / "chinese.csv"
+
+
+def test_targets_are_what_report_and_mask_say_together(chinese, table):
+    cases = dataset(chinese)
+    cases.findings = ("nodule", "effusion")
+    samples = [cases[index] for index in range(3)]
+    assert [s.targets.presence for s in samples] == [[0, 0], [1, 0], [0, 1]]
+    assert samples[1].targets.side == [1, -100] and samples[2].targets.side == [-100, 0]
+    assert len(samples[1].measured) == 1 and samples[1].targets.lesion[0] in (0, 2), "paired, or false"
+    batch = CaptionCollator(None, 128, 1024)(samples)
+    assert batch["targets"].presence.tolist() == [[0, 0], [1, 0], [0, 1]]
+    assert (batch["lesions"][..., -1] > 0).sum(1).tolist() == [0, 1, 0]
+    unknown = dataset(table)
+    unknown.findings = ("nodule",)
+    assert unknown.language is None and unknown[0].targets.presence == [-100]
+
+
+def test_a_training_prompt_is_the_reports_findings_and_now_and_then_absent(chinese, table, tokenizer):
+    cases = dataset(chinese)
+    assert {cases[index].key_points for index in range(3)} == {""}, "in validation it comes from the model"
+    cases.prompt_errors, cases.prompt_dropout = PromptErrors(), 0.3
+    torch.manual_seed(0)
+    drawn = [cases[1].key_points for _ in range(200)]
+    assert 0.2 < drawn.count("") / 200 < 0.4
+    right = [line for line in drawn if line.startswith("已知：右肺上野结节1")]
+    assert 100 < len(right) < 200 - drawn.count(""), "mostly the truth, never alone"
+    assert {"已知：右肺上野结节11mm。", "已知：右肺上野结节12mm。", "已知：右肺上野结节13mm。"} == set(right)
+    torch.manual_seed(0)
+    assert [cases[1].key_points for _ in range(200)] == drawn, "torch's generator draws, which a resumed run restores"
+    batch = CaptionCollator(tokenizer, 128, 1024)([sample((1, 1, 4, 4), "Q", "a", 0)] * 2)
+    assert batch["key_point_ids"].shape == (2, 0)
+    prompted = dataset(table)
+    prompted.prompt_errors = PromptErrors()
+    assert prompted[0].key_points == "", "of a language that the labeller does not know"

@@ -218,7 +218,9 @@ def test_older_version_passes_through_its_migrations(saved, monkeypatch):
     assert load_checkpoint(edited(saved, remove="epoch", version=0, epochs_done=7)).epoch == 7
 
 
-NEEDED = [name for name in Checkpoint.__dataclass_fields__ if name not in ("path", "adapters", "scan_checks")]
+NEEDED = [
+    name for name in Checkpoint.__dataclass_fields__ if name not in ("path", "adapters", "scan_checks", "findings")
+]
 
 
 @pytest.mark.parametrize("name", ["version", *NEEDED])
@@ -303,6 +305,20 @@ def test_setting_that_may_differ_is_said(saved):
     named = [note.split()[1].rstrip(":") for note in notes]
     assert named == ["slices", "max_visual_tokens", "use_cmi", "cmi_compress_to"]
     assert notes[1] == f"note: max_visual_tokens: 9 in {saved.name}, now max_visual_tokens: 4"
+
+
+def test_stage_0_adapters_are_part_of_a_stage_2_checkpoint(saved, monkeypatch):
+    monkeypatch.setattr(module, "adapter_digest", lambda path: "1111" if path else "")
+    first = load_checkpoint(saved)
+    assert check_agreement(first, configuration(language_model_adapters="a.safetensors")) == [], "Stage 1 reads no text"
+    trained = replace(first, stage="vlm", llm={**first.llm, "adapters": "1111"})
+    assert check_agreement(trained, configuration(language_model_adapters="a.safetensors")) == []
+    with pytest.raises(InputError, match="language_model_adapters is empty .none., .* was trained with .*1111"):
+        check_agreement(trained, configuration())
+    older = replace(first, stage="vlm")
+    assert check_agreement(older, configuration()) == []
+    with pytest.raises(InputError, match="a.safetensors .1111., .* was trained with empty .none.: set language_model_"):
+        check_agreement(older, configuration(language_model_adapters="a.safetensors"))
 
 
 def test_slices_of_a_3d_encoder_are_part_of_the_network(saved):

@@ -7,11 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
 
-from models.objectives import Align, ProxyL2, Stage1, embed_reports, report_frequencies
+from models.objectives import Align, ProxyL2, Stage1
 
 WIDTH, STD = 16, 0.1
 
@@ -147,54 +145,16 @@ def test_scale_is_trained_but_capped_and_reports_are_no_parameters():
 
 def test_stage1_passes_images_positions_and_rows():
     class Vision(nn.Module):
-        def forward(self, images: Tensor, slice_position: Tensor, *, roi: Tensor) -> Tensor:
-            return images + slice_position[:, :, None] + roi
+        head = None
+
+        def features(self, images: Tensor) -> Tensor:
+            return images
+
+        def look(self, features: Tensor, slice_position: Tensor, roi: Tensor) -> Tensor:
+            return features + slice_position[:, :, None] + roi
 
     batch = {"images": torch.ones(2, 3, 4), "slice_position": torch.ones(2, 3), "roi": torch.ones(2, 3, 4)}
     stage = Stage1(Vision(), ProxyL2())
-    assert torch.equal(stage.visual_tokens(batch), torch.full((2, 3, 4), 3.0))
-    assert stage({**batch, "row": torch.arange(2)}) == 9
-
-
-# ---------------------------------------------------------------- reports as vectors
-
-REPORTS = ["lungs clear", "lungs nodule left", "lungs effusion right", "lungs clear", "lungs nodule right"]
-WORDS = ["lungs", "clear", "nodule", "effusion", "left", "right", "unseen"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="unseen"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
-
-
-def embedded(tokenizer: PreTrainedTokenizerFast, reports: list[str]) -> tuple[Tensor, Tensor]:
-    table = torch.randn(len(WORDS), WIDTH, generator=torch.Generator().manual_seed(3))
-    return embed_reports(reports, tokenizer, table, report_frequencies(REPORTS, tokenizer), len(REPORTS))
-
-
-def test_frequencies_count_reports_not_words(tokenizer):
-    counts = report_frequencies([*REPORTS, "left left left"], tokenizer)
-    assert {word: counts[i] for i, word in enumerate(WORDS)} == {
-        "lungs": 5, "clear": 2, "nodule": 2, "effusion": 1, "left": 2, "right": 2, "unseen": 0,
-    }  # fmt: skip
-
-
-def test_reports_are_unit_vectors_and_equal_texts_one_group(tokenizer):
-    vectors, group = embedded(tokenizer, REPORTS)
-    assert vectors.shape == (5, WIDTH)
-    assert torch.allclose(vectors.norm(dim=1), torch.ones(5))
-    assert group.tolist() == [0, 1, 2, 0, 3]
-    assert torch.equal(vectors[0], vectors[3])
-    assert (torch.pdist(vectors[[0, 1, 2, 4]]) > 0.2).all(), "different texts, different vectors"
-
-
-def test_words_that_every_report_has_hardly_count(tokenizer):
-    """'lungs' stands everywhere: with it or without, a report points the same way."""
-    vectors, _ = embedded(tokenizer, ["lungs nodule", "nodule", "lungs effusion", "effusion"])
-    assert vectors[0] @ vectors[1] > 0.99 and vectors[2] @ vectors[3] > 0.99
-    assert vectors[0] @ vectors[2] < 0
-    vectors, _ = embedded(tokenizer, ["lungs unseen", "lungs clear", "lungs nodule"])
-    assert torch.allclose(vectors.norm(dim=1), torch.ones(3)), "words that no training report has are embedded too"
+    tokens, found = stage.read(batch)
+    assert torch.equal(tokens, torch.full((2, 3, 4), 3.0)) and found is None
+    assert stage({**batch, "row": torch.arange(2)}) == (9, 0)

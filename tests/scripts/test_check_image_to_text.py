@@ -23,7 +23,8 @@ from config.toy_models import STAMP
 from engine.checkpoint import Checkpoint, save_checkpoint
 from engine.scan_checks import NOTICES
 from models.language_model.decoding import CharacterStream
-from models.language_model.mamba_lm import MambaLM, lm_identity
+from models.language_model.identity import lm_identity
+from models.language_model.mamba_lm import MambaLM
 from models.language_model.prefix_state import PrefixState
 from models.medical_vlm import VisionBridge
 from models.nnunet.checkpoint import load_nnunet_checkpoint
@@ -145,6 +146,29 @@ def test_a_state_of_another_checkpoint_or_model_is_refused(desk, check, tmp_path
             check("--prefix", str(state), image=None)
     finally:
         write_language_model(desk / "lm")
+
+
+def test_a_corrected_findings_prompt_changes_the_text(desk, check, tmp_path):
+    """The checkpoint's training had prompts in a language that its file does not name: only a corrected one is used."""
+    plain, state = check(), tmp_path / "one.safetensors"
+    assert "findings prompt" not in plain
+    corrected = check("--findings", "左肺下野 肿块，30毫米", "--save_prefix", str(state))
+    assert "findings prompt (corrected by --findings): 已知：左肺下野肿块30mm。\n问题: " in corrected
+    assert texts(corrected) != texts(plain)
+    assert "已知：未见病灶。" in check("--findings", "")
+    kept = check("--prefix", str(state), image=None)
+    assert "findings prompt (both): 已知：左肺下野肿块30mm。" in kept and texts(kept) == texts(corrected)
+    again = check("--prefix", str(state), "--findings", "右肺上野结节8mm", image=None)
+    assert "corrected by --findings): 已知：右肺上野结节8mm。" in again and texts(again) != texts(corrected)
+
+
+def test_a_findings_prompt_that_cannot_be_used_is_refused_in_one_line(desk, check, monkeypatch):
+    monkeypatch.setattr(MambaLM, "load", None)  # before the language model is loaded
+    with pytest.raises(InputError, match=r"^'左肺怪物' names no known finding; known are: 结节, "):
+        check("--findings", "右肺上野结节8mm；左肺怪物")
+    write_checkpoint(desk, "unprompted", findings_prompt="off")
+    with pytest.raises(InputError, match=r"^--findings: .*unprompted\.pt was trained without findings prompts"):
+        check("--findings", "右肺上野结节8mm", checkpoint="unprompted")
 
 
 def test_cmi_reads_the_image_for_each_question(check, tmp_path):

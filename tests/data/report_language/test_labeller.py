@@ -20,6 +20,7 @@ from data.report_language.labeller import (
     FindingRecord,
     ct_rate_labels,
     detect_language,
+    known_language,
     label_report,
     report_labels,
 )
@@ -270,3 +271,18 @@ def test_labels_of_ct_rate() -> None:
     ]
     assert ct_rate_labels(label_report(text)) == ct_rate_labels(text)
     assert not any(ct_rate_labels("").values())
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("所见：右肺上叶见12mm GGO。", "zh"),
+        ("There is a nodule in the right lung. No pleural effusion.", "en"),
+        ("Befund: Rundherd im rechten Oberlappen, 12 mm, glatt begrenzt.", None),
+        ("Nodule de 12 mm du lobe supérieur droit. Pas d'épanchement pleural.", None),
+        ("右肺上葉に12mmの結節を認めます。胸水はありません。", None),
+        ("В правом лёгком определяется очаг 12 мм.", None),
+    ],
+)
+def test_languages_that_are_not_known(text: str, language: str | None) -> None:
+    assert known_language([text] * 3) == language

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from engine.evaluation.bootstrap import case_weights, hit_score, interval, mean_score
+from engine.evaluation.bootstrap import case_weights, difference, hit_score, interval, mean_score
 
 
 def test_weights_are_samples_with_replacement() -> None:
@@ -36,3 +36,13 @@ def test_hits_are_counted_and_resampled_by_case() -> None:
     assert (score.value, score.low, score.high, score.n) == (pytest.approx(2 / 3), *[pytest.approx(2 / 3)] * 2, 3)
     spread = hit_score([(0, True), (1, False), (2, True)], 4, "hits")
     assert spread.value == pytest.approx(2 / 3) and spread.low < 0.5 and spread.high == 1
+
+
+def test_paired_differences_are_narrower_than_their_parts() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.normal(0.0, 2.0, 60)
+    one, other = mean_score(hard + 0.5), mean_score(hard + rng.normal(0.0, 0.1, 60))
+    margin = difference(one, other, "mean")
+    assert margin.value == pytest.approx(one.value - other.value) and margin.n == 60 and margin.what == "mean"
+    assert margin.low > 0.4 and margin.high < 0.6 and one.low < other.high
+    assert difference(one, one).bounds == [0, 0] and math.isnan(difference(one, mean_score([np.nan] * 60)).low)

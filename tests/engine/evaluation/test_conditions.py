@@ -18,6 +18,8 @@ from data.medical_vlm_dataset import Sample
 from data.phantom.finding import Finding
 from data.phantom.report import write_report
 from data.tables.caption_table import CaptionRow
+from engine.evaluation.baselines import CopiedReports
+from engine.evaluation.card_pages import card_blocks
 from engine.evaluation.conditions import AUDITED, GenerationStore, ReportPasses, shuffled_order
 from engine.evaluation.confidence import Labeller, Outcomes, confidence_scores
 from engine.evaluation.report_card import TableResults, report_card
@@ -55,16 +57,21 @@ class Model:
     def __init__(self, table: Table, looks: bool) -> None:
         self.reports, self.looks, self.written = [row.answer for row in table.rows], looks, 0
         self.shown: list[tuple[Tensor, Tensor | None]] = []
-        self.model = SimpleNamespace(vision=SimpleNamespace(features=lambda images: images[:, None]))
+        self.model = SimpleNamespace(vision=SimpleNamespace(features=lambda images: images[:, None], head=None))
+        self.tokenizer = None
 
-    def visual(self, batch: Mapping[str, Any]) -> Tensor:
-        return batch["images"][:, 0, 0, 0, 0]
+    def visual(self, batch: Mapping[str, Any]) -> tuple[Tensor, None]:
+        return batch["images"][:, 0, 0, 0, 0], None
+
+    def embedding(self, batch: Mapping[str, Any]) -> Tensor:
+        self.written += len(batch["row"])
+        return torch.stack([self.visual(batch)[0], torch.full((len(batch["row"]),), 1 / 3)], 1)
 
     def visual_of_features(
         self, features: Tensor, position: Tensor, batch: Mapping[str, Any], roi: Tensor | None = None
-    ) -> Tensor:
+    ) -> tuple[Tensor, None]:
         self.shown.append((position, roi))
-        return torch.zeros(len(batch["question_ids"]))
+        return torch.zeros(len(batch["question_ids"])), None
 
     def _texts(self, visual: Tensor, batch: Mapping[str, Any]) -> list[str]:
         # Without a look it writes one of two reports, by its question: fluent, and of nobody.
@@ -99,7 +106,7 @@ def passes_of(folder: Path, data: Table, model: Model, process: int = 0, process
     return ReportPasses(model, collate, store, "t", data, 7, 1, process, processes)
 
 
-def audit(folder: Path, n: int, looks: bool) -> tuple[dict[str, Any], Model]:
+def audit(folder: Path, n: int, looks: bool, **copied: list[str]) -> tuple[dict[str, Any], Model]:
     data = Table(n)
     model, none = Model(data, looks), [[] for _ in range(n)]
     passes = passes_of(folder, data, model)
@@ -108,6 +115,8 @@ def audit(folder: Path, n: int, looks: bool) -> tuple[dict[str, Any], Model]:
     records, truth = {name: passes.records(name) for name in AUDITED}, [row.answer for row in data.rows]
     confidence, lesions = confidence_scores(Outcomes.of(none, data.rows, ZH), None, ""), ["heights", "squares"]
     results = TableResults(ZH, truth, records, [None] * n, none, confidence, [None] * n, lesion_inputs=lesions)
+    if copied:
+        results.copied = CopiedReports(copied, "planted")
     return report_card(results), model
 
 
@@ -131,6 +140,28 @@ def test_a_model_that_ignores_the_image_is_said_to(tmp_path: Path) -> None:
     assert found["prior"]["same_reports"] == 1 and found["shuffled"]["loss_gap"]["value"] == 0
     assert found["duplicate_rate"] == 1 and found["normal_false_finding_rate"] == 1
     assert all(reason.startswith("no") for reason in found["reasons"][:4])
+
+
+def test_reports_are_compared_with_copied_ones(tmp_path: Path) -> None:
+    """Of a model that looks, and writes a false report of every third image; the nearest case has the right one."""
+    right = [row.answer for row in Table(60).rows]
+    wrong = [right[4] if row % 3 == 0 else text for row, text in enumerate(right)]
+    card, _ = audit(tmp_path / "worse", 60, looks=True, nearest=wrong, frequent=[right[4]] * 60)
+    found, nearest = card["audit"], card["baselines"]["nearest"]
+    assert found["verdict_code"] == "depends" and card["baselines_note"] == "planted"
+    assert nearest["whole_reports"]["exact_acc"]["value"] == pytest.approx(1 - 16 / 60)
+    assert nearest["difference"]["whole_reports"]["exact_acc"]["value"] == pytest.approx(16 / 60)
+    for name in ("macro_f1", "micro_f1", "crg", "location_acc", "size_within_3mm"):
+        assert nearest["difference"][name]["value"] > 0 and nearest["difference"][name]["interval"][0] > 0
+    assert card["baselines"]["frequent"]["location_acc"]["value"] == 0
+    assert card["findings"]["crg"]["value"] == 1 and card["baselines"]["frequent"]["crg"]["value"] == 1 / 3
+    assert [floor["crg"]["value"] for floor in card["floors"].values()][:2] == [1 / 3, 1 / 3]
+
+    card, _ = audit(tmp_path / "blind", 60, looks=False, nearest=right)
+    assert card["audit"]["verdict_code"] == "independent", "which says more than that it is below a baseline"
+    assert any("no: exact_acc is above copying" in reason for reason in card["audit"]["reasons"])
+    markdown = "\n".join(block for block, _ in card_blocks(card | {"csv": "", "checkpoint": ""}, [], []))
+    assert "Beside its baselines and floors" in markdown and "| score | the model | nearest | floors |" in markdown
 
 
 def test_squares_are_the_mean_image_with_what_is_known_of_the_case(tmp_path: Path) -> None:
@@ -171,6 +202,16 @@ def test_a_stopped_evaluation_goes_on(tmp_path: Path) -> None:
     again.run("own")
     assert model.written == 30 - 19
     assert [r["text"] for r in again.records("own")] == [row.answer for row in data.rows]
+
+
+def test_embeddings_are_made_once_and_exactly_kept(tmp_path: Path) -> None:
+    data, rows = Table(12), [7, 2, 9]
+    first, again = Model(data, looks=True), Model(data, looks=True)
+    passes_of(tmp_path, data, first).embed(rows)
+    passes = passes_of(tmp_path, data, again)
+    passes.embed(rows)
+    assert (first.written, again.written) == (3, 0)
+    assert (passes.embeddings(rows) == np.array([[8, 1 / 3], [3, 1 / 3], [10, 1 / 3]], np.float32)).all()
 
 
 def test_processes_take_their_own_rows_and_changed_cases_are_missing(tmp_path: Path) -> None:

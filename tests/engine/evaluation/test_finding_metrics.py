@@ -10,7 +10,7 @@ import pytest
 
 from data.report_language.labeller import label_report
 from data.report_language.terms import FINDINGS
-from engine.evaluation.finding_metrics import clinical_scores, label_matrix
+from engine.evaluation.finding_metrics import clinical_scores, constant_floors, crg, finding_scores, label_matrix
 
 REFERENCES = ["右肺结节。", "右肺结节，左肺空洞。", "左侧胸腔积液。", "双肺未见异常。"]
 REPORTS = ["右肺结节。", "右肺结节。", "左肺实变。", "未见结节。"]
@@ -70,3 +70,30 @@ def test_interval_holds_the_value_and_narrows_with_cases() -> None:
 def test_no_finding_anywhere_has_no_score() -> None:
     found = scores(["双肺未见异常。"] * 3, ["未见异常。"] * 3)
     assert found["by_finding"] == [] and math.isnan(found["macro_f1"].value) and found["p_value"] == 1
+
+
+def test_crg_by_hand() -> None:
+    # 20 cells, 4 positive: w = 16 / 8 = 2, U = 8. 3 of 4 found, 2 false: s = 2 * 3 - 2 * 1 - 2 = 2, CRG = 8 / 14.
+    assert crg(np.array([[3, 4, 5], [4, 4, 4]]), 20).tolist() == [pytest.approx(8 / 14), 1]
+    assert math.isnan(crg(np.array([[0, 0, 1]]), 20)[0]), "without a positive there is no score"
+
+
+@pytest.mark.parametrize("cases", [7, 40])
+def test_floors_of_reports_that_state_nothing_or_everything(cases: int) -> None:
+    references = [label_report(REFERENCES[case % 4]) for case in range(cases)]
+    floors = constant_floors(references)
+    for floor in floors.values():
+        assert floor["crg"].value == 1 / 3 and set(floor["crg"].resampled[np.isfinite(floor["crg"].resampled)]) == {
+            1 / 3
+        }
+    assert floors["all_negative"]["macro_f1"].value == 0 and floors["all_negative"]["micro_f1"].value == 0
+    truth = label_matrix(references)
+    known = truth.mean(0)[truth.any(0)]
+    assert floors["all_positive"]["macro_f1"].value == pytest.approx((2 * known / (1 + known)).mean())
+    assert finding_scores(truth, truth)["crg"].value == 1
+
+
+def test_crg_of_permuted_reports() -> None:
+    texts = ["右肺结节。", "左侧胸腔积液。"] * 40
+    right = scores(texts, texts)
+    assert right["crg"].value == 1 and 1 / 3 < right["crg_chance"].value < 0.6

@@ -6,12 +6,13 @@ import pytest
 
 from data.report_language.labeller import label_report
 from engine.evaluation.bootstrap import Score
-from engine.evaluation.image_dependence import false_findings_on_normal, judge, loss_gap, macro_difference
+from engine.evaluation.image_dependence import VERDICTS, false_findings_on_normal, judge, loss_gap, macro_difference
 
 UP, FLAT, GAP, SMALL_GAP = (
     Score(value, low, high, 100)
     for value, low, high in ((0.3, 0.2, 0.4), (0.0, -0.1, 0.1), (0.2, 0.1, 0.3), (0.005, 0.004, 0.006))
 )
+DOWN = Score(-0.2, -0.3, -0.1, 100, "exact_acc")
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,26 @@ UP, FLAT, GAP, SMALL_GAP = (
 )
 def test_verdicts(arguments: tuple, verdict: str) -> None:
     assert judge(*arguments)[0] == verdict
+
+
+@pytest.mark.parametrize(
+    ("cases", "gap", "copied", "verdict"),
+    [
+        (100, GAP, {"nearest": UP, "lookup": UP, "frequent": UP}, "depends"),
+        (100, GAP, {"nearest": FLAT}, "depends"),
+        (100, GAP, {"nearest": DOWN, "lookup": DOWN, "frequent": UP}, "below_nearest"),
+        (100, SMALL_GAP, {"nearest": FLAT, "lookup": UP, "frequent": DOWN}, "below_frequent"),
+        (19, GAP, {"nearest": DOWN}, "unclear"),
+    ],
+)
+def test_reports_below_copied_ones(cases: int, gap: Score, copied: dict[str, Score], verdict: str) -> None:
+    code, reasons = judge(cases, 0.001, UP, UP, gap, 0.1, copied)
+    assert code == verdict
+    for reason, score in zip(reasons[-len(copied) :], copied.values(), strict=True):
+        assert reason.startswith("yes: " if score is UP else "no: ") and f"{score.value:+.3f}" in reason
+    if verdict == "below_nearest":
+        assert VERDICTS[code] == "the reports are below copying the nearest training case's report"
+        assert "exact_acc is above copying the nearest training case's report (-0.200" in reasons[-3]
 
 
 def test_differences_and_gaps_by_hand() -> None:

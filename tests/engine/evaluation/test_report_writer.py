@@ -13,10 +13,18 @@ from models.medical_vlm import MedicalVLM
 
 def test_losses_are_the_training_loss(model: MedicalVLM, batch: dict[str, Tensor]) -> None:
     writer = ReportWriter(model, 5)
-    losses = writer.losses(writer.visual(batch), batch)
-    total, count = model(batch)
+    losses = writer.losses(writer.visual(batch)[0], batch)
+    total, count, _ = model(batch)
     assert [n for _, n in losses] == [7, 4, 6] and int(count) == 17
     assert sum(nats for nats, _ in losses) == pytest.approx(float(total.detach()), rel=1e-5)
+
+
+def test_an_embedding_is_of_the_image_alone(model: MedicalVLM, batch: dict[str, Tensor]) -> None:
+    """Before CMI, which the question steers."""
+    writer = ReportWriter(model, 5)
+    found, other = writer.embedding(batch), {**batch, "question_ids": batch["question_ids"].flip(0)}
+    assert found.shape == (3, 16) and not torch.allclose(writer.visual(batch)[0], writer.visual(other)[0])
+    assert torch.equal(found, writer.embedding(other)) and not torch.allclose(found[0], found[1])
 
 
 @pytest.mark.parametrize("decoding", [None, Decoding(temperature=1.0)])
@@ -24,7 +32,7 @@ def test_log_probs_are_those_of_each_step(
     model: MedicalVLM, batch: dict[str, Tensor], decoding: Decoding | None
 ) -> None:
     writer = ReportWriter(model, 6)
-    visual = writer.visual(batch)
+    visual, _ = writer.visual(batch)
     torch.manual_seed(4)
     written = writer.write(visual, batch, decoding)
     if decoding is None:
@@ -58,7 +66,7 @@ def test_a_report_has_ended_where_it_has_an_end_of_text(
         return ["ABC", "A", "AB"]
 
     monkeypatch.setattr("engine.evaluation.report_writer.generate_reports", generate)
-    written = writer.write(writer.visual(batch), batch)
+    written = writer.write(writer.visual(batch)[0], batch)
     assert [one.ended for one in written] == [False, True, True]
     assert [one.ids for one in written] == [[65, 66, 67], [65], [65, 66]]
 

@@ -82,9 +82,10 @@ class Run:
     def _save(self, name: str, step: int, epoch: int, val_loss: float, diagnostics: dict) -> None:
         self.saved.append((name, step, epoch, val_loss))
 
-    def _loss(self, model: nn.Module, batch: list[Tensor]) -> Tensor:
+    def _loss(self, model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
         self.seen.append(float(batch[0].sum()))
-        return model(batch[0])
+        loss = model(batch[0])
+        return loss, loss
 
     def _validate(self) -> tuple[float, TokenStatistics]:
         value = next(self.losses, None)
@@ -187,7 +188,7 @@ def test_fewer_steps_than_the_print_interval_print_the_last(tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path):
     run = Run(tmp_path)
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    run.stage.loss = lambda model, batch: model(batch[0]) * math.nan
+    run.stage.loss = lambda model, batch: (model(batch[0]) * math.nan,) * 2
     with pytest.raises(InputError, match="non-finite loss .* at step 1"):
         run.train()
     assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())

@@ -1,21 +1,17 @@
-"""The language model wrapper: loading as the hub stores it, our mixers against theirs, generation."""
+"""The language model wrapper: our mixers against theirs, generation."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from config.errors import InputError
-from models.language_model.embedding_table import load_embedding_table
 from models.language_model.hf_patch import use_our_scan
-from models.language_model.mamba_lm import IGNORED, TIED_MESSAGE, MambaLM, lm_identity, read_lm_config, read_tokenizer
-from tests.models.language_model.tiny import byte_tokenizer, random_mamba
+from models.language_model.mamba_lm import IGNORED, MambaLM
+from tests.models.language_model.tiny import byte_tokenizer, random_mamba, without_head
 
 
 @pytest.fixture(scope="module")
@@ -26,44 +22,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     byte_tokenizer(pad_token=None).save_pretrained(path)
     assert len(list(path.glob("*.safetensors"))) > 1
     return path
-
-
-def without_head(path: Path) -> None:
-    for shard in path.glob("*.safetensors"):
-        tensors = load_file(shard)
-        if tensors.pop("lm_head.weight", None) is not None:
-            save_file(tensors, shard, metadata={"format": "pt"})
-    index = path / "model.safetensors.index.json"
-    content = json.loads(index.read_text(encoding="utf-8"))
-    content["weight_map"].pop("lm_head.weight", None)
-    index.write_text(json.dumps(content), encoding="utf-8")
-
-
-def test_loads_shards_without_head_and_ties(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    without_head(folder)
-    lm = MambaLM.load(str(folder))
-    assert TIED_MESSAGE in capsys.readouterr().out
-    assert lm.model.lm_head.weight is lm.model.get_input_embeddings().weight
-    assert not any(p.requires_grad for p in lm.parameters())
-    assert torch.equal(lm.model.get_input_embeddings().weight, random_mamba().get_input_embeddings().weight)
-
-
-def test_decay_rates_stay_float32_in_bfloat16(folder: Path) -> None:
-    model = MambaLM.load(str(folder), dtype="bfloat16").model
-    mixer = model.backbone.layers[0].mixer
-    assert mixer.in_proj.weight.dtype is torch.bfloat16
-    assert mixer.A_log.dtype is torch.float32 and mixer.D.dtype is torch.float32
-
-
-def test_embedding_table_alone_equals_the_models(folder: Path) -> None:
-    table = load_embedding_table(str(folder))
-    assert torch.equal(table, MambaLM.load(str(folder)).model.get_input_embeddings().weight)
-
-
-def test_identity_needs_no_weights(folder: Path) -> None:
-    assert lm_identity(str(folder)).to_dict() == {
-        "name": str(folder), "width": 32, "layers": 3, "vocabulary": 264, "tokens": 257,
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize("left_padding", [0, 5])
@@ -145,34 +103,3 @@ def test_real_tokenizer_with_a_random_model(shared: Path, tmp_path: Path) -> Non
     assert text.encode("utf-8").decode("utf-8") == text
     report = "所见：右肺上叶见结节，大小约12mm。"
     assert lm.tokenizer.decode(lm.tokenizer.encode(report)) == report
-
-
-@pytest.mark.parametrize("reader", [read_lm_config, MambaLM.load, load_embedding_table])
-def test_missing_model_is_one_line(reader, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"mamba_model '.*nowhere'"):
-        reader(str(tmp_path / "nowhere"))
-
-
-def test_other_architecture_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}), encoding="utf-8")
-    with pytest.raises(InputError, match="'gpt2' model"):
-        read_lm_config(str(tmp_path))
-
-
-def test_a_missing_tokenizer_and_incomplete_weights_are_refused(tmp_path: Path) -> None:
-    random_mamba().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="tokenizer"):
-        read_tokenizer(str(tmp_path))
-    byte_tokenizer().save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    del tensors["backbone.layers.1.mixer.A_log"]
-    save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"layers\.1\.mixer\.A_log"):
-        MambaLM.load(str(tmp_path))
-
-
-def test_eight_bit_without_bitsandbytes_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(InputError, match="--llm_8bit needs bitsandbytes"):
-        MambaLM.load(str(folder), load_in_8bit=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -43,3 +47,15 @@ def sharp_lm(
             for part in (layer.mixer.in_proj, layer.mixer.x_proj, layer.mixer.conv1d):
                 part.weight.mul_(memory)
     return MambaLM(model, tokenizer or byte_tokenizer(), "random")
+
+
+def without_head(path: Path) -> None:
+    """Remove ``lm_head`` from the shards of a saved model, as the official repositories store it."""
+    for shard in path.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if tensors.pop("lm_head.weight", None) is not None:
+            save_file(tensors, shard, metadata={"format": "pt"})
+    index = path / "model.safetensors.index.json"
+    content = json.loads(index.read_text(encoding="utf-8"))
+    content["weight_map"].pop("lm_head.weight", None)
+    index.write_text(json.dumps(content), encoding="utf-8")

@@ -1,0 +1,185 @@
+"""The findings prompt: what was measured on the segmentation and what the findings head is sure of, as one line of text
+before the question.
+
+    measured   lesions of the segmentation: side, level, size; without a name where the network has one class
+    predicted  the head's findings with their probability: of each measured lesion, and of the scan
+    both       measured places, the head's names and sizes, and what the head alone is sure of
+
+A lesion that the head holds for a false one is not said. Reports are written from this line and the image; people can
+read it, and correct it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from config.schema import FindingsPrompt
+from data.finding_targets import LEAST_POSITIVE, MOST_LESIONS, PromptErrors, Targets, learnable
+from data.findings import FindingRecord
+from data.medical_vlm_dataset import MedicalVLMDataset, encode_key_points, pad_tokens
+from data.report_language.key_points import OUTSIDE_LUNG, write_key_points
+from models.findings_head import SIDES, UNKNOWN, ZONES, FindingsHead, Found
+from models.medical_vlm import VisionBridge
+
+SURE = 0.5  # calibrated probability from which a finding is said
+PROMPT_DROPOUT = 0.3  # fraction of the training samples whose image must be read without a prompt
+HEAD_WEIGHT = 1.0  # of the head's loss beside the objective's or the captions'
+
+
+def set_up_findings(
+    accelerator: Accelerator, vision: VisionBridge, train: DataLoader, val: DataLoader, mode: FindingsPrompt
+) -> FindingsPrompt:
+    """For Stage 2: a findings head where ``vision`` has none, and training prompts that err as those of held-out cases.
+
+    Returns ``mode``, or ``off`` where the labeller does not know the language of the reports.
+    """
+    trained = vision.head is not None
+    findings = learnt_findings(train.dataset, val.dataset, vision.head.names if trained else ())
+    if not trained:
+        vision.add_head(findings)
+        vision.to(accelerator.device)
+    if train.dataset.language is None:
+        return "off"
+    if mode != "off":
+        errors = prompt_errors(accelerator, vision, val, mode) if trained else PromptErrors()
+        train.dataset.prompt_errors, train.dataset.prompt_dropout = errors, PROMPT_DROPOUT
+    return mode
+
+
+def learnt_findings(train: MedicalVLMDataset, val: MedicalVLMDataset, names: Sequence[str] = ()) -> Sequence[str]:
+    """What the head learns: ``names``, else what enough training reports state; what is too rare is printed. Both data
+    sets make its targets from then on, in the language of the training reports."""
+    val.language = train.language
+    if train.language is None:
+        print("note: the labeller does not know the language of the reports: no findings head, no findings prompt")
+        return ()
+    if not names:
+        names, rare = learnable(train.stated)
+        if rare:
+            few = ", ".join(f"{name} ({count})" for name, count in rare.items())
+            print(f"findings too rare to be learnt, below {LEAST_POSITIVE} training reports: {few}", flush=True)
+    print(f"findings head: {', '.join(names) or 'nothing to learn'}", flush=True)
+    train.findings = val.findings = names
+    return names
+
+
+@torch.no_grad()
+def calibrate(accelerator: Accelerator, head: FindingsHead, batches: Sequence[tuple[Found, Targets]]) -> None:
+    """Set the temperatures from what the head says of the validation cases and their targets, and print how often it is
+    right."""
+    parts = [tuple(accelerator.gather_for_metrics(tuple(part)) for part in pair) for pair in batches]
+    said, target = (
+        Found(*(torch.cat(values) for values in zip(*part, strict=True))) for part in zip(*parts, strict=True)
+    )
+    head.calibrate(said, target)
+    known, stated = target.lesion != UNKNOWN, target.presence == 1
+    named = (said.lesion.argmax(-1) == target.lesion)[known].float()
+    positive = said.presence > 0
+    f1 = 2 * (positive & stated).sum() / (positive.sum() + stated.sum()).clamp(min=1)
+    accelerator.print(
+        f"findings head on {len(stated)} validation cases: {len(named)} measured lesions, named rightly "
+        f"{float(named.mean()) if len(named) else math.nan:.3f}; findings of the scan, micro-F1 {float(f1):.3f}",
+        flush=True,
+    )
+
+
+@torch.no_grad()
+def prompt_errors(
+    accelerator: Accelerator, vision: VisionBridge, loader: DataLoader, mode: FindingsPrompt
+) -> PromptErrors:
+    """How prompts of the held-out cases of ``loader`` err beside their reports."""
+    data, said = loader.dataset, {}
+    training = vision.training
+    vision.eval()
+    for batch in loader:
+        tokens = vision.look(vision.features(batch["images"]), batch["slice_position"], batch["roi"])
+        found = vision.head(tokens, batch["lesions"]) if vision.head is not None else None
+        for row, one in zip(batch["row"].tolist(), rows_of(found, len(batch["row"])), strict=True):
+            said[row] = believed(vision.head, one, data.measured(row), mode) or []
+    vision.train(training)
+    errors = PromptErrors.of([data.stated[row] for row in said], list(said.values()))
+    rates = ", ".join(f"{name} {rate:.2f}" for name, rate in errors.rates().items())
+    accelerator.print(f"findings prompt ({mode}) on {len(said)} held-out cases: {rates} a case", flush=True)
+    return errors
+
+
+def believed(
+    head: FindingsHead | None, found: Found | None, measured: Sequence[FindingRecord] | None, mode: FindingsPrompt
+) -> list[FindingRecord] | None:
+    """The findings of one case to be said, largest measured lesion first; None where nothing is known to say.
+
+    Args:
+        found: of a batch of this case alone. measured: None where nobody looked for lesions.
+    """
+    if mode == "off" or (measured is None and (mode == "measured" or head is None)):
+        return None
+    measured = list(measured or [])[:MOST_LESIONS]
+    if mode == "measured" or head is None or found is None:
+        return None if mode == "predicted" else measured
+    said = head.probabilities(found)
+    lesions = [_named(head, said, k, lesion) for k, lesion in enumerate(measured)]
+    scan = [_of_scan(head, said, k) for k in range(len(head.names)) if said.presence[0, k] >= SURE]
+    if mode == "predicted":
+        return scan
+    real = [lesion for lesion in lesions if lesion is not None]
+    return real + [finding for finding in scan if finding.finding not in {lesion.finding for lesion in real}]
+
+
+def _named(head: FindingsHead, said: Found, k: int, lesion: FindingRecord) -> FindingRecord | None:
+    """A measured lesion with the head's name and size; None where it is probably false."""
+    chances = said.lesion[0, k]
+    best = int(chances.argmax())
+    if best == len(head.names):
+        return None
+    size = lesion.size_mm and max(1.0, lesion.size_mm * float(said.lesion_size[0, k]))
+    return _placed(replace(lesion, finding=head.names[best], size_mm=size, probability=float(chances[best])))
+
+
+def _of_scan(head: FindingsHead, said: Found, k: int) -> FindingRecord:
+    """Finding ``k``, with its likeliest side and level and its size."""
+    side, zone = SIDES[int(said.side[0, k].argmax())], ZONES[int(said.zone[0, k].argmax())]
+    size = float(said.size[0, k])
+    record = FindingRecord(head.names[k], side=side, zone=zone, size_mm=size, source="predicted")
+    return _placed(replace(record, probability=float(said.presence[0, k])))
+
+
+def _placed(record: FindingRecord) -> FindingRecord:
+    """Without a level where reports state none."""
+    return replace(record, zone=None, lobe=None) if record.finding in OUTSIDE_LUNG else record
+
+
+def rows_of(found: Found | None, rows: int) -> list[Found | None]:
+    """What the head says of each case of a batch."""
+    return [None] * rows if found is None else [Found(*(part[b : b + 1] for part in found)) for b in range(rows)]
+
+
+def with_key_points(
+    batch: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    said: Sequence[Sequence[FindingRecord] | None],
+    language: str | None,
+) -> dict[str, Any]:
+    """``batch`` with findings prompts that say these; without a prompt where there is None, or no known language."""
+    lines = ["" if one is None or language is None else write_key_points(one, language) for one in said]
+    device = batch["question_ids"].device
+    ids, mask = (part.to(device) for part in pad_tokens([encode_key_points(tokenizer, line) for line in lines]))
+    return {**batch, "key_point_ids": ids, "key_point_mask": mask}
+
+
+def batch_believed(
+    head: FindingsHead | None,
+    found: Found | None,
+    measured: Sequence[Sequence[FindingRecord] | None],
+    mode: FindingsPrompt,
+) -> list[list[FindingRecord] | None]:
+    """:func:`believed` of each case of a batch."""
+    cases = zip(rows_of(found, len(measured)), measured, strict=True)
+    return [believed(head, one, lesions, mode) for one, lesions in cases]

@@ -1,0 +1,130 @@
+"""Findings head: which findings a scan shows, where, how large, and what each measured lesion is.
+
+visual   [B, L, D]   visual tokens, before CMI: it reads no question
+lesions  [B, M, P]   place, size, shape and density of the lesions measured on the segmentation; rows of zeros are none
+queries  [B, F + M]  one learned query per finding, and each lesion
+  attention          over visual tokens and lesions
+  → presence [B, F], side [B, F, 3], zone [B, F, 3], log size [B, F] of each finding
+  → what a lesion is [B, M, F + 1]; the last is none of the findings: a false lesion of the segmentation
+  → its log size [B, M] beside the measured one: a segmentation errs in a way that can be learnt
+
+Queries that attend to image tokens: DETR (Carion et al. 2020), Query2Label (Liu et al. 2021). Temperatures: Guo et al.
+2017.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+UNKNOWN = -100  # of a target that nothing is known of
+DESCRIPTORS = 22  # P, of data/findings.py
+SIDES, ZONES = ("left", "right", "bilateral"), ("upper", "middle", "lower")
+TYPICAL_MM = 15.0  # sizes are learnt as their logarithm beside this one's
+
+
+class Found(NamedTuple):
+    """What the head says, or its targets: logits, or indices and 0 or 1; sizes as logarithms beside ``TYPICAL_MM``."""
+
+    presence: Tensor  # (B, F)
+    side: Tensor  # (B, F, 3) or (B, F)
+    zone: Tensor  # (B, F, 3) or (B, F)
+    size: Tensor  # (B, F); of targets NaN where unknown
+    lesion: Tensor  # (B, M, F + 1) or (B, M)
+    lesion_size: Tensor  # (B, M), log of the factor to the measured longest diameter
+
+
+class FindingsHead(nn.Module):
+    """See the module's docstring."""
+
+    def __init__(self, names: Sequence[str], visual_width: int, descriptors: int, width: int = 128) -> None:
+        """``names``: the F findings. ``descriptors``: P."""
+        super().__init__()
+        self.names = tuple(names)
+        self.visual = nn.Sequential(nn.LayerNorm(visual_width), nn.Linear(visual_width, width))
+        self.lesion = nn.Sequential(nn.Linear(descriptors, width), nn.GELU(), nn.Linear(width, width))
+        self.query = nn.Parameter(torch.randn(len(self.names), width) / math.sqrt(width))
+        self.norm, self.attention = nn.LayerNorm(width), nn.MultiheadAttention(width, 4, batch_first=True)
+        self.mix = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+        self.out_norm = nn.LayerNorm(width)
+        self.of_finding = nn.Linear(width, 1 + len(SIDES) + len(ZONES) + 1)
+        self.of_lesion = nn.Linear(width, len(self.names) + 2)
+        self.query._no_weight_decay = True
+        # Fitted on validation: a probability is what it says.
+        self.register_buffer("presence_temperature", torch.ones(()))
+        self.register_buffer("lesion_temperature", torch.ones(()))
+
+    def forward(self, visual: Tensor, lesions: Tensor) -> Found:
+        """``visual`` (B, L, D), ``lesions`` (B, M, P); logits without temperature."""
+        lesions = lesions.to(visual.device)
+        real = lesions[..., -1] > 0  # (B, M)
+        seen, measured = self.visual(visual.float()), self.lesion(lesions)
+        queries = torch.cat([self.query.expand(len(visual), -1, -1), measured], dim=1)
+        memory = torch.cat([seen, measured], dim=1)
+        hidden = torch.cat([torch.zeros_like(seen[..., 0], dtype=torch.bool), ~real], dim=1)  # (B, L + M)
+        normed = self.norm(memory)
+        mixed, _ = self.attention(self.norm(queries), normed, normed, key_padding_mask=hidden, need_weights=False)
+        queries = queries + mixed
+        queries = self.out_norm(queries + self.mix(queries))
+        findings, lesion = queries.split([len(self.names), lesions.shape[1]], dim=1)
+        presence, side, zone, size = self.of_finding(findings).split([1, len(SIDES), len(ZONES), 1], dim=-1)
+        kind, factor = self.of_lesion(lesion).split([len(self.names) + 1, 1], dim=-1)
+        return Found(presence[..., 0], side, zone, size[..., 0], kind, factor[..., 0])
+
+    def probabilities(self, found: Found) -> Found:
+        """Calibrated probabilities of logits; sizes in mm, and factors."""
+        return Found(
+            (found.presence / self.presence_temperature).sigmoid(),
+            found.side.softmax(-1),
+            found.zone.softmax(-1),
+            found.size.exp() * TYPICAL_MM,
+            (found.lesion / self.lesion_temperature).softmax(-1),
+            found.lesion_size.exp(),
+        )
+
+    @torch.no_grad()
+    def calibrate(self, found: Found, target: Found) -> None:
+        """Set both temperatures to those of the least loss on held-out cases; one that nothing is known for stays."""
+        for temperature, loss, logits, truth in (
+            (self.presence_temperature, _presence_loss, found.presence, target.presence),
+            (self.lesion_temperature, _class_loss, found.lesion, target.lesion),
+        ):
+            if (truth != UNKNOWN).any():
+                scales = torch.logspace(-1, 1, 81, device=temperature.device)
+                temperature.copy_(scales[torch.stack([loss(logits / scale, truth) for scale in scales]).argmin()])
+
+
+def findings_loss(found: Found, target: Found) -> Tensor:
+    """Sum of the mean losses of all that the head says; what is unknown counts nowhere."""
+    return (
+        _presence_loss(found.presence, target.presence)
+        + _class_loss(found.side, target.side)
+        + _class_loss(found.zone, target.zone)
+        + _size_loss(found.size, target.size)
+        + _class_loss(found.lesion, target.lesion)
+        + _size_loss(found.lesion_size, target.lesion_size)
+    )
+
+
+def _presence_loss(logits: Tensor, target: Tensor) -> Tensor:
+    known = target != UNKNOWN
+    loss = F.binary_cross_entropy_with_logits(logits[known], target[known].float(), reduction="sum")
+    return loss / known.sum().clamp(min=1)
+
+
+def _class_loss(logits: Tensor, target: Tensor) -> Tensor:
+    known = target != UNKNOWN
+    return F.cross_entropy(logits[known], target[known], reduction="sum") / known.sum().clamp(min=1)
+
+
+def _size_loss(logarithm: Tensor, target: Tensor) -> Tensor:
+    known = target.isfinite()
+    error = F.smooth_l1_loss(logarithm[known], target[known], reduction="sum", beta=0.1)
+    return error / known.sum().clamp(min=1)

@@ -1,0 +1,180 @@
+"""What a findings prompt says: of the segmentation, of the head, of both; and its place before the question."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from data.finding_targets import LEAST_POSITIVE, MOST_LESIONS
+from data.findings import DESCRIPTORS, LESION, FindingRecord
+from data.medical_vlm_dataset import encode_prompt
+from engine.findings_prompt import batch_believed, believed, calibrate, learnt_findings, rows_of, with_key_points
+from models.findings_head import TYPICAL_MM, FindingsHead, Found
+from models.medical_vlm import prompt_ids
+from tests.models.language_model.tiny import byte_tokenizer
+
+NAMES = ("nodule", "effusion")
+MODES = ("off", "measured", "predicted", "both")
+FALSE = len(NAMES)
+
+
+@pytest.fixture(scope="module")
+def head() -> FindingsHead:
+    return FindingsHead(NAMES, 8, DESCRIPTORS, width=16)
+
+
+def one_hot(index: int, classes: int, sure: float) -> list[float]:
+    """Logits that give class ``index`` the probability ``sure``."""
+    return [math.log(sure / (1 - sure) * (classes - 1)) if k == index else 0.0 for k in range(classes)]
+
+
+def says(
+    presence: tuple[float, float] = (0.01, 0.01), lesions: tuple[tuple[int, float, float], ...] = (), mm: float = 12.0
+) -> Found:
+    """One case: probabilities of the two findings, both left and in the lower level; kind, probability and size factor
+    of each measured lesion."""
+    rows = [*lesions, *[(FALSE, 0.9, 1.0)] * (MOST_LESIONS - len(lesions))]
+    place = torch.tensor([[one_hot(0, 3, 0.9)] * 2]), torch.tensor([[one_hot(2, 3, 0.9)] * 2])
+    kinds = torch.tensor([[one_hot(kind, len(NAMES) + 1, sure) for kind, sure, _ in rows]])
+    factors = torch.tensor([[factor for *_, factor in rows]]).log()
+    size = torch.full((1, 2), math.log(mm / TYPICAL_MM))
+    return Found(torch.tensor([presence]).logit(), *place, size, kinds, factors)
+
+
+def lesion(side: str = "right", zone: str = "upper", mm: float = 10.0) -> FindingRecord:
+    return FindingRecord(LESION, side=side, zone=zone, size_mm=mm, source="segmentation")
+
+
+def points(said: list[FindingRecord] | None) -> list[tuple]:
+    return [(f.finding, f.side, f.zone, round(f.size_mm)) for f in said]
+
+
+def test_off_says_nothing(head: FindingsHead) -> None:
+    assert believed(head, says(), [lesion()], "off") is None
+
+
+def test_measured_lesions_have_no_name_and_none_is_said_too(head: FindingsHead) -> None:
+    assert believed(head, says((0.9, 0.9)), [lesion()], "measured") == [lesion()]
+    assert believed(None, None, [], "measured") == []
+    assert believed(head, says(), None, "measured") is None, "nobody looked for lesions"
+
+
+def test_predicted_findings_have_place_size_and_probability(head: FindingsHead) -> None:
+    said = believed(head, says((0.8, 0.3)), [lesion()], "predicted")
+    assert points(said) == [("nodule", "left", "lower", 12)]
+    assert said[0].probability == pytest.approx(0.8) and said[0].source == "predicted"
+    assert believed(head, says((0.49, 0.49)), [], "predicted") == []
+    assert believed(head, says((0.8, 0.3)), None, "predicted") == said, "without a segmentation too"
+    assert believed(None, None, [lesion()], "predicted") is None
+
+
+def test_both_gives_a_measured_lesion_the_heads_name_and_size(head: FindingsHead) -> None:
+    said = believed(head, says(lesions=((0, 0.8, 1.2),)), [lesion(mm=10.0)], "both")
+    assert points(said) == [("nodule", "right", "upper", 12)]
+    assert said[0].probability == pytest.approx(0.8) and said[0].source == "segmentation"
+    assert believed(None, None, [lesion()], "both") == [lesion()]
+    assert believed(None, None, None, "both") is None
+
+
+def test_a_false_lesion_is_not_said(head: FindingsHead) -> None:
+    measured = [lesion(), lesion("left", "lower", 6.0)]
+    assert points(believed(head, says(lesions=((FALSE, 0.9, 1.0), (0, 0.9, 1.0))), measured, "both")) == [
+        ("nodule", "left", "lower", 6)
+    ]
+
+
+def test_an_unsure_lesion_has_the_likeliest_name(head: FindingsHead) -> None:
+    said = believed(head, says(lesions=((1, 0.4, 1.0),)), [lesion()], "both")
+    assert points(said) == [("effusion", "right", None, 10)] and said[0].probability == pytest.approx(0.4)
+
+
+def test_both_adds_what_the_head_alone_is_sure_of(head: FindingsHead) -> None:
+    """A finding of the scan that a measured lesion is, is said once."""
+    found = says((0.9, 0.9), lesions=((0, 0.9, 1.0),))
+    assert [f.finding for f in believed(head, found, [lesion()], "both")] == ["nodule", "effusion"]
+    assert [f.finding for f in believed(head, says((0.9, 0.9)), None, "both")] == ["nodule", "effusion"]
+
+
+@pytest.mark.parametrize("mode", ["predicted", "both"])
+def test_an_effusion_has_no_level(head: FindingsHead, mode: str) -> None:
+    found = says((0.01, 0.9), lesions=((1, 0.9, 1.0),))
+    assert [(f.finding, f.zone, f.lobe) for f in believed(head, found, [lesion()], mode)] == [("effusion", None, None)]
+
+
+def test_only_the_largest_lesions_are_said(head: FindingsHead) -> None:
+    many = [lesion(mm=40.0 - k) for k in range(MOST_LESIONS + 3)]
+    for mode, found in (("measured", None), ("both", says(lesions=((0, 0.9, 1.0),) * MOST_LESIONS))):
+        assert [f.size_mm for f in believed(head, found, many, mode)] == pytest.approx([40.0 - k for k in range(8)])
+
+
+def test_a_batch_is_its_cases(head: FindingsHead) -> None:
+    cases = [says((0.9, 0.1)), says((0.1, 0.9))]
+    batch = Found(*(torch.cat(parts) for parts in zip(*cases, strict=True)))
+    measured = [[lesion()], None]
+    for mode in MODES:
+        alone = [believed(head, found, one, mode) for found, one in zip(cases, measured, strict=True)]
+        assert batch_believed(head, batch, measured, mode) == alone
+    assert rows_of(None, 2) == [None, None]
+
+
+# ------------------------------------------------------------------ before the question
+
+
+def batch_of(question: str) -> dict[str, Tensor]:
+    ids = torch.tensor(encode_prompt(byte_tokenizer(), question, 99))
+    return {"question_ids": ids[None].repeat(3, 1), "question_mask": torch.ones(3, len(ids), dtype=torch.long)}
+
+
+def test_the_prompt_stands_before_the_question_and_is_absent_where_nothing_is_known() -> None:
+    tokenizer = byte_tokenizer()
+    batch = with_key_points(batch_of("Q?"), tokenizer, [[lesion()], [], None], "zh")
+    read = [tokenizer.decode(prompt_ids(batch, b)) for b in range(3)]
+    assert read == ["已知：右肺上野病灶10mm。Q?\n", "已知：未见病灶。Q?\n", "Q?\n"]
+    assert tokenizer.decode(prompt_ids(batch, 0)) == tokenizer.decode(
+        encode_prompt(tokenizer, "Q?", 99, "已知：右肺上野病灶10mm。")
+    ), "as the check script and Stage 0 write it"
+
+
+def test_an_unknown_language_has_no_prompt() -> None:
+    batch = with_key_points(batch_of("Q?"), byte_tokenizer(), [[lesion()]] * 3, None)
+    assert batch["key_point_ids"].numel() == 0 and byte_tokenizer().decode(prompt_ids(batch, 0)) == "Q?\n"
+
+
+# ------------------------------------------------------------------ what is learnt
+
+
+def table(stated: list[list[FindingRecord]], language: str | None = "zh") -> SimpleNamespace:
+    return SimpleNamespace(stated=stated, language=language, findings=None)
+
+
+def test_what_is_too_rare_is_printed_and_not_learnt(capsys: pytest.CaptureFixture[str]) -> None:
+    train = table([[FindingRecord("nodule")]] * LEAST_POSITIVE + [[FindingRecord("cavity")]] * 3)
+    val = table([], language=None)
+    assert learnt_findings(train, val) == ["nodule"]
+    assert train.findings == val.findings == ["nodule"] and val.language == "zh", (
+        "one validation report says too little"
+    )
+    printed = capsys.readouterr().out
+    assert "too rare to be learnt, below 10 training reports: cavity (3)" in printed
+    assert "findings head: nodule\n" in printed
+    assert learnt_findings(train, val, ("effusion",)) == ("effusion",), "of a checkpoint's head"
+
+
+def test_reports_of_an_unknown_language_are_said_and_teach_no_head(capsys: pytest.CaptureFixture[str]) -> None:
+    assert learnt_findings(table([], language=None), table([])) == ()
+    assert "no findings head, no findings prompt" in capsys.readouterr().out
+
+
+def test_calibration_reads_all_batches(head: FindingsHead) -> None:
+    """Of two batches one alone would say that a probability of .9 is always right."""
+    unknown = torch.full((1, MOST_LESIONS), -100)
+    targets = [says()._replace(presence=torch.tensor([one]), lesion=unknown) for one in ([1, 1], [0, 1])]
+    batches = [(says((0.9, 0.9)), target) for target in targets]
+    calibrate(Accelerator(cpu=True), head, batches)
+    sure = head.probabilities(says((0.9, 0.9))).presence[0, 0].item()
+    assert sure == pytest.approx(0.75, abs=0.02), "three of four"
