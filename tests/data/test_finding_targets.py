@@ -162,6 +162,13 @@ def test_drawn_prompts_err_at_these_rates() -> None:
     }
 
 
+def test_false_lesions_may_be_several_a_case() -> None:
+    specks = [FindingRecord("opacity", side="left", zone=zone, size_mm=6.0) for zone in ("lower", "upper")]
+    errors, rng = PromptErrors.of([[]] * 20, [specks] * 20), np.random.default_rng(0)
+    counts = [len(errors.draw([], rng)) for _ in range(1000)]
+    assert np.mean(counts) == pytest.approx(2, abs=0.15) and 0 in counts
+
+
 def test_draws_follow_their_seed() -> None:
     errors = planted()
     first, again, other = (

@@ -1,0 +1,55 @@
+"""Which checkpoint a Stage-2 training starts from, and what is refused before anything large is read."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from config.errors import InputError
+from engine.training import start
+from engine.training.start import FINAL_FILE, find_start, rank_of
+
+DIAGNOSTICS = {"token_std": 0.001, "effective_rank": 1.2}
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What every path holds."""
+    checkpoint = SimpleNamespace(collapsed=False, diagnostics=DIAGNOSTICS, adapters=None, path=None)
+
+    def load(path: Path) -> SimpleNamespace:
+        checkpoint.path = path
+        return checkpoint
+
+    monkeypatch.setattr(start, "load_checkpoint", load)
+    return checkpoint
+
+
+def flags(**given: object) -> argparse.Namespace:
+    return argparse.Namespace(**{"vision_checkpoint": None, "from_scratch": False, "allow_collapsed": False, **given})
+
+
+def test_the_named_checkpoint_comes_before_the_last_result(loaded: SimpleNamespace, tmp_path: Path) -> None:
+    assert find_start(flags(), tmp_path) is None
+    (tmp_path / FINAL_FILE).write_bytes(b"")
+    assert find_start(flags(), tmp_path).path == tmp_path / FINAL_FILE
+    assert find_start(flags(from_scratch=True), tmp_path) is None
+    assert find_start(flags(vision_checkpoint=tmp_path / "a.pt"), tmp_path).path == tmp_path / "a.pt"
+
+
+def test_a_collapsed_checkpoint_is_refused_unless_insisted_on(loaded: SimpleNamespace, tmp_path: Path) -> None:
+    loaded.collapsed, one = True, tmp_path / "a.pt"
+    with pytest.raises(
+        InputError, match=r"stamped as collapsed \(token_std 0.001, effective rank 1.2\).*--from_scratch"
+    ):
+        find_start(flags(vision_checkpoint=one), tmp_path)
+    assert find_start(flags(vision_checkpoint=one, allow_collapsed=True), tmp_path) is loaded
+
+
+def test_rank_of_the_adapters(loaded: SimpleNamespace) -> None:
+    assert rank_of(None) == rank_of(loaded) == 0
+    loaded.adapters = {"rank": 4, "layers": {}}
+    assert rank_of(loaded) == 4
