@@ -18,6 +18,7 @@ SKIPPED |= {"idlelib", "tkinter", "turtledemo", "ensurepip", "__pycache__"}
 PARAGRAPH = (2, 7)  # sentences
 KEPT = 0.5  # chance that a value of the paragraph is used again, as a text returns to what it is about
 REPEATED = 0.4  # of the sentences are said once more: asked, quoted, summed up
+NOTED = 0.5  # of the paragraphs are notes, and the sentences that were written from them
 
 WORDS = {
     "who": "小明 李华 王老师 张先生 陈女士 刘师傅 奶奶 爷爷 哥哥 妹妹 弟弟 姐姐 邻居 同学 司机 店主 工程师 校长 "
@@ -125,6 +126,25 @@ REPETITIONS = (
     "总之，{said}。",
 )
 
+NOTES = (
+    ("{city}{sky}{n}度", "今天{city}{sky}，气温约{n}度"),
+    ("{side}边{level}层{thing}{n}个", "{level}层的{side}边放着{thing}，共有{n}个"),
+    ("{side}侧{spot}{animal}{n}cm", "在{spot}的{side}侧看见{animal}，长约{n}cm"),
+    ("{color}{plant}{n}cm", "{plant}高约{n}cm，叶子呈{color}"),
+    ("{who}{doing}{n}分钟", "{n}分钟里，{who}一直在{doing}"),
+    ("{food}{n}元", "{who}花了{n}元，买的是{food}"),
+    ("{event}{m}月{n}日", "{m}月{n}日将举行{event}"),
+    ("{side}{level}方{stuff}{n}mm", "位于{side}{level}方的{stuff}厚约{n}mm"),
+    ("{way}边{spot}{n}米", "向{way}走{n}米，可见{spot}"),
+    ("{color}{thing}{n}mm", "{thing}的直径约{n}mm，涂成{color}"),
+    ("{who}{subject}{n}分", "{subject}考试，{who}得了{n}分"),
+    ("{level}部{way}侧{plant}{n}棵", "{plant}有{n}棵，种在{way}侧的{level}部"),
+    ("{job}{n}人{d}天", "{n}个人要用{d}天完成{job}"),
+    ("{hour}{d}点{spot}{who}", "{who}{hour}{d}点在{spot}等候"),
+    ("{look}{stuff}{n}克", "取{n}克{stuff}，表面{look}"),
+    ("{side}岸{spot}{d}处", "{spot}共{d}处，都在{side}岸"),
+)
+
 
 def python_files() -> Iterator[str]:
     """The source of the running Python's standard library, file by file in the order of their names."""
@@ -150,23 +170,38 @@ class ChineseParagraphs:
         return str(rng.randint(low, high))
 
     def draw(self) -> str:
-        """A paragraph that comes back to its people, places and numbers."""
-        used: dict[str, str] = {}
+        """A paragraph."""
+        return (self._notes() if self.rng.random() < NOTED else self._story()) + "\n"
 
-        def fill(match: re.Match[str]) -> str:
+    def _fill(self, template: str, used: dict[str, str], kept: float) -> str:
+        """The template with its slots filled, each by the value in ``used`` with the chance ``kept``."""
+
+        def value(match: re.Match[str]) -> str:
             slot = match[1]
-            if slot not in used or self.rng.random() > KEPT:
+            if slot not in used or self.rng.random() > kept:
                 used[slot] = self._value(slot)
             return used[slot]
 
-        def filled(template: str) -> str:
-            return re.sub(r"{(\w+)}", fill, template)
+        return re.sub(r"{(\w+)}", value, template)
 
+    def _notes(self) -> str:
+        """Some notes, and for each the sentence that was written from it."""
+        pairs: list[tuple[str, str]] = []
+        for note, sentence in self.rng.sample(NOTES, self.rng.randint(1, 3)):
+            used: dict[str, str] = {}
+            pairs.append((self._fill(note, used, 1.0), self._fill(sentence, used, 1.0)))
+        head = self.rng.choice(("备忘：", "要点：", "记录：", "提纲："))
+        return head + "；".join(note for note, _ in pairs) + "。" + "".join(text + "。" for _, text in pairs)
+
+    def _story(self) -> str:
+        """Sentences that come back to their people, places and numbers, and to each other."""
+        used: dict[str, str] = {}
         said: list[str] = []
         text = ""
         for sentence in self.rng.choices(SENTENCES, k=self.rng.randint(*PARAGRAPH)):
-            said.append(filled(sentence))
+            said.append(self._fill(sentence, used, KEPT))
             text += said[-1] + "。"
             if self.rng.random() < REPEATED:
-                text += filled(self.rng.choice(REPETITIONS).replace("{said}", self.rng.choice(said)))
-        return text + "\n"
+                repetition = self.rng.choice(REPETITIONS).replace("{said}", self.rng.choice(said))
+                text += self._fill(repetition, used, KEPT)
+        return text

@@ -31,7 +31,7 @@ CHECKPOINT = "vision_bridge_vlm_best_val.pt"
 
 
 class Step(NamedTuple):
-    """One script of the chain. ``steps``: of its optimizer."""
+    """One script of the chain. ``steps``: of its optimizer, where their number is known beforehand."""
 
     name: str
     title: str
@@ -40,7 +40,7 @@ class Step(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """A synthetic data set, and how long it is trained on."""
+    """Sizes of a synthetic data set, and how long it is trained on; ``stage0_steps``: at most."""
 
     train: int
     val: int
@@ -113,8 +113,7 @@ def language_model(folder: Path, seed: int) -> Step:
 
 def stage0(setting: Setting, out: Path, seed: int) -> Step:
     command = ["scripts/adapt_language_model.py", "--config", out / "paths.yaml", "--steps", setting.stage0_steps]
-    title = "Stage 0: the language model learns to write reports"
-    return step("stage0", title, seed, *command, steps=setting.stage0_steps)
+    return step("stage0", "Stage 0: the language model learns to write reports", seed, *command)
 
 
 def training(setting: Setting, out: Path, seed: int, lora_rank: int = 0) -> list[Step]:
@@ -226,7 +225,7 @@ def main_scores(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _baseline(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores of a baseline under the names of the reports' own, and by how much the reports exceed it."""
+    """Scores of a baseline under the names of the reports' own; the difference is reports minus baseline."""
     whole, gain = scores["whole_reports"], scores["difference"]["whole_reports"]["exact_acc"]
     return {
         "location_acc": scores["location_acc"]["value"],
@@ -234,7 +233,7 @@ def _baseline(scores: Mapping[str, Any]) -> dict[str, Any]:
         "finding_macro_f1": scores["macro_f1"]["value"],
         "size_within_3mm": scores["size_within_3mm"]["value"],
         **{name: whole[name]["value"] for name in ("exact_acc", "garbled_rate", "missed_lesion_rate")},
-        "exact_acc_below_reports_by": {"value": gain["value"], "interval": gain["interval"]},
+        "exact_acc_difference": {"value": gain["value"], "interval": gain["interval"]},
     }
 
 

@@ -54,7 +54,7 @@ from tqdm import tqdm
 from config.errors import InputError, counted
 from config.schema import Config
 from data.medical_vlm_dataset import encode_answer, encode_prompt, pad_tokens
-from data.report_language.key_points import change_together, key_points_of, point_key, write_key_points
+from data.report_language.key_points import change_together, key_points_of, point_key, stated_words, write_key_points
 from data.report_language.labeller import detect_language, known_language
 from data.report_language.sections import split_sections
 from data.tables.caption_table import question_of, read_caption_table, read_prompts, read_reports
@@ -68,6 +68,7 @@ LEAST_REPORTS = 20
 HELD_OUT = 64  # reports that the loss is measured on
 GENERATED = 20  # of them, reports written from their key points
 WITHOUT_KEY_POINTS = 0.1  # of the reports in training: the model is also to write what an image alone tells it
+STATED_WEIGHT = 4.0  # in the loss, of tokens that state a finding, its place or its size: few, and all that is copied
 PATIENCE = 5  # validations without a lower loss
 EVERY = 40  # steps between validations
 Pair = tuple[str, str, str]  # key points, question, report
@@ -107,21 +108,42 @@ class Writer:
     def prompt(self, pair: Pair) -> list[int]:
         return encode_prompt(self.lm.tokenizer, pair[1], self.config.max_question_tokens, pair[0])
 
-    def loss(self, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum over the tokens of the reports in nats, and their number."""
+    def log_probs(self, pairs: list[Pair]) -> torch.Tensor:
+        """Log-probability of each token of the reports (N,), one report after the other."""
         prompts = [self.prompt(pair) for pair in pairs]
-        answers = [encode_answer(self.lm.tokenizer, pair[2], self.config.max_answer_tokens)[0] for pair in pairs]
-        ids, mask = pad_tokens([[*p, *a] for p, a in zip(prompts, answers, strict=True)])
+        ids, mask = pad_tokens([[*p, *self.answer(pair)] for p, pair in zip(prompts, pairs, strict=True)])
         labels = ids.masked_fill(mask == 0, IGNORED)
         for row, prompt in zip(labels, prompts, strict=True):
             row[: len(prompt)] = IGNORED
         device = self.lm.model.device
-        return self.lm.answer_loss(self.lm.embed(ids.to(device)), labels.to(device))
+        return self.lm.answer_log_probs(self.lm.embed(ids.to(device)), labels.to(device))[0]
+
+    def answer(self, pair: Pair) -> list[int]:
+        return encode_answer(self.lm.tokenizer, pair[2], self.config.max_answer_tokens)[0]
+
+    def loss(self, pairs: list[Pair], language: str | None) -> torch.Tensor:
+        """Mean over the tokens of the reports in nats; those that state something count more."""
+        weights = torch.tensor([weight for pair in pairs for weight in self.weights(pair, language)])
+        log_probs = self.log_probs(pairs)
+        weights = weights.to(log_probs)
+        return -(log_probs * weights).sum() / weights.sum()
+
+    def weights(self, pair: Pair, language: str | None) -> list[float]:
+        """Of each token of the report and of its end."""
+        report, count = pair[2], len(self.answer(pair))
+        if language is None or not self.lm.tokenizer.is_fast:
+            return [1.0] * count
+        stated = np.zeros(len(report) + 1, bool)
+        for start, end in stated_words(report, language):
+            stated[start:end] = True
+        spans = self.lm.tokenizer(report, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        found = [STATED_WEIGHT if stated[start : max(end, start + 1)].any() else 1.0 for start, end in spans]
+        return [*found, 1.0][:count]
 
     @torch.no_grad()
     def nats_per_character(self, pairs: list[Pair], batch_size: int) -> float:
-        total = sum(float(self.loss(pairs[i : i + batch_size])[0]) for i in range(0, len(pairs), batch_size))
-        return total / sum(len(pair[2]) for pair in pairs)
+        total = sum(float(self.log_probs(pairs[i : i + batch_size]).sum()) for i in range(0, len(pairs), batch_size))
+        return -total / sum(len(pair[2]) for pair in pairs)
 
     @torch.no_grad()
     def write(self, pairs: list[Pair]) -> list[str]:
@@ -170,8 +192,7 @@ def train(
     try:
         for step in bar:
             with accelerator.autocast():
-                total, count = writer.loss([source.draw() for _ in range(args.batch_size)])
-            loss = total / count
+                loss = writer.loss([source.draw() for _ in range(args.batch_size)], source.language)
             value = require_finite(loss, step, args.lr)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(adapters.parameters(), 1.0)

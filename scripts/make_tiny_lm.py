@@ -26,7 +26,7 @@ from engine.cli import Parser, positive_float, positive_int, run_main
 
 DEFAULTS = {
     "reports": {"steps": 400, "batch_size": 32, "vocabulary": 1200},
-    "general": {"steps": 900, "batch_size": 12, "vocabulary": 2048},
+    "general": {"steps": 1200, "batch_size": 12, "vocabulary": 2048},
 }
 
 
@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--text", choices=("reports", "general"), default="reports", help="what it is trained on")
     parser.add_argument("--language", choices=("zh", "en"), default="zh", help="of the reports")
     parser.add_argument("--max_findings", type=positive_int, default=1, help="findings per report, at most")
-    parser.add_argument("--steps", type=positive_int, help="default: 400 on reports, 900 on general text")
+    parser.add_argument("--steps", type=positive_int, help="default: 400 on reports, 1200 on general text")
     parser.add_argument("--batch_size", type=positive_int, help="default: 32 reports, 12 windows of general text")
     parser.add_argument("--vocabulary", type=positive_int, help="default: 1200 on reports, 2048 on general text")
     parser.add_argument("--lr", type=positive_float, default=3e-3)
@@ -77,9 +77,13 @@ ANY_SIZE_FRACTION = 0.2  # of the findings have a size from all of SIZES_MM, the
 # a model trained on exact sizes answered with one of six numbers.
 KEY_ERROR_MM = 2.5
 NUMBER_SCALE = 6.0  # numbers this far apart have nearly unrelated embeddings at the start
-WINDOW = 320  # tokens of general text in a row of a batch
-CHINESE_FRACTION = 0.05  # of the characters of the general text
+WINDOW = 256  # tokens of general text in a row of a batch
+CHINESE_FRACTION = 0.06  # of the characters of the general text
+# Some windows quote a passage of their own, of so many tokens, as answers to letters and diffs do: a large model learns
+# to copy from far more text.
+QUOTING, QUOTED = 0.3, (12, 80)
 HELD_OUT = 40  # every so many documents
+NUMBERS_SEEN = 1000  # times that the tokenizer sees each number below 100, so that it is one token
 TOKENIZER_PART = 4  # the tokenizer sees all Chinese and every so many other documents, or no character were one token
 
 
@@ -130,7 +134,7 @@ class ReportTexts:
 class GeneralText:
     """The Python standard library with Chinese paragraphs between its files, a part of it held out."""
 
-    alone = "[0-9]|\\p{Han}"  # digit by digit, any number is copied alike; no phrase of the templates is one token
+    alone = "[0-9]{1,2}|\\p{Han}"  # a number below 100 is one token, and no phrase of the templates is one
 
     def __init__(self, seed: int) -> None:
         self.choose = random.Random(seed)
@@ -142,7 +146,8 @@ class GeneralText:
         self.files, self.stream = files, torch.empty(0, dtype=torch.long)
 
     def tokenizer_texts(self) -> list[str]:
-        return [*self.files[::TOKENIZER_PART], *self.chinese]
+        numbers = " ".join(map(str, range(100)))
+        return [*self.files[::TOKENIZER_PART], *self.chinese, *[numbers] * NUMBERS_SEEN]
 
     def held_out(self) -> dict[str, list[str]]:
         return {"English and code": self.files[::HELD_OUT], "Chinese": self.chinese[::HELD_OUT]}
@@ -155,6 +160,12 @@ class GeneralText:
             self.stream = torch.cat([tokens_of(text, tokenizer) for text in texts])
         starts = [self.choose.randrange(len(self.stream) - WINDOW) for _ in range(size)]
         ids = torch.stack([self.stream[start : start + WINDOW] for start in starts])
+        for row in ids:
+            if self.choose.random() < QUOTING:
+                length = self.choose.randint(*QUOTED)
+                source = self.choose.randrange(WINDOW - 2 * length)
+                target = self.choose.randrange(source + length, WINDOW - length)
+                row[target : target + length] = row[source : source + length].clone()
         return ids, ids
 
 
@@ -219,8 +230,7 @@ def main() -> None:
     source = GeneralText(args.seed) if general else ReportTexts(args.language, args.max_findings, args.seed)
     tokenizer = train_tokenizer(source.tokenizer_texts(), args.vocabulary, source.alone)
     model = build_model(args, tokenizer)
-    if not general:
-        order_numbers(model, tokenizer, torch.Generator().manual_seed(args.seed))
+    order_numbers(model, tokenizer, torch.Generator().manual_seed(args.seed))
     lm = MambaLM(model, tokenizer, str(args.out))
     lm.requires_grad_(True)
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +28,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder that make_phantoms.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for plans.json and fold_0/")
     parser.add_argument("--cache_dir", type=Path, help="preprocessed volumes (default: OUT/../cache)")
-    parser.add_argument("--steps", type=positive_int, default=1300)
-    # High for Adam: instance norm makes the convolutions' scale free.
+    parser.add_argument("--steps", type=positive_int, default=2000)
+    # High for Adam: batch norm makes the convolutions' scale free.
     parser.add_argument("--lr", type=positive_float, default=1e-2)
     parser.add_argument("--features", type=positive_int, nargs=4, default=(8, 24, 48, 96), help="channels per stage")
     parser.add_argument("--one_class", action="store_true", help="one label, lesion, instead of one for each type")
@@ -43,6 +45,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from config.nnunet_plans import PreprocessPlan
@@ -57,14 +60,16 @@ from engine.prepare import fill_cache
 from engine.run import native_bf16, set_seeds
 from engine.segmentation import Network, segment
 from engine.training.optimization import build_optimizer, build_schedule, require_finite
-from models.nnunet.architecture import PLAIN, Architecture, planned_architecture
+from models.nnunet.architecture import PLAIN, Architecture, Op, planned_architecture
 from models.nnunet.checkpoint import save_nnunet_checkpoint
-from models.nnunet.unet import SegmentationUNet, UNetDecoder
+from models.nnunet.unet import ConvBlock, SegmentationUNet, UNetDecoder
 
 PATCH = 128
 FINGERPRINT_CASES = 60
 FINGERPRINT_VOXELS = 1000  # drawn from the lesions of each case
-SCORED_CASES = 30
+SCORED_CASES = 60
+SMOOTH = 5.0  # voxels, of the soft Dice of an image
+MOST_FALSE = 64  # slices, the latest where the network saw a lesion that is not there
 
 
 class Phase(NamedTuple):
@@ -77,12 +82,12 @@ class Phase(NamedTuple):
     decoder: bool
 
 
-# A window is a seventh of a slice, and the encoder half of the network. Whole slices come last: instance norm has other
-# statistics there, and nearly all of a scan's slices show no lesion.
+# A window is a quarter of a slice, and the encoder half of the network. Whole slices come last: nearly all of a scan's
+# slices show no lesion.
 PHASES = (
-    Phase(0.38, 48, 16, 16, decoder=False),
-    Phase(0.24, 48, 16, 16, decoder=True),
-    Phase(0.38, PATCH, 2, 6, decoder=True),
+    Phase(0.15, 64, 8, 8, decoder=False),
+    Phase(0.60, 64, 8, 8, decoder=True),
+    Phase(0.25, PATCH, 3, 5, decoder=True),
 )
 
 
@@ -103,13 +108,15 @@ def measure(rows: list[CaptionRow], rng: np.random.Generator) -> tuple[dict[str,
 
 
 def make_plans(intensity: dict[str, float], spacing: float, features: list[int]) -> dict[str, Any]:
-    """Plans in nnU-Net's own layout. The spacing is the coarsest seen, so that every slice fits the patch."""
+    """Plans in nnU-Net's own layout. The spacing is the coarsest seen, so that every slice fits the patch. The network
+    is without norms, as :func:`fold_norms` leaves it."""
     resampling = {"order": 3, "order_z": 0, "force_separate_z": None}
     stages = len(features)
     strides = [[1, 1], *[[2, 2]] * (stages - 1)]
     architecture = planned_architecture(
         PLAIN, 2, list(features), [[3, 3]] * stages, strides, blocks=[2] * stages, decoder_blocks=[1] * (stages - 1)
     )
+    architecture["arch_kwargs"] |= {"norm_op": None, "norm_op_kwargs": None}  # see fold_norms
     configuration = {
         "data_identifier": "nnUNetPlans_2d",
         "preprocessor_name": "DefaultPreprocessor",
@@ -145,7 +152,7 @@ class SliceSampler:
         self.lesions = [(case, lesion) for case, volume in enumerate(volumes) for lesion in volume.lesions]
         areas = [volume.lesion_voxels for volume in volumes]
         self.empty = [(case, int(z)) for case, area in enumerate(areas) for z in np.flatnonzero(area == 0)]
-        self.false_positives: list[tuple[int, int]] = []
+        self.false_positives: deque[tuple[int, int]] = deque(maxlen=MOST_FALSE)
 
     def draw(self, phase: Phase) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
         """Images (B, C, side, side), those with lesion first, labels (B, side, side), and case and slice of each.
@@ -158,14 +165,13 @@ class SliceSampler:
             if number < phase.with_lesion:
                 case, lesion = self.lesions[rng.integers(len(self.lesions))]
                 z = lesion.box[0][0] + int(rng.choice(np.flatnonzero(lesion.areas)))
-                centre = lesion.core(z)
+                centre = lesion.core(z) + rng.integers(-phase.side // 3, phase.side // 3, size=2)
             elif self.false_positives and rng.random() < 0.5:
-                case, z = self.false_positives.pop(rng.integers(len(self.false_positives)))
+                case, z = self.false_positives[rng.integers(len(self.false_positives))]
             else:
                 case, z = self.empty[rng.integers(len(self.empty))]
             image, label = self.volumes[case].image.plane(z), self.volumes[case].mask.plane(z)[None]
-            jitter = rng.integers(-phase.side // 3, phase.side // 3, size=2)
-            y, x = np.clip(centre + jitter - phase.side // 2, 0, PATCH - phase.side)
+            y, x = np.clip(centre - phase.side // 2, 0, PATCH - phase.side)
             window = (slice(None), slice(y, y + phase.side), slice(x, x + phase.side))
             images.append(centred(image, (PATCH, PATCH))[window])
             labels.append(centred(label, (PATCH, PATCH))[window][0])
@@ -185,11 +191,12 @@ def balanced_entropy(logits: Tensor, cover: Tensor) -> Tensor:
     return per_slice.sum() / (area > 0).sum().clamp(min=1) + entropy[:, 0].sum() / cover[:, 0].sum()
 
 
-def entropy_and_dice(logits: Tensor, cover: Tensor) -> Tensor:
-    """nnU-Net's own loss, of :func:`balanced_entropy`'s arguments: mean cross-entropy minus the soft Dice of all lesion
-    voxels of the batch."""
+def entropy_and_dice(logits: Tensor, cover: Tensor, smooth: float = SMOOTH) -> Tensor:
+    """nnU-Net's own loss, of :func:`balanced_entropy`'s arguments: mean cross-entropy minus the soft Dice of the lesion
+    voxels of each image. ``smooth``: voxels; the Dice of an image without lesion is half where as many are found."""
     found, true = 1 - logits.softmax(1)[:, 0], 1 - cover[:, 0]
-    return F.cross_entropy(logits, cover) - (2 * (found * true).sum() + 1) / ((found + true).sum() + 1)
+    both, either = (found * true).sum((1, 2)), (found + true).sum((1, 2))
+    return F.cross_entropy(logits, cover) - ((2 * both + smooth) / (either + smooth)).mean()
 
 
 def decoder_logits(decoder: UNetDecoder, features: list[Tensor]) -> Iterator[Tensor]:
@@ -216,8 +223,8 @@ def training_loss(
     loss = balanced_entropy(logits, F.adaptive_avg_pool2d(cover, logits.shape[-2:]))
     if decoder:
         for logits in decoder_logits(network.decoder, features):
-            scale = logits.shape[-1] / cover.shape[-1]
-            loss = loss + scale * entropy_and_dice(logits.float(), F.adaptive_avg_pool2d(cover, logits.shape[-2:]))
+            scale, part = logits.shape[-1] / cover.shape[-1], F.adaptive_avg_pool2d(cover, logits.shape[-2:])
+            loss = loss + scale * entropy_and_dice(logits.float(), part, SMOOTH * scale**2)
     return loss, logits
 
 
@@ -243,9 +250,23 @@ def train(network: SegmentationUNet, sampler: SliceSampler, steps: int, lr: floa
         schedule.step()
         if phase.side == PATCH:
             false = (logits[phase.with_lesion :].argmax(1) > 0).sum((1, 2)) > 1
-            sampler.false_positives += compress(places[phase.with_lesion :], false.tolist())
+            sampler.false_positives.extend(compress(places[phase.with_lesion :], false.tolist()))
         if step % 20 == 0:
             bar.set_postfix(loss=f"{value:.3f}")
+
+
+def network_to_train(planned: Architecture) -> SegmentationUNet:
+    """The network of the plans with batch norms, for training: windows then give the function of whole slices."""
+    return SegmentationUNet(replace(planned, norm=Op("BatchNorm2d", nn.BatchNorm2d, {})))
+
+
+def fold_norms(network: SegmentationUNet) -> None:
+    """Merge each batch norm, as it is at inference, into its convolution. The function stays the same, and no later
+    training of the encoder can move the norms' statistics."""
+    network.eval()
+    for block in network.modules():
+        if isinstance(block, ConvBlock):
+            block.conv, block.norm = fuse_conv_bn_eval(block.conv, block.norm), nn.Identity()
 
 
 def score(unet: SegmentationUNet, cache: VolumeCache, rows: list[CaptionRow]) -> SegmentationScores:
@@ -272,8 +293,10 @@ def main() -> None:
     fill_cache(cache, rows)
     sampler = SliceSampler([cache.get(row.image_path, row.mask_path) for row in rows], rng)
 
-    network = SegmentationUNet(Architecture.from_plans(plans, "2d", in_channels=1, num_classes=len(names)))
+    planned = Architecture.from_plans(plans, "2d", in_channels=1, num_classes=len(names))
+    network = network_to_train(planned)
     train(network, sampler, args.steps, args.lr)
+    fold_norms(network)
     target = args.out / "fold_0" / "checkpoint_best.pth"
     stored = network.half() if args.half else network
     save_nnunet_checkpoint(target, stored.state_dict_nnunet(), plans, "2d", dataset)

@@ -17,9 +17,9 @@ from config.errors import InputError
 from data.findings import LESION, FindingRecord
 from data.report_language.key_point_words import OUTSIDE_LUNG, WORDS, Words
 from data.report_language.labeller import PREAMBLE, detect_language, label_report
-from data.report_language.report_changes import change_together, grouped, read
+from data.report_language.report_changes import change_together, grouped, read, stated_words
 
-__all__ = ["change_together", "key_points_of", "point_key", "read_key_points", "write_key_points"]
+__all__ = ["change_together", "key_points_of", "point_key", "read_key_points", "stated_words", "write_key_points"]
 STATED_IN = (PREAMBLE, "findings", "impression")  # advice and tendency state no findings
 
 

@@ -167,6 +167,14 @@ def change_together(report: str, language: str, rng: np.random.Generator) -> str
     return change_attributes(report, language, rng)
 
 
+def stated_words(report: str, language: str) -> list[Span]:
+    """Where a report names its findings, their places and sizes, in every section."""
+    mentions, groups, anchors = _parsed(report, language)
+    found = {mentions[m] for members in groups for m in members}
+    of_each = ([(m.start, m.end), *anchors[m.start].places, *anchors[m.start].sizes] for m in found)
+    return sorted({span for spans in of_each for span in spans})
+
+
 def change_attributes(report: str, language: str, rng: np.random.Generator) -> str:
     """The report with sizes, sides and levels changed; all changes that can be made."""
     mentions, groups, anchors = _parsed(report, language)

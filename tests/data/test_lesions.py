@@ -108,9 +108,8 @@ def test_place_is_a_fraction_of_the_lungs_box() -> None:
     nowhere = measure_lesions(mask, (1, 1, 1), None)[0]
     assert (nowhere.side, nowhere.zone, nowhere.measured.level, nowhere.measured.across) == (None,) * 4
     numbers = nowhere.descriptors()
-    assert (
-        numbers[LABELS : LABELS + 3] == [0.0, 0.0, 0.0] and len(numbers) == DESCRIPTORS and np.isfinite(numbers).all()
-    )
+    assert numbers[LABELS : LABELS + 3] == [0.0, 0.0, 0.0]
+    assert len(numbers) == DESCRIPTORS and np.isfinite(numbers).all()
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def test_main_scores_are_those_of_the_card_and_of_its_baselines(card: dict) -> N
     assert found["shuffled"] == {"exact_acc": 0.25} and found["blank"] == {"finding_macro_f1": 0.1}
     nearest = found["baselines"]["nearest"]
     assert nearest["exact_acc"] == 0.25
-    assert nearest["exact_acc_below_reports_by"] == {"value": 0.25, "interval": [0.1, 0.4]}
+    assert nearest["exact_acc_difference"] == {"value": 0.25, "interval": [0.1, 0.4]}
     assert chain.compared(found).splitlines()[0].split() == ["reports", "nearest"]
     assert json.dumps(found)
     assert chain.main_scores(card | {"baselines": None})["baselines"] == {}

@@ -107,3 +107,16 @@ def test_the_prompt_holds_the_key_points_of_the_changed_report(small_training):
     stated = [(known, text) for known, _, text in pairs if known]
     assert all(known == source.key_points(text) for known, text in stated)
     assert len({known for known, _ in stated}) > 40, "sides, zones and sizes change"
+
+
+def test_tokens_that_state_something_count_more(small_training):
+    script = importlib.import_module("scripts.adapt_language_model")
+    config = load_config(small_training / "paths.yaml")
+    writer = script.Writer(MambaLM.load(config.mamba_model), config)
+    report = "所见：右肺上野见12mm结节，边界清楚。"
+    weights = writer.weights(("", "Q?", report), "zh")
+    letters = [3 * len(word) for word in ("所见：", "右肺上野", "见")] + [4, 3 * 2, 3 * len("，边界清楚。") + 1]
+    assert len(weights) == sum(letters), "bytes, and the end of the text"
+    kinds = [1.0, script.STATED_WEIGHT, 1.0, script.STATED_WEIGHT, script.STATED_WEIGHT, 1.0]
+    assert weights == [kind for count, kind in zip(letters, kinds, strict=True) for _ in range(count)]
+    assert set(writer.weights(("", "Q?", report), None)) == {1.0}

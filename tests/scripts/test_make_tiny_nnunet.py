@@ -17,7 +17,7 @@ from models.nnunet.architecture import Architecture
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.unet import SegmentationUNet
 from scripts import make_tiny_nnunet
-from scripts.make_tiny_nnunet import decoder_logits, entropy_and_dice, make_plans
+from scripts.make_tiny_nnunet import decoder_logits, entropy_and_dice, fold_norms, make_plans, network_to_train
 
 
 def test_resampling_is_written_as_nnunet_writes_it(assets: Path) -> None:
@@ -62,3 +62,17 @@ def test_deep_supervision_ends_in_the_forward_pass() -> None:
     right = torch.nn.functional.one_hot(logits[-1].argmax(1), 3).movedim(-1, 1).float()
     assert entropy_and_dice(50 * right, right) == pytest.approx(-1, abs=1e-3)
     assert np.isfinite(float(entropy_and_dice(logits[-1], torch.eye(3)[0].view(1, 3, 1, 1).expand_as(right))))
+
+
+def test_folded_norms_leave_the_function_as_it_is() -> None:
+    planned = Architecture.from_plans(make_plans({}, 2.8, [2, 4, 4, 4]), "2d", in_channels=1, num_classes=3)
+    network = network_to_train(planned)
+    for _ in range(5):
+        network(3 * torch.randn(4, 1, 32, 32) + 1)  # the norms' running statistics
+    image = torch.randn(2, 1, 32, 32)
+    expected = network.eval()(image)
+    fold_norms(network)
+    torch.testing.assert_close(network(image), expected, rtol=1e-4, atol=1e-5)
+    saved = SegmentationUNet(planned)
+    saved.load_state_dict(network.state_dict())
+    torch.testing.assert_close(saved(image), expected, rtol=1e-4, atol=1e-5)
