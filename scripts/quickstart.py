@@ -23,7 +23,9 @@ import environment
 from config.files import write_text  # nothing but the standard library: .venv may not be installed yet
 from engine import chain
 
-SETTING = chain.Setting(train=320, val=40, test=60, max_findings=1, stage0_steps=200, align_epochs=8, caption_epochs=10)
+SETTING = chain.Setting(
+    train=320, val=40, test=60, max_findings=1, stage0_steps=200, align_epochs=12, caption_epochs=10
+)
 
 
 def parse_args() -> argparse.Namespace:
