@@ -86,6 +86,12 @@ class VisionBridge(nn.Module):
         """A fresh head for these findings; none for none."""
         self.head = FindingsHead(findings, self.bridge.spec.out_width, DESCRIPTORS) if findings else None
 
+    def train(self, mode: bool = True) -> VisionBridge:
+        """A frozen encoder stays as nnU-Net trained it, the statistics of its batch norms too."""
+        super().train(mode)
+        self.encoder.train(mode and any(p.requires_grad for p in self.encoder.parameters()))
+        return self
+
     def features(self, images: Images) -> Tensor:
         """(B, K, C, T, T). A list holds cases of different size, each (K, C_in, H, W) or (C_in, z, y, x)."""
         if isinstance(images, list):

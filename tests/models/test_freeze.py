@@ -62,3 +62,12 @@ def test_cmi_without_a_question_is_a_defect_and_says_so(assets):
     vision = vision_of(assets / "nnunet_tiny" / "2d_plain", with_cmi=True)
     with pytest.raises(ValueError, match="question"):
         vision(torch.randn(1, 1, 1, 64, 64), torch.rand(1, 1))
+
+
+def test_a_frozen_encoder_stays_in_evaluation_mode(assets):
+    """Or the statistics of a user's batch norms would move with every batch."""
+    vision = vision_of(assets / "nnunet_tiny" / "2d_plain", with_cmi=False)
+    for train_encoder in (False, True):
+        vision.freeze(train_encoder=train_encoder)
+        vision.train()
+        assert vision.bridge.training and vision.encoder.training is train_encoder
