@@ -32,10 +32,10 @@ def parse_args() -> argparse.Namespace:
         "--extra_reports", type=Path, action="append", default=[], metavar="FILE",
         help="more reports, without images: .txt with one a line, or a table with a report column; repeatable",
     )  # fmt: skip
-    parser.add_argument("--steps", type=positive_int, default=600, help="at most; it stops early")
-    parser.add_argument("--batch_size", type=positive_int, default=16, help="reports per step")
+    parser.add_argument("--steps", type=positive_int, default=1200, help="at most; it stops early")
+    parser.add_argument("--batch_size", type=positive_int, default=8, help="reports per step")
     parser.add_argument("--lr", type=positive_float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--rank", type=positive_int, default=16, help="of the adapters")
+    parser.add_argument("--rank", type=positive_int, default=64, help="of the adapters")
     bf16 = "auto: bf16 on a GPU or CPU that computes in it"
     parser.add_argument("--mixed_precision", choices=("auto", "no", "bf16"), default="auto", help=bf16)
     parser.add_argument("--seed", type=int, default=42, help="of every random number")
@@ -70,7 +70,7 @@ GENERATED = 20  # of them, reports written from their key points
 WITHOUT_KEY_POINTS = 0.1  # of the reports in training: the model is also to write what an image alone tells it
 STATED_WEIGHT = 4.0  # in the loss, of tokens that state a finding, its place or its size: few, and all that is copied
 PATIENCE = 5  # validations without a lower loss
-EVERY = 40  # steps between validations
+EVERY = 60  # steps between validations
 Pair = tuple[str, str, str]  # key points, question, report
 
 
