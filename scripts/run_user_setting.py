@@ -24,7 +24,7 @@ from config.files import write_text
 from engine import chain
 from engine.cli import Parser, positive_int, run_main
 
-_LENGTHS = {"stage0_steps": 600, "align_epochs": 30, "caption_epochs": 15}
+_LENGTHS = {"stage0_steps": 1600, "align_epochs": 30, "caption_epochs": 15}
 SETTINGS = {
     "u1": chain.Setting(315, 64, 300, max_findings=1, **_LENGTHS),
     "u3": chain.Setting(315, 64, 300, max_findings=3, **_LENGTHS, max_new_tokens=300),
