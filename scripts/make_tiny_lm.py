@@ -79,12 +79,9 @@ KEY_ERROR_MM = 2.5
 NUMBER_SCALE = 6.0  # numbers this far apart have nearly unrelated embeddings at the start
 WINDOW = 256  # tokens of general text in a row of a batch
 CHINESE_FRACTION = 0.06  # of the characters of the general text
-# Some windows quote a passage of their own, of so many tokens, as letters and diffs do: a large model learns to copy
-# from far more text.
+# Some windows quote a passage of their own, of so many tokens, as answers to letters and diffs do: a large model learns
+# to copy from far more text.
 QUOTING, QUOTED = 0.3, (12, 80)
-# Fraction of the steps on the Chinese text alone, before all of it: mixed from the start, 1200 steps taught no copying,
-# and a sentence cost as much the second time as the first.
-CHINESE_FIRST = 0.4
 HELD_OUT = 40  # every so many documents
 NUMBERS_SEEN = 1000  # times that the tokenizer sees each number below 100, so that it is one token
 TOKENIZER_PART = 4  # the tokenizer sees all Chinese and every so many other documents, or no character were one token
@@ -123,7 +120,7 @@ class ReportTexts:
     def tokenizer_texts(self) -> list[str]:
         return ["\n".join(self.draw()) for _ in range(2000)]
 
-    def batch(self, tokenizer: PreTrainedTokenizerFast, size: int, _: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, tokenizer: PreTrainedTokenizerFast, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and labels (B, L), padded on the right; every token except the padding is a target."""
         rows = []
         for _ in range(size):
@@ -146,7 +143,7 @@ class GeneralText:
         while wanted > 0:
             self.chinese.append("".join(paragraphs.draw() for _ in range(20)))
             wanted -= len(self.chinese[-1])
-        self.files, self.streams = files, []
+        self.files, self.stream = files, torch.empty(0, dtype=torch.long)
 
     def tokenizer_texts(self) -> list[str]:
         numbers = " ".join(map(str, range(100)))
@@ -155,15 +152,14 @@ class GeneralText:
     def held_out(self) -> dict[str, list[str]]:
         return {"English and code": self.files[::HELD_OUT], "Chinese": self.chinese[::HELD_OUT]}
 
-    def batch(self, tokenizer: PreTrainedTokenizerFast, size: int, done: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids (B, WINDOW) from anywhere in the text; each is a target. ``done``: fraction of the training."""
-        if not self.streams:
-            files, chinese = ([x for i, x in enumerate(part) if i % HELD_OUT] for part in (self.files, self.chinese))
-            both = self.choose.sample([*files, *chinese], len(files) + len(chinese))
-            self.streams = [torch.cat([tokens_of(text, tokenizer) for text in texts]) for texts in (chinese, both)]
-        stream = self.streams[done > CHINESE_FIRST]
-        starts = [self.choose.randrange(len(stream) - WINDOW) for _ in range(size)]
-        ids = torch.stack([stream[start : start + WINDOW] for start in starts])
+    def batch(self, tokenizer: PreTrainedTokenizerFast, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids (B, WINDOW) from anywhere in the text; each is a target."""
+        if not len(self.stream):
+            texts = [text for part in (self.files, self.chinese) for i, text in enumerate(part) if i % HELD_OUT]
+            self.choose.shuffle(texts)
+            self.stream = torch.cat([tokens_of(text, tokenizer) for text in texts])
+        starts = [self.choose.randrange(len(self.stream) - WINDOW) for _ in range(size)]
+        ids = torch.stack([self.stream[start : start + WINDOW] for start in starts])
         for row in ids:
             if self.choose.random() < QUOTING:
                 length = self.choose.randint(*QUOTED)
@@ -242,7 +238,7 @@ def main() -> None:
     schedule = build_schedule(optimizer, args.steps, warmup_ratio=0.05)
     bar = tqdm(range(1, args.steps + 1), desc="language model", unit="step", dynamic_ncols=True, disable=None)
     for step in bar:
-        ids, labels = source.batch(tokenizer, args.batch_size, step / args.steps)
+        ids, labels = source.batch(tokenizer, args.batch_size)
         with torch.autocast("cpu", torch.bfloat16, enabled=native_bf16()):
             total, count = lm.answer_loss(lm.embed(ids), labels)
         loss = total / count
