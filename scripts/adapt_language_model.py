@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
         "--extra_reports", type=Path, action="append", default=[], metavar="FILE",
         help="more reports, without images: .txt with one a line, or a table with a report column; repeatable",
     )  # fmt: skip
-    parser.add_argument("--steps", type=positive_int, default=1200, help="at most; it stops early")
+    parser.add_argument("--steps", type=positive_int, default=1600, help="at most; it stops early")
     parser.add_argument("--batch_size", type=positive_int, default=8, help="reports per step")
     parser.add_argument("--lr", type=positive_float, default=2e-3, help="peak learning rate")
     parser.add_argument("--rank", type=positive_int, default=64, help="of the adapters")

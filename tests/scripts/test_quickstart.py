@@ -28,11 +28,11 @@ def test_its_configuration_is_valid_and_every_command_has_flags_that_exist(scrip
     for from_scratch in (False, True):
         steps = script("quickstart").plan(tmp_path, 7, from_scratch)
         config = load_config(tmp_path / "paths.yaml")
-        for key in ("caption_csv_train", "language_model_adapters", "cache_dir", "output_dir"):
+        for key in ("caption_csv_train", "cache_dir", "output_dir"):
             assert Path(getattr(config, key)).is_relative_to(tmp_path)
-        for key in ("nnunet_encoder_checkpoint", "mamba_model"):
+        for key in ("nnunet_encoder_checkpoint", "mamba_model", "language_model_adapters"):
             assert Path(getattr(config, key)).is_relative_to(tmp_path) == from_scratch
-        assert len(steps) == 5 + 2 * from_scratch
+        assert len(steps) == 4 + 3 * from_scratch
         for step in steps:
             assert parse(step.command).seed == 7
 
