@@ -130,9 +130,9 @@ def training(setting: Setting, out: Path, seed: int, lora_rank: int = 0) -> list
     return [first, second]
 
 
-def scores(setting: Setting, out: Path, seed: int, table: str = "test_no_masks.csv") -> Step:
-    """The report card in OUT/card."""
-    words = [*_evaluation(setting, out, table, "card"), "--pointing_cases", 0]
+def scores(setting: Setting, out: Path, seed: int, table: str = "test_no_masks.csv", corrections: int = 0) -> Step:
+    """The report card in OUT/card; so many cases are written again with a corrected findings prompt."""
+    words = [*_evaluation(setting, out, table, "card"), "--pointing_cases", 0, "--corrections", corrections]
     return step("scores", "reports for held-out cases without masks, and their report card", seed, *words)
 
 
@@ -220,6 +220,7 @@ def main_scores(card: Mapping[str, Any]) -> dict[str, Any]:
         "shuffled": {"exact_acc": card["whole_reports"]["shuffled"]["exact_acc"]["value"]},
         "blank": {"finding_macro_f1": card["audit"]["blank"]["macro_f1"]},
         "baselines": {name: _baseline(scores) for name, scores in (card["baselines"] or {}).items()},
+        "corrections": card.get("corrections"),
         "verdict": card["audit"]["verdict"],
         "cases": card["cases"],
     }

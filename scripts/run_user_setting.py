@@ -30,6 +30,7 @@ SETTINGS = {
     "u3": chain.Setting(315, 64, 300, max_findings=3, **_LENGTHS, max_new_tokens=300),
 }
 LANGUAGE_MODEL_SEED = 42  # one language model for all seeds of a setting
+CORRECTED_CASES = 200
 MASKED_CASES = 100  # held-out cases of the pointing game and of the segmentation's scores
 
 
@@ -83,7 +84,7 @@ def plan(args: argparse.Namespace) -> list[chain.Step]:
         chain.segmentation(out, seed),
         *([] if args.no_stage0 else [chain.stage0(setting, out, seed)]),
         *chain.training(setting, out, seed, args.lora_rank or 0),
-        chain.scores(setting, out, seed, table),
+        chain.scores(setting, out, seed, table, CORRECTED_CASES),
         chain.pointing(setting, out, seed, MASKED_CASES),
     ]
 
