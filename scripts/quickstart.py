@@ -1,4 +1,4 @@
-"""From nothing to reports: the whole system on synthetic chest CTs, on a CPU, in about five minutes.
+"""From nothing to reports: the whole system on synthetic chest CTs, on a CPU, in about six minutes.
 
     python scripts/quickstart.py [--out outputs/quickstart] [--seed 42] [--fresh] [--from_scratch]
 
