@@ -31,7 +31,7 @@ _IMAGES = {
     "shuffled": "another patient's",
     "blank": "blank",
     "prior": "none (mean of all)",
-    "squares": "mean of all, own slice levels and lesion RoIs",
+    "squares": "mean of all, own slice levels, lesion RoIs and measured lesions",
 }
 _COMPARED = {
     "macro_f1": "macro-F1",

@@ -5,7 +5,8 @@ own        the case's image
 shuffled   the image of another patient
 blank      an image without structure: every voxel the mean of CT normalisation, slices at mean position
 prior      no image: the visual tokens are those of the mean features and mean slice positions of all cases
-squares    the mean features with the case's own slice positions and lesion boxes: what a mask gives away alone
+squares    the mean features with the case's own slice positions, lesion boxes and measured lesions: what a mask or a
+           segmentation gives away alone
 corrected  the case's image, with one point of its findings prompt changed (engine/evaluation/corrections.py)
 sample1…   the case's image, sampled at temperature 1
 =========  ===========================================================================================

@@ -80,7 +80,9 @@ class Job:
         """What the model is given of lesions beside the image, in words."""
         by_lesion = self.passes.data.view_selection.policy in ("auto", "mask", "nnunet")
         regions = self.passes.writer.model.vision.bridge.spec.lesion_side > 0
-        return [*(["levels of slices"] if by_lesion else []), *(["RoIs of lesions"] if regions else [])]
+        prompted = self.passes.mode not in ("off", "predicted") and self.passes.language is not None
+        given = {"levels of slices": by_lesion, "RoIs of lesions": regions, "measured lesions": prompted}
+        return [what for what, there in given.items() if there]
 
     @cached_property
     def notices(self) -> list[list[str]]:
