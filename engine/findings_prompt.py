@@ -100,12 +100,11 @@ def prompt_errors(
     training = vision.training
     vision.eval()
     for batch in loader:
-        tokens = vision.look(vision.features(batch["images"]), batch["slice_position"], batch["roi"])
-        found = vision.head(tokens, batch["lesions"]) if vision.head is not None else None
-        for row, one in zip(batch["row"].tolist(), rows_of(found, len(batch["row"])), strict=True):
-            said[row] = believed(vision.head, one, data.measured(row), mode) or []
+        rows = batch["row"].tolist()
+        measured = [data.measured(row) for row in rows]
+        said |= zip(rows, batch_believed(vision.head, vision.read(batch)[1], measured, mode), strict=True)
     vision.train(training)
-    errors = PromptErrors.of([data.stated[row] for row in said], list(said.values()))
+    errors = PromptErrors.of([data.stated[row] for row in said], [one or [] for one in said.values()])
     rates = ", ".join(f"{name} {rate:.2f}" for name, rate in errors.rates().items())
     accelerator.print(f"findings prompt ({mode}) on {len(said)} held-out cases: {rates} a case", flush=True)
     return errors

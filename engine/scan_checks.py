@@ -160,9 +160,8 @@ def describe_view(volume: CachedVolume, selection: ViewSelection) -> list[str]:
         why = f"no lesion in the {volume.lesions_from}"
     else:
         why = f"{len(lesions)} lesion(s) of the {volume.lesions_from}"
-    least = selection.min_lesion_mm3
-    kept = [finding for finding in volume.findings if finding.measured.volume_mm3 >= least]
-    measured = [f"measured on the segmentation: {finding.describe()}" for finding in kept[:MOST_PRINTED]]
+    kept = selection.measured(volume) or []
+    measured = [f"measured on the {volume.lesions_from}: {finding.describe()}" for finding in kept[:MOST_PRINTED]]
     more = [f"and {len(kept) - MOST_PRINTED} smaller lesions"] if len(kept) > MOST_PRINTED else []
     return [f"{read}: {why}", *measured, *more]
 

@@ -135,6 +135,13 @@ class VisionBridge(nn.Module):
             features = cropped.unflatten(0, (B, K))
         return self.bridge(features, slice_position, corner, roi)
 
+    def read(self, batch: Mapping[str, Any], features: Tensor | None = None) -> tuple[Tensor, Found | None]:
+        """:meth:`look` at a batch's ``images`` (or their ``features``), and what the findings head says, with
+        ``lesions``."""
+        features = self.features(batch["images"]) if features is None else features
+        seen = self.look(features, batch["slice_position"], batch["roi"])
+        return seen, self.head(seen, batch["lesions"]) if self.head is not None else None
+
     def steer(self, visual: Tensor, question: Tensor | None, question_mask: Tensor | None) -> Tensor:
         """CMI, where the model has it."""
         if self.cmi is not None:
@@ -177,12 +184,9 @@ class MedicalVLM(nn.Module):
         return *self.caption_loss(visual, batch), head
 
     def read(self, batch: Mapping[str, Any], features: Tensor | None = None) -> tuple[Tensor, Found | None]:
-        """Visual tokens (B, L, D) from ``images`` (or their ``features``), ``slice_position``, ``roi`` and the
-        question, and what the findings head says, with ``lesions``."""
-        features = self.vision.features(batch["images"]) if features is None else features
-        seen = self.vision.look(features, batch["slice_position"], batch["roi"])
+        """Visual tokens (B, L, D) of a batch, or of ``features`` with its question, and what the findings head says."""
+        seen, found = self.vision.read(batch, features)
         question = self.lm.embed(batch["question_ids"]).float()
-        found = self.vision.head(seen, batch["lesions"]) if self.vision.head is not None else None
         return self.vision.steer(seen, question, batch["question_mask"]), found
 
     def visual_tokens(self, batch: Mapping[str, Any]) -> Tensor:

@@ -84,5 +84,4 @@ class Stage1(nn.Module):
 
     def read(self, batch: dict) -> tuple[Tensor, Found | None]:
         """Tokens (B, L, D) without CMI, which reads the question and is trained in Stage 2, and what the head says."""
-        tokens = self.vision.look(self.vision.features(batch["images"]), batch["slice_position"], batch["roi"])
-        return tokens, self.vision.head(tokens, batch["lesions"]) if self.vision.head is not None else None
+        return self.vision.read(batch)

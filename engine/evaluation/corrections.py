@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from data.finding_targets import LEVELS
 from data.findings import FindingRecord
 from data.report_language.key_points import OUTSIDE_LUNG
 from engine.evaluation.bootstrap import mean_score
 from engine.evaluation.localisation import described
 
 KINDS = ("side", "level", "size", "finding", "presence")
-LEVELS = ("upper", "middle", "lower")
 _SIZE_MM = 1.0  # a stated size is that of the prompt, rounded
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from config.errors import InputError
+from data.finding_targets import DEPTHS
 from data.findings import LESION, FindingRecord
 from data.imaging.reader import read_mask, read_volume
 from data.lesions import find_lungs, measure_lesions
@@ -44,7 +45,6 @@ MASKS = {
     "size_within_3mm": "statements within 3 mm of that lesion's longest axial diameter",
 }
 _MIN_LESION_MM3 = 20.0  # smaller components are specks of a mask
-_DEPTHS = ("effusion", "pleural_thickening")  # their stated size is a depth, not a diameter
 Hits = defaultdict[str, list[tuple[int, bool]]]  # (case, right or wrong) by name of the score
 
 
@@ -168,7 +168,7 @@ def mask_scores(cases: Sequence[MaskedCase | None], reports: Mentions) -> dict[s
             for name in ("side", "zone"):
                 if getattr(stated, name) is not None:
                     hits[f"{name}_acc"].append((case, same[name]))
-            if stated.size_mm is not None and stated.finding not in _DEPTHS:
+            if stated.size_mm is not None and stated.finding not in DEPTHS:
                 close = lesion is not None and sizes_agree(lesion.size_mm, stated.size_mm)
                 hits["size_within_3mm"].append((case, close))
     return _scored(hits, MASKS, len(reports))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.medical_vlm import VisionBridge
 from models.objectives import Align, ProxyL2, Stage1
 
 WIDTH, STD = 16, 0.1
@@ -145,7 +146,7 @@ def test_scale_is_trained_but_capped_and_reports_are_no_parameters():
 
 def test_stage1_passes_images_positions_and_rows():
     class Vision(nn.Module):
-        head = None
+        head, read = None, VisionBridge.read
 
         def features(self, images: Tensor) -> Tensor:
             return images
