@@ -62,7 +62,8 @@ from engine.run import start_run
 from engine.training.optimization import build_optimizer, build_schedule, require_finite
 from models.language_model.adapter_file import ADAPTER_FILE, KEY, save_adapters
 from models.language_model.lora import MIXER_LAYERS, Adapters
-from models.language_model.mamba_lm import IGNORED, MambaLM
+from models.language_model.mamba_lm import MambaLM
+from models.medical_vlm import answer_inputs, generate_reports
 
 LEAST_REPORTS = 20
 HELD_OUT = 64  # reports that the loss is measured on
@@ -105,18 +106,19 @@ class Writer:
     def __init__(self, lm: MambaLM, config: Config) -> None:
         self.lm, self.config = lm, config
 
-    def prompt(self, pair: Pair) -> list[int]:
-        return encode_prompt(self.lm.tokenizer, pair[1], self.config.max_question_tokens, pair[0])
+    def without_image(self, pairs: list[Pair]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """No visual tokens (B, 0, D), and the batch of prompts and reports."""
+        prompts = [
+            encode_prompt(self.lm.tokenizer, pair[1], self.config.max_question_tokens, pair[0]) for pair in pairs
+        ]
+        batch, device = {}, self.lm.model.device
+        for name, ids in (("question", prompts), ("answer", [self.answer(pair) for pair in pairs])):
+            batch[f"{name}_ids"], batch[f"{name}_mask"] = (part.to(device) for part in pad_tokens(ids))
+        return torch.zeros(len(pairs), 0, self.lm.width, device=device), batch
 
     def log_probs(self, pairs: list[Pair]) -> torch.Tensor:
         """Log-probability of each token of the reports (N,), one report after the other."""
-        prompts = [self.prompt(pair) for pair in pairs]
-        ids, mask = pad_tokens([[*p, *self.answer(pair)] for p, pair in zip(prompts, pairs, strict=True)])
-        labels = ids.masked_fill(mask == 0, IGNORED)
-        for row, prompt in zip(labels, prompts, strict=True):
-            row[: len(prompt)] = IGNORED
-        device = self.lm.model.device
-        return self.lm.answer_log_probs(self.lm.embed(ids.to(device)), labels.to(device))[0]
+        return self.lm.answer_log_probs(*answer_inputs(self.lm, *self.without_image(pairs)))[0]
 
     def answer(self, pair: Pair) -> list[int]:
         return encode_answer(self.lm.tokenizer, pair[2], self.config.max_answer_tokens)[0]
@@ -148,11 +150,9 @@ class Writer:
     @torch.no_grad()
     def write(self, pairs: list[Pair]) -> list[str]:
         """Greedily, up to a quarter more tokens than the longest report has."""
-        ids, mask = (part.flip(1) for part in pad_tokens([self.prompt(pair)[::-1] for pair in pairs]))  # left-padded
         longest = max(len(self.lm.tokenizer.encode(pair[2], add_special_tokens=False)) for pair in pairs)
         most = min(longest * 5 // 4 + 1, self.config.max_answer_tokens)
-        device = self.lm.model.device
-        return self.lm.generate(self.lm.embed(ids.to(device)), mask.to(device), most)
+        return generate_reports(self.lm, *self.without_image(pairs), most)
 
 
 def read_texts(args: argparse.Namespace, config: Config) -> tuple[list[str], list[str], list[str]]:
