@@ -17,16 +17,6 @@ from models.language_model.mamba_lm import MambaLM
 from tests.models.language_model.tiny import byte_tokenizer, random_mamba, without_head
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model as the official ``-hf`` repositories store it: in shards, without ``lm_head``."""
-    path = tmp_path_factory.mktemp("mamba")
-    random_mamba().save_pretrained(path, max_shard_size="40KB")
-    byte_tokenizer(pad_token=None).save_pretrained(path)
-    assert len(list(path.glob("*.safetensors"))) > 1
-    return path
-
-
 def test_loads_shards_without_head_and_ties(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     without_head(folder)
     lm = MambaLM.load(str(folder))

@@ -11,17 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from config.errors import InputError
 from models.language_model.hf_patch import use_our_scan
 from models.language_model.mamba_lm import IGNORED, MambaLM
-from tests.models.language_model.tiny import byte_tokenizer, random_mamba, without_head
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model as the official ``-hf`` repositories store it: in shards, without ``lm_head``."""
-    path = tmp_path_factory.mktemp("mamba")
-    random_mamba().save_pretrained(path, max_shard_size="40KB")
-    byte_tokenizer(pad_token=None).save_pretrained(path)
-    assert len(list(path.glob("*.safetensors"))) > 1
-    return path
+from tests.models.language_model.tiny import random_mamba, without_head
 
 
 @pytest.mark.parametrize("left_padding", [0, 5])
