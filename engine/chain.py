@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHIPPED_NNUNET = REPOSITORY / "assets" / "nnunet" / "fold_0" / "checkpoint_best.pth"
 SHIPPED_LANGUAGE_MODEL = REPOSITORY / "assets" / "mamba_general"
 SHIPPED_ADAPTERS = REPOSITORY / "assets" / "language_model_adapters.safetensors"  # of the quick start's reports
+SHIPPED_DEMO = REPOSITORY / "assets" / "demo"  # a checkpoint, its paths.yaml and a synthetic scan
 CONFIG_KEYS = {
     "encoder_target_spatial": 8,
     "train_encoder": "false",

@@ -24,13 +24,11 @@ from engine.cli import (
     add_model_flags,
     add_view_flag,
     find_checkpoint,
-    local_config,
     positive_int,
     run_main,
 )
 
 GPU_TOKEN_CAP = 32  # with the LLM on a GPU beside other programs; --max_visual_tokens overrides it
-DEMO = Path(__file__).resolve().parents[1] / "assets" / "demo"
 DEMO_TOKENS = 200  # its tokenizer knows few Chinese characters whole
 
 
@@ -83,33 +81,36 @@ import logging.handlers
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from config.schema import Config, keys_with_role
-from config.toy_models import check_toy_models
+from config.schema import Config
 from data.cache import file_digest
-from data.finding_targets import descriptors
-from data.medical_vlm_dataset import encode_key_points, encode_prompt
+from data.medical_vlm_dataset import encode_key_points
 from data.report_language.key_points import read_key_points, write_key_points
-from data.report_language.labeller import detect_language, label_report
-from data.tables.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
-from data.view_selection import ViewSelection
+from data.report_language.labeller import label_report
+from data.tables.caption_table import CaptionRow, read_caption_table
 from engine import segmentation
-from engine.checkpoint import Checkpoint, check_language_model, load_checkpoint
-from engine.findings_prompt import believed
-from engine.scan_checks import check_new_scan, chosen_blindly, compare_described, describe_view, judge_features, notice
+from engine.chain import SHIPPED_DEMO
+from engine.checkpoint import Checkpoint, load_checkpoint
+from engine.reporting import (
+    Reading,
+    ScanReader,
+    best_device,
+    check_models,
+    default_question,
+    encode_questions,
+    load_lm,
+    run_config,
+)
 from models.language_model.decoding import INCOMPLETE, CharacterStream, Decoding, FirstTokenClock, StopRule
-from models.language_model.embedding_table import load_embedding_table
-from models.language_model.identity import lm_identity, read_tokenizer
+from models.language_model.identity import lm_identity
 from models.language_model.mamba_lm import MambaLM
 from models.language_model.prefix_state import PrefixIdentity, PrefixState, answer_from_state, lm_size
 from models.language_model.quantisation import CONTRADICTION
-from models.medical_vlm import check_regions, generate_reports
+from models.medical_vlm import generate_reports
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -133,28 +134,6 @@ def check_flags(args: argparse.Namespace) -> None:
             raise InputError(f"--prefix holds an image that was read before: leave out --{flag}, or --prefix")
 
 
-@dataclass
-class Case:
-    """An image, the questions about it, and the report that a table has of it.
-
-    ``facts``: lines on the scan, its lesions and the slices read; ``notices``: kinds of sentences before the report;
-    ``key_points``: the findings prompt, empty for none.
-    """
-
-    image: Path
-    mask: Path | None
-    questions: list[str]
-    reference: str | None
-    facts: list[str] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
-    language: str = "zh"
-    key_points: str = ""
-
-
-def best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def writing_options(args: argparse.Namespace) -> dict[str, object]:
     """Keyword arguments of ``generate``. Raises: InputError for a value out of range."""
     decoding = Decoding(
@@ -164,59 +143,14 @@ def writing_options(args: argparse.Namespace) -> dict[str, object]:
     return {**decoding.options(), "stop": stop}
 
 
-def run_config(args: argparse.Namespace, checkpoint: Checkpoint, cap: int | None) -> Config:
-    """The training configuration with what the flags and the GPU's token cap change in it; changes are printed."""
-    trained = checkpoint.config
-    config = local_config(args, trained)
-    if args.config:
-        local = keys_with_role("path") + keys_with_role("place")
-        changed = [key for key in local if getattr(config, key) != getattr(trained, key)]
-        print(f"note: from {args.config}, not from the checkpoint: {', '.join(changed) or 'nothing differs'}")
-    if args.prefix:
-        return config
-    tokens, reason = token_budget(config, args.max_visual_tokens, cap)
-    if reason:
-        print(f"note: {tokens} visual tokens: {reason}; the checkpoint was trained with {trained.max_visual_tokens}")
-    return config.replace(max_visual_tokens=tokens)
-
-
-def token_budget(config: Config, wanted: int | None, cap: int | None) -> tuple[int, str]:
-    """The number of visual tokens, and the reason where a flag or the cap decides.
-
-    Args:
-        config: with ``max_visual_tokens`` as in training.
-        wanted: --max_visual_tokens; it overrides the cap.
-        cap: for a GPU. It is raised to the least number that holds one token and the RoI of each slice, which
-            training had room for.
-    """
-    trained = config.max_visual_tokens
-    if wanted:
-        return wanted, "--max_visual_tokens" if wanted != trained else ""
-    if cap is None or cap >= trained:
-        return trained, ""
-    roi = config.roi_side**2 if config.roi_policy == "lesion" else 0
-    tokens = min(trained, max(cap, config.slices * (1 + roi)))
-    raised = f", raised to what {config.slices} slice(s) and their RoI need" if tokens > cap else ""
-    return tokens, f"the GPU cap of {cap}{raised} (--max_visual_tokens overrides it)"
-
-
-def check_models(args: argparse.Namespace, checkpoint: Checkpoint, config: Config) -> None:
-    """Before anything large is read. Raises: InputError where the language model, the RoI or the token budget does not
-    fit the checkpoint."""
-    check_language_model(checkpoint, config)
-    check_regions(config)
-    if config.mamba_model != checkpoint.llm["name"]:
-        print(f"note: language model {config.mamba_model}; the checkpoint was trained with {checkpoint.llm['name']}")
-    if checkpoint.stage == "vision":
-        print("note: a Stage-1 checkpoint: the text is no report before train_vlm.py has trained it too")
+def check_findings(args: argparse.Namespace, checkpoint: Checkpoint, config: Config) -> None:
+    """Raises: InputError for --findings with a checkpoint that knows no findings prompt."""
     if config.findings_prompt == "off" and args.findings is not None:
         raise InputError(f"--findings: {checkpoint.path} was trained without findings prompts; leave it out")
-    if checkpoint.collapsed:
-        print("warning: this checkpoint is stamped as collapsed: its tokens do not depend on the image")
 
 
-def choose_case(args: argparse.Namespace, config: Config) -> Case:
-    """--image, or a case of the validation table; with the reference report where a table has one."""
+def choose_case(args: argparse.Namespace, config: Config) -> tuple[Reading, str]:
+    """--image, or a case of the validation table, not read yet; and the reference report where a table has one."""
     if args.image is None:
         rows = _rows(config, "caption_csv_val")
         if not 0 <= args.index < len(rows):
@@ -225,7 +159,7 @@ def choose_case(args: argparse.Namespace, config: Config) -> Case:
     else:
         row = _row_of(args.image.resolve(), config) or CaptionRow(1, args.image.resolve(), "", "", None)
         mask = args.mask or row.mask_path
-    return Case(row.image_path, mask, args.question or [_question(row, config, args.seed)], row.answer or None)
+    return Reading(row.image_path, mask, args.question or [default_question(row, config, args.seed)]), row.answer
 
 
 def _rows(config: Config, key: str) -> list[CaptionRow]:
@@ -245,20 +179,8 @@ def _row_of(image: Path, config: Config) -> CaptionRow | None:
     return None
 
 
-def _question(row: CaptionRow, config: Config, seed: int) -> str:
-    prompts = read_prompts(Path(config.caption_prompt_json)) if config.caption_prompt_json else []
-    if not row.question and not prompts:
-        raise InputError("no question: give --question, or set caption_prompt_json in the configuration")
-    return question_of(row, prompts, seed)
-
-
-def encode(questions: list[str], tokenizer: PreTrainedTokenizerBase, config: Config) -> list[Tensor]:
-    """Token ids (Lq,) of each question, cut at ``max_question_tokens``."""
-    return [torch.tensor(encode_prompt(tokenizer, text, config.max_question_tokens)) for text in questions]
-
-
-def read_image(args: argparse.Namespace, checkpoint: Checkpoint, config: Config) -> tuple[Case, list[Tensor]]:
-    """The case and its visual tokens (1, L, D): one for all questions, or with CMI one for each.
+def read_image(args: argparse.Namespace, checkpoint: Checkpoint, config: Config) -> tuple[Reading, str]:
+    """The case as read, and its reference report; what read it is freed.
 
     Raises InputError: the image or its row cannot be read, it is no chest CT and not --force, or a toy model would read
     a scan that is not synthetic.
@@ -268,54 +190,16 @@ def read_image(args: argparse.Namespace, checkpoint: Checkpoint, config: Config)
             f"--save_prefix: {checkpoint.path} has CMI, its visual tokens depend on the question, so there is no state "
             "to keep; leave the flag out"
         )
-    case = choose_case(args, config)
-    remedy = "use a checkpoint that was trained with your own models"
-    check_toy_models(config, [case.image], args.allow_toy_model, remedy)
+    case, reference = choose_case(args, config)
     if checkpoint.has_cmi and len(case.questions) > 1:
         print("note: with CMI the visual tokens depend on the question: the image is read for each anew")
-    visuals = _visual_tokens(args, checkpoint, config, case)
+    reader = ScanReader(checkpoint, config, allow_toy_model=args.allow_toy_model)
+    reading = reader.read(case.image, case.mask, case.questions, force=args.force)
+    del reader
     segmentation.free_network()
     gc.collect()
     torch.cuda.empty_cache()
-    return case, visuals
-
-
-@torch.no_grad()
-def _visual_tokens(args: argparse.Namespace, checkpoint: Checkpoint, config: Config, case: Case) -> list[Tensor]:
-    """CMI needs the questions' embeddings: the table alone is loaded for them."""
-    plan, device, tokenizer = checkpoint.preprocess_plan, best_device(), read_tokenizer(config.mamba_model)
-    vision = checkpoint.build_vision(config.max_visual_tokens).eval()
-    selection = ViewSelection.from_config(config, plan, vision.encoder)
-    cache, known = segmentation.open_cache(config, plan), checkpoint.scan_checks or {}
-    network = getattr(cache, "network", None)
-    if network and known.get("segmentation_network") not in (None, network):
-        case.facts.append("warning: lesions are not segmented by the nnU-Net that the checkpoint was trained with")
-    problems = check_new_scan(cache, case.image, case.mask, force=args.force)
-    case.facts += [f"{problem.level}: {problem}" for problem in problems]
-    volume, view = cache.read(case.image, case.mask, lambda volume: (volume, selection(volume)))
-    case.facts += describe_view(volume, selection)
-    vision.to(device)
-    images, position, roi = (part[None].to(device) for part in view)
-    features = vision.features(images)
-    seen = vision.look(features, position, roi)
-    unusual = compare_described(known.get("described"), volume)
-    unfamiliar, line = judge_features(known.get("feature_distance"), features)
-    case.facts += [*unusual, line]
-    marks = {"forced": any(p.fatal for p in problems), "blind": chosen_blindly(volume, selection)}
-    case.notices = [kind for kind, holds in (marks | {"unfamiliar": unfamiliar or bool(unusual)}).items() if holds]
-    case.language = known.get("language") or detect_language(case.questions[0])
-    found, measured = None, selection.measured(volume)
-    if vision.head is not None:
-        found = vision.head(seen, torch.tensor([descriptors(measured or [])], device=device))
-    said = believed(vision.head, found, measured, config.findings_prompt)
-    if said is not None and known.get("language"):
-        case.facts += [f"believed: {finding.describe()}" for finding in said]
-        case.key_points = write_key_points(said, case.language)
-    if vision.cmi is None:
-        return [seen.cpu()]
-    table, questions = load_embedding_table(config.mamba_model), encode(case.questions, tokenizer, config)
-    asked = [(table[ids][None].to(device), torch.ones_like(ids)[None].to(device)) for ids in questions]
-    return [vision.steer(seen, *question).cpu() for question in asked]
+    return reading, reference
 
 
 def _sources(checkpoint: Checkpoint, config: Config) -> dict[str, str]:
@@ -328,21 +212,21 @@ def _sources(checkpoint: Checkpoint, config: Config) -> dict[str, str]:
 
 def load_prefix(
     args: argparse.Namespace, checkpoint: Checkpoint, config: Config
-) -> tuple[Case, PrefixState, PrefixIdentity]:
+) -> tuple[Reading, PrefixState, PrefixIdentity]:
     """The state of --prefix, checked against the checkpoint, the size of the language model, and --image."""
     state, identity = PrefixState.load(args.prefix)
     image = file_digest(args.image).hex() if args.image else ""
     size = lm_size(lm_identity(config.mamba_model))
     identity.check(PrefixIdentity(lm_size=size, image=image, **_sources(checkpoint, config)), str(args.prefix))
     row = CaptionRow(1, Path(identity.image_name), "", "", None)
-    case = Case(row.image_path, None, args.question or [_question(row, config, args.seed)], None)
+    case = Reading(row.image_path, None, args.question or [default_question(row, config, args.seed)])
     case.notices, case.language = [kind for kind in identity.notices.split(",") if kind], identity.language
     case.key_points = identity.key_points
     return case, state, identity
 
 
 def read_once(
-    args: argparse.Namespace, checkpoint: Checkpoint, config: Config, lm: MambaLM, visual: Tensor, case: Case
+    args: argparse.Namespace, checkpoint: Checkpoint, config: Config, lm: MambaLM, visual: Tensor, case: Reading
 ) -> tuple[PrefixState, float]:
     """The state after the visual tokens, saved with --save_prefix, and the seconds that reading them took."""
     visual = visual.to(lm.model.device)
@@ -409,32 +293,31 @@ def main() -> None:
     args = parse_args()
     check_flags(args)
     if args.demo:
-        args.checkpoint, args.config = DEMO / "vision_bridge_vlm.pt", DEMO / "paths.yaml"
+        args.checkpoint, args.config = SHIPPED_DEMO / "vision_bridge_vlm.pt", SHIPPED_DEMO / "paths.yaml"
         args.max_new_tokens = max(args.max_new_tokens, DEMO_TOKENS)
     path = args.checkpoint or find_checkpoint(args.config)
     options = writing_options(args)
     llm_device = best_device() if args.llm_device == "auto" else "cpu"
     checkpoint = load_checkpoint(path)
-    config = run_config(args, checkpoint, GPU_TOKEN_CAP if llm_device != "cpu" else None)
-    check_models(args, checkpoint, config)
-    visuals, state, identity = [], None, None
+    config = run_config(args, checkpoint, GPU_TOKEN_CAP if llm_device != "cpu" and not args.prefix else None)
+    check_models(checkpoint, config)
+    check_findings(args, checkpoint, config)
+    reference, state, identity = "", None, None
     if args.prefix:
         case, state, identity = load_prefix(args, checkpoint, config)
     else:
-        case, visuals = read_image(args, checkpoint, config)
+        case, reference = read_image(args, checkpoint, config)
     if args.findings is not None:
         case.key_points = write_key_points(read_key_points(args.findings, case.language), case.language)
 
     # ---------------------------------------------------------------- language model
-    weights = {"load_in_8bit": args.llm_8bit, "int8": args.llm_int8, "adapters": checkpoint.adapters}
-    weights["stage0"] = config.language_model_adapters
-    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=llm_device, **weights)
+    lm = load_lm(checkpoint, config, llm_device, load_in_8bit=args.llm_8bit, int8=args.llm_int8)
     reading, origin = 0.0, "the image read with the question"
     if identity is not None:
         identity.check(PrefixIdentity.of_model(lm), str(args.prefix))
         origin = f"the image's state read from {args.prefix}"
     elif args.save_prefix or (len(case.questions) > 1 and not checkpoint.has_cmi):
-        state, reading = read_once(args, checkpoint, config, lm, visuals[0], case)
+        state, reading = read_once(args, checkpoint, config, lm, case.visuals[0], case)
         origin = f"{reading:.2f} s of it for the image"
 
     # ---------------------------------------------------------------- questions and answers
@@ -443,14 +326,13 @@ def main() -> None:
         origin_of = "corrected by --findings" if args.findings is not None else config.findings_prompt
         print(f"findings prompt ({origin_of}): {case.key_points}", flush=True)
     known = torch.tensor(encode_key_points(lm.tokenizer, case.key_points), dtype=torch.long)
-    for number, question in enumerate(encode(case.questions, lm.tokenizer, config)):
+    for number, question in enumerate(encode_questions(case.questions, lm.tokenizer, config)):
         ids = torch.cat([known, question])
         print(f"问题: {case.questions[number]}", flush=True)
-        if case.reference and number == 0:
-            print(f"参考报告: {case.reference}", flush=True)
-        said = notice(case.notices, case.language)
-        print(f"生成文本: {said}\n" if said else "生成文本: ", end="", flush=True)
-        source = visuals[min(number, len(visuals) - 1)] if state is None else state
+        if reference and number == 0:
+            print(f"参考报告: {reference}", flush=True)
+        print(f"生成文本: {case.notice}\n" if case.notice else "生成文本: ", end="", flush=True)
+        source = case.visuals[min(number, len(case.visuals) - 1)] if state is None else state
         seconds = answer(lm, ids, source, args, options)
         print(f"time to first token: {seconds + reading:.2f} s ({origin})", flush=True)
         if reading:

@@ -20,9 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-import environment
 from config.files import write_text  # nothing but the standard library: .venv may not be installed yet
 from engine import chain
+from engine.environment import REPOSITORY, run_inside
 
 SETTING = chain.Setting(
     train=315, val=40, test=60, max_findings=1, stage0_steps=1600, align_epochs=12, caption_epochs=8
@@ -31,7 +31,7 @@ SETTING = chain.Setting(
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The whole system on synthetic data")
-    parser.add_argument("--out", type=Path, default=environment.REPOSITORY / "outputs" / "quickstart")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "outputs" / "quickstart")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--fresh", action="store_true", help="repeat finished steps")
     parser.add_argument("--from_scratch", action="store_true", help="make the models and adapters of assets/ anew, too")
@@ -113,4 +113,4 @@ if __name__ == "__main__":
         main()
     else:
         parse_args()  # a wrong flag is reported before anything is installed
-        environment.run_inside(Path(__file__).resolve())
+        run_inside(Path(__file__).resolve())

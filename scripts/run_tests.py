@@ -8,8 +8,11 @@ Makes .venv and installs the requirements on first use. All arguments go to pyte
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from environment import REPOSITORY, call_patiently, ensure_environment
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
+
+from engine.environment import REPOSITORY, call_patiently, ensure_environment
 
 
 def main() -> None:

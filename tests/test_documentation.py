@@ -23,7 +23,7 @@ from config.schema import FIELDS, Config
 REPOSITORY = Path(__file__).resolve().parents[1]
 MANUALS = ("README.md", "README.zh-CN.md", "ARCHITECTURE.md")
 CHINESE = "README.zh-CN.md"
-LIGHT = {"__future__", "argparse", "os", "pathlib", "config", "environment", "engine.cli"}
+LIGHT = {"__future__", "argparse", "os", "pathlib", "config", "engine.cli", "engine.environment"}
 FLAG_TABLES = {
     "train.py": "6 第一阶段",
     "train_vlm.py": "7 第二阶段",

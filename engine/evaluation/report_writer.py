@@ -75,10 +75,13 @@ class ReportWriter:
         return self.model.read(given, features.expand(B, *features.shape))
 
     @torch.no_grad()
-    def write(self, visual: Tensor, batch: Mapping[str, Any], decoding: Decoding | None = None) -> list[Report]:
-        """Reports for visual tokens (B, L, D); greedy unless ``decoding`` says otherwise."""
+    def write(
+        self, visual: Tensor, batch: Mapping[str, Any], decoding: Decoding | None = None, **options: Any
+    ) -> list[Report]:
+        """Reports for visual tokens (B, L, D); greedy unless ``decoding`` says otherwise. ``options``: further ones of
+        ``generate``, such as ``streamer``."""
         lm, kept, end = self.model.lm, _KeepIds(), self.tokenizer.eos_token_id
-        options = decoding.options() if decoding else {}
+        options |= decoding.options() if decoding else {}
         texts = generate_reports(lm, visual, batch, self.max_new_tokens, criteria=[kept], **options)
         ended = [end in ids for ids in kept.ids.tolist()]
         rows = [ids[: ids.index(end)] if end in ids else ids for ids in kept.ids.tolist()]

@@ -21,6 +21,7 @@ from config.nnunet_plans import PreprocessPlan
 from config.schema import load_config
 from config.toy_models import STAMP
 from engine.checkpoint import Checkpoint, save_checkpoint
+from engine.reporting import token_budget
 from engine.scan_checks import NOTICES
 from models.language_model.decoding import CharacterStream
 from models.language_model.identity import lm_identity
@@ -31,7 +32,7 @@ from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.encoder import NnUNetEncoder
 from models.nnunet.unet import SegmentationUNet
 from models.vim_bridge import grid_side
-from scripts.check_image_to_text import main, token_budget
+from scripts.check_image_to_text import main
 from tests.models.language_model.tiny import byte_tokenizer, sharp_lm
 
 TWO = ["--question", "肺部有无病变？", "--question", "q"]

@@ -10,12 +10,10 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HEAVY = ["torch", "transformers", "accelerate", "pandas", "numba", "scipy", "matplotlib", "nibabel", "optuna"]
-ENVIRONMENT = {"environment", "run_tests", "quickstart"}  # these run before anything is installed
-SCRIPTS = [
-    pytest.param(path, id=path.stem)
-    for path in [REPOSITORY / "train.py", REPOSITORY / "train_vlm.py", *sorted((REPOSITORY / "scripts").glob("*.py"))]
-    if path.stem not in ENVIRONMENT
-]
+ENVIRONMENT = {"run_tests", "quickstart"}  # these run before anything is installed
+FILES = [REPOSITORY / "train.py", REPOSITORY / "train_vlm.py"]
+FILES += [path for folder in ("scripts", "docs") for path in sorted((REPOSITORY / folder).glob("*.py"))]
+SCRIPTS = [pytest.param(path, id=path.stem) for path in FILES if path.stem not in ENVIRONMENT]
 RUN = """
 import atexit, runpy, sys
 atexit.register(lambda: print(*[name for name in {heavy} if name in sys.modules], file=sys.stderr))

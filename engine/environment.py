@@ -11,10 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
-
-from engine.chain import call_patiently  # importing it refuses an old Python
+from engine.chain import REPOSITORY, call_patiently  # importing it refuses an old Python
 
 VENV = REPOSITORY / ".venv"
 REQUIREMENTS = REPOSITORY / "requirements.txt"

@@ -1,6 +1,6 @@
 """Draw which part of a slice of a synthetic scan each visual token stands for, with training's view and token budget.
 
-    python scripts/draw_token_grid.py --out docs/token_grid.png
+    python docs/draw_token_grid.py --out docs/token_grid.png
 
 All features, the pooled overview, the centre crop, and the overview with lesion tokens.
 """
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not docs/
 
 from config.schema import REPOSITORY, Config
 from engine.cli import Parser, positive_int, run_main

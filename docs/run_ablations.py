@@ -1,7 +1,7 @@
 """Ablations: the baseline with one choice changed at a time, equal steps, scored on held-out synthetic cases.
 
     python scripts/quickstart.py
-    python scripts/run_ablations.py --base outputs/quickstart/paths.yaml --data outputs/quickstart/data
+    python docs/run_ablations.py --base outputs/quickstart/paths.yaml --data outputs/quickstart/data
 
 Every variant is trained with the same number of optimizer steps, cases and seeds. OUT/ablations.md, OUT/ablations.json
 and a folder for each variant and seed are written; started again, the script goes on where it stopped.
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not docs/
 
 from engine.cli import Parser, positive_float, positive_int, run_main
 
@@ -188,7 +188,7 @@ def write_table(args: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> 
         f"Held-out synthetic cases: {cases}. Epochs: {args.stage1_epochs} of Stage 1, {args.epochs} of Stage 2 (from "
         f"scratch: the sum). Batch: {args.batch_size}. In brackets: 95 % bootstrap intervals.\n",
         *(f"| {' | '.join(cells)} |" for cells in table),
-        f"\n```bash\n{' '.join(['python', 'scripts/run_ablations.py', *sys.argv[1:]])}\n```\n",
+        f"\n```bash\n{' '.join(['python', 'docs/run_ablations.py', *sys.argv[1:]])}\n```\n",
     ]
     write_text(args.out / "ablations.md", "\n".join(lines))
     write_text(args.out / "ablations.json", json.dumps(rows, ensure_ascii=False, indent=1))

@@ -12,10 +12,10 @@ import pytest
 
 from config.errors import InputError
 from config.schema import build_config, write_config
+from docs import run_ablations
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.unet import SegmentationUNet
 from models.vim_bridge import grid_side
-from scripts import run_ablations
 
 BASES = [
     {"encoder_target_spatial": 8, "max_visual_tokens": 16},

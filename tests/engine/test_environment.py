@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from scripts import environment
+from engine import environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -111,11 +111,11 @@ def test_environment_whose_python_cannot_start_is_made_again(machine) -> None:
 @pytest.mark.parametrize("wanted", ["", "current"])
 def test_old_python_is_refused_before_anything_is_made(tmp_path: Path, wanted: str) -> None:
     code = (
-        "import pathlib, sys; sys.version_info = (3, 10, 4, 'final', 0); import environment; "
+        "import pathlib, sys; sys.version_info = (3, 10, 4, 'final', 0); from engine import environment; "
         f"environment.VENV = environment.STAMP = pathlib.Path({str(tmp_path / 'none')!r}); "
         "environment.ensure_environment()"
     )
-    place = {"cwd": REPOSITORY / "scripts", "env": {**os.environ, "MAMBA_CT_PYTHON": wanted}}
+    place = {"cwd": REPOSITORY, "env": {**os.environ, "MAMBA_CT_PYTHON": wanted}}
     done = subprocess.run([sys.executable, "-c", code], **place, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "none").exists()
     [line] = done.stderr.splitlines()
@@ -153,7 +153,7 @@ def test_ctrl_c_waits_until_the_program_has_saved(tmp_path: Path) -> None:
     program.write_text(f"import pathlib, sys, time\n{waits}{saves}", encoding="utf-8")
     saved = tmp_path / "saved.txt"
     outer = (
-        f"import sys; sys.path.insert(0, {str(REPOSITORY / 'scripts')!r}); import environment; "
+        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from engine import environment; "
         f"sys.exit(environment.call_patiently([sys.executable, {str(program)!r}, {str(saved)!r}]))"
     )
     process = subprocess.Popen([sys.executable, "-c", outer], stdout=subprocess.PIPE, start_new_session=True)
