@@ -65,11 +65,15 @@ class FramedGrid:
     def cells_of(self, solid: np.ndarray) -> np.ndarray:
         """Which cells (K, T, T) hold a voxel of a boolean (z, y, x) on the scan's grid: those whose receptive field is
         centred nearest to a voxel."""
+        return self.count(solid) > 0
+
+    def count(self, solid: np.ndarray) -> np.ndarray:
+        """Voxels of a boolean (z, y, x) on the scan's grid that each cell (K, T, T) holds."""
         solid = turned(solid, "LPS", self.orientation)
-        found = np.zeros([weight.shape[1] for weight in self.weights], bool)
+        found = np.zeros([weight.shape[1] for weight in self.weights], np.int64)
         voxels = np.nonzero(solid.transpose(self.axes))
         points = np.stack([cell[voxel] for cell, voxel in zip(self.cells, voxels, strict=True)])
-        found[tuple(points[:, (points >= 0).all(0)])] = True
+        np.add.at(found, tuple(points[:, (points >= 0).all(0)]), 1)
         # Copies of one slice hold the same voxels.
         alike = (self.weights[0][:, :, None] == self.weights[0][:, None]).all(axis=0)  # (K, K)
         return np.einsum("kj,jyx->kyx", alike, found)

@@ -12,6 +12,10 @@ whose standard deviation is the extent of one feature, because its receptive fie
 
 ``occlusion``: the fall of the log-probability when a cell has the baseline's features (Zeiler & Fergus 2014).
 
+A report is also written from the findings prompt, which says what was measured on the segmentation. For a measured
+lesion the fall of the span's log-probability is taken when the lesion is left out of the prompt, in the same unit,
+and is spread over the cells that hold the lesion, by voxels. It is added to every map.
+
 The pointing game (Zhang et al. 2018): a map hits where its maximum lies in a cell that holds voxels of the lesion that
 the sentence states. Sentences about a lesion that is not there, or that the model was not shown, are not played.
 """
@@ -27,19 +31,26 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from data.cache import CachedVolume
 from data.findings import FindingRecord
 from data.imaging.reader import read_mask, read_volume
 from engine.evaluation.conditions import OWN, ReportPasses
 from engine.evaluation.confidence import Statement, split_sentences, touches
-from engine.evaluation.heat_maps import FramedGrid, draw_heat, write_heat
+from engine.evaluation.heat_maps import FramedGrid, draw_heat, turned, write_heat
 from engine.evaluation.localisation import MaskedCase, agreement
 from engine.evaluation.report_writer import answer_log_probs, token_spans
+from engine.findings_prompt import with_key_points
 from models.medical_vlm import MedicalVLM
 from models.nnunet.encoder import NnUNetEncoder
 
 METHODS = ("evidence", "integrated", "occlusion")
 STEPS = 8
 Spans = Sequence[Sequence[int]]  # of tokens: positions in a report
+Batch = Mapping[str, Any]
+_READ = (
+    "slice_position", "roi", "question_ids", "question_mask", "key_point_ids", "key_point_mask",
+    "answer_ids", "answer_mask",
+)  # fmt: skip
 
 
 def map_case(
@@ -64,10 +75,15 @@ def map_case(
     words = [[w for s in present if s.sentence == n for w in s.words] for n in numbers]
     spans = token_spans(writer.tokenizer, record["ids"])
     tokens = [[k for k, span in enumerate(spans) if touches(span, w)] for w in words]
-    report = ReportLikelihood(writer.model, passes.batch([data[row]]), record["ids"])
-    maps = attribution_maps(report, tokens, baseline, method).numpy()
     cached = data.cache.get(caption.image_path, caption.mask_path)
     grid = FramedGrid.of(data.view_selection, cached, tuple(baseline[:, 0].shape))
+    said = None if record["believed"] is None else [FindingRecord.from_dict(one) for one in record["believed"]]
+    lesions = [finding for finding in said or [] if finding.measured]
+    batch = passes.batch([data[row]])
+    prompts = [said, *([one for one in said if one is not lesion] for lesion in lesions)]
+    batches = [with_key_points(batch, writer.tokenizer, [prompt], passes.language) for prompt in prompts]
+    report = ReportLikelihood(writer.model, batches[0], record["ids"], batches[1:])
+    maps = attribution_maps(report, tokens, baseline, method, lesion_cells(cached, grid, lesions)).numpy()
     volume = read_volume(caption.image_path)
     labels = None if caption.mask_path is None else read_mask(caption.mask_path, volume)
     sentences = []
@@ -91,22 +107,34 @@ def map_case(
 class ReportLikelihood:
     """Log-probabilities of one report's tokens as a function of the image's features. ``features``: (K, C, T, T)."""
 
-    def __init__(self, model: MedicalVLM, batch: Mapping[str, Any], ids: Sequence[int]) -> None:
+    def __init__(
+        self, model: MedicalVLM, batch: Batch, ids: Sequence[int], without_lesion: Sequence[Batch] = ()
+    ) -> None:
         """
         Args:
-            batch: of one case: ``images``, ``slice_position``, ``roi``, ``question_ids``, ``question_mask``.
+            batch: of one case: ``images``, ``slice_position``, ``roi``, ``question_ids``, ``question_mask``, and
+                ``key_point_ids``, ``key_point_mask`` where it has a findings prompt.
             ids: tokens of the report.
+            without_lesion: ``batch`` with a findings prompt that leaves out one measured lesion, for each of M.
         """
         with torch.no_grad():
             self.features = model.vision.features(batch["images"])[0]
         answer = torch.tensor([list(ids)], dtype=torch.long, device=self.features.device)
-        self.case = {**batch, "answer_ids": answer, "answer_mask": torch.ones_like(answer)}
-        self.model = model
+        self.answer = {"answer_ids": answer, "answer_mask": torch.ones_like(answer)}
+        self.batch, self.without_lesion, self.model = batch, without_lesion, model
 
-    def __call__(self, features: Tensor) -> Tensor:
-        """(B, tokens) for features (B, K, C, T, T)."""
-        names = ("slice_position", "roi", "question_ids", "question_mask", "answer_ids", "answer_mask")
-        copies = {name: self.case[name].expand(len(features), *self.case[name].shape[1:]) for name in names}
+    @torch.no_grad()
+    def lesion_falls(self) -> Tensor:
+        """(M, tokens): how far they fall when a lesion is left out of the findings prompt."""
+        features = self.features[None]
+        falls = [self(features) - self(features, batch) for batch in self.without_lesion]
+        return torch.cat([features.new_zeros(0, self.answer["answer_ids"].shape[1]), *falls])
+
+    def __call__(self, features: Tensor, batch: Batch | None = None) -> Tensor:
+        """(B, tokens) for features (B, K, C, T, T); ``batch``: with another findings prompt."""
+        case = {**(batch or self.batch), **self.answer}
+        names = [name for name in _READ if name in case]
+        copies = {name: case[name].expand(len(features), *case[name].shape[1:]) for name in names}
         question = self.model.lm.embed(copies["question_ids"]).float()
         visual = self.model.vision.tokens(
             features, copies["slice_position"], question, copies["question_mask"], roi=copies["roi"]
@@ -115,13 +143,20 @@ class ReportLikelihood:
 
 
 def attribution_maps(
-    report: ReportLikelihood, spans: Spans, baseline: Tensor, method: str, steps: int = STEPS, chunk: int = 8
+    report: ReportLikelihood,
+    spans: Spans,
+    baseline: Tensor,
+    method: str,
+    lesions: Tensor | None = None,
+    steps: int = STEPS,
+    chunk: int = 8,
 ) -> Tensor:
     """Maps (S, K, T, T), float32 on the CPU, one for each of S spans of one report.
 
     Args:
         baseline: (K, C, T, T), the mean features of many cases.
         method: one of ``METHODS``.
+        lesions: (M, K, T, T), where the M measured lesions of the findings prompt lie: fractions that add up to 1.
         steps: points between baseline and image at which the gradient is taken.
         chunk: copies of the case in one forward pass.
     """
@@ -129,13 +164,26 @@ def attribution_maps(
     if not spans:
         return torch.zeros(0, K, T, U)
     baseline = baseline.to(report.features)
+    falls = torch.stack([report.lesion_falls()[:, list(positions)].sum(1) for positions in spans]).float().cpu()
+    lesions = falls.new_zeros(falls.shape[1], K, T, U) if lesions is None else lesions
     if method == "occlusion":
-        return _occlusion(report, spans, baseline, chunk)
+        return _occlusion(report, spans, baseline, chunk) + torch.einsum("sm,mkij->skij", falls, lesions)
     gradients = _integrated(report, spans, baseline, steps, chunk)
     if method == "integrated":
-        return gradients.sum(2)
-    width = feature_width(report.model.vision.encoder, report.case["images"], (T, U))
-    return torch.stack([smoothed(heat, width) for heat in gradients.clamp(min=0).sum(2)])
+        return gradients.sum(2) + torch.einsum("sm,mkij->skij", falls, lesions)
+    evidence = gradients.clamp(min=0).sum(2) + torch.einsum("sm,mkij->skij", falls.clamp(min=0), lesions)
+    width = feature_width(report.model.vision.encoder, report.batch["images"], (T, U))
+    return torch.stack([smoothed(heat, width) for heat in evidence])
+
+
+def lesion_cells(cached: CachedVolume, grid: FramedGrid, lesions: Sequence[FindingRecord]) -> Tensor:
+    """Fractions (M, K, T, T) of the voxels of each measured lesion in the cells of ``grid``; zeros where the model was
+    shown none of them."""
+    if not lesions:
+        return torch.zeros(0, *(weight.shape[1] for weight in grid.weights))
+    labels = turned(cached.voxel_map.labels_to_original(np.asarray(cached.mask)), cached.axcodes, "LPS")
+    counts = np.stack([grid.count(_voxels(labels, [lesion])) for lesion in lesions]).astype(np.float32)
+    return torch.from_numpy(counts / np.maximum(counts.sum((1, 2, 3), keepdims=True), 1))
 
 
 def feature_width(encoder: NnUNetEncoder, images: Sequence[Tensor], grid: tuple[int, int]) -> tuple[float, ...]:

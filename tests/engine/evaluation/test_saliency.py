@@ -37,14 +37,16 @@ def test_integrated_maps_add_up_to_what_the_image_changes(report: ReportLikeliho
     expected = torch.stack([change[span].sum() for span in spans])
     assert expected.abs().min() > 1e-3
     torch.testing.assert_close(maps.sum((1, 2, 3)), expected, rtol=0.02, atol=0.01)
-    in_parts, at_once = (attribution_maps(report, spans, baseline, "integrated", 6, chunk) for chunk in (4, 6))
+    in_parts, at_once = (
+        attribution_maps(report, spans, baseline, "integrated", steps=6, chunk=chunk) for chunk in (4, 6)
+    )
     torch.testing.assert_close(in_parts, at_once, rtol=1e-3, atol=1e-4)
 
 
 def test_evidence_is_what_speaks_for_a_span_channel_by_channel(report: ReportLikelihood, baseline: Tensor) -> None:
     """Against the definition, one step at a time; images of 64 voxels, stride 16, in 4 cells."""
     steps, spans = 3, ([0, 1], [3])
-    maps = attribution_maps(report, spans, baseline, "evidence", steps)
+    maps = attribution_maps(report, spans, baseline, "evidence", steps=steps)
     difference = report.features - baseline
     for got, positions in zip(maps, spans, strict=True):
         mean = torch.zeros_like(difference)
@@ -54,7 +56,7 @@ def test_evidence_is_what_speaks_for_a_span_channel_by_channel(report: ReportLik
             mean += gradient / steps
         expected = (mean * difference).clamp(min=0).sum(1)
         assert expected.max() > 1e-4
-        width = feature_width(report.model.vision.encoder, report.case["images"], (4, 4))
+        width = feature_width(report.model.vision.encoder, report.batch["images"], (4, 4))
         torch.testing.assert_close(got, smoothed(expected, width), rtol=1e-3, atol=1e-6)
     assert maps.min() >= 0
 
@@ -88,3 +90,31 @@ def test_occlusion_is_the_fall_for_each_cell(report: ReportLikelihood, baseline:
 def test_the_baseline_itself_has_an_empty_map(report: ReportLikelihood, method: str) -> None:
     assert attribution_maps(report, [[0]], report.features, method).abs().max() < 1e-4
     assert attribution_maps(report, [], report.features, method).shape == (0, 2, 4, 4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_lesion_of_the_prompt_counts_where_it_lies(
+    model: MedicalVLM, batch: dict[str, Tensor], report: ReportLikelihood, baseline: Tensor, method: str
+) -> None:
+    def prompted(*ids: int) -> dict[str, Tensor]:
+        prompt = torch.tensor([ids], dtype=torch.long)
+        return {**report.batch, "key_point_ids": prompt, "key_point_mask": torch.ones_like(prompt)}
+
+    full, spans = prompted(80, 81, 82), [[0, 1], [3]]
+    whole = ReportLikelihood(model, full, IDS, [prompted(80), prompted(80, 81)])
+    lesions = torch.zeros(2, 2, 4, 4)
+    lesions[0, 0, 1, 1:3], lesions[1, 1, 3, 0] = 0.5, 1.0
+    plain = attribution_maps(ReportLikelihood(model, full, IDS), spans, baseline, method)
+    added = attribution_maps(whole, spans, baseline, method, lesions) - plain
+    with torch.no_grad():
+        falls = whole(whole.features[None]) - torch.cat(
+            [ReportLikelihood(model, one, IDS)(whole.features[None]) for one in (prompted(80), prompted(80, 81))]
+        )
+    of_spans = torch.stack([falls[:, span].sum(1) for span in spans], 1)
+    of_spans = of_spans.clamp(min=0) if method == "evidence" else of_spans
+    expected = torch.einsum("ms,mkij->skij", of_spans, lesions)
+    if method == "evidence":
+        width = feature_width(model.vision.encoder, full["images"], (4, 4))
+        expected = torch.stack([smoothed(heat, width) for heat in expected])
+    assert falls.abs().min() > 1e-4, "the prompt must matter"
+    torch.testing.assert_close(added, expected, rtol=1e-3, atol=1e-5)
