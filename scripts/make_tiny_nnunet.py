@@ -229,10 +229,11 @@ def training_loss(
 
 
 def train(network: SegmentationUNet, sampler: SliceSampler, steps: int, lr: float) -> None:
-    """Train all of ``network`` in the three phases."""
+    """Train all of ``network`` in the three phases, on a GPU where there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classes = network.architecture.num_classes
     head = nn.Conv2d(network.architecture.features[-1], classes, 1)  # for training alone: nnU-Net has none there
-    trained = nn.ModuleList([network, head])
+    trained = nn.ModuleList([network, head]).to(device)
     optimizer = build_optimizer(trained, lr, weight_decay=1e-4)
     schedule = build_schedule(optimizer, steps, warmup_ratio=0.05)
     bar = tqdm(range(1, steps + 1), desc="segmentation", unit="step", dynamic_ncols=True, disable=None)
@@ -240,8 +241,9 @@ def train(network: SegmentationUNet, sampler: SliceSampler, steps: int, lr: floa
     for step in bar:
         phase = PHASES[int(np.searchsorted(ends[:-1], step))]
         image, label, places = sampler.draw(phase)
-        with torch.autocast("cpu", torch.bfloat16, enabled=native_bf16()):
-            loss, logits = training_loss(network, head, image, label.clamp(max=classes - 1), phase.decoder)
+        image, label = image.to(device), label.clamp(max=classes - 1).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or native_bf16()):
+            loss, logits = training_loss(network, head, image, label, phase.decoder)
         value = require_finite(loss, step, lr)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
@@ -253,6 +255,7 @@ def train(network: SegmentationUNet, sampler: SliceSampler, steps: int, lr: floa
             sampler.false_positives.extend(compress(places[phase.with_lesion :], false.tolist()))
         if step % 20 == 0:
             bar.set_postfix(loss=f"{value:.3f}")
+    network.cpu()
 
 
 def network_to_train(planned: Architecture) -> SegmentationUNet:
