@@ -30,6 +30,7 @@ from models.findings_head import SIDES, UNKNOWN, ZONES, FindingsHead, Found
 from models.medical_vlm import VisionBridge
 
 SURE = 0.5  # calibrated probability from which a finding is said
+POSSIBLE = 0.1  # from which a person is asked
 PROMPT_DROPOUT = 0.3  # fraction of the training samples whose image must be read without a prompt
 HEAD_WEIGHT = 1.0  # of the head's loss beside the objective's or the captions'
 
@@ -130,6 +131,23 @@ def believed(
         return scan
     real = [lesion for lesion in lesions if lesion is not None]
     return real + [finding for finding in scan if finding.finding not in {lesion.finding for lesion in real}]
+
+
+def doubtful(
+    head: FindingsHead, found: Found, measured: Sequence[FindingRecord], said: Sequence[FindingRecord]
+) -> list[FindingRecord]:
+    """What :func:`believed` leaves out of one case and a person may know better: measured lesions that are probably
+    false, and findings of the scan that are only possible."""
+    chances = head.probabilities(found)
+    lesions = [
+        replace(lesion, finding=head.names[int(odds[:-1].argmax())], probability=float(odds[:-1].max()))
+        for lesion, odds in zip(measured[:MOST_LESIONS], chances.lesion[0], strict=False)
+    ]
+    named = {(f.measured.z, f.measured.y, f.measured.x) for f in said if f.measured}
+    false = [_placed(f) for f in lesions if (f.measured.z, f.measured.y, f.measured.x) not in named]
+    scan = [_of_scan(head, chances, k) for k in range(len(head.names)) if chances.presence[0, k] >= POSSIBLE]
+    known = {finding.finding for finding in [*said, *false]}
+    return false + [finding for finding in scan if finding.finding not in known]
 
 
 def _named(head: FindingsHead, said: Found, k: int, lesion: FindingRecord) -> FindingRecord | None:

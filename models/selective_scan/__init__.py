@@ -261,6 +261,12 @@ def _resolve(device_type: str, double: bool, forced: str) -> ModuleType:
     raise AssertionError("the backend torch serves any device")
 
 
+def backend_name(device_type: str) -> str:
+    """The backend that serves float32 on this device. Raises InputError as the scan does."""
+    module = _resolve(device_type, False, os.environ.get(FORCE_VARIABLE, ""))
+    return module.__name__.rpartition("backend_")[2]
+
+
 def _check_shapes(inputs: ScanInputs, sizes: dict[str, int], device: torch.device) -> None:
     """Refuse disagreeing shapes here: the compiled kernels index without bounds checks."""
     for name, tensor in zip(AXES, inputs, strict=True):
