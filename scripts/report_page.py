@@ -34,7 +34,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--max_upload_mb", type=positive_int, default=2048, help="of one scan")
     parser.add_argument("--max_new_tokens", type=positive_int, default=300, help="a report is cut there")
-    parser.add_argument("--llm_device", choices=("auto", "cpu"), default="auto", help="auto: the GPU where there is one")
+    parser.add_argument(
+        "--llm_device", choices=("auto", "cpu"), default="auto", help="auto: the GPU where there is one"
+    )
     add_view_flag(parser)
     add_model_flags(parser)
     return parser.parse_args()

@@ -64,7 +64,9 @@ class Case:
 class Desk:
     """See the module's docstring. All methods run in the server's event loop, the reader of the pipe apart."""
 
-    def __init__(self, settings: Mapping[str, Any], serve: Callable[..., None], on_failure: Callable[[str], None]) -> None:
+    def __init__(
+        self, settings: Mapping[str, Any], serve: Callable[..., None], on_failure: Callable[[str], None]
+    ) -> None:
         """``serve``: the reading process; ``on_failure``: told why the models cannot be loaded."""
         remove_abandoned()
         self.root = Path(tempfile.mkdtemp(prefix=PREFIX))  # for this user alone

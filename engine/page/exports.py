@@ -53,7 +53,9 @@ def record(text: str, events: Sequence[Event], panel: Event) -> dict[str, Any]:
         "edited": text.strip() != str(report.get("marked", "")).strip(),
         "research_use": RESEARCH_USE,
         "input": {key: volume.get(key) for key in ("name", "digest", "shape", "spacing", "affine")},
-        "model": {key: panel[key] for key in ("checkpoint", "digest", "language_model", "versions", "scan_backend", "device")},
+        "model": {
+            key: panel[key] for key in ("checkpoint", "digest", "language_model", "versions", "scan_backend", "device")
+        },
         "facts": _last(events, "findings").get("facts", []),
         "findings": report.get("findings", []),
         "findings_prompt": report.get("key_points", ""),

@@ -1,14 +1,14 @@
 """The page's server: routes, the stream of events, and its start. What it knows of a case are the case's events.
 
-    GET    /api/status                              the model, the cases of the table, limits
-    POST   /api/cases                               a new case; then one PUT per file
-    PUT    /api/cases/ID/files                      one file, as the body; its name in the header x-file-name
-    POST   /api/cases/ID/read | write | ask | map   a job for the reading process
-    GET    /api/cases/ID/events                     what happened so far and from then on (server-sent events)
-    GET    /api/cases/ID/slices/LAYER/AXIS/NUMBER   one plane, int16 HU or uint8
-    GET    /api/cases/ID/volumes/LAYER.nii          a layer as NIfTI
-    POST   /api/cases/ID/export/FORMAT              the report as a file
-    DELETE /api/cases/ID
+GET    /api/status                              the model, the cases of the table, limits
+POST   /api/cases                               a new case; then one PUT per file
+PUT    /api/cases/ID/files                      one file, as the body; its name in the header x-file-name
+POST   /api/cases/ID/read | write | ask | map   a job for the reading process
+GET    /api/cases/ID/events                     what happened so far and from then on (server-sent events)
+GET    /api/cases/ID/slices/LAYER/AXIS/NUMBER   one plane, int16 HU or uint8
+GET    /api/cases/ID/volumes/LAYER.nii          a layer as NIfTI
+POST   /api/cases/ID/export/FORMAT              the report as a file
+DELETE /api/cases/ID
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles

@@ -1,7 +1,7 @@
 """What a browser sends, made into a scan for the reader.
 
 No name that a client or an archive gives is ever opened: files are stored under numbers, and of a name only a known
-suffix is kept. A zip is unpacked member by member, and never past its limits. Errors name the file as the user knows it.
+suffix is kept. A zip is unpacked member by member, and never past its limits. Errors name a file as the user knows it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Upload:
 
     def _check(self, more: int) -> None:
         if self.bytes + more > self.most_bytes:
-            raise TooLarge(f"more than {self.most_bytes >> 20} MB: crop the scan to the chest, or raise --max_upload_mb")
+            raise TooLarge(
+                f"more than {self.most_bytes >> 20} MB: crop the scan to the chest, or raise --max_upload_mb"
+            )
         if shutil.disk_usage(self.folder).free - more < LEAST_FREE:
             raise TooLarge("the disk of temporary files is nearly full: make room on it")
 

@@ -40,7 +40,7 @@ from engine.cli import force_utf8
 from engine.evaluation.confidence import agrees, split_sentences, touches
 from engine.evaluation.heat_maps import FramedGrid, turned
 from engine.evaluation.report_writer import token_spans
-from engine.evaluation.saliency import ReportLikelihood, attribution_maps
+from engine.evaluation.saliency import ReportLikelihood, attribution_maps, lesion_cells
 from engine.findings_prompt import doubtful
 from engine.page.uploads import arrange, check_size, in_users_words
 from engine.reporting import Reading, Reporter, Trust, WrittenReport, default_question, encode_questions
@@ -205,7 +205,9 @@ class Worker:
         self.cases.move_to_end(job["case"])
         return read
 
-    def _scan_of(self, job: Mapping[str, Any], folder: Path, names: dict[str, str]) -> tuple[Path, Path | None, str, str]:
+    def _scan_of(
+        self, job: Mapping[str, Any], folder: Path, names: dict[str, str]
+    ) -> tuple[Path, Path | None, str, str]:
         """Image, mask, question and reference report of a job."""
         if job["sample"] is None:
             return arrange(folder / "upload", names), None, job["question"], ""
@@ -298,7 +300,7 @@ class Worker:
         """Evidence for the words of a sentence, beside the mean features of the training cases."""
         if not 0 <= number < len(read.reports) or not 0 <= sentence < len(read.reports[number][0].sentences):
             raise InputError(f"report {number} has no sentence {sentence}")
-        report, reading = read.reports[number][0], read.reading
+        (report, records), reading = read.reports[number], read.reading
         if self.lm.model.device.type != self.reader.device.type:
             raise InputError("maps need vision and language model on one device: start without --llm_device")
         words = [span for one in report.statements if one.sentence == sentence for span in one.words]
@@ -307,12 +309,18 @@ class Worker:
         words = words or [(start, start + len(pieces[sentence].rstrip()))]
         spans = token_spans(self.lm.tokenizer, report.tokens.ids)
         tokens = [k for k, span in enumerate(spans) if touches(span, words)]
-        images, position, roi = (part[None].to(self.reader.device) for part in reading.view)
-        batch = {"images": images, "slice_position": position, "roi": roi}
-        batch |= dict(self.reporter.batch([reading], [reading.key_points]))
-        likelihood = ReportLikelihood(self.reporter.writer.model, batch, report.tokens.ids)
-        heat = attribution_maps(likelihood, [tokens], self._baseline(read.features), "evidence")[0].numpy()
         grid = FramedGrid.of(self.reader.selection, reading.volume, tuple(read.features[:, 0].shape))
+        lesions = [finding for finding in records if finding.measured]
+        lines = [report.key_points]
+        for lesion in lesions:
+            rest = [finding for finding in records if finding is not lesion]
+            lines.append(write_key_points(rest, reading.language))
+        images, position, roi = (part[None].to(self.reader.device) for part in reading.view)
+        shown = {"images": images, "slice_position": position, "roi": roi}
+        batches = [shown | dict(self.reporter.batch([reading], [line])) for line in lines]
+        likelihood = ReportLikelihood(self.reporter.writer.model, batches[0], report.tokens.ids, batches[1:])
+        cells = lesion_cells(reading.volume, grid, lesions)
+        heat = attribution_maps(likelihood, [tokens], self._baseline(read.features), "evidence", cells)[0].numpy()
         laid = grid.lay_over(heat)
         strongest = float(laid.max())
         name = f"map-{number}-{sentence}"
@@ -321,7 +329,7 @@ class Worker:
         return {"layer": name, "peak": [int(i) for i in np.unravel_index(int(laid.argmax()), laid.shape)]}
 
     def _baseline(self, features: torch.Tensor) -> torch.Tensor:
-        """(K, C, T, T): each channel at its mean over the training cases; of a checkpoint without them over this one."""
+        """(K, C, T, T): each channel at its mean over the training cases, or where they are not known over this one."""
         known = self.reader.known.get("feature_distance")
         channels = features.shape[1]
         mean = known["mean"][:channels].to(features) if known else features.mean((0, 2, 3))
@@ -362,6 +370,8 @@ def edited(given: Mapping[str, Any], listed: list[FindingRecord]) -> FindingReco
     changes = {"finding": finding, "side": side, "size_mm": size}
     if zone != known.level:
         changes |= {"zone": zone, "lobe": None}
+    if (side, zone) != (known.side, known.level):  # it is another lesion than the measured one
+        changes["measured"] = None
     return replace(known, **changes)
 
 

@@ -35,8 +35,7 @@ export class NiivueViewer {
     this.nv = new module.Niivue({
       dragAndDropEnabled: false, isRadiologicalConvention: true, multiplanarShowRender: 0, sliceType: 3, logLevel: "error",
       backColor: [0, 0, 0, 1], crosshairColor: [1, 0.84, 0.42, 0.7], fontColor: [1, 0.84, 0.42, 1], dragMode: DRAGS.window,
-      dragModePrimary: DRAGS.crosshair, loadingText: "", multiplanarPadPixels: 2, crosshairGap: 9, sagittalNoseLeft: true,
-      heroImageFraction: 0.62, heroSliceType: 0,
+      dragModePrimary: DRAGS.crosshair, loadingText: "", multiplanarPadPixels: 2, crosshairGap: 9, crosshairWidthUnit: "mm", sagittalNoseLeft: true,
     });
     await this.nv.attachToCanvas(this.canvas);
     this.nv.onLocationChange = (place) => this.moved(place);
@@ -53,6 +52,11 @@ export class NiivueViewer {
       event.stopPropagation();
       this.setPosition([this.position[0] + steps[event.key], this.position[1], this.position[2]]);
     }, true);
+    this.arrange = () => this.nv.setCustomLayout(this.canvas.clientWidth > this.canvas.clientHeight
+      ? [{ sliceType: 0, position: [0, 0, 0.64, 1] }, { sliceType: 1, position: [0.64, 0, 0.36, 0.5] }, { sliceType: 2, position: [0.64, 0.5, 0.36, 0.5] }]
+      : [{ sliceType: 0, position: [0, 0, 1, 0.62] }, { sliceType: 1, position: [0, 0.62, 0.5, 0.38] }, { sliceType: 2, position: [0.5, 0.62, 0.5, 0.38] }]);
+    this.arrange();
+    window.addEventListener("resize", this.arrange);
     this.setPosition(this.scan.shape.map((n) => n >> 1));
   }
 
@@ -91,7 +95,7 @@ export class NiivueViewer {
       const heat = kind === "heat";
       const image = await module.NVImage.loadFromUrl({
         url: this.url(name), name: `${name}.nii`, colormap: heat ? "inferno" : "cyan", opacity: this.opacity[kind],
-        cal_min: heat ? 20 : 0.5, cal_max: heat ? 255 : 1,
+        cal_min: heat ? 64 : 0.5, cal_max: heat ? 255 : 1,
       });
       this.nv.addVolume(image);
       this.shown[kind] = image;
@@ -120,6 +124,7 @@ export class NiivueViewer {
   }
 
   destroy() {
+    window.removeEventListener("resize", this.arrange);
     this.nv.cleanup?.();
     this.canvas.remove();
     this.nv.gl?.getExtension("WEBGL_lose_context")?.loseContext();

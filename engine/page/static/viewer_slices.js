@@ -12,7 +12,7 @@ const KEPT = 240; // slices in memory
 // Inferno, seven of its colours.
 const HEAT = [[0, 0, 4], [51, 10, 95], [120, 28, 109], [187, 55, 84], [237, 105, 37], [252, 181, 25], [252, 255, 164]];
 const LESION = [64, 224, 208];
-const COLDEST = 12; // of 255: what is left black
+const COLDEST = 64; // of 255: what is left black
 
 export class SliceViewer {
   constructor(stage, scan, changed) {
@@ -221,7 +221,7 @@ export class SliceViewer {
           continue;
         }
         let colour = [grey, grey, grey];
-        if (hot > COLDEST) colour = mix(colour, heatColour(hot), this.opacity.heat * Math.min(1, hot / 90));
+        if (hot > COLDEST) colour = mix(colour, heatColour(hot), this.opacity.heat * Math.min(1, (hot - COLDEST) / 90));
         if (lesion) {
           const edge = !lesions[at - 1] || !lesions[at + 1] || !lesions[at - width] || !lesions[at + width];
           colour = mix(colour, LESION, Math.min(1, this.opacity.lesions * (edge ? 2.2 : 0.6)));
