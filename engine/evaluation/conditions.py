@@ -7,7 +7,7 @@ blank      an image without structure: every voxel the mean of CT normalisation,
 prior      no image: the visual tokens are those of the mean features and mean slice positions of all cases
 squares    the mean features with the case's own slice positions, lesion boxes and measured lesions: what a mask or a
            segmentation gives away alone
-corrected  the case's image, with one point of its findings prompt changed (engine/evaluation/corrections.py)
+corrected  the case's image, with one point of its findings prompt changed (engine/evaluation/image_dependence.py)
 sample1…   the case's image, sampled at temperature 1
 =========  ===========================================================================================
 
@@ -43,7 +43,7 @@ from config.errors import InputError
 from config.schema import FindingsPrompt
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset, Sample
 from data.tables.caption_table import CaptionRow
-from engine.evaluation.corrections import correct
+from engine.evaluation.image_dependence import correct
 from engine.evaluation.report_writer import ReportWriter
 from engine.findings_prompt import batch_believed, with_key_points
 from models.language_model.decoding import Decoding

@@ -46,8 +46,8 @@ from engine.evaluation.conditions import (
     shuffled_order,
 )
 from engine.evaluation.confidence import Labeller, Outcomes, Statement, confidence_scores, statements
-from engine.evaluation.corrections import correction_scores
 from engine.evaluation.finding_metrics import Mentions
+from engine.evaluation.image_dependence import correction_scores
 from engine.evaluation.localisation import MaskedCase, measure_case
 from engine.evaluation.report_card import TableResults, marked_reports, plain, report_card
 from engine.evaluation.report_writer import ReportWriter, token_spans
