@@ -43,13 +43,14 @@ def main() -> int:
     import torch  # after the arguments: a wrong flag is answered at once
 
     from config.errors import InputError
-    from engine.gpu_check.runner import CHECKS, FAIL, run_checks
 
     if not torch.cuda.is_available() and not args.allow_cpu:
         raise InputError(
             f"torch {torch.__version__} sees no CUDA device: install its CUDA build and NVIDIA's driver (README, "
             "Installation), or add --allow_cpu to see that the checks run"
         )
+    from engine.gpu_check.runner import CHECKS, FAIL, run_checks
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = run_checks(args.only or list(CHECKS), device, args.out.resolve(), args.minutes)
     print(results.summary(), flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ def scripts(context: Context) -> Iterator[Line]:
 
     Both stages are interrupted and resumed, with no worker process and with two.
     """
+    shutil.rmtree(context.out / "scripts", ignore_errors=True)  # of an earlier check
     out, train, few = context.out / "scripts", (48, 8, 3) if context.cuda else (8, 4, 2), 2
     setting = chain.Setting(*train, max_findings=1, stage0_steps=0, align_epochs=few, caption_epochs=few)
     yield finished(context, "phantoms", chain.phantoms(setting, out, 42).command, out)
@@ -92,9 +94,9 @@ def interrupted(
 
 
 def run(context: Context, command: Sequence[str], out: Path, interrupt_at: Path | None = None) -> tuple[int, str]:
-    """Status and output of a script. ``interrupt_at``: Ctrl-C once this file was written by it."""
+    """Status and output of a script. ``interrupt_at``: Ctrl-C, for its workers too, once it has written this file."""
     out.mkdir(parents=True, exist_ok=True)
-    log = out / f"{Path(command[0]).stem}.log"
+    log = out / f"{len(list(out.glob('*.log'))):02d}_{Path(command[0]).stem}.log"
     environment = {**os.environ, "PYTHONUTF8": "1"}
     environment |= {} if context.cuda else {"CUDA_VISIBLE_DEVICES": ""}
     group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
@@ -107,7 +109,7 @@ def run(context: Context, command: Sequence[str], out: Path, interrupt_at: Path 
         try:
             while interrupt_at and child.poll() is None and context.left() > 0:
                 if interrupt_at.is_file() and interrupt_at.stat().st_mtime_ns != before:
-                    child.send_signal(signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGINT)
+                    interrupt(child)
                     break
                 time.sleep(0.02)
             code = child.wait(timeout=max(0.0, context.left()))
@@ -120,6 +122,14 @@ def run(context: Context, command: Sequence[str], out: Path, interrupt_at: Path 
     return code, log.read_text(encoding="utf-8", errors="replace")
 
 
+def interrupt(child: subprocess.Popen) -> None:
+    """As a console does it: every process of the group gets the signal. A new group of Windows takes Ctrl-Break alone."""
+    if os.name == "nt":
+        child.send_signal(signal.CTRL_BREAK_EVENT)
+    else:
+        os.killpg(child.pid, signal.SIGINT)
+
+
 def last_lines(text: str) -> str:
     return "\n".join(text.splitlines()[-TAIL:])
 
@@ -129,7 +139,9 @@ def marked_tests(context: Context) -> Iterator[Line]:
     if not context.cuda:
         yield context.skipped("tests marked gpu", "they need a CUDA device")
         return
-    command = ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--durations=0"]
+    tests = sorted((chain.REPOSITORY / "tests").rglob("test_*.py"))
+    files = [str(path) for path in tests if "mark.gpu" in path.read_text(encoding="utf-8")]
+    command = ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--durations=0", *files]
     started = time.perf_counter()
     code, text = run(context, command, context.out / "tests")
     summary = next((line for line in reversed(text.splitlines()) if re.search(r"passed|failed|error", line)), "")

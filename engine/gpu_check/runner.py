@@ -150,7 +150,7 @@ class Worker:
         A check that waits for a script stops it itself, in time; one that waits for the device cannot.
         """
         end = min(deadline, time.time() + check.limit)
-        self.connection.send((number, end))
+        self.connection.send((number, end, check))
         self.usable = False
         while self.connection.poll(max(0.0, end + GRACE - time.time())):
             try:
@@ -180,13 +180,13 @@ class Worker:
 
 
 def serve(connection: Connection, device: str, out: Path, deadline: float) -> None:
-    """Run the checks whose numbers come, send their lines, and after each whether the device is still usable."""
+    """Run the checks that come, send their lines, and after each whether the device is still usable."""
     force_utf8()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     context = Context(torch.device(device), out, deadline)
     while (wanted := connection.recv()) is not None:
-        context.number, context.end = wanted
-        for line in lines_of(CHECKS[context.number], context):
+        context.number, context.end, check = wanted
+        for line in lines_of(check, context):
             connection.send(line)
         try:
             context.release()

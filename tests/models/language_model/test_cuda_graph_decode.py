@@ -174,7 +174,7 @@ def test_where_it_is_not_used_the_log_says_why(
         assert "forward" not in vars(lm.model), "a CPU decodes plainly"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the capture itself needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_captured_step_writes_what_plain_decoding_writes(
     dtype: torch.dtype, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -145,7 +145,7 @@ def test_wrong_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.gpu
 def test_numbers_on_a_gpu() -> None:
     backend_triton.check("cuda")
     check_scan(backend_triton.scan, "cuda", channels=200, length=300, states=16)
