@@ -160,6 +160,14 @@ def positive_float(text: str) -> float:
     return value
 
 
+def numbers(text: str) -> list[int]:
+    """``3,4`` → [3, 4]."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(map(str.isdecimal, words)):
+        raise argparse.ArgumentTypeError(f"expected whole numbers with commas, e.g. 3,4, got {text}")
+    return sorted(set(map(int, words)))
+
+
 def shard(text: str) -> tuple[int, int]:
     """``2/4`` → (2, 4)."""
     index, _, count = text.partition("/")

@@ -123,7 +123,7 @@ def run(context: Context, command: Sequence[str], out: Path, interrupt_at: Path 
 
 
 def interrupt(child: subprocess.Popen) -> None:
-    """As a console does it: every process of the group gets the signal. A new group of Windows takes Ctrl-Break alone."""
+    """As a console does it: all of the group get the signal. A new group of Windows takes Ctrl-Break alone."""
     if os.name == "nt":
         child.send_signal(signal.CTRL_BREAK_EVENT)
     else:
