@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 SWITCH = "MAMBA_CUDA_GRAPH"  # environment variable; 0 decodes without graphs
 MIN_STEPS = 16  # capturing costs about five eager steps
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest value
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest value; weights' dtype
 
 
 class GraphUnusable(Exception):
@@ -61,6 +61,11 @@ class DecodeStep:
     run = compute
 
     @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights: the convolution's inputs are what a projection gave. Logits are always float32."""
+        return self.states[0].dtype
+
+    @property
     def states(self) -> list[Tensor]:
         return _states(self.cache)
 
@@ -83,7 +88,7 @@ class CudaGraphStep(DecodeStep):
         self.load(before)
         found = [self.run(), *self.states]
         for number, (one, other) in enumerate(zip(found, expected, strict=True)):
-            if not _close(one, other):
+            if not _close(one, other, self.dtype):
                 what = "logits" if number == 0 else f"states of layer {(number - 1) // 2}"
                 raise GraphUnusable(f"its replay gives other {what} than eager execution")
         self.load(before)
@@ -102,8 +107,27 @@ class CudaGraphStep(DecodeStep):
         torch.cuda.current_stream(device).wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
         # "thread_local": what a data loader's or logger's thread does meanwhile does not break the capture.
-        with torch.cuda.device(device), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        graph = torch.cuda.graph(self.graph, capture_error_mode="thread_local")
+        with torch.cuda.device(device), _restored(device), graph:
             self.logits = self.compute()
+
+
+@contextmanager
+def _restored(device: torch.device) -> Iterator[None]:
+    """After a capture that fails, the stream is as before, and so is the generator of random numbers.
+
+    The end of such a capture raises before torch switches the stream back, and leaves the generator in capture mode,
+    where the next sampled token would be refused.
+    """
+    stream = torch.cuda.current_stream(device)
+    generator = torch.cuda.default_generators[stream.device_index]
+    state = generator.clone_state()
+    try:
+        yield
+    except RuntimeError:
+        torch.cuda.set_stream(stream)
+        generator.graphsafe_set_state(state)
+        raise
 
 
 @contextmanager
@@ -168,8 +192,7 @@ class _Router:
 
     def _step_for(self, cache: Cache) -> DecodeStep:
         """The step captured by an earlier generation of the same batch size, if the weights have not moved."""
-        weights = self.model.get_input_embeddings().weight
-        key = (self.make, weights.data_ptr(), _states(cache)[0].shape[0])
+        key = (self.make, _states(cache)[0].shape[0], *(weight.data_ptr() for weight in self.model.parameters()))
         kept, step = vars(self.model).get("_decode_step", (None, None))
         if kept == key:
             step.load(_states(cache))
@@ -182,6 +205,6 @@ def _states(cache: Cache) -> list[Tensor]:
     return [state for layer in cache.layers for state in (layer.conv_states[0], layer.recurrent_states[0])]
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
+def _close(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
     scale = other.float().abs().max().clamp(min=1e-6)
-    return bool(((one.float() - other.float()).abs().max() / scale) <= _TOLERANCE.get(other.dtype, 1e-3))
+    return bool(((one.float() - other.float()).abs().max() / scale) <= _TOLERANCE.get(dtype, 1e-3))

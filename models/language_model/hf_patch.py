@@ -25,10 +25,12 @@ from transformers import MambaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.models.mamba.modeling_mamba import MambaBlock, MambaMixer, MambaModel, MambaOutput
 
-from models.language_model import cpu_decode
+from models.language_model import cpu_decode, gpu_decode
 from models.selective_scan import selective_scan, selective_state_update
 
-PREFILL_CHUNK = 512  # tokens; from a few hundred on, matrix products are as fast as they get
+# Tokens read at a time. On a CPU matrix products of a few hundred are as fast as they get; a GPU wants more, and the
+# fewer launches the better.
+PREFILL_CHUNK = {"cpu": 512, "cuda": 4096}
 
 
 def use_our_scan(model: MambaForCausalLM) -> None:
@@ -51,10 +53,16 @@ def recompute_blocks(model: nn.Module, wanted: bool) -> None:
             module.recompute = wanted
 
 
+def prefill_chunk(device: torch.device) -> int:
+    """Tokens that are read at a time on a device."""
+    return PREFILL_CHUNK.get(device.type, PREFILL_CHUNK["cpu"])
+
+
 def read_in_chunks(backbone: MambaModel, inputs_embeds: Tensor, mask: Tensor | None, cache: Cache) -> Iterator[Tensor]:
-    """Chunk by chunk, the hidden states (B, ≤PREFILL_CHUNK, D) after all blocks and the norm; updates ``cache``."""
-    for first in range(0, inputs_embeds.shape[1], PREFILL_CHUNK):
-        span = slice(first, first + PREFILL_CHUNK)
+    """Chunk by chunk, the hidden states (B, ≤ chunk, D) after all blocks and the norm; updates ``cache``."""
+    chunk = prefill_chunk(inputs_embeds.device)
+    for first in range(0, inputs_embeds.shape[1], chunk):
+        span = slice(first, first + chunk)
         part = None if mask is None else mask[:, span]
         hidden = inputs_embeds[:, span]
         for block in backbone.layers:
@@ -72,7 +80,13 @@ def _backbone_forward(
         mask = options["attention_mask"] = None  # two products per layer less
     all_states = options.get("output_hidden_states") or self.config.output_hidden_states
     as_tuple = options.get("return_dict") is False
-    if given is None or torch.is_grad_enabled() or all_states or as_tuple or given.shape[1] <= PREFILL_CHUNK:
+    if (
+        given is None
+        or torch.is_grad_enabled()
+        or all_states
+        or as_tuple
+        or given.shape[1] <= prefill_chunk(given.device)
+    ):
         return MambaModel.forward(self, input_ids, inputs_embeds, **options)
     embeds = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
     cache = DynamicCache(config=self.config) if cache is None else cache
@@ -88,7 +102,8 @@ def _block_forward(
     attention_mask: Tensor | None = None,
     **_: object,
 ) -> Tensor:
-    if (stepped := cpu_decode.step(self, hidden_states, cache_params, attention_mask)) is not None:
+    compiled = cpu_decode if hidden_states.device.type == "cpu" and not gpu_decode.INTERPRETED else gpu_decode
+    if (stepped := compiled.step(self, hidden_states, cache_params, attention_mask)) is not None:
         return stepped
     if self.recompute and torch.is_grad_enabled() and cache_params is None:
         return checkpoint(MambaBlock.forward, self, hidden_states, None, attention_mask, use_reentrant=False)

@@ -4,7 +4,7 @@
 
 Half the bytes of bfloat16: decoding is bound by memory bandwidth. Each output row has its own scale, symmetric around
 zero, as the vector-wise scheme of LLM.int8() has it for weights (Dettmers et al., arXiv 2208.07339); activations stay
-as they are. Few rows on a CPU meet the int8 weights in our compiled product, all else meets them widened, a block at a
+as they are. Few rows meet the int8 weights in our compiled products, all else meets them widened, a block at a
 time. The reference is ``F.linear(x, layer.weight * layer.scale[:, None], layer.bias)``. Ours (``--llm_int8``) works on
 every device; bitsandbytes (``--llm_8bit``) needs a GPU and its own installation.
 """
@@ -23,6 +23,7 @@ from transformers import MambaForCausalLM
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from config.errors import InputError, first_line
+from models.language_model import gpu_decode
 from models.language_model.cpu_decode import FrozenLinear
 
 LEVELS = 127
@@ -144,6 +145,8 @@ class Int8Linear(FrozenLinear):
     def forward(self, x: Tensor) -> Tensor:
         if (compiled := self.compiled(x)) is not None:
             return compiled
+        if (product := gpu_decode.int8_product(x, self.weight, self.scale, self.bias)) is not None:
+            return product
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))

@@ -4,7 +4,7 @@
 advances a whole block by one token. Where they do not apply, or numba does not import, PyTorch computes the same.
 """
 
-from models.language_model.cpu_decode.frozen_linear import FrozenLinear, freeze_linear_layers
+from models.language_model.cpu_decode.frozen_linear import FrozenLinear, freeze_linear_layers, has_hooks
 
 try:
     from models.language_model.cpu_decode.mamba_step import step
@@ -14,4 +14,4 @@ except ImportError:  # numba is missing; frozen_linear has logged it
         """Without numba a block computes every token itself."""
 
 
-__all__ = ["FrozenLinear", "freeze_linear_layers", "step"]
+__all__ = ["FrozenLinear", "freeze_linear_layers", "has_hooks", "step"]

@@ -68,7 +68,7 @@ class Recorder:
         return launch
 
 
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8"}
 
 
 def compiled(kernel: triton.JITFunction, launch: Recorder, capability: int) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def compiled(kernel: triton.JITFunction, launch: Recorder, capability: int) -> d
         elif isinstance(value, torch.Tensor):
             signature[name], divisible[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
         else:
-            signature[name] = "i32"
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
             if name == "padded":
                 divisible[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, kwargs, divisible)
