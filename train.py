@@ -91,7 +91,7 @@ def validate(
             heads.append((said, batch["targets"]))
         losses.append(accelerator.gather_for_metrics(loss.float().expand(len(batch["row"]))))
         if sum(map(len, tokens)) < DIAGNOSED_IMAGES:
-            tokens.append(accelerator.gather_for_metrics(visual.float()).cpu())
+            tokens.append(accelerator.gather_for_metrics(visual.float()))
     if heads:
         calibrate(accelerator, stage.vision.head, heads)
     stage.train()

@@ -85,7 +85,7 @@ def validate(
         if found is not None:
             heads.append((found, batch["targets"]))
         if sum(map(len, tokens)) < DIAGNOSED_IMAGES:
-            tokens.append(visual.float().cpu())
+            tokens.append(visual.float())
         total += torch.stack([loss.double(), count.double()])
     if heads:
         calibrate(accelerator, head, heads)

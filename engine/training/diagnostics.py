@@ -21,6 +21,7 @@ from models.medical_vlm import MedicalVLM, answer_inputs, prompt_ids
 MIN_STD_FRACTION = 0.05  # of the standard deviation that the bridge starts with; a healthy run stays near 1
 MIN_RANK = 2.0
 MAX_TOKENS = 4096
+RANK_TOKENS = 1024  # of them, for the singular values: those of 4096 x 2560 take minutes on a CPU
 DIAGNOSED_IMAGES = 64  # per validation
 
 
@@ -60,18 +61,28 @@ def token_statistics(tokens: Tensor, expected_std: float) -> TokenStatistics:
     tokens = tokens.detach().double()
     if not tokens.isfinite().all():  # no singular values
         return TokenStatistics(float("nan"), float("nan"), 0.0, expected_std)
-    flat = tokens.flatten(0, 1)
-    if len(flat) > MAX_TOKENS:
-        flat = flat[torch.linspace(0, len(flat) - 1, MAX_TOKENS).long()]
-    centred = flat - flat.mean(0)
-    singular = torch.linalg.svdvals(centred)
-    fraction = singular / singular.sum().clamp(min=1e-300)
-    entropy = -(fraction * fraction.clamp(min=1e-300).log()).sum()
-    rank = float(entropy.exp()) if singular.sum() > 0 else 0.0
+    flat = _spread(tokens.flatten(0, 1), MAX_TOKENS)
     token_std = flat.std(dim=0, unbiased=False).mean().item()
     # A single image has no differences between images.
     image_std = tokens.std(dim=0, unbiased=False).mean().item() if len(tokens) > 1 else token_std
-    return TokenStatistics(token_std, image_std, rank, expected_std)
+    return TokenStatistics(token_std, image_std, _effective_rank(_spread(flat, RANK_TOKENS)), expected_std)
+
+
+def _spread(rows: Tensor, most: int) -> Tensor:
+    """Up to ``most`` rows, evenly spread."""
+    return rows if len(rows) <= most else rows[torch.linspace(0, len(rows) - 1, most).long()]
+
+
+def _effective_rank(rows: Tensor) -> float:
+    """Of (N, D): exp of the entropy of the normalised singular values of what differs from the mean; 0 for zeros."""
+    centred = rows - rows.mean(0)
+    gram = centred.T @ centred if len(rows) > rows.shape[1] else centred @ centred.T
+    squares = torch.linalg.eigvalsh(gram)  # of the singular values, ascending
+    noise = squares[-1] * torch.finfo(squares.dtype).eps * max(rows.shape)
+    singular = squares.where(squares > noise, 0).sqrt()
+    if not singular.sum() > 0:
+        return 0.0
+    return float(torch.special.entr(singular / singular.sum()).sum().exp())
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ FEW = 1024  # rows of a matrix that are multiplied one at a time
 CHANNELS = 16  # that a program of state_kernel advances
 WARPS = 4
 KINDS = (torch.float32, torch.bfloat16)
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative error, in norm, against PyTorch's operations
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative error, in norm, against PyTorch's operations
 
 
 def step(block: MambaBlock, hidden: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor | None:
@@ -198,8 +198,8 @@ def _launch_rows(
     rows = _rows_at_once(outputs, inputs)
     _kernels(x.device.type).rows_kernel[(-(-outputs // rows),)](
         x, weight, *_or(out, scale, bias, residual), out, len(x), I=inputs, O=outputs, HAS_SCALE=scale is not None,
-        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ONE=len(x) == 1, ROWS=rows, COLUMNS=_power(inputs),
-        num_warps=WARPS,
+        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ONE=len(x) == 1, ROWS=rows,
+        COLUMNS=_power(inputs), num_warps=WARPS,
     )  # fmt: skip
 
 

@@ -5,14 +5,17 @@ The capture itself needs a GPU; everything around it is run here by steps that o
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import types
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from models.language_model import cuda_graph_decode
-from models.language_model.cuda_graph_decode import CudaGraphStep, DecodeStep, static_steps
+from models.language_model.cuda_graph_decode import CudaGraphStep, DecodeStep, GraphUnusable, static_steps
 from models.language_model.decoding import Decoding, StopRule
 from models.language_model.mamba_lm import MambaLM
 from models.language_model.prefix_state import PrefixState, answer_from_state
@@ -150,6 +153,71 @@ def test_a_capture_that_fails_or_errs_is_not_used(
     assert bool(caplog.messages) == (reason is not None)
     if reason:
         assert reason in caplog.messages[0] and len(caplog.messages) == 1 and "\n" not in caplog.messages[0]
+
+
+class FakeCuda:
+    """The parts of ``torch.cuda`` that a capture uses. A capture fails as torch's does: its end raises, the stream is
+    still switched and the generator still in capture mode."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stream, self.capturing = types.SimpleNamespace(name="main", device_index=0), False
+        self.stream.wait_stream = lambda _: None
+        replaced = {
+            "current_stream": lambda _: self.stream,
+            "set_stream": lambda stream: setattr(self, "stream", stream),
+            "default_generators": [self],
+            "Stream": lambda _: self.stream,
+            "stream": contextlib.nullcontext,
+            "device": contextlib.nullcontext,
+            "CUDAGraph": object,
+            "graph": self.graph,
+        }
+        for name, value in replaced.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    @contextlib.contextmanager
+    def graph(self, *_: object, **__: object) -> Iterator[None]:
+        self.stream, self.capturing = types.SimpleNamespace(name="capture", device_index=0), True
+        with contextlib.suppress(RuntimeError):
+            yield
+        raise RuntimeError("operation failed due to a previous error during capture\nmore")
+
+    def clone_state(self) -> bool:
+        return self.capturing
+
+    def graphsafe_set_state(self, state: bool) -> None:
+        self.capturing = state
+
+
+def test_a_failed_capture_restores_stream_and_generator(
+    lm: MambaLM, counted: type[Counted], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = Decoding(temperature=2.0).options()
+    torch.manual_seed(5)
+    expected = [write(lm, 2), write(lm, 2, **options)]
+    cuda = FakeCuda(monkeypatch)
+    torch.manual_seed(5)
+    with static_steps(lm.model, STEPS, make=CudaGraphStep):
+        found = [write(lm, 2)]
+    assert (cuda.stream.name, cuda.capturing) == ("main", False)
+    assert "previous error during capture" in caplog.text
+    assert [*found, write(lm, 2, **options)] == expected
+
+
+def test_the_tolerance_follows_the_weights(lm: MambaLM, counted: type[Counted]) -> None:
+    """Logits are float32 whatever the weights are."""
+
+    class Rounding(Pretending):
+        def run(self) -> Tensor:
+            return super().run() * 1.01
+
+    prompt = prompts(1)
+    for dtype, usable in ((torch.float32, False), (torch.bfloat16, True)):
+        model = make_lm(dtype=dtype).model
+        with torch.no_grad():
+            cache = model(inputs_embeds=prompt.to(dtype), use_cache=True).cache_params
+            with contextlib.nullcontext() if usable else pytest.raises(GraphUnusable, match="other logits"):
+                Rounding(model.forward, cache)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_long_prompts_are_read_in_chunks(left_padding: int, monkeypatch: pytest.
     mask[0, :left_padding] = 0
     with torch.no_grad():
         whole = model(inputs_embeds=embeds, attention_mask=mask, use_cache=True)
-        monkeypatch.setattr(hf_patch, "PREFILL_CHUNK", 5)
+        monkeypatch.setattr(hf_patch, "PREFILL_CHUNK", {"cpu": 5})
         lengths: list[int] = []
         hook = model.backbone.layers[1].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
         chunked = model(inputs_embeds=embeds, attention_mask=mask, use_cache=True)
@@ -90,7 +90,7 @@ def test_long_prompts_are_read_in_chunks(left_padding: int, monkeypatch: pytest.
 
 
 def test_chunks_only_without_gradients_and_caches_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_patch, "PREFILL_CHUNK", 5)
+    monkeypatch.setattr(hf_patch, "PREFILL_CHUNK", {"cpu": 5})
     model, embeds = ours(), embeddings(1, 12)
     with torch.no_grad():
         assert model.backbone(inputs_embeds=embeds, use_cache=False).cache_params is None
@@ -103,7 +103,7 @@ def test_chunks_only_without_gradients_and_caches_only_if_asked(monkeypatch: pyt
 
 
 def test_prefill_gives_the_last_hidden_state_and_the_cache(lm: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_patch, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(hf_patch, "PREFILL_CHUNK", {"cpu": 4})
     embeds, mask = embeddings(2, 17), torch.ones(2, 17)
     mask[1, :4] = 0
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_generation_from_a_long_prompt_is_the_same(lm: MambaLM, monkeypatch: pyt
     embeds, mask = embeddings(2, 19), torch.ones(2, 19)
     mask[0, :7] = 0
     texts = [lm.generate(embeds, mask, 9, num_beams=beams) for beams in (1, 3)]
-    monkeypatch.setattr(hf_patch, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(hf_patch, "PREFILL_CHUNK", {"cpu": 4})
     assert [lm.generate(embeds, mask, 9, num_beams=beams) for beams in (1, 3)] == texts
 
 
