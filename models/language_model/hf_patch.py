@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import MambaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.models.mamba.modeling_mamba import MambaBlock, MambaMixer, MambaModel, MambaOutput
+from transformers.models.mamba.modeling_mamba import MambaBlock, MambaMixer, MambaModel, MambaOutput, MambaRMSNorm
 
 from models.language_model import cpu_decode, gpu_decode
-from models.selective_scan import selective_scan, selective_state_update
+from models.selective_scan import selective_scan, selective_state_update, triton_serves
 
 # Tokens read at a time. On a CPU matrix products of a few hundred are as fast as they get; a GPU wants more, and the
 # fewer launches the better.
@@ -44,6 +44,7 @@ def use_our_scan(model: MambaForCausalLM) -> None:
             module.forward = MethodType(_block_forward, module)
         elif isinstance(module, MambaModel):
             module.forward = MethodType(_backbone_forward, module)
+            module.norm_f.forward = MethodType(_norm_forward, module.norm_f)
 
 
 def recompute_blocks(model: nn.Module, wanted: bool) -> None:
@@ -106,8 +107,39 @@ def _block_forward(
     if (stepped := compiled.step(self, hidden_states, cache_params, attention_mask)) is not None:
         return stepped
     if self.recompute and torch.is_grad_enabled() and cache_params is None:
-        return checkpoint(MambaBlock.forward, self, hidden_states, None, attention_mask, use_reentrant=False)
-    return MambaBlock.forward(self, hidden_states, cache_params, attention_mask)
+        return checkpoint(_whole_block, self, hidden_states, None, attention_mask, use_reentrant=False)
+    return _whole_block(self, hidden_states, cache_params, attention_mask)
+
+
+def _whole_block(self: MambaBlock, hidden: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
+    """hidden + mixer(norm(hidden)), the sum in float32 if the model says so."""
+    residual = torch.float32 if self.residual_in_fp32 else hidden.dtype
+    normed, hidden = norm_and_residual(self.norm, hidden, self.norm.weight.dtype, residual)
+    return hidden + self.mixer(normed, cache_params=cache, attention_mask=mask)
+
+
+def norm_and_residual(
+    norm: MambaRMSNorm, hidden: Tensor, rounded: torch.dtype, residual: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The norm of ``hidden`` (B, L, D) rounded to ``rounded``, and ``hidden`` in the dtype ``residual``.
+
+    On a GPU one kernel forward and one backward, the sum of both gradients included.
+    """
+    if _fused(hidden, norm.weight):
+        from models.language_model.fused_triton import NormAndResidual
+
+        return NormAndResidual.apply(hidden, norm.weight, norm.variance_epsilon, rounded, residual)
+    return MambaRMSNorm.forward(norm, hidden.to(rounded)), hidden.to(residual)
+
+
+def _norm_forward(self: MambaRMSNorm, hidden_states: Tensor) -> Tensor:
+    return norm_and_residual(self, hidden_states, hidden_states.dtype, hidden_states.dtype)[0]
+
+
+def _fused(x: Tensor, *weights: Tensor | None) -> bool:
+    """Whether the Triton kernels serve: they give no gradients of weights."""
+    trained = torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in weights)
+    return not trained and x.numel() > 0 and triton_serves(x.device, x.dtype)
 
 
 def _mixer_forward(
@@ -178,6 +210,10 @@ def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Ten
     Returns:
         (B, L, E) in the dtype of ``x``.
     """
+    if _fused(x, weight, bias, before):
+        from models.language_model.fused_triton import ConvSiLU
+
+        return ConvSiLU.apply(x, weight, bias, before)
     B, L, E = x.shape
     first, *taps = weight.float().unbind(1)
     padding = x.new_zeros(B, len(taps), E) if before is None else before.to(x.dtype)

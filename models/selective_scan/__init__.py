@@ -238,6 +238,28 @@ class _TwoPasses(torch.autograd.Function):
             return (None, None, None, None, *(None if dtype is None else grad.to(dtype) for grad, dtype in grads))
 
 
+def triton_serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether our Triton kernels compute there: for those beside the scan, which have one plain form otherwise.
+
+    On CUDA also where the scan itself is mamba-ssm's; forcing another backend switches them off.
+    """
+    forced = os.environ.get(FORCE_VARIABLE, "")
+    if dtype is torch.float64 or forced not in ("", "triton", "mamba_ssm"):
+        return False
+    return (device.type != "cpu" or forced == "triton") and _triton_loads(device.type)
+
+
+@functools.cache
+def _triton_loads(device_type: str) -> bool:
+    (triton,) = (backend for backend in BACKENDS if backend.name == "triton")
+    try:
+        triton.load(device_type, double=False)
+    except BackendUnavailable as reason:
+        logger.info("Triton kernels on %s: none (%s)", device_type, reason)
+        return False
+    return True
+
+
 @functools.cache
 def _resolve(device_type: str, double: bool, forced: str) -> ModuleType:
     """Choose the backend; cached, so that the choice and its announcement happen once."""

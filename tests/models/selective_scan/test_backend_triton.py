@@ -26,10 +26,9 @@ from models.selective_scan.selftest import check_scan
 pytest.importorskip("triton", reason="triton is not installed; requirements.txt has it for Linux on x86-64 only")
 
 import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
 from models.selective_scan import backend_triton, kernels_triton  # noqa: E402
+from tests.models.triton_kernels import Recorder, compiled  # noqa: E402
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -52,43 +51,6 @@ def test_numbers_in_the_interpreter() -> None:
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     passed = int(re.search(r"(\d+) passed", run.stdout)[1])
     assert passed >= 15, run.stdout[-2000:]
-
-
-class Recorder:
-    """Stands for a kernel: keeps what it is launched with."""
-
-    def __init__(self) -> None:
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: dict[str, Any] = {}
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            self.args, self.kwargs = args, kwargs
-
-        return launch
-
-
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8"}
-
-
-def compiled(kernel: triton.JITFunction, launch: Recorder, capability: int) -> dict[str, Any]:
-    """The stages from Triton's own code to machine code, for the arguments of a launch."""
-    kwargs = dict(launch.kwargs)
-    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
-    arguments = {**dict(zip(kernel.arg_names, launch.args, strict=False)), **kwargs}
-    assert list(arguments) == kernel.arg_names
-    signature, divisible = {}, {}
-    for i, (name, value) in enumerate(arguments.items()):
-        if name in kwargs:
-            signature[name] = "constexpr"
-        elif isinstance(value, torch.Tensor):
-            signature[name], divisible[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-            if name == "padded":
-                divisible[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, kwargs, divisible)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
 
 
 def launches(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, states: int, full: bool) -> dict[str, Recorder]:
