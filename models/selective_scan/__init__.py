@@ -206,7 +206,8 @@ def differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) ->
     Args:
         forward: (inputs, delta_softplus, reverse, keep) → y, the last state and, if ``keep``, one tensor for backward.
         backward: (inputs without the initial state, that tensor, gradients of y and of the last state or None,
-            delta_softplus, reverse) → gradients of the nine tensors in any dtype; those of absent ones are not read.
+            delta_softplus, reverse, which of the nine are wanted) → gradients of the nine tensors in any dtype; those
+            of absent ones and of unwanted ones are not read.
     """
 
     def scan(inputs: ScanInputs, delta_softplus: bool, reverse: bool) -> tuple[Tensor, Tensor]:
@@ -234,8 +235,11 @@ class _TwoPasses(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, kept = ctx.saved_tensors
         with torch.autocast(kept.device.type, enabled=False):
-            grads = zip(ctx.run(ScanInputs(*tensors), kept, grad_y, grad_last, *ctx.options), ctx.dtypes, strict=True)
-            return (None, None, None, None, *(None if dtype is None else grad.to(dtype) for grad, dtype in grads))
+            wanted = ctx.needs_input_grad[4:]
+            grads = ctx.run(ScanInputs(*tensors), kept, grad_y, grad_last, *ctx.options, wanted)
+            return (None,) * 4 + tuple(
+                grad.to(dtype) if want else None for grad, dtype, want in zip(grads, ctx.dtypes, wanted, strict=True)
+            )
 
 
 def triton_serves(device: torch.device, dtype: torch.dtype) -> bool:

@@ -52,7 +52,13 @@ def forward(inputs: ScanInputs, softplus: bool, reverse: bool, keep: bool) -> tu
 
 
 def backward(
-    inputs: ScanInputs, entries: Tensor, grad_y: Tensor | None, grad_last: Tensor | None, softplus: bool, reverse: bool
+    inputs: ScanInputs,
+    entries: Tensor,
+    grad_y: Tensor | None,
+    grad_last: Tensor | None,
+    softplus: bool,
+    reverse: bool,
+    _wanted: tuple[bool, ...],  # all are computed
 ) -> tuple[Tensor, ...]:
     """Gradients of the nine inputs; those of absent ones mean nothing."""
     u, delta, A, B, C, D, z, delta_bias, _ = inputs

@@ -56,7 +56,13 @@ def forward(inputs: ScanInputs, softplus: bool, reverse: bool, keep: bool) -> tu
 
 
 def backward(
-    inputs: ScanInputs, entries: Tensor, grad_y: Tensor | None, grad_last: Tensor | None, softplus: bool, reverse: bool
+    inputs: ScanInputs,
+    entries: Tensor,
+    grad_y: Tensor | None,
+    grad_last: Tensor | None,
+    softplus: bool,
+    reverse: bool,
+    _wanted: tuple[bool, ...],  # all are computed
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the nine inputs; those of absent ones mean nothing.
 

@@ -1,10 +1,10 @@
 """The selective scan on a GPU: autograd and launches around the Triton kernels.
 
 Letters: B batch, E channels, L tokens, N state. Everything is computed in float32, whatever the inputs are.
-For backward the inputs and the state at each tile's start are kept, B·E·N·L/CHUNK floats. Backward needs room
-for dB and dC summed over blocks of channels, 2·N·L for each block; a block has at least N/2 channels, so that is
-at most about 4·B·E·L floats whatever N is, and 1·B·E·L for N = 16. The blocks are then summed in a fixed order: no
-atomics, results repeat exactly.
+For backward the inputs and the state before each tile are kept, B·E·N·L/CHUNK floats. Backward needs as much for
+the adjoints, and room for dB and dC summed over blocks of channels, 2·N·L for each block; a block has at least N/2
+channels, so that is at most about 4·B·E·L floats whatever N is, and 1·B·E·L for N = 16. The blocks are then summed in
+a fixed order: no atomics, results repeat exactly.
 
 Runs wherever Triton 3.3 or later does, including Windows (package triton-windows). With ``TRITON_INTERPRET=1``
 in the environment before Triton is imported it runs, slowly, on CPU tensors instead.
@@ -13,19 +13,24 @@ in the environment before Triton is imported it runs, slowly, on CPU tensors ins
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 import triton
 from torch import Tensor
 
 from models.selective_scan import BackendUnavailable, ScanInputs, differentiable, reference_state_update
-from models.selective_scan.kernels_triton import backward_kernel, forward_kernel, update_kernel
+from models.selective_scan.kernels_triton import adjoint_kernel, forward_kernel, tile_kernel, update_kernel
 from models.selective_scan.selftest import attempt, check_scan, expect_close, sample_inputs
 
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
-CHUNK = 16  # tokens a tile; with 32, backward no longer fits into 255 registers
-BLOCK = 32  # channels a program, one for each lane of a warp
-STAGES = 1  # no pipelining of loads: the state passes through memory from tile to tile
+CHUNK = 16  # tokens a tile
+BLOCK = 32  # channels a program of the walks, one for each lane of a warp
+TILE_BLOCK = 32  # channels a warp of tile_kernel
+UNROLL = 4  # tokens that a walk loads ahead
+WARP_STATES = 16  # states that a lane holds; of more, several warps share a program
+PROGRAMS = 8  # a multiprocessor shall have; fewer, and the sequence is cut into segments
+LEAST = 2  # tiles in a segment
 
 
 def check(device_type: str) -> None:
@@ -60,62 +65,132 @@ def state_update(state: Tensor, inputs: ScanInputs, delta_softplus: bool) -> Ten
 
 
 def forward(inputs: ScanInputs, softplus: bool, reverse: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last state (B, E, N) and the states between tiles (B, tiles + 1, N, E), only two unless kept."""
+    """y, the last state (B, E, N) and, if ``keep``, the states before each tile (B, tiles, N, E)."""
     u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
     batch, channels, length = u.shape
-    tiles, slots = triton.cdiv(length, CHUNK), triton.cdiv(length, CHUNK) + 1 if keep else 2
-    y = torch.empty_like(u)
-    states = torch.empty(batch, slots, A.shape[1], channels, device=u.device)
-    states[:, 0] = 0 if initial_state is None else initial_state.transpose(1, 2)
+    n_states, y = A.shape[1], torch.empty_like(u)
+    first = None if initial_state is None else initial_state.detach().float().contiguous()
+    if length == 0:
+        last = u.new_zeros(batch, channels, n_states, dtype=torch.float32) if first is None else first.clone()
+        return y, last, last
+    last = torch.empty(batch, channels, n_states, device=u.device)
+    states = last if not keep else torch.empty(batch, triton.cdiv(length, CHUNK), n_states, channels, device=u.device)
     gate = u if z is None else z  # never read where absent
+    walk = _Walk(u, n_states)
+    tensors = (u, delta, gate, y, _rates(A), walk.by_token(B), walk.by_token(C), _vector(D, u), _vector(delta_bias, u))
     with _on(u.device):
-        forward_kernel[(triton.cdiv(channels, BLOCK), batch)](
-            u, delta, gate, y, _rates(A), _walk(B, reverse), _walk(C, reverse),
-            _vector(D, u), _vector(delta_bias, u), states,
-            length, tiles * CHUNK, channels, A.shape[1], slots,
-            *u.stride(), *delta.stride(), *gate.stride(), *y.stride(),
-            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
-            SOFTPLUS=softplus, REVERSE=reverse, KEEP=keep, CHUNK=CHUNK, BLOCK=BLOCK,
-            num_warps=1, num_stages=STAGES,
-        )  # fmt: skip
-    last = states[:, tiles if keep else tiles % 2].transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        for local in walk.launches():
+            forward_kernel[walk.grid(local)](
+                *tensors, last if first is None else first, last, states, walk.ends, walk.sums, *walk.sizes,
+                *u.stride(), *delta.stride(), *gate.stride(), *y.stride(),
+                HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, HAS_FIRST=first is not None,
+                SOFTPLUS=softplus, REVERSE=reverse, KEEP=keep, LOCAL=local, **walk.options,
+            )  # fmt: skip
     return y, last, states
 
 
 def backward(
-    inputs: ScanInputs, states: Tensor, grad_y: Tensor | None, grad_last: Tensor | None, softplus: bool, reverse: bool
-) -> tuple[Tensor, ...]:
-    """Gradients of the nine inputs; those of absent ones mean nothing."""
+    inputs: ScanInputs,
+    states: Tensor,
+    grad_y: Tensor | None,
+    grad_last: Tensor | None,
+    softplus: bool,
+    reverse: bool,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the nine inputs; those of absent ones mean nothing. The sums for A, D and the bias cost extra."""
     u, delta, A, B, C, D, z, delta_bias, _ = inputs
     batch, channels, length = u.shape
     n_states, tiles = A.shape[1], triton.cdiv(length, CHUNK)
-    block = max(BLOCK, triton.next_power_of_2(n_states) // 2)  # bounds the room for dB and dC
-    blocks = triton.cdiv(channels, block)
+    want_A, want_D, want_bias = wanted[2], wanted[5] and D is not None, wanted[7] and delta_bias is not None
+    if length == 0:
+        first = torch.zeros(batch, channels, n_states, device=u.device) if grad_last is None else grad_last
+        return *(None if t is None else torch.zeros_like(t) for t in inputs[:-1]), first
     grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
     gate, grad_z = (u, grad_u) if z is None else (z, torch.empty_like(z))  # never read or written where absent
-    carry, sum_A = torch.zeros(2, batch, 2, n_states, channels, device=u.device)
-    if grad_last is not None:
-        carry[:, 0] = grad_last.transpose(1, 2)
     grad_y = torch.zeros((), device=u.device).expand(u.shape) if grad_y is None else grad_y
+    rates, bias = _rates(A), _vector(delta_bias, u)
+    flags = {"HAS_Z": z is not None, "HAS_BIAS": delta_bias is not None, "SOFTPLUS": softplus, "REVERSE": reverse}
+
+    adjoints, grad_first = torch.empty_like(states), torch.empty(batch, channels, n_states, device=u.device)
+    last = grad_first if grad_last is None else grad_last.float().contiguous()  # never read where absent
+    walk = _Walk(u, n_states)
+    tensors = (delta, gate, grad_y, rates, walk.by_token(C), bias, last, grad_first, adjoints, walk.ends, walk.sums)
+    block = max(TILE_BLOCK, triton.next_power_of_2(n_states) // 2)  # bounds the room for dB and dC
+    blocks = triton.cdiv(channels, block)
     parts = torch.empty(2, batch, blocks, n_states, tiles * CHUNK, device=u.device)
-    grad_D, grad_bias = torch.empty(2, batch, channels, device=u.device)
+    part_A = torch.empty_like(states) if want_A else states  # never written where not wanted
+    part_D, part_bias = torch.empty(2, batch, tiles, channels, device=u.device)
     with _on(u.device):
-        backward_kernel[(blocks, batch)](
-            u, delta, gate, grad_y, grad_u, grad_delta, grad_z,
-            _rates(A), _walk(B, reverse), _walk(C, reverse), _vector(D, u), _vector(delta_bias, u),
-            states, carry, sum_A, *parts, grad_D, grad_bias,
-            length, tiles * CHUNK, channels, n_states, states.shape[1],
+        for local in walk.launches():
+            adjoint_kernel[walk.grid(local)](
+                *tensors, *walk.sizes, *delta.stride(), *gate.stride(), *grad_y.stride(),
+                HAS_LAST=grad_last is not None, LOCAL=local, **flags, **walk.options,
+            )  # fmt: skip
+        tile_kernel[(blocks, tiles, batch)](
+            u, delta, gate, grad_y, grad_u, grad_delta, grad_z, rates, _by_state(B, reverse), _by_state(C, reverse),
+            _vector(D, u), bias, states, adjoints, *parts, part_A, part_D, part_bias,
+            length, tiles * CHUNK, channels, n_states,
             *u.stride(), *delta.stride(), *gate.stride(), *grad_y.stride(),
             *grad_u.stride(), *grad_delta.stride(), *grad_z.stride(),
-            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
-            SOFTPLUS=softplus, REVERSE=reverse, CHUNK=CHUNK, BLOCK=block,
-            num_warps=block // BLOCK, num_stages=STAGES,
+            HAS_D=D is not None, WANT_A=want_A, WANT_D=want_D, WANT_BIAS=want_bias, **flags,
+            CHUNK=CHUNK, BLOCK=block, num_warps=block // TILE_BLOCK, num_stages=1,
         )  # fmt: skip
     grad_B, grad_C = parts.sum(2)[..., :length]
     if reverse:
         grad_B, grad_C = grad_B.flip(-1), grad_C.flip(-1)
-    grad_A, grad_first = sum_A[:, tiles % 2].sum(0).t(), carry[:, tiles % 2].transpose(1, 2)
-    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D.sum(0), grad_z, grad_bias.sum(0), grad_first
+    return (
+        grad_u,
+        grad_delta,
+        part_A.sum((0, 1)).t() if want_A else None,
+        grad_B,
+        grad_C,
+        part_D.sum((0, 1)) if want_D else None,
+        grad_z,
+        part_bias.sum((0, 1)) if want_bias else None,
+        grad_first,
+    )
+
+
+class _Walk:
+    """How ``forward_kernel`` and ``adjoint_kernel`` are launched for u (B, E, L), and the room between two launches."""
+
+    def __init__(self, u: Tensor, n_states: int) -> None:
+        self.batch, channels, length = u.shape
+        self.device, self.blocks, tiles = u.device, triton.cdiv(channels, BLOCK), triton.cdiv(length, CHUNK)
+        wanted = PROGRAMS * _multiprocessors(u.device) // (self.blocks * self.batch)
+        self.tiles = triton.cdiv(tiles, max(1, min(wanted, tiles // LEAST)))  # in a segment
+        self.segments = triton.cdiv(tiles, self.tiles)
+        self.sizes = length, channels, n_states, self.segments, self.tiles
+        self.ends = torch.empty(self.batch, self.segments, n_states, channels, device=u.device)
+        self.sums = torch.empty(self.batch, self.segments, channels, device=u.device)
+        self.states = triton.next_power_of_2(n_states)
+        self.options = {
+            "CHUNK": CHUNK, "BLOCK": BLOCK, "STATES": self.states, "UNROLL": UNROLL,
+            "num_warps": max(1, min(32, self.states // WARP_STATES)), "num_stages": 1,
+        }  # fmt: skip
+
+    def launches(self) -> tuple[bool, ...]:
+        """The values of LOCAL."""
+        return (False,) if self.segments == 1 else (True, False)
+
+    def grid(self, local: bool) -> tuple[int, int, int]:
+        return self.blocks, self.segments - local, self.batch
+
+    def by_token(self, tensor: Tensor) -> Tensor:
+        """B or C (B, N, L) → (B, L, STATES) in float32: a lane reads all states of a token at once."""
+        batch, n_states, length = tensor.shape
+        if n_states == self.states:
+            return tensor.detach().mT.float().contiguous()
+        padded = tensor.new_zeros(batch, length, self.states, dtype=torch.float32)
+        padded[..., :n_states] = tensor.mT
+        return padded
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    properties = None if device.type == "cpu" else torch.get_device_module(device).get_device_properties(device)
+    return getattr(properties, "multi_processor_count", 64)
 
 
 scan = differentiable(forward, backward)
@@ -126,8 +201,8 @@ def _rates(A: Tensor) -> Tensor:
     return A.detach().float().t().contiguous()
 
 
-def _walk(tensor: Tensor, reverse: bool) -> Tensor:
-    """B or C (B, N, L) in the order of the walk, with zeros up to whole tiles: every block reads all of it."""
+def _by_state(tensor: Tensor, reverse: bool) -> Tensor:
+    """B or C (B, N, L) in float32, in the order of the walk, with zeros up to whole tiles."""
     length = tensor.shape[2]
     padded = tensor.new_zeros(*tensor.shape[:2], triton.cdiv(length, CHUNK) * CHUNK, dtype=torch.float32)
     padded[..., :length] = tensor.flip(-1) if reverse else tensor

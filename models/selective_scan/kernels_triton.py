@@ -1,15 +1,19 @@
 """Triton kernels of the selective scan, for ``backend_triton``.
 
-Letters: B batch, E channels, L tokens, N state. "Step" counts tokens in the order of the walk.
-One program is one sample × BLOCK channels, in one warp: a lane owns a channel. It walks over the sequence in
-tiles of CHUNK tokens × BLOCK channels, and inside a tile takes the N states one after the other. The recurrence
-inside a tile is an associative scan over the tile's tokens, which lie in the registers of one lane: no exchange
-between lanes, and CHUNK independent exponentials for the scheduler. Only dB and dC need sums over lanes.
-Tiles follow each other, so a small B·E leaves a large GPU partly idle; it has little work to do then.
+Letters: B batch, E channels, L tokens, N state. "Step" counts tokens in the order of the walk; a tile is CHUNK steps.
 
-The carried state, and in backward the carried adjoint and the sum for dA, pass from tile to tile through global
-memory (the first-level cache, in effect): with them in registers a large N would spill. Each tile reads one
-slot and writes the next, with a barrier between tiles.
+Two kernels walk: ``forward_kernel`` along the sequence with the state, ``adjoint_kernel`` back along it with the
+state's gradient. A program is one sample × BLOCK channels × a segment of the sequence, in one warp for up to 16 states:
+a lane owns a channel and holds its N states in registers, so a step is N independent exponentials and multiply-adds,
+and the loads of the next steps are on their way meanwhile. Both leave what they carry at the border of every tile.
+
+A long sequence of a small batch is cut into segments, to fill the GPU. A first launch (LOCAL) walks each as if nothing
+preceded it; the second starts each from what the others before it left: the decay over a segment is one exponential of
+the sum of its Δ.
+
+``tile_kernel`` then computes all gradients, each tile alone: it knows the state before and the adjoint after it. It
+takes the states one after the other; the recurrences inside a tile are associative scans over its steps, which lie in
+the registers of one lane. Only dB and dC need sums over lanes.
 
 Decays are only multiplied, never divided by, and h_t − Δ_t B_t u_t is never formed: it cancels when the decay
 is small. The tuples that the scans combine carry what would need it.
@@ -43,14 +47,15 @@ def _softplus(x):
 
 
 @triton.jit
-def _follow(decay_a, state_a, decay_b, state_b):
-    """Span a, then b: (product of the decays, state at the end if it was zero at the start)."""
-    return decay_a * decay_b, decay_b * state_a + state_b
+def _softplus_slope(y):
+    """The derivative of softplus from its value y: 1 - exp(-y), as a series where that would cancel."""
+    series = y * (1.0 - y * (0.5 - y * (1.0 / 6 - y * (1.0 / 24 - y * (1.0 / 120 - y / 720)))))
+    return tl.where(y > 0.25, 1.0 - tl.exp(-y), series)
 
 
 @triton.jit
-def _follow_kept(decay_a, kept_a, input_a, decay_b, kept_b, input_b):
-    """As ``_follow``, with the final state as two parts: what the last token kept, and what it put in."""
+def _follow(decay_a, kept_a, input_a, decay_b, kept_b, input_b):
+    """Span a, then b: the product of the decays, and the final state as what the last token kept and what it put in."""
     return decay_a * decay_b, kept_b + decay_b * (kept_a + input_a), input_b
 
 
@@ -76,9 +81,44 @@ def _store_tile(pointer, stride_b, stride_e, stride_t, sample, e, t, here, value
     tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=here)
 
 
-# Sizes and strides as plain numbers: a fast path for contiguous channels would give each lane several channels,
-# and the scan would need exchanges between lanes. It also saves compiling again for every length.
-_SIZES = ["length", "channels", "n_states", "slots"]
+@triton.jit
+def _row(pointer, stride_t, step, length, in_e, REVERSE: tl.constexpr):
+    """(BLOCK,) of a token, in the tensor's dtype; zeros outside."""
+    t = length - 1 - step if REVERSE else step
+    return tl.load(pointer + t.to(tl.int64) * stride_t, mask=in_e & (step >= 0) & (step < length), other=0.0)
+
+
+@triton.jit
+def _rows(pointer, stride_t, first, length, in_e, REVERSE: tl.constexpr, STEPS: tl.constexpr):
+    """The tokens of STEPS steps from ``first`` on."""
+    rows = ()
+    for i in tl.static_range(STEPS):
+        rows = rows + (_row(pointer, stride_t, first + i, length, in_e, REVERSE),)
+    return rows
+
+
+@triton.jit
+def _vector(pointer, step, length, n, REVERSE: tl.constexpr, STATES: tl.constexpr):
+    """(STATES,) of a token of B or C. Beyond the end the last one, which meets a step size of zero."""
+    step = tl.minimum(tl.maximum(step, 0), length - 1)
+    t = length - 1 - step if REVERSE else step
+    return tl.load(pointer + t * STATES + n)
+
+
+@triton.jit
+def _size(raw, bias, inside, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
+    """Δ; zero outside, where a step leaves the state alone."""
+    size = raw.to(tl.float32)
+    if HAS_BIAS:
+        size += bias
+    if SOFTPLUS:
+        size = _softplus(size)
+    return tl.where(inside, size, 0.0)
+
+
+# Sizes and strides as plain numbers: a fast path for contiguous channels would give each lane of tile_kernel several
+# channels, and its scans would need exchanges between lanes. It also saves compiling again for every length.
+_SIZES = ["length", "channels", "n_states", "segments", "segment"]
 _STRIDES = [f"{name}_{axis}" for name in ("u", "delta", "z", "y", "gy", "gu", "gd", "gz") for axis in "bet"]
 
 
@@ -86,78 +126,192 @@ _STRIDES = [f"{name}_{axis}" for name in ("u", "delta", "z", "y", "gy", "gu", "g
 def forward_kernel(
     u, delta, z, y,  # (B, E, L), any strides
     A,  # (N, E)
-    B, C,  # (B, N, padded), in the order of the walk, zeros after step L
+    B, C,  # (B, L, STATES), zeros from state N on
     D, delta_bias,  # (E,)
-    states,  # (B, slots, N, E): slot 0 filled; each tile reads its slot and fills the next
-    length, padded, channels, n_states, slots,
+    first, last,  # (B, E, N): before the first step and after the last
+    states,  # (B, tiles, N, E): before each tile
+    ends, sums,  # (B, segments, N, E) the state after each segment if it was zero before; (B, segments, E) sums of Δ
+    length, channels, n_states, segments,
+    segment,  # tiles in a segment
     u_b, u_e, u_t,
     delta_b, delta_e, delta_t,
     z_b, z_e, z_t,
     y_b, y_e, y_t,
-    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_FIRST: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-    KEEP: tl.constexpr,  # a slot per tile, else two used in turn
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    KEEP: tl.constexpr,  # write states
+    LOCAL: tl.constexpr,  # write ends and sums, nothing else
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """y and the states between tiles."""
+    """y, the last state, and the states between tiles."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    sample = tl.program_id(1).to(tl.int64)
+    n = tl.arange(0, STATES)
+    part = tl.program_id(1)
+    sample = tl.program_id(2).to(tl.int64)
     in_e = e < channels
-    step = tl.arange(0, CHUNK)
-    plane = (n_states * channels).to(tl.int64)  # a slot
-    states += sample * slots * plane + e
-    B += sample * n_states * padded
-    C += sample * n_states * padded
-    if HAS_D:
-        skip = tl.load(D + e, mask=in_e, other=0.0)
-    if HAS_BIAS:
-        bias = tl.load(delta_bias + e, mask=in_e, other=0.0)
+    both = (n < n_states)[:, None] & in_e[None, :]
+    plane = n.to(tl.int64)[:, None] * channels + e[None, :]
+    turned = e[None, :] * n_states + n[:, None]
+    size_of = (n_states * channels).to(tl.int64)
+    u += sample * u_b + e * u_e
+    delta += sample * delta_b + e * delta_e
+    B += sample * length * STATES
+    ends += sample * segments * size_of + plane
+    sums += sample * segments * channels + e
+    rate = tl.load(A + plane, mask=both, other=0.0) * LOG2E
+    bias = tl.load(delta_bias + e, mask=in_e, other=0.0) if HAS_BIAS else 0.0
+    state = tl.zeros((STATES, BLOCK), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    if not LOCAL:
+        z += sample * z_b + e * z_e
+        y += sample * y_b + e * y_e
+        C += sample * length * STATES
+        states += sample * tl.cdiv(length, CHUNK) * size_of + plane
+        skip = tl.load(D + e, mask=in_e, other=0.0) if HAS_D else 0.0
+        if HAS_FIRST:
+            state = tl.load(first + sample * size_of + turned, mask=both, other=0.0)
+        for before in range(part):
+            summed = tl.load(sums + before * channels, mask=in_e, other=0.0)
+            left = tl.load(ends + before * size_of, mask=both, other=0.0)
+            state = tl.exp2(summed[None, :] * rate) * state + left
 
-    for chunk in range(tl.cdiv(length, CHUNK)):
-        steps = chunk * CHUNK + step
-        t = (length - 1 - steps if REVERSE else steps).to(tl.int64)
-        here = (steps < length)[:, None] & in_e[None, :]
-        x = _tile(u, u_b, u_e, u_t, sample, e, t, here)
-        size = _tile(delta, delta_b, delta_e, delta_t, sample, e, t, here)
-        if HAS_BIAS:
-            size += bias[None, :]
-        if SOFTPLUS:
-            size = _softplus(size)
-        size = tl.where(here, size, 0.0)  # a step of size zero leaves the state alone
-        drive = size * x
-        out = x * skip[None, :] if HAS_D else tl.zeros_like(x)
-        if KEEP:
-            entry, leave = states + chunk * plane, states + (chunk + 1) * plane
-        else:
-            entry, leave = states + (chunk % 2) * plane, states + ((chunk + 1) % 2) * plane
-        for n in range(n_states):
-            rate = tl.load(A + n * channels + e, mask=in_e, other=0.0) * LOG2E
-            b = tl.load(B + n * padded + steps)
-            c = tl.load(C + n * padded + steps)
-            before = tl.load(entry + n * channels, mask=in_e, other=0.0)
-            decay, state = tl.associative_scan((tl.exp2(size * rate[None, :]), drive * b[:, None]), 0, _follow)
-            state += decay * before[None, :]
-            out += state * c[:, None]
-            last = tl.sum(tl.where(step[:, None] == CHUNK - 1, state, 0.0), axis=0)
-            tl.store(leave + n * channels, last, mask=in_e)
-        if HAS_Z:
-            gate = _tile(z, z_b, z_e, z_t, sample, e, t, here)
-            out *= gate * tl.sigmoid(gate)
-        _store_tile(y, y_b, y_e, y_t, sample, e, t, here, out)
-        tl.debug_barrier()
+    begin = part * segment * CHUNK
+    xs = _rows(u, u_t, begin, length, in_e, REVERSE, UNROLL)
+    raws = _rows(delta, delta_t, begin, length, in_e, REVERSE, UNROLL)
+    if HAS_Z and not LOCAL:
+        gates = _rows(z, z_t, begin, length, in_e, REVERSE, UNROLL)
+    for start in range(begin, tl.minimum(begin + segment * CHUNK, length), UNROLL):
+        after = start + UNROLL
+        next_xs = _rows(u, u_t, after, length, in_e, REVERSE, UNROLL)
+        next_raws = _rows(delta, delta_t, after, length, in_e, REVERSE, UNROLL)
+        if HAS_Z and not LOCAL:
+            next_gates = _rows(z, z_t, after, length, in_e, REVERSE, UNROLL)
+        if KEEP and not LOCAL and start % CHUNK == 0:
+            tl.store(states + (start // CHUNK) * size_of, state, mask=both)
+        for i in tl.static_range(UNROLL):
+            step = start + i
+            x = xs[i].to(tl.float32)
+            size = _size(raws[i], bias, in_e & (step < length), HAS_BIAS, SOFTPLUS)
+            b = _vector(B, step, length, n, REVERSE, STATES)
+            state = state * tl.exp2(size[None, :] * rate) + (size * x)[None, :] * b[:, None]
+            if LOCAL:
+                total += size
+            else:
+                c = _vector(C, step, length, n, REVERSE, STATES)
+                out = tl.sum(state * c[:, None], axis=0)
+                if HAS_D:
+                    out += x * skip
+                if HAS_Z:
+                    gate = gates[i].to(tl.float32)
+                    out *= gate * tl.sigmoid(gate)
+                t = length - 1 - step if REVERSE else step
+                place = y + t.to(tl.int64) * y_t
+                tl.store(place, out.to(y.dtype.element_ty), mask=in_e & (step < length))
+        xs, raws = next_xs, next_raws
+        if HAS_Z and not LOCAL:
+            gates = next_gates
+
+    if LOCAL:
+        tl.store(ends + part * size_of, state, mask=both)
+        tl.store(sums + part * channels, total, mask=in_e)
+    elif part == segments - 1:
+        tl.store(last + sample * size_of + turned, state, mask=both)
 
 
 @triton.jit(do_not_specialize=_SIZES + _STRIDES)
-def backward_kernel(
+def adjoint_kernel(
+    delta, z, grad_y,  # (B, E, L), any strides
+    A,  # (N, E)
+    C,  # (B, L, STATES), zeros from state N on
+    delta_bias,  # (E,)
+    grad_last, grad_first,  # (B, E, N): gradients of the last and of the initial state
+    adjoints,  # (B, tiles, N, E): the gradient of the state after each tile
+    ends, sums,  # (B, segments, N, E), (B, segments, E), as in forward; here a segment's end is its first step
+    length, channels, n_states, segments, segment,
+    delta_b, delta_e, delta_t,
+    z_b, z_e, z_t,
+    gy_b, gy_e, gy_t,
+    HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LAST: tl.constexpr,
+    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, LOCAL: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the state at the border of every tile."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.arange(0, STATES)
+    part = tl.program_id(1) + (1 if LOCAL else 0)  # no one asks what the first segment leaves
+    sample = tl.program_id(2).to(tl.int64)
+    in_e = e < channels
+    both = (n < n_states)[:, None] & in_e[None, :]
+    plane = n.to(tl.int64)[:, None] * channels + e[None, :]
+    turned = e[None, :] * n_states + n[:, None]
+    size_of = (n_states * channels).to(tl.int64)
+    delta += sample * delta_b + e * delta_e
+    z += sample * z_b + e * z_e
+    grad_y += sample * gy_b + e * gy_e
+    C += sample * length * STATES
+    adjoints += sample * tl.cdiv(length, CHUNK) * size_of + plane
+    ends += sample * segments * size_of + plane
+    sums += sample * segments * channels + e
+    rate = tl.load(A + plane, mask=both, other=0.0) * LOG2E
+    bias = tl.load(delta_bias + e, mask=in_e, other=0.0) if HAS_BIAS else 0.0
+    flow = tl.zeros((STATES, BLOCK), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    if not LOCAL:
+        if HAS_LAST:
+            flow = tl.load(grad_last + sample * size_of + turned, mask=both, other=0.0)
+        for behind in range(segments - 1 - part):
+            later = segments - 1 - behind
+            summed = tl.load(sums + later * channels, mask=in_e, other=0.0)
+            left = tl.load(ends + later * size_of, mask=both, other=0.0)
+            flow = tl.exp2(summed[None, :] * rate) * flow + left
+
+    begin = part * segment * CHUNK
+    stop = tl.minimum(begin + segment * CHUNK, tl.cdiv(length, CHUNK) * CHUNK)
+    raws = _rows(delta, delta_t, stop - UNROLL, length, in_e, REVERSE, UNROLL)
+    grads = _rows(grad_y, gy_t, stop - UNROLL, length, in_e, REVERSE, UNROLL)
+    if HAS_Z:
+        gates = _rows(z, z_t, stop - UNROLL, length, in_e, REVERSE, UNROLL)
+    for walked in range(0, stop - begin, UNROLL):
+        start = stop - UNROLL - walked
+        next_raws = _rows(delta, delta_t, start - UNROLL, length, in_e, REVERSE, UNROLL)
+        next_grads = _rows(grad_y, gy_t, start - UNROLL, length, in_e, REVERSE, UNROLL)
+        if HAS_Z:
+            next_gates = _rows(z, z_t, start - UNROLL, length, in_e, REVERSE, UNROLL)
+        if not LOCAL and walked % CHUNK == 0:
+            tl.store(adjoints + (start // CHUNK) * size_of, flow, mask=both)
+        for j in tl.static_range(UNROLL):
+            step = start + (UNROLL - 1 - j)
+            size = _size(raws[UNROLL - 1 - j], bias, in_e & (step < length), HAS_BIAS, SOFTPLUS)
+            dy = grads[UNROLL - 1 - j].to(tl.float32)
+            if HAS_Z:
+                gate = gates[UNROLL - 1 - j].to(tl.float32)
+                dy *= gate * tl.sigmoid(gate)
+            c = _vector(C, step, length, n, REVERSE, STATES)
+            flow = (flow + dy[None, :] * c[:, None]) * tl.exp2(size[None, :] * rate)
+            if LOCAL:
+                total += size
+        raws, grads = next_raws, next_grads
+        if HAS_Z:
+            gates = next_gates
+
+    if LOCAL:
+        tl.store(ends + part * size_of, flow, mask=both)
+        tl.store(sums + part * channels, total, mask=in_e)
+    elif part == 0:
+        tl.store(grad_first + sample * size_of + turned, flow, mask=both)
+
+
+@triton.jit(do_not_specialize=_SIZES + _STRIDES)
+def tile_kernel(
     u, delta, z, grad_y, grad_u, grad_delta, grad_z,  # (B, E, L), any strides
     A,  # (N, E)
     B, C,  # (B, N, padded), in the order of the walk, zeros after step L
     D, delta_bias,  # (E,)
-    states,  # (B, slots, N, E), from forward
-    carry, sum_A,  # (B, 2, N, E): slot 0 filled with the last state's gradient and with zeros
+    states, adjoints,  # (B, tiles, N, E), before and after each tile
     part_B, part_C,  # (B, blocks, N, padded), sums over a block's channels
-    grad_D, grad_bias,  # (B, E)
-    length, padded, channels, n_states, slots,
+    part_A,  # (B, tiles, N, E)
+    part_D, part_bias,  # (B, tiles, E)
+    length, padded, channels, n_states,
     u_b, u_e, u_t,
     delta_b, delta_e, delta_t,
     z_b, z_e, z_t,
@@ -166,98 +320,94 @@ def backward_kernel(
     gd_b, gd_e, gd_t,
     gz_b, gz_e, gz_t,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
+    WANT_A: tl.constexpr, WANT_D: tl.constexpr, WANT_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All gradients, walking the tiles backward; each tile's states are computed again from its slot.
-
-    The initial state's gradient and dA of each sample end in slot (number of tiles) % 2.
-    """
-    block = tl.program_id(0).to(tl.int64)
+    """All gradients but those of the states; the tile's states are computed again."""
+    block, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    sample = tl.program_id(2).to(tl.int64)
+    tiles = tl.num_programs(1)
     e = block * BLOCK + tl.arange(0, BLOCK)
-    sample = tl.program_id(1).to(tl.int64)
     in_e = e < channels
     step = tl.arange(0, CHUNK)
     plane = (n_states * channels).to(tl.int64)
-    states += sample * slots * plane + e
-    carry += sample * 2 * plane + e
-    sum_A += sample * 2 * plane + e
-    B += sample * n_states * padded
-    C += sample * n_states * padded
-    part_B += (sample * tl.num_programs(0) + block) * n_states * padded
-    part_C += (sample * tl.num_programs(0) + block) * n_states * padded
-    if HAS_D:
-        skip = tl.load(D + e, mask=in_e, other=0.0)
+    states += (sample * tiles + chunk) * plane + e
+    adjoints += (sample * tiles + chunk) * plane + e
+    part_A += (sample * tiles + chunk) * plane + e
+    A += e
+    B += sample * n_states * padded + chunk * CHUNK
+    C += sample * n_states * padded + chunk * CHUNK
+    part_B += (sample * tl.num_programs(0) + block) * n_states * padded + chunk * CHUNK
+    part_C += (sample * tl.num_programs(0) + block) * n_states * padded + chunk * CHUNK
+
+    steps = chunk * CHUNK + step
+    t = (length - 1 - steps if REVERSE else steps).to(tl.int64)
+    here = (steps < length)[:, None] & in_e[None, :]
+    x = _tile(u, u_b, u_e, u_t, sample, e, t, here)
+    raw = _tile(delta, delta_b, delta_e, delta_t, sample, e, t, here)
     if HAS_BIAS:
-        bias = tl.load(delta_bias + e, mask=in_e, other=0.0)
-    sum_D = tl.zeros((BLOCK,), tl.float32)
-    sum_bias = tl.zeros((BLOCK,), tl.float32)
+        raw += tl.load(delta_bias + e, mask=in_e, other=0.0)[None, :]
+    size = tl.where(here, _softplus(raw) if SOFTPLUS else raw, 0.0)
+    dy = _tile(grad_y, gy_b, gy_e, gy_t, sample, e, t, here)
+    if HAS_Z:
+        gate = _tile(z, z_b, z_e, z_t, sample, e, t, here)
+        sigmoid = tl.sigmoid(gate)
+        slope = dy * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+        dy *= gate * sigmoid
+        out = tl.zeros_like(x)
+    drive = size * x
+    grad_drive = tl.zeros_like(x)
+    grad_size = tl.zeros_like(x)
 
-    chunks = tl.cdiv(length, CHUNK)
-    for walked in range(chunks):
-        chunk = chunks - 1 - walked
-        steps = chunk * CHUNK + step
-        t = (length - 1 - steps if REVERSE else steps).to(tl.int64)
-        here = (steps < length)[:, None] & in_e[None, :]
-        x = _tile(u, u_b, u_e, u_t, sample, e, t, here)
-        raw = _tile(delta, delta_b, delta_e, delta_t, sample, e, t, here)
-        if HAS_BIAS:
-            raw += bias[None, :]
-        size = tl.where(here, _softplus(raw) if SOFTPLUS else raw, 0.0)
-        dy = _tile(grad_y, gy_b, gy_e, gy_t, sample, e, t, here)
+    rate = tl.load(A, mask=in_e, other=0.0)
+    before, after = tl.load(states, mask=in_e, other=0.0), tl.load(adjoints, mask=in_e, other=0.0)
+    for n in range(n_states):
+        m = tl.minimum(n + 1, n_states - 1)  # the next one's loads are on their way during this one's arithmetic
+        next_rate = tl.load(A + m * channels, mask=in_e, other=0.0)
+        next_before = tl.load(states + m * channels, mask=in_e, other=0.0)
+        next_after = tl.load(adjoints + m * channels, mask=in_e, other=0.0)
+        b, c = tl.load(B + n * padded + step), tl.load(C + n * padded + step)  # the same for all lanes: from the cache
+
+        decay = tl.exp2(size * (rate * LOG2E)[None, :])
+        # What came in is put where it is met: the scans need no second pass over their results.
+        kept = tl.where((step == 0)[:, None], decay * before[None, :], 0.0)
+        _, kept, put = tl.associative_scan((decay, kept, drive * b[:, None]), 0, _follow)
+        state = kept + put
+        tl.store(part_C + n * padded + step, tl.sum(dy * state, axis=1))
         if HAS_Z:
-            gate = _tile(z, z_b, z_e, z_t, sample, e, t, here)
-            sigmoid = tl.sigmoid(gate)
-            slope = dy * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-            dy *= gate * sigmoid
-            out = x * skip[None, :] if HAS_D else tl.zeros_like(x)
-        drive = size * x
-        grad_drive = tl.zeros_like(x)
-        grad_size = tl.zeros_like(x)
-        entry = states + chunk * plane
-        slot, next_slot = (walked % 2) * plane, ((walked + 1) % 2) * plane
-        for n in range(n_states):
-            rate = tl.load(A + n * channels + e, mask=in_e, other=0.0)
-            b = tl.load(B + n * padded + steps)[:, None]
-            c = tl.load(C + n * padded + steps)[:, None]
-            before = tl.load(entry + n * channels, mask=in_e, other=0.0)
-            after = tl.load(carry + slot + n * channels, mask=in_e, other=0.0)
-            decay = tl.exp2(size * (rate * LOG2E)[None, :])
-            reach, kept, put = tl.associative_scan((decay, tl.zeros_like(decay), drive * b), 0, _follow_kept)
-            kept += reach * before[None, :]
-            state = kept + put
-            tl.store(part_C + n * padded + steps, tl.sum(dy * state, axis=1))
-            if HAS_Z:
-                out += state * c
-            # Not reverse=True: that exchanges all lanes, while flipping registers costs nothing.
-            reach, adjoint, _ = tl.associative_scan(
-                (tl.full(decay.shape, 1.0, tl.float32), tl.flip(dy * c, 0), tl.flip(decay, 0)), 0, _precede
-            )
-            adjoint = tl.flip(adjoint + reach * after[None, :], 0)
-            tl.store(part_B + n * padded + steps, tl.sum(drive * adjoint, axis=1))
-            grad_drive += adjoint * b
-            flow = adjoint * kept  # gradient of Δ A
-            grad_size += flow * rate[None, :]
-            so_far = tl.load(sum_A + slot + n * channels, mask=in_e, other=0.0)
-            tl.store(sum_A + next_slot + n * channels, so_far + tl.sum(flow * size, axis=0), mask=in_e)
-            leaving = tl.sum(tl.where(step[:, None] == 0, decay * adjoint, 0.0), axis=0)
-            tl.store(carry + next_slot + n * channels, leaving, mask=in_e)
-        dx = grad_drive * size
+            out += state * c[:, None]
+        # Not reverse=True: that exchanges all lanes, while flipping registers costs nothing.
+        met = dy * c[:, None] + tl.where((step == CHUNK - 1)[:, None], after[None, :], 0.0)
+        one = tl.full(decay.shape, 1.0, tl.float32)
+        _, adjoint, _ = tl.associative_scan((one, tl.flip(met, 0), tl.flip(decay, 0)), 0, _precede)
+        adjoint = tl.flip(adjoint, 0)
+        tl.store(part_B + n * padded + step, tl.sum(drive * adjoint, axis=1))
+        grad_drive += adjoint * b[:, None]
+        flow = adjoint * kept  # gradient of Δ A
+        grad_size += flow * rate[None, :]
+        if WANT_A:
+            tl.store(part_A + n * channels, tl.sum(flow * size, axis=0), mask=in_e)
+        rate, before, after = next_rate, next_before, next_after
+
+    dx = grad_drive * size
+    grad_size += grad_drive * x
+    if HAS_D:
+        skip = tl.load(D + e, mask=in_e, other=0.0)[None, :]
+        dx += dy * skip
+    if WANT_D:
+        tl.store(part_D + (sample * tiles + chunk) * channels + e, tl.sum(dy * x, axis=0), mask=in_e)
+    if SOFTPLUS:
+        grad_size *= _softplus_slope(size)
+    if WANT_BIAS:
+        total = tl.sum(tl.where(here, grad_size, 0.0), axis=0)
+        tl.store(part_bias + (sample * tiles + chunk) * channels + e, total, mask=in_e)
+    _store_tile(grad_u, gu_b, gu_e, gu_t, sample, e, t, here, dx)
+    _store_tile(grad_delta, gd_b, gd_e, gd_t, sample, e, t, here, grad_size)
+    if HAS_Z:
         if HAS_D:
-            dx += dy * skip[None, :]
-            sum_D += tl.sum(dy * x, axis=0)
-        grad_size += grad_drive * x
-        if SOFTPLUS:
-            grad_size = tl.where(raw > 20.0, grad_size, grad_size * tl.sigmoid(raw))
-        sum_bias += tl.sum(tl.where(here, grad_size, 0.0), axis=0)
-        _store_tile(grad_u, gu_b, gu_e, gu_t, sample, e, t, here, dx)
-        _store_tile(grad_delta, gd_b, gd_e, gd_t, sample, e, t, here, grad_size)
-        if HAS_Z:
-            _store_tile(grad_z, gz_b, gz_e, gz_t, sample, e, t, here, slope * out)
-        tl.debug_barrier()
-
-    tl.store(grad_D + sample * channels + e, sum_D, mask=in_e)
-    tl.store(grad_bias + sample * channels + e, sum_bias, mask=in_e)
+            out += x * skip
+        _store_tile(grad_z, gz_b, gz_e, gz_t, sample, e, t, here, slope * out)
 
 
 @triton.jit

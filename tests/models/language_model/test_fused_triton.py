@@ -1,7 +1,7 @@
 """The fused kernels of a Mamba block against plain PyTorch in Triton's interpreter, and compiled for GPUs.
 
-The interpreter must be chosen before Triton is imported: ``test_numbers_in_the_interpreter`` runs the first half of this
-file in another process.
+The interpreter must be chosen before Triton is imported: ``test_numbers_in_the_interpreter`` runs the first half of
+this file in another process.
 """
 
 from __future__ import annotations

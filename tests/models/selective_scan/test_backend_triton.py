@@ -10,9 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +23,6 @@ from models.selective_scan.selftest import check_scan
 
 pytest.importorskip("triton", reason="triton is not installed; requirements.txt has it for Linux on x86-64 only")
 
-import triton  # noqa: E402
 
 from models.selective_scan import backend_triton, kernels_triton  # noqa: E402
 from tests.models.triton_kernels import Recorder, compiled  # noqa: E402
@@ -53,9 +50,12 @@ def test_numbers_in_the_interpreter() -> None:
     assert passed >= 15, run.stdout[-2000:]
 
 
+KERNELS = ("forward_kernel", "adjoint_kernel", "tile_kernel", "update_kernel")
+
+
 def launches(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, states: int, full: bool) -> dict[str, Recorder]:
     """What forward, backward and a single step launch; nothing is computed."""
-    recorders = {name: Recorder() for name in ("forward_kernel", "backward_kernel", "update_kernel")}
+    recorders = {name: Recorder() for name in KERNELS}
     for name, recorder in recorders.items():
         monkeypatch.setattr(backend_triton, name, recorder)
     tile = torch.zeros(1, 64, 48, dtype=dtype)
@@ -85,8 +85,8 @@ def test_compiles_for_gpus(
         assert len(asm["cubin"]) > 1000
         shuffles[name] = asm["ptx"].count("shfl.")
     if states == 16:  # what the layout was chosen for: a lane owns a channel
-        assert shuffles["forward_kernel"] == 0
-        assert shuffles["backward_kernel"] == 2 * backend_triton.CHUNK * 5  # dB and dC, five each for 32 lanes
+        assert shuffles["forward_kernel"] == shuffles["adjoint_kernel"] == 0
+        assert shuffles["tile_kernel"] == 2 * backend_triton.CHUNK * 5  # dB and dC, five each for 32 lanes
 
 
 def test_on_the_cpu_it_wants_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,13 +143,13 @@ SIZES = st.tuples(
     st.integers(1, 2 if INTERPRETED else 3),  # batch
     st.integers(1, 40),  # channels
     st.integers(1, 5 if INTERPRETED else 19),  # states
-    st.integers(1, 70 if INTERPRETED else 300),  # length
+    st.integers(1, 40 if INTERPRETED else 300),  # length
 )
 OPTIONS = st.fixed_dictionaries({"delta_softplus": st.booleans(), "reverse": st.booleans()})
 
 
 @settings(
-    max_examples=12 if INTERPRETED else 40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=8 if INTERPRETED else 40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     sizes=SIZES,
@@ -175,7 +175,9 @@ def extreme(delta: Tensor, softplus: bool, seed: int) -> Tensor:
     return values[torch.randint(len(values), delta.shape, generator=torch.Generator().manual_seed(seed))]
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=4 if INTERPRETED else 8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     channels=st.integers(1, 20),
     states=st.integers(1, 3 if INTERPRETED else 16),
@@ -244,7 +246,7 @@ def test_gradcheck_of_the_torch_backend(reverse: bool, monkeypatch: pytest.Monke
 def test_backward_keeps_little(backend: str) -> None:
     batch, channels, states, length = 2, 32, 16, 512
     if INTERPRETED:
-        batch, states = 1, 4
+        batch, states, length = 1, 4, 128
     inputs = {k: v.requires_grad_() for k, v in make_inputs(batch, channels, states, length).items()}
     kept: dict[int, int] = {}
 
