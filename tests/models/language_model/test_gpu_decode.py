@@ -24,7 +24,7 @@ from tests.models.language_model.tiny import sharp_lm
 pytest.importorskip("triton", reason="triton is not installed; requirements.txt has it for Linux on x86-64 only")
 
 from models.language_model import gpu_decode_kernels  # noqa: E402
-from tests.models.selective_scan.test_backend_triton import Recorder, compiled  # noqa: E402
+from tests.models.triton_kernels import Recorder, compiled  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
 interpreted = pytest.mark.skipif(not gpu_decode.INTERPRETED, reason="needs TRITON_INTERPRET=1; run by another test")
