@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
-from engine.benchmark.measure import SIZES, Size
-from engine.benchmark.models import our_model, random_mamba
-from models.language_model.mamba_lm import MambaLM
+if TYPE_CHECKING:  # a process that only runs checks of the scan does not wait for transformers
+    from transformers import PreTrainedModel
+
+    from engine.benchmark.measure import Size
+    from models.language_model.mamba_lm import MambaLM
 
 PASS, FAIL, SKIPPED = "pass", "fail", "skipped"
 
@@ -91,15 +93,21 @@ class Context:
 
     @cached_property
     def size(self) -> Size:
+        from engine.benchmark.measure import SIZES
+
         return SIZES["2.8b" if self.cuda else "tiny"]
 
     @cached_property
     def weights(self) -> PreTrainedModel:
-        """transformers' model with random weights; a CPU, too, uses the card's dtype where the check asks for it."""
+        """transformers' model with random weights, which all checks share."""
+        from engine.benchmark.models import random_mamba
+
         return random_mamba(self.size, self.device, self.size.layers)
 
     def lm(self) -> MambaLM:
         """Ours over these weights, with modules of its own: adapters or int8 in it leave the others as they are."""
+        from engine.benchmark.models import our_model
+
         return our_model(self.size, self.weights)
 
     @cached_property

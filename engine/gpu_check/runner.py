@@ -1,30 +1,21 @@
-"""Runs the checks one after the other in a process of their own, and writes the report as it goes.
-
-A check that raises gives a failed line. One that kills the process, or that leaves the card unusable, does too, and the
-next check begins in a new process. One that does not fit into the time that is left is skipped.
-"""
+"""The checks, in their order, and the report, which is written as they go."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-import multiprocessing
 import sys
 import time
-import traceback
-from collections.abc import Iterable, Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from config.errors import first_line
 from config.files import write_text
-from engine.cli import force_utf8
 from engine.gpu_check import chain, decoding, kernels, training
-from engine.gpu_check.context import FAIL, PASS, SKIPPED, Check, Context, Line, OutOfTime
+from engine.gpu_check.context import FAIL, PASS, SKIPPED, Check, Line
+from engine.gpu_check.worker import Worker
 from engine.run import environment
 
 CHECKS: dict[int, Check] = {
@@ -42,19 +33,6 @@ CHECKS: dict[int, Check] = {
     12: Check("an epoch of Stage 1", training.stage1),
     13: Check("the tests marked gpu", chain.marked_tests, needs=40, limit=400),
 }
-GRACE = 10  # seconds in which a check that has no more time ends by itself
-
-
-def lines_of(check: Check, context: Context) -> Iterator[Line]:
-    """The lines of a check; what it raises becomes the last one."""
-    try:
-        yield from check.run(context)
-    except OutOfTime as error:
-        # Where the session has time left, something hangs.
-        yield Line(context.number, check.title, SKIPPED if context.end >= context.deadline else FAIL, str(error))
-    except Exception as error:  # noqa: BLE001 (drivers, compilers and kernels raise anything; the rest shall still run)
-        message = f"{type(error).__name__}: {first_line(error)}"
-        yield Line(context.number, check.title, FAIL, message, detail=traceback.format_exc())
 
 
 class Results:
@@ -112,7 +90,8 @@ class Results:
 
 
 def run_checks(numbers: Iterable[int], device: torch.device, out: Path, minutes: float) -> Results:
-    """Run the checks of these numbers in a process of their own, for at most so many minutes."""
+    """Run the checks of these numbers for at most so many minutes. One that does not fit into what is left is skipped,
+    and the next check begins in a new process where one leaves the card unusable."""
     results, worker = Results(out, device), None
     deadline = results.started + 60 * minutes
     try:
@@ -131,66 +110,3 @@ def run_checks(numbers: Iterable[int], device: torch.device, out: Path, minutes:
     results.finished = True
     results.write()
     return results
-
-
-class Worker:
-    """The process that runs the checks."""
-
-    def __init__(self, device: torch.device, out: Path, deadline: float) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.connection, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=serve, args=(theirs, str(device), out, deadline))
-        self.process.start()
-        theirs.close()  # so that the end of the process is seen
-        self.usable = True
-
-    def lines(self, number: int, check: Check, deadline: float) -> Iterator[Line]:
-        """The lines as they come; a last one where the process ends, or has no more time.
-
-        A check that waits for a script stops it itself, in time; one that waits for the device cannot.
-        """
-        end = min(deadline, time.time() + check.limit)
-        self.connection.send((number, end, check))
-        self.usable = False
-        while self.connection.poll(max(0.0, end + GRACE - time.time())):
-            try:
-                found = self.connection.recv()
-            except EOFError:
-                self.process.join()
-                message = f"its process ended with status {self.process.exitcode}"
-                yield Line(number, check.title, FAIL, message)
-                return
-            if isinstance(found, bool):
-                self.usable = found
-                return
-            yield found
-        if end >= deadline:
-            yield Line(number, check.title, SKIPPED, "out of time, stopped in the middle")
-        else:
-            yield Line(number, check.title, FAIL, f"no end within {check.limit:.0f} s, stopped")
-
-    def stop(self) -> None:
-        """End the process: at its next check's begin where it waits for one, at once where it works."""
-        if self.usable:
-            self.connection.send(None)
-            self.process.join(20)
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-
-
-def serve(connection: Connection, device: str, out: Path, deadline: float) -> None:
-    """Run the checks that come, send their lines, and after each whether the device is still usable."""
-    force_utf8()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    context = Context(torch.device(device), out, deadline)
-    while (wanted := connection.recv()) is not None:
-        context.number, context.end, check = wanted
-        for line in lines_of(check, context):
-            connection.send(line)
-        try:
-            context.release()
-        except RuntimeError:  # after an illegal access every call raises
-            connection.send(False)
-            return
-        connection.send(True)

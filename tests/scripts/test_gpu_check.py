@@ -15,7 +15,8 @@ from torch import Tensor
 
 from engine.gpu_check import chain, decoding, kernels
 from engine.gpu_check.context import FAIL, PASS, SKIPPED, Context, Line
-from engine.gpu_check.runner import CHECKS, lines_of
+from engine.gpu_check.runner import CHECKS
+from engine.gpu_check.worker import lines_of
 from models.selective_scan import backend_torch
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "gpu_check.py"

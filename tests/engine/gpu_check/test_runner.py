@@ -3,43 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine.gpu_check import runner
-from engine.gpu_check.context import FAIL, PASS, SKIPPED, Check, Context, Expected, Line, OutOfTime
-from engine.gpu_check.runner import CHECKS, Results, lines_of, run_checks
+from engine.gpu_check import worker
+from engine.gpu_check.context import FAIL, PASS, SKIPPED, Check, Context, Expected, Line
+from engine.gpu_check.runner import CHECKS, Results, run_checks
+from engine.gpu_check.worker import lines_of
+from tests.engine.gpu_check.imitated import ends_its_process, good, hangs, raises, waits_in_vain
 
 CPU = torch.device("cpu")
-
-
-def good(context: Context) -> Iterator[Line]:
-    yield context.figure("a step", 0.25, "s", Expected(0.3, 0.6, "s"))
-
-
-def raises(context: Context) -> Iterator[Line]:
-    yield context.verdict("before it raises", True)
-    raise ValueError("CUDA error: an illegal | memory access\nand a page of text")
-
-
-def ends_its_process(context: Context) -> Iterator[Line]:
-    yield context.verdict("before it ends", True)
-    os._exit(7)
-
-
-def hangs(context: Context) -> Iterator[Line]:
-    yield context.verdict("before it hangs", True)
-    time.sleep(60)
-
-
-def waits_in_vain(context: Context) -> Iterator[Line]:
-    yield context.verdict("before it waits", True)
-    raise OutOfTime("out of time, train.py stopped in the middle")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +63,7 @@ def test_the_report_is_whole_after_each_line(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_what_fails_in_one_check_leaves_the_next_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "GRACE", 0)
+    monkeypatch.setattr(worker, "GRACE", 0)
     checks = {
         1: Check("raising", raises),
         2: Check("ending", ends_its_process),
