@@ -44,7 +44,7 @@ def decoding(context: Context) -> Iterator[Line]:
 
 def compare(context: Context, lm: MambaLM, name: str, rows: int, options: dict[str, Any]) -> Line:
     """The same texts with the graph and without it."""
-    with messages(cuda_graph_decode.__name__) as said:
+    with messages("models.language_model") as said:
         fast = write(context, lm, rows, options)
     with without_graph():
         plain = write(context, lm, rows, options)
@@ -53,7 +53,8 @@ def compare(context: Context, lm: MambaLM, name: str, rows: int, options: dict[s
     # Beams move the states between steps, which a graph does not do: there it is not expected.
     unused = [line for line in said if context.cuda and "num_beams" not in options]
     note = "".join(f"; {line}" for line in said)
-    return context.verdict(name, same == len(pairs) and not unused, f"{same} of {len(pairs)} tokens equal{note}")
+    measured = f"{same} of {len(pairs)} tokens equal, {len({a for a, _ in pairs})} different ones{note}"
+    return context.verdict(name, same == len(pairs) and not unused, measured)
 
 
 def write(context: Context, lm: MambaLM, rows: int, options: dict[str, Any]) -> list[list[str]]:
@@ -97,7 +98,7 @@ def capture_failure(context: Context) -> Iterator[Line]:
     with without_graph():
         expected = {name: write(context, lm, *MODES[name]) for name in ("greedy", "sampling")}
     hook = lm.model.lm_head.register_forward_pre_hook(wait_for_device)
-    with messages(cuda_graph_decode.__name__) as said:
+    with messages("models.language_model") as said:
         found = write(context, lm, *MODES["greedy"])
     hook.remove()
     refused = any("cannot be captured" in line for line in said) or not context.cuda
@@ -108,7 +109,7 @@ def capture_failure(context: Context) -> Iterator[Line]:
         yield context.verdict(f"{name} afterwards", write(context, lm, *MODES[name]) == texts, "as plain decoding")
     stream = not context.cuda or torch.cuda.current_stream() == torch.cuda.default_stream()
     yield context.verdict("the stream afterwards", stream, "the default one")
-    with messages(cuda_graph_decode.__name__) as said:
+    with messages("models.language_model") as said:
         again = write(context, fresh, *MODES["greedy"])
     good = again == expected["greedy"] and not said
     yield context.verdict("a graph afterwards", good, "; ".join(said) or "as plain decoding")

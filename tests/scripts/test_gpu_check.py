@@ -59,7 +59,7 @@ def test_other_texts_than_plain_decoding_fail(context: Context, monkeypatch: pyt
     texts = iter([[["a", "b"]], [["a", "c"]]])
     monkeypatch.setattr(decoding, "write", lambda *_: next(texts))
     line = decoding.compare(context, None, "greedy", 1, {})
-    assert line.status == FAIL and line.measured == "1 of 2 tokens equal"
+    assert line.status == FAIL and line.measured == "1 of 2 tokens equal, 2 different ones"
 
 
 def test_a_backend_that_is_not_the_fast_one_fails(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
