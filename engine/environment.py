@@ -16,6 +16,7 @@ from engine.chain import REPOSITORY, call_patiently  # importing it refuses an o
 VENV = REPOSITORY / ".venv"
 REQUIREMENTS = REPOSITORY / "requirements.txt"
 STAMP = VENV / "installed-requirements.txt"  # hash of the requirements that the environment holds
+CUDA_BUILD = "cu130"  # of torch, for Windows; it runs on every card since Turing, the RTX 5090 included
 
 
 def python_of(venv: Path) -> Path:
@@ -30,7 +31,8 @@ def ensure_environment() -> Path:
     if os.environ.get("MAMBA_CT_PYTHON") == "current":
         return Path(sys.executable)
     python = python_of(VENV)
-    wanted = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
+    build = cuda_build()
+    wanted = hashlib.sha256(REQUIREMENTS.read_bytes() + "".join(build).encode()).hexdigest()
     held = STAMP.read_text(encoding="utf-8").strip() if STAMP.is_file() else None
     # It is started, because a moved folder or a removed base Python leaves an interpreter that cannot run.
     if held == wanted and succeeds([str(python), "-c", ""]):
@@ -42,9 +44,22 @@ def ensure_environment() -> Path:
         what = "making the virtual environment (on Debian: apt install python3-venv)"
         run(what, sys.executable, "-m", "venv", VENV)
     quiet = ("--disable-pip-version-check", "-q")
-    run("installing requirements.txt", python, "-m", "pip", "install", *quiet, "-r", REQUIREMENTS)
+    run("installing requirements.txt", python, "-m", "pip", "install", *quiet, "-r", REQUIREMENTS, *build)
     STAMP.write_text(wanted, encoding="utf-8")
     return python
+
+
+def cuda_build() -> list[str]:
+    """What pip needs besides the requirements for a torch that uses the NVIDIA card.
+
+    On Linux nothing: PyPI's own torch does. On Windows PyPI's torch computes on the CPU alone; with the build's name
+    such a torch is replaced where it is installed already.
+    """
+    if os.name != "nt" or not succeeds(["nvidia-smi"]):
+        return []
+    lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
+    pin = next(line for line in lines if line.startswith("torch=="))
+    return [f"{pin}+{CUDA_BUILD}", "--extra-index-url", f"https://download.pytorch.org/whl/{CUDA_BUILD}"]
 
 
 def succeeds(command: list[str]) -> bool:

@@ -22,6 +22,7 @@ from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset, encode_
 from data.segmentation_scores import choose_min_lesion
 from data.tables.caption_table import CaptionRow, read_caption_table
 from data.view_selection import ViewSelection, slices_for
+from engine.interrupt import data_workers
 from engine.run import EpochShuffle
 from engine.scan_checks import check_scans
 from engine.segmentation import SegmentedCache, describe_segmentation, open_cache, prepare_cases
@@ -122,8 +123,7 @@ def build_loaders(
     options = {
         "batch_size": args.batch_size,
         "collate_fn": collator,
-        "num_workers": config.num_workers,
-        "persistent_workers": config.num_workers > 0,
+        **data_workers(config.num_workers),
         "pin_memory": accelerator.device.type == "cuda",
         # Each pass draws a seed for its workers; from the global generator, dropout would differ in a resumed epoch.
         "generator": torch.Generator().manual_seed(args.seed),

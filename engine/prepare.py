@@ -13,12 +13,10 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import os
-import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +29,7 @@ from config.schema import Config
 from data.cache import VolumeCache
 from data.tables.caption_table import NAMED_BY, CaptionRow, scan_caption_table
 from engine.cli import force_utf8
+from engine.interrupt import WorkerContext, leave_signals_to_parent
 
 PREPARING_THREADS = 4  # at most, in a process that goes on to train
 WORKER_BYTES = 2 * 2**30  # of a worker; a volume of 512 x 512 x 300 takes 1.3 GB, and there are longer ones
@@ -110,13 +109,12 @@ def prepare_all(cache: VolumeCache, files: Sequence[Files], workers: int, *, ver
         InputError: a worker was killed from outside, usually because memory ran out, or the cache cannot be written.
             Prepared volumes stay.
     """
-    context = multiprocessing.get_context("spawn")  # as on Windows, and a fork would copy the parent's threads
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
+    # Spawned, as on Windows: a fork would copy the parent's threads.
+    with ProcessPoolExecutor(workers, mp_context=WorkerContext(), initializer=_begin_worker) as pool:
         running = set()
         try:
             for pair in files:
-                with _sigint_held_back():
-                    running.add(pool.submit(_prepare_one, cache, pair, verify))
+                running.add(pool.submit(_prepare_one, cache, pair, verify))
                 if len(running) >= 2 * workers:  # one in work and one queued for each
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     yield from (job.result() for job in done)
@@ -143,25 +141,12 @@ def _prepare_one(cache: VolumeCache, files: Files, verify: bool) -> Outcome:
         raise InputError(f"cannot write the cache {cache.root}: {error}; fix that and run the same command") from error
 
 
-@contextmanager
-def _sigint_held_back() -> Iterator[None]:
-    """A worker that starts here ignores Ctrl-C from its first instruction on: it inherits the mask (not on Windows)."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _begin_worker() -> None:
-    """The parent handles Ctrl-C, and a worker ends when its parent is killed.
+    """The parent handles a stop, and a worker ends when its parent is killed.
 
     A worker waits for its next case on a pipe of which it holds both ends: without the watch it would wait forever.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_signals_to_parent()
     force_utf8()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     threadpool_limits(1)

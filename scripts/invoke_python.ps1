@@ -54,6 +54,8 @@ try {
     }
     $env:PYTHONUTF8 = '1'
     Write-Host "$python -u $Script $Arguments"
+    # With 2>&1, *> or Tee-Object, 5.1 makes an error record of each line on stderr; 'Stop' would end the run at the first.
+    $ErrorActionPreference = 'Continue'
     & $python -u $Script @Arguments
     $code = $LASTEXITCODE
 }

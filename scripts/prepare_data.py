@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
+from config.processes import pool_size
 from config.schema import Config, load_config
 from engine.cli import Interrupted, Parser, add_force_flag, positive_int, run_main, shard
 
@@ -93,7 +94,7 @@ def main() -> int:
     work = read_work(tables, config, *(["--csv"] if args.csv else []))
     index, count = args.shard or shard_of_environment()
     files = work.files[index - 1 :: count]
-    workers = min(args.workers or default_workers(), max(len(files), 1))
+    workers = pool_size(args.workers or default_workers(), len(files))
 
     from engine.loaders import load_plan
     from engine.segmentation import SegmentedCache, open_cache, segment_all  # torch, which the workers do without

@@ -31,6 +31,7 @@ import numpy as np
 
 from config.errors import InputError
 from config.files import write_text
+from config.processes import pool_size
 from data.phantom.case import Phantom, make_case, write_case
 from data.phantom.finding import LESION_TYPES, SIDES, ZONES, Finding
 from data.phantom.report import finding_keys, wording, write_report
@@ -107,7 +108,7 @@ def make_dataset(
     # "spawn" on every system: it is what Windows has, and forking a process with threads is unsafe.
     context = multiprocessing.get_context("spawn")
     build, alone = partial(_build, root), workers == 1 or len(jobs) < 2
-    pool = nullcontext() if alone else ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context)
+    pool = nullcontext() if alone else ProcessPoolExecutor(pool_size(workers, len(jobs)), mp_context=context)
     with pool:
         for case in map(build, jobs) if alone else pool.map(build, jobs, chunksize=4):
             cases.append(case)

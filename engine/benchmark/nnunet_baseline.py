@@ -16,7 +16,7 @@ image, mask, folder, configuration = sys.argv[1:]
 plans, status = PlansManager(f"{folder}/plans.json"), Path("/proc/self/status")
 seconds, memory = [], []
 for _ in range(3):
-    memory.append(status.read_text() if status.is_file() else "")
+    memory.append(status.read_text(encoding="ascii") if status.is_file() else "")
     started = time.perf_counter()
     preprocessing = [image], mask, plans, plans.get_configuration(configuration), f"{folder}/dataset.json"
     DefaultPreprocessor(verbose=False).run_case(*preprocessing)

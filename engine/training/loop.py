@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader
 from config.files import keep_previous
 from config.schema import Config
 from engine.cli import Interrupted
+from engine.interrupt import StopRequest
 from engine.run import EpochShuffle
 from engine.training.diagnostics import TokenStatistics
 from engine.training.optimization import build_optimizer, build_schedule, optimizer_step, require_finite
 from engine.training.run_log import CsvLog, RunLog, plot_losses, progress_bar
-from engine.training.train_state import Progress, StopRequest, TrainState, fingerprint
+from engine.training.train_state import Progress, TrainState, fingerprint
 
 
 @dataclass
@@ -79,8 +80,8 @@ def train(
         One record per validation: epoch, step, mean training loss, ``val_loss``, token statistics.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM; the state is saved. InputError: the loss is not finite, or the state that
-            ``--resume`` names cannot be resumed.
+        Interrupted: Ctrl-C, SIGTERM or a closed console; the state is saved.
+        InputError: the loss is not finite, or the state that ``--resume`` names cannot be resumed.
     """
     run = _Run(stage, args, config, accelerator, output, len(loader))
     progress, optimizer, schedule = run.state.progress, run.optimizer, run.schedule

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import random
-import signal
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -128,25 +126,3 @@ def fingerprint(args: argparse.Namespace, config: Config, **extra: Any) -> dict[
     where_only = {"output_dir", "cache_dir", "num_workers", "memory_cache_mb", "path_map", "llm_checkpointing"}
     settings = {key: value for key, value in config.to_dict().items() if key not in where_only}
     return {**settings, **{flag: getattr(args, flag) for flag in flags}, **extra}
-
-
-class StopRequest:
-    """Turns SIGINT (Ctrl-C) and SIGTERM into a flag that the loop checks between steps.
-
-    A second Ctrl-C stops at once: the state of the last save stays as it is.
-    """
-
-    wanted = False
-
-    def __enter__(self) -> StopRequest:
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.wanted:
-            raise KeyboardInterrupt
-        self.wanted = True

@@ -24,8 +24,13 @@ class Machine:
     def __init__(self, python: Path) -> None:
         self.python, self.did = python, []
         self.starts, self.has_pip, self.venv_status, self.pip_status = True, True, 0, 0
+        self.has_card, self.options = False, []
 
     def __call__(self, command: list[str], **_: object) -> SimpleNamespace:
+        if command == ["nvidia-smi"]:
+            if not self.has_card:
+                raise FileNotFoundError(command[0])
+            return SimpleNamespace(returncode=0)
         if command[1:3] == ["-m", "venv"]:
             self.did.append("venv")
             if self.venv_status == 0:
@@ -37,6 +42,7 @@ class Machine:
             raise FileNotFoundError(self.python)
         if command[1:4] == ["-m", "pip", "install"]:
             self.did.append("install")
+            self.options = command[command.index(str(environment.REQUIREMENTS)) + 1 :]
             return SimpleNamespace(returncode=self.pip_status)
         if command[1:4] == ["-m", "pip", "--version"]:
             return SimpleNamespace(returncode=0 if self.has_pip and self.starts else 1)
@@ -106,6 +112,38 @@ def test_environment_whose_python_cannot_start_is_made_again(machine) -> None:
     environment.ensure_environment()
     machine.starts = False
     assert changes(machine) == ["venv", "install"]
+
+
+@pytest.fixture
+def windows(machine, monkeypatch) -> None:
+    # A copy of os for this module alone: pathlib would make Windows paths otherwise.
+    monkeypatch.setattr(environment, "os", SimpleNamespace(**{**vars(os), "name": "nt"}))
+    machine.python = environment.python_of(environment.VENV)
+    environment.REQUIREMENTS.write_text("numpy==1\ntorch==2.13.0\n", encoding="utf-8")
+
+
+def test_windows_with_an_nvidia_card_gets_the_cuda_build_of_torch(machine, windows) -> None:
+    """PyPI's torch for Windows computes on the CPU alone; one that is installed already is replaced."""
+    assert machine.python.name == "python.exe"
+    assert changes(machine) == ["venv", "install"] and machine.options == []
+    machine.has_card = True
+    assert changes(machine) == ["install"]
+    index = "https://download.pytorch.org/whl/cu130"
+    assert machine.options == ["torch==2.13.0+cu130", "--extra-index-url", index]
+    assert changes(machine) == []
+    manual = (REPOSITORY / "environment.yml").read_text(encoding="utf-8")
+    assert index in manual, "conda's environment has the same build"
+
+
+def test_linux_takes_the_torch_of_the_requirements(machine) -> None:
+    machine.has_card = True
+    assert changes(machine) == ["venv", "install"] and machine.options == []
+
+
+def test_the_pinned_torch_is_found_in_the_real_requirements(machine, windows, monkeypatch) -> None:
+    monkeypatch.setattr(environment, "REQUIREMENTS", REPOSITORY / "requirements.txt")
+    machine.has_card = True
+    assert environment.cuda_build()[0].startswith("torch==")
 
 
 @pytest.mark.parametrize("wanted", ["", "current"])

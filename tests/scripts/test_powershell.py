@@ -102,6 +102,15 @@ def test_parses_and_runs_on_5_1(name: str) -> None:
     assert defects(source_of(name)) == []
 
 
+def test_a_redirected_line_on_stderr_does_not_end_the_run() -> None:
+    """5.1 makes an error record of it (2>&1, Tee-Object), at which 'Stop' would end the script."""
+    root = parse(source_of("scripts/invoke_python.ps1"))
+    call = next(node for node in walk(root, "command") if text(node).startswith("& $python"))
+    settings = [text(node) for node in walk(root, "assignment_expression") if node.start_byte < call.start_byte]
+    preferences = [line for line in settings if line.startswith("$ErrorActionPreference")]
+    assert preferences[-1] == "$ErrorActionPreference = 'Continue'"
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

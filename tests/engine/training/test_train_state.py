@@ -1,12 +1,8 @@
-"""Which training state is resumed, the order of an epoch, and stopping by a signal."""
+"""Which training state is resumed, and the order of an epoch."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import signal
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +17,7 @@ from data.medical_vlm_dataset import CaptionCollator
 from engine.loaders import build_loaders, load_encoder, prepare_data
 from engine.run import EpochShuffle
 from engine.training.optimization import build_optimizer, build_schedule
-from engine.training.train_state import StopRequest, TrainState, fingerprint
+from engine.training.train_state import TrainState, fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -166,37 +162,3 @@ def test_loaders_leave_the_global_generator_alone(small_training):
     order.start_epoch(0, skip=1)
     assert len(list(train)) == 3 and len(list(val)) == 4
     assert torch.equal(torch.get_rng_state(), before)
-
-
-# ---------------------------------------------------------------- stopping
-
-
-def interrupt(number: int = signal.SIGINT) -> None:
-    os.kill(os.getpid(), number)
-    time.sleep(0.01)  # the handler runs between two instructions of the main thread
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="os.kill ends the process on Windows")
-class TestStopRequest:
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_first_signal_is_a_flag(self, number):
-        with StopRequest() as stop:
-            assert not stop.wanted
-            interrupt(number)
-            assert stop.wanted
-
-    def test_second_signal_stops_at_once(self):
-        with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
-            interrupt()
-            assert stop.wanted
-            interrupt()
-            pytest.fail("went on after the second Ctrl-C")
-
-    def test_previous_handlers_come_back_after_an_error_too(self):
-        before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-        with pytest.raises(ZeroDivisionError), StopRequest():
-            assert signal.getsignal(signal.SIGINT) != before[0]
-            raise ZeroDivisionError
-        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-        with pytest.raises(KeyboardInterrupt):
-            interrupt()

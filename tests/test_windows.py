@@ -1,0 +1,199 @@
+"""Windows, by simulation: what differs there is imitated here, and the real entry points run under it.
+
+Spawned workers, drive letters and backslashes, a home folder with Chinese letters, a console in code page 936, files
+that cannot be replaced while they are open. tests/engine/test_interrupt.py has the console's events,
+tests/scripts/test_powershell.py the PowerShell scripts.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from config.schema import load_config, write_config
+from engine.checkpoint import load_checkpoint
+from engine.training import overnight
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="imitates Windows by /proc and POSIX signals")
+
+
+def windows_os(**replaced: object) -> SimpleNamespace:
+    """``os`` of a single module as Windows has it; for the whole process, pathlib would make Windows paths."""
+    return SimpleNamespace(**{**vars(os), "name": "nt", **replaced})
+
+
+# ---------------------------------------------------------------- files held open
+
+
+def open_files() -> set[str]:
+    """Regular files that this process has open or mapped into memory."""
+    found = set()
+    for descriptor in Path("/proc/self/fd").iterdir():
+        try:
+            found.add(os.readlink(descriptor))  # noqa: PTH115
+        except OSError:  # the descriptor of this very listing
+            continue
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    found |= {line.split(maxsplit=5)[5] for line in maps.splitlines() if len(line.split(maxsplit=5)) == 6}
+    return {name for name in found if name.startswith("/") and not Path(name).is_dir()}
+
+
+@pytest.fixture
+def exclusive(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Windows refuses to rename, replace or remove an open file, or a folder with one. Returns the calls it judged."""
+    calls = []
+
+    def guarded(name: str, paths: int) -> Callable[..., None]:
+        original = getattr(os, name)
+
+        def call(*arguments: object, **options: object) -> None:
+            base = "" if options.get("dir_fd") is None else os.readlink(f"/proc/self/fd/{options['dir_fd']}")  # noqa: PTH115
+            for path in arguments[:paths]:
+                wanted = os.path.realpath(Path(base, os.fspath(path)))
+                calls.append(f"{name} {wanted}")
+                if held := [file for file in open_files() if file == wanted or file.startswith(f"{wanted}/")]:
+                    raise PermissionError(13, f"[WinError 32] in use by another process: {held}", str(path))
+            original(*arguments, **options)
+
+        return call
+
+    for name, paths in {"replace": 2, "rename": 2, "unlink": 1, "remove": 1}.items():
+        monkeypatch.setattr(os, name, guarded(name, paths))
+    return calls
+
+
+def test_the_imitation_refuses_what_windows_refuses(exclusive, tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.write_bytes(b"1")
+    with first.open("rb"):
+        for refused in (lambda: first.replace(second), first.unlink, lambda: tmp_path.rename(tmp_path.with_name("c"))):
+            with pytest.raises(PermissionError, match="WinError 32"):
+                refused()
+    first.replace(second)
+    second.unlink()
+    assert len(exclusive) >= 6
+
+
+def test_nothing_of_ours_is_replaced_while_it_is_open(exclusive, run_stage, small_training, tmp_path):
+    """Both stages, twice into one folder: checkpoints, states, logs and tables are replaced, a cache entry repaired."""
+    config = tmp_path / "paths.yaml"
+    write_config(load_config(small_training / "paths.yaml", cache_dir=str(tmp_path / "cache")), config)
+    flags = ["--output_dir", str(tmp_path / "out"), "--epochs", "1", "--save_every", "1"]
+    for stage in ("train", "train_vlm", "train", "train_vlm"):
+        run_stage(stage, *flags, config=config)
+        for damaged in list((tmp_path / "cache").glob("[0-9a-f]*/image.bin"))[:1]:
+            damaged.write_bytes(damaged.read_bytes()[::-1])
+    kept = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"vision_bridge_final.previous.pt", "vision_bridge_vlm_final.pt"} <= kept
+    assert not list(tmp_path.rglob(".part-*")) and not list((tmp_path / "cache").glob(".tmp-*"))
+    assert sum("vision_bridge_best_val.pt" in call for call in exclusive) >= 2
+    illegal = [path.name for path in tmp_path.rglob("*") if re.search(r'[<>:"\\|?*]|[. ]$', path.name)]
+    assert not illegal, "Windows has no such names"
+
+
+# ---------------------------------------------------------------- branches of Windows alone
+
+
+def test_the_night_leaves_ctrl_c_to_the_console(monkeypatch, tmp_path):
+    """On Windows the console interrupts the run as well: it is waited for, and not sent a second Ctrl-C."""
+    monkeypatch.setattr(overnight, "os", windows_os())
+    program = "import signal, sys, time; signal.signal(2, lambda *_: sys.exit(9)); time.sleep(1.5); sys.exit(3)"
+    threading.Timer(0.7, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    started = time.monotonic()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            overnight.train([sys.executable, "-c", program], tmp_path / "train.log")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - started > 1.5, "the run had not saved its state yet"
+
+
+@pytest.mark.parametrize(("home", "moved"), [("/home/张三", True), ("/home/zhang", False)])
+def test_compiled_kernels_stay_out_of_a_home_folder_with_chinese_letters(home, moved, monkeypatch):
+    triton = pytest.importorskip("models.selective_scan.backend_triton", reason="triton is not installed")
+    environment = {"PROGRAMDATA": "C:/ProgramData"}
+    monkeypatch.setattr(triton, "os", windows_os(environ=environment))
+    monkeypatch.setattr(Path, "home", classmethod(lambda _: Path(home)))
+    triton.use_ascii_cache()
+    folder = environment.get("TRITON_CACHE_DIR")
+    assert (folder is not None) == moved
+    if moved:
+        assert folder.isascii() and PureWindowsPath(folder).is_relative_to("C:/ProgramData")
+        environment["TRITON_CACHE_DIR"] = "D:/mine"
+        triton.use_ascii_cache()
+        assert environment["TRITON_CACHE_DIR"] == "D:/mine", "the user's own choice counts"
+
+
+# ---------------------------------------------------------------- all of it at once
+
+
+@pytest.fixture
+def windows_user(small_training, tmp_path) -> SimpleNamespace:
+    """Tables and configuration with drive letters, a home in Chinese letters, a GBK console, spawned workers."""
+    root = tmp_path / "用户" / "张 三"
+    root.mkdir(parents=True)
+    table = (small_training / "table.csv").read_text(encoding="utf-8")
+    table = re.sub(r"(\d(_mask)?\.nii\.gz)", r"D:\\ct\\\1", table).replace("Report", "报告")
+    (root / "table.csv").write_text(table, encoding="gbk")
+    drives = {"D:\\ct": str(small_training), "e:/": str(root)}
+    keys = {"caption_csv_train": "E:\\table.csv", "caption_csv_val": "e:/table.csv", "path_map": drives}
+    keys |= {"cache_dir": str(root / "缓存"), "num_workers": 1}
+    write_config(load_config(small_training / "paths.yaml", **keys), root / "配置.yaml")
+    # Read by every Python that starts here, as Windows' own default would be.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import multiprocessing\nmultiprocessing.set_start_method('spawn', force=True)\n", encoding="utf-8"
+    )
+    environment = {**os.environ, "HOME": str(root), "PYTHONPATH": str(tmp_path), "PYTHONIOENCODING": "cp936"}
+    return SimpleNamespace(root=root, environment=environment | {"PYTHONUTF8": "0", "LC_ALL": "C"})
+
+
+def powershell_command(call: str) -> list[str]:
+    """What run_train_5090.ps1 starts for ``call``."""
+    from tests.scripts.test_powershell import STAGE1, TrainingScript, source_of
+
+    script = TrainingScript(source_of(STAGE1))
+    return [sys.executable, "-u", script.python_script, *script.command(call)]
+
+
+@pytest.mark.slow
+def test_a_training_as_windows_runs_it_is_interrupted_and_resumed(windows_user):
+    def train(name: str, *flags: str) -> subprocess.Popen:
+        folder = windows_user.root / name
+        command = powershell_command("-Epochs 3 -BatchSize 2 -Lr 5e-3")
+        command += ["--config", str(windows_user.root / "配置.yaml"), "--output_dir", str(folder), *flags]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+        place = {"cwd": REPOSITORY, "env": windows_user.environment, "start_new_session": True}
+        return subprocess.Popen(command, **streams, **place)
+
+    whole = train("whole")
+    printed, errors = whole.communicate(timeout=300)
+    assert whole.returncode == 0, errors
+    assert "val_loss" in printed and "用户" in printed
+
+    stopped = train("stopped")
+    for line in stopped.stdout:
+        if line.startswith("epoch 1/3"):  # the workers of both loaders run
+            os.killpg(stopped.pid, signal.SIGINT)  # as a console does
+            break
+    _, errors = stopped.communicate(timeout=300)
+    assert stopped.returncode == 130 and "state saved at step" in errors, errors
+    assert (windows_user.root / "stopped" / "stage1_state.pt").is_file()
+    resumed = train("stopped")
+    printed, errors = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0 and "resuming at epoch" in printed, errors
+    files = [windows_user.root / name / "vision_bridge_final.pt" for name in ("whole", "stopped")]
+    expected, there = (load_checkpoint(file).model_state_dict for file in files)
+    assert all(torch.equal(value, there[name]) for name, value in expected.items())
