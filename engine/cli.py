@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, get_args
 
@@ -166,6 +168,22 @@ def numbers(text: str) -> list[int]:
     if not all(map(str.isdecimal, words)):
         raise argparse.ArgumentTypeError(f"expected whole numbers with commas, e.g. 3,4, got {text}")
     return sorted(set(map(int, words)))
+
+
+def clock_time(text: str) -> float:
+    """``07:30`` → the next time that a clock here shows it, in seconds since the epoch."""
+    try:
+        wanted = datetime.strptime(text, "%H:%M").time()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a time of day such as 07:30, got {text}") from error
+    now = datetime.now()
+    then = datetime.combine(now, wanted)
+    return (then if then > now else then + timedelta(days=1)).timestamp()
+
+
+def hours_from_now(text: str) -> float:
+    """So many hours from now, in seconds since the epoch."""
+    return time.time() + 3600 * positive_float(text)
 
 
 def shard(text: str) -> tuple[int, int]:

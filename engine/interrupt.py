@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import FrameType
+from typing import Any
 
 # Ctrl-C, kill, a closed terminal (POSIX), Ctrl-Break (Windows)
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
@@ -28,10 +29,7 @@ class StopRequest:
     wanted = False
 
     def __enter__(self) -> StopRequest:
-        # nohup starts a program with SIGHUP ignored: it shall outlive its terminal.
-        numbers = [n for n in STOP_SIGNALS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
-        self._previous = {number: signal.signal(number, self._note) for number in numbers}
-        self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
+        self._previous = handle_stop(self._note)
         self._left = threading.Event()
         self._remove_handler = on_console_close(self._console_closed)
         return self
@@ -42,23 +40,39 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == getattr(signal, "SIGHUP", None):
-            self._silence_terminals()
-        elif self.wanted:
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.wanted and number != getattr(signal, "SIGHUP", None):
             raise KeyboardInterrupt
         self.wanted = True
-
-    def _silence_terminals(self) -> None:
-        """The terminal is gone: printing to it would raise an error before the state is saved."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for fd in self._terminals:
-            os.dup2(nowhere, fd)
-        os.close(nowhere)
 
     def _console_closed(self) -> None:
         self.wanted = True
         self._left.wait(CLOSE_SECONDS)
+
+
+def handle_stop(act: Callable[[int, FrameType | None], object]) -> dict[int, Any]:
+    """Call ``act`` on each stop signal. Returns the handlers that were there before.
+
+    Before SIGHUP is passed on, what the closed terminal would show goes nowhere: printing to it would raise an error.
+    """
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number == getattr(signal, "SIGHUP", None):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for descriptor in terminals:
+                os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+        act(number, frame)
+
+    # nohup starts a program with SIGHUP ignored: it shall outlive its terminal.
+    numbers = [n for n in STOP_SIGNALS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handle) for number in numbers}
+
+
+def interrupt_on_stop() -> None:
+    """From now on every stop signal raises KeyboardInterrupt, as Ctrl-C does."""
+    handle_stop(signal.default_int_handler)
 
 
 def on_console_close(wait: Callable[[], object]) -> Callable[[], None]:

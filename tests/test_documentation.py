@@ -94,7 +94,7 @@ def parser_of(script: str) -> argparse.ArgumentParser:
         if isinstance(node, ast.Import):
             return all(alias.name in LIGHT for alias in node.names)
         if isinstance(node, ast.Assign):
-            return isinstance(node.value, ast.Constant | ast.Tuple)
+            return isinstance(node.value, ast.Constant | ast.Tuple | ast.Dict)
         return isinstance(node, ast.FunctionDef) and node.name == "parse_args"
 
     doc = ast.get_docstring(tree)

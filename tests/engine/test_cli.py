@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,16 @@ import pytest
 from config.errors import InputError
 from config.schema import load_config
 from config.toy_models import STAMP
-from engine.cli import CHECKPOINTS, add_training_flags, add_view_flag, config_from, find_checkpoint, local_config
+from engine.cli import (
+    CHECKPOINTS,
+    add_training_flags,
+    add_view_flag,
+    clock_time,
+    config_from,
+    find_checkpoint,
+    hours_from_now,
+    local_config,
+)
 
 Capture = pytest.CaptureFixture[str]
 
@@ -64,3 +75,12 @@ def test_training_with_a_toy_model_and_own_tables_is_refused_unless_allowed(tmp_
         config_from(parse(*flags))
     config_from(parse(*flags, "--allow_toy_model"))
     assert capsys.readouterr().out.startswith("warning: mamba_model")
+
+
+def test_a_time_of_day_is_the_next_one_and_hours_start_now():
+    now = datetime.now().replace(second=0, microsecond=0)
+    for minutes in (-2, 3, 90):
+        until = now + timedelta(minutes=minutes)
+        expected = until if minutes > 0 else until + timedelta(days=1)
+        assert clock_time(f"{until:%H:%M}") == expected.timestamp()
+    assert hours_from_now("1.5") == pytest.approx(time.time() + 5400, abs=5)

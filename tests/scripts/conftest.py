@@ -75,11 +75,22 @@ class Night:
         for number, name in enumerate(NAMES):
             self.plan(name, val_loss=0.1 * (number + 1))
 
-    def plan(self, name: str, *, val_loss: float = 0.1, steps: int = 1, status: int = 0, message: str = "", **options):
+    def plan(
+        self,
+        name: str,
+        *,
+        val_loss: float = 0.1,
+        steps: int = 1,
+        status: int = 0,
+        message: str = "",
+        curve: list[float] | None = None,
+        **options,
+    ):
         """What the fake training does for one run. ``best=False``: every epoch collapsed."""
         best = f"{name}.pt" if options.pop("best", True) else None
         self.make_checkpoint(self.plans / f"{name}.pt", val_loss, **options)
         content = {"steps": steps, "best": best, "final": f"{name}.pt", "status": status, "message": message}
+        content |= {"curve": curve or []}
         (self.plans / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
     def set_flags(self, *flags: str, epochs: int = 3) -> None:
@@ -111,7 +122,7 @@ class Night:
 
         def is_reached() -> bool:
             with suppress(OSError):  # it may end in this moment
-                return any(int(state.read_text()) >= step for state in self.out.glob(f"*/*/{name}/stage1_state.pt"))
+                return any(int(state.read_text()) >= step for state in self.out.glob(f"*/*/{name}/stage?_state.pt"))
             return False
 
         self.wait_until(is_reached)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -18,6 +20,7 @@ import pytest
 import torch
 
 import engine.training.overnight as overnight
+import engine.training.overnight_report as overnight_report
 from config.errors import InputError, counted
 from config.schema import load_config
 from engine.checkpoint import load_checkpoint
@@ -27,6 +30,7 @@ from engine.training.overnight import training_processes
 Night = Any  # tests/scripts/conftest.py
 Patch, Capture = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 NAMES = ["lr0.0001_bs2", "lr0.0001_bs4", "lr5e-05_bs2", "lr5e-05_bs4"]
+GRID = ["--lrs", "1e-4", "--batch_sizes", "2", "4"]  # the default of the tests
 ONE = ["--lrs", "1e-4", "--batch_sizes", "2"]  # the first of them; the default of the tests are the first two
 FOUR = ["--lrs", "1e-4", "5e-5", "--batch_sizes", "2", "4"]
 BEST = "vision_bridge_overnight_best.pt"
@@ -88,7 +92,7 @@ def test_default_is_300_epochs_with_and_without_the_grid(
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
     defaults = train.parse_args()
-    assert (defaults.lr, defaults.batch_size) == (night.script.NO_GRID_LR, night.script.NO_GRID_BATCH_SIZE)
+    assert (defaults.lr, defaults.batch_size) == night.script.NO_GRID[1]
     monkeypatch.setattr(overnight.Night, "search", lambda self: None)
     monkeypatch.setattr(sys, "argv", ["run_overnight_300.py", "--config", str(night.config), *flags])
     assert night.script.main() == 1
@@ -106,6 +110,108 @@ def test_objective_and_model_flags_are_passed_on(night: Night) -> None:
     assert night.run(*ONE) == 0
     assert night.calls(NAMES[0]) == [0, 0], "runs of other settings do not mix"
     assert len(list(night.out.glob("overnight/*/lr*"))) == 2
+
+
+# ---------------------------------------------------------------- Stage 2, and what it reaches
+
+
+def test_stage_2_starts_from_the_best_stage_1_and_ends_in_a_report_card(
+    night: Night, monkeypatch: Patch, parse
+) -> None:
+    import train_vlm
+
+    monkeypatch.setattr(sys, "argv", ["train_vlm.py"])
+    defaults = train_vlm.parse_args()
+    assert (defaults.lr, defaults.batch_size) == night.script.NO_GRID[2]
+    with pytest.raises(InputError, match="no checkpoint of Stage 1 for Stage 2: .*overnight_best.pt or .*best_val.pt"):
+        night.run("--stage", "2", *GRID)
+    night.make_checkpoint(night.out / "vision_bridge_best_val.pt", 0.5)
+    commands = []
+    monkeypatch.setattr(night.script, "call_patiently", lambda command: commands.append(command) or 0)
+    table = night.plans / "test.csv"
+    with pytest.raises(InputError, match="no such table"):
+        night.run("--stage", "2", "--evaluate", str(table), *GRID)
+    table.write_text("image_path", encoding="utf-8")
+    night.plan(NAMES[1], val_loss=0.05)
+    assert night.run("--stage", "2", "--evaluate", str(table), *GRID, "--", "--lora_rank", "4") == 0
+
+    best = night.out / "vision_bridge_vlm_overnight_best.pt"
+    assert load_checkpoint(best).val_loss == 0.05
+    assert (night.out / "overnight_stage2_leaderboard.csv").is_file() and not (night.out / BEST).exists()
+    summary = (night.out / "overnight_stage2_best_summary.txt").read_text(encoding="utf-8")
+    assert "Overnight search of Stage 2" in summary and "best batch_size: 4" in summary
+    check = shlex.split(summary.split("write a report:\n")[1].split("\n")[0])
+    assert parse(check[1:]).checkpoint == best
+    run = (night.folder(NAMES[1]) / "train.log").read_text(encoding="utf-8").split("\n")[0]
+    assert f"--vision_checkpoint {night.out / 'vision_bridge_best_val.pt'}" in run and run.endswith("--lora_rank 4")
+    assert len(commands) == 1 and commands[0][0] == sys.executable
+    assert Path(commands[0][4]).name == "evaluate_reports.py"
+    card = parse(["scripts/evaluate_reports.py", *commands[0][5:]])
+    assert (card.checkpoint, card.csv, card.out) == (best, table, night.out / "overnight_card")
+
+    night.make_checkpoint(night.out / BEST, 0.4)
+    assert night.run("--stage", "2", *ONE) == 0
+    assert len(night.calls(NAMES[0])) == 2, "from another checkpoint it is another night"
+
+
+def test_flags_of_another_stage_are_refused(night: Night) -> None:
+    for flags in (["--evaluate", "a.csv"], ["--vision_checkpoint", "a.pt"]):
+        with pytest.raises(InputError, match=f"{flags[0]} belongs to Stage 2"):
+            night.run(*flags)
+
+
+# ---------------------------------------------------------------- the hours of a night
+
+
+@pytest.mark.parametrize("text", ["24:00", "7", "7.30", "morning"])
+def test_a_time_of_day_is_refused_where_it_is_none(night: Night, text: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        night.run("--until", text)
+    assert "expected a time of day such as 07:30" in capsys.readouterr().err
+
+
+def test_a_run_that_would_not_end_in_time_is_not_begun(night: Night, capsys: Capture) -> None:
+    for name in NAMES:
+        night.plan(name, steps=60)  # a second or two
+    assert night.run(*FOUR, "--hours", "1e-9") == 0
+    assert sorted(len(night.calls(name)) for name in NAMES) == [0, 0, 0, 1], "the first is begun in any case"
+    assert "time budget: a run takes about 0:00:0" in capsys.readouterr().out
+    assert night.run(*FOUR, "--hours", "1") == 0
+    assert all(night.calls(name) == [0] for name in NAMES), "the same command goes on"
+
+
+def test_a_run_above_the_median_is_pruned(night: Night, monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setattr(overnight, "POLL_SECONDS", 0.05)
+    assert night.run(*FOUR, epochs=4) == 0
+    third = sorted(NAMES, key=lambda name: (night.plans / f"{name}.calls").stat().st_mtime_ns)[2]  # the order is fixed
+    for name in NAMES:
+        bad = name == third
+        night.plan(name, val_loss=0.2, steps=3000 if bad else 20, curve=[1.0 - (not bad) * 0.1 * n for n in range(8)])
+    assert night.run(*FOUR, "--prune", epochs=8) == 0
+    states = {f"lr{row['lr']}_bs{row['batch_size']}": row for row in night.board}
+    assert states[third]["state"] == "pruned" and "pruned at epoch" in states[third]["reason"]
+    assert sorted(row["state"] for row in night.board) == ["finished", "finished", "finished", "pruned"]
+    assert not training_processes(Path(states[third]["folder"]))
+    assert night.run(*FOUR, "--prune", epochs=8) == 0
+    assert len(night.calls(third)) == 2, "a pruned run is not begun again"
+    assert "pruned, pruned at epoch" in capsys.readouterr().out
+
+
+def test_a_terminal_gets_a_table_of_all_runs_and_every_night_a_figure(night: Night, monkeypatch: Patch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    for number, name in enumerate(NAMES[:2]):
+        night.plan(name, steps=3, curve=[0.9, 0.5 + number, 0.7])
+    assert night.run() == 0
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+    last = shown[shown.rindex("Stage 1, 3 epochs") :]
+    rows = [re.sub(r"[│┃\s]+", " ", line).strip() for line in last.splitlines()]
+    assert "0.0001 2 finished 3 0.7 0.5 2" in rows and "0.0001 4 finished 3 0.7 0.7 3" in rows
+    assert "[2/2] " in shown, "the lines are printed above it"
+    assert (night.out / "overnight_curves.png").read_bytes().startswith(b"\x89PNG") and "curves: " in night.summary
 
 
 # ---------------------------------------------------------------- a longer night's best checkpoint
@@ -223,7 +329,7 @@ def test_an_open_spreadsheet_does_not_end_the_night(night: Night, monkeypatch: P
     def refuse(path: Path, text: str) -> None:
         raise PermissionError(path)
 
-    monkeypatch.setattr(overnight, "write_text", refuse)
+    monkeypatch.setattr(overnight_report, "write_text", refuse)
     assert night.run(*ONE) == 0
     assert "overnight_leaderboard.csv is open in another program" in capsys.readouterr().out
 
