@@ -17,6 +17,7 @@ from config.toy_models import check_toy_models
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+TRACKERS = ("tensorboard", "wandb", "swanlab", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive")
 # Where --checkpoint is left out, the first of these that exists.
 CHECKPOINTS = (
     "vision_bridge_vlm_final.pt",
@@ -105,6 +106,7 @@ def add_training_flags(parser: argparse.ArgumentParser, *, epochs: int, batch_si
     parser.add_argument("--mixed_precision", choices=precisions, default="auto", help=bf16)
     parser.add_argument("--resume", default="auto", metavar="auto|PATH|never", help="continue an interrupted run")
     parser.add_argument("--save_every", type=positive_int, default=200, help="steps between saved training states")
+    parser.add_argument("--tracker", choices=TRACKERS, help="log there too; tensorboard: --logdir OUTPUT/tracker")
 
 
 def config_from(args: argparse.Namespace, **overrides: object) -> Config:

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DataLoaderConfiguration, LoggerType, ProjectConfiguration
 from torch.utils.data import Sampler
 
-from config.errors import counted
+from config.errors import InputError, counted
 from config.schema import Config, write_config
 
 
@@ -44,14 +45,17 @@ def start_run(args: argparse.Namespace, config: Config, name: str) -> tuple[Acce
     flags, the versions and the machine.
     """
     set_seeds(args.seed)
+    check_tracker(args.tracker)
     automatic = "bf16" if native_bf16() else "no"
+    output = config.resolved("output_dir")
     accelerator = Accelerator(
+        log_with=args.tracker,
+        project_config=ProjectConfiguration(logging_dir=str(output / "tracker")),
         mixed_precision=automatic if args.mixed_precision == "auto" else args.mixed_precision,
         gradient_accumulation_steps=args.grad_accumulation,
         # The shuffling below is already the same in every process and needs no second one.
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
     )
-    output = config.resolved("output_dir")
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         write_config(config, output / f"{name}_config.yaml")
@@ -60,7 +64,17 @@ def start_run(args: argparse.Namespace, config: Config, name: str) -> tuple[Acce
         device = f"device {accelerator.device}, {counted(accelerator.num_processes, 'process')}"
         run = f"precision {accelerator.mixed_precision}, seed {args.seed}, output {output}"
         print(f"{name}: {device}, {run}", flush=True)
+    if args.tracker:
+        settings = config.to_dict() | jsonable(vars(args))
+        plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in settings.items()}
+        accelerator.init_trackers(f"mamba-ct-{name}", plain)
     return accelerator, output
+
+
+def check_tracker(name: str | None) -> None:
+    """Raises InputError where the package of a tracker is not installed: accelerate would leave it out in silence."""
+    if name and LoggerType(name) not in get_available_trackers():
+        raise InputError(f"--tracker {name} needs its package: pip install {name}")
 
 
 def environment() -> dict[str, str]:

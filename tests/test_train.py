@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,23 @@ def test_tables_of_one_report_are_refused_or_a_warning_where_the_loss_means_some
     assert not (tmp_path / "out" / "vision_bridge_final.pt").exists()
     run_stage("train", *flags, "--objective", "proxy_l2", config=config)
     assert ("so val_loss says nothing" in capsys.readouterr().out) is (key == "caption_csv_val")
+
+
+def test_tensorboard_shows_what_the_log_holds(run_stage, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_stage("train", "--epochs", "2", "--tracker", "tensorboard", "--output_dir", str(tmp_path))
+    events = EventAccumulator(str(tmp_path / "tracker" / "mamba-ct-stage1"))
+    events.Reload()
+    logged = [json.loads(line) for line in (tmp_path / "stage1_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    expected = [(record["step"], record["val_loss"]) for record in logged if record["event"] == "epoch"]
+    shown = [(event.step, event.value) for event in events.Scalars("epoch/val_loss")]
+    assert shown == [(step, pytest.approx(value)) for step, value in expected] and len(shown) == 3
+    assert {"step/train_loss", "step/lr", "epoch/token_std"} <= set(events.Tags()["scalars"])
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_read(run_stage, tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.run.get_available_trackers", list)
+    with pytest.raises(InputError, match="--tracker wandb needs its package: pip install wandb"):
+        run_stage("train", "--tracker", "wandb", "--output_dir", str(tmp_path))
+    assert not list(tmp_path.iterdir())

@@ -145,7 +145,8 @@ class _Run:
             names = [stage.best_file, stage.final_file, *([stage.table] if stage.table else [])]
             for path in filter(Path.is_file, (output / name for name in names)):
                 print(f"note: {path.name} of an earlier training is kept as {keep_previous(path).name}", flush=True)
-        self.log = RunLog(output / f"{stage.name}_log.jsonl", active=self.active, resumed=going_on)
+        log = output / f"{stage.name}_log.jsonl"
+        self.log = RunLog(log, active=self.active, resumed=going_on, track=accelerator.log)
         self.table = None
         if stage.table:
             columns, last = ("step", "epoch", stage.loss_name), self.step if going_on else None

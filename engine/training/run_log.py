@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from config.errors import InputError
 class RunLog:
     """Appends one record per logged step or epoch to ``path`` (JSON lines) and prints lines above the bar."""
 
-    def __init__(self, path: Path, *, active: bool, resumed: bool) -> None:
-        """``active``: only the main process writes. A new run starts a new file."""
-        self.path, self.active = path, active
+    def __init__(self, path: Path, *, active: bool, resumed: bool, track: Callable[..., None] | None = None) -> None:
+        """``active``: only the main process writes. A new run starts a new file. ``track``: gets the numbers too, by
+        names such as ``epoch/val_loss``, and the step."""
+        self.path, self.active, self.track = path, active, track
         if active and not resumed:
             path.unlink(missing_ok=True)
 
@@ -30,6 +31,9 @@ class RunLog:
         if self.active:
             with self.path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(values, ensure_ascii=False) + "\n")
+            if self.track:
+                shown = {name: v for name, v in values.items() if isinstance(v, int | float) and name != "step"}
+                self.track({f"{values['event']}/{name}": v for name, v in shown.items()}, step=values["step"])
 
 
 class CsvLog:
