@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -39,9 +41,22 @@ def force_utf8() -> None:
             stream.reconfigure(encoding="utf-8", errors="replace")
 
 
+def use_ascii_cache() -> None:
+    """On Windows, keep compiled Triton kernels outside a home folder with other letters than ASCII.
+
+    The C compiler and ptxas open their files by names in the system's code page, which may lack those letters.
+    """
+    home = str(Path.home())
+    if os.name == "nt" and not home.isascii():
+        owner = hashlib.sha256(home.encode()).hexdigest()[:8]  # the next folder is shared by all users
+        folder = Path(os.environ.get("PROGRAMDATA", "C:/ProgramData"), "mamba-ct-report", f"triton-{owner}")
+        os.environ.setdefault("TRITON_CACHE_DIR", str(folder))
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Run an entry point. Bad input gives one line and status 2; any other error keeps its traceback."""
     force_utf8()
+    use_ascii_cache()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("models.selective_scan").setLevel(logging.INFO)  # the backend is logged once
     try:

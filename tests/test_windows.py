@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import pytest
 
 from config.schema import load_config, write_config
+from engine import cli
 from engine.training import overnight
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -122,17 +123,16 @@ def test_the_night_leaves_ctrl_c_to_the_console(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("home", "moved"), [("/home/张三", True), ("/home/zhang", False)])
 def test_compiled_kernels_stay_out_of_a_home_folder_with_chinese_letters(home, moved, monkeypatch):
-    triton = pytest.importorskip("models.selective_scan.backend_triton", reason="triton is not installed")
     environment = {"PROGRAMDATA": "C:/ProgramData"}
-    monkeypatch.setattr(triton, "os", windows_os(environ=environment))
+    monkeypatch.setattr(cli, "os", windows_os(environ=environment))
     monkeypatch.setattr(Path, "home", classmethod(lambda _: Path(home)))
-    triton.use_ascii_cache()
+    cli.use_ascii_cache()
     folder = environment.get("TRITON_CACHE_DIR")
     assert (folder is not None) == moved
     if moved:
         assert folder.isascii() and PureWindowsPath(folder).is_relative_to("C:/ProgramData")
         environment["TRITON_CACHE_DIR"] = "D:/mine"
-        triton.use_ascii_cache()
+        cli.use_ascii_cache()
         assert environment["TRITON_CACHE_DIR"] == "D:/mine", "the user's own choice counts"
 
 
