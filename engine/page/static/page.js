@@ -17,6 +17,7 @@ let viewer = null;
 let source = null; // of events
 let scan = null; // of the viewer: id, shape, spacing, affine
 let state = blank();
+let building = Promise.resolve();
 let last = null; // what was sent last, to be sent again with a confirmation
 
 function blank() {
@@ -189,7 +190,7 @@ function gone() {
 function close() {
   source?.close();
   viewer?.destroy();
-  viewer = source = scan = null;
+  viewer = $("stage").viewer = source = scan = null;
   state = blank();
 }
 
@@ -321,11 +322,14 @@ function drawReport() {
     return button;
   }) : []));
   const done = Boolean(report.sentences);
+  const altered = state.edited !== null && state.edited.trim() !== report.marked?.trim();
   const before = state.reports[state.shown - 1]?.sentences?.map((one) => one.text.trim());
-  const pieces = done ? report.sentences.map((one) => one.text) : report.text.split(/(?<=[。；;!！?？\n])/u);
+  const plain = altered ? state.edited : report.text;
+  const linked = done && !altered; // with the sentences that the model wrote
+  const pieces = linked ? report.sentences.map((one) => one.text) : plain.split(/(?<=[。；;!！?？\n])/u);
   const parts = sections(pieces).map((section) => {
     const paragraph = make("p");
-    for (const { text, number } of section.pieces) paragraph.append(...(done ? sentence(report, number, text, before) : [text]));
+    for (const { text, number } of section.pieces) paragraph.append(...(linked ? sentence(report, number, text, before) : [text]));
     return [section.heading && make("h3", { textContent: section.heading }), paragraph];
   });
   $("report").replaceChildren(...parts.flat().filter(Boolean));
@@ -334,6 +338,8 @@ function drawReport() {
   const editing = state.edited !== null && !$("edit").hidden;
   $("report").hidden = editing;
   $("sentence-hint").hidden = editing || !done;
+  $("sentence-hint").textContent = t(altered ? "editedHint" : "sentenceHint");
+  $("discard").hidden = editing || !altered;
   $("toggle-edit").textContent = t(editing ? "editDone" : "edit");
   for (const button of $("report-card").querySelectorAll(".row.wrap button")) button.disabled = !done;
   const reference = state.findings?.reference;
@@ -458,11 +464,17 @@ function drawAnswers() {
 
 // ------------------------------------------------------------------ the viewer
 
-async function showViewer() {
+/** One viewer after the other: NiiVue does not like to lose its canvas while it loads. */
+function showViewer() {
+  building = building.then(build).catch((error) => console.warn(error));
+}
+
+async function build() {
+  if (!scan) return;
   const position = viewer?.position;
   const win = viewer?.window ?? PRESETS.lung;
   viewer?.destroy();
-  viewer = null;
+  viewer = $("stage").viewer = null;
   $("stage").replaceChildren();
   const able = hasWebGL2() && status.niivue && fits(scan.shape);
   $("viewer-kind").options[0].disabled = !able;
@@ -482,7 +494,7 @@ async function showViewer() {
       if (mine !== scan) return made.destroy();
       viewer = made;
     } catch (error) {
-      console.error(error);
+      console.warn(error);
       $("stage").replaceChildren();
       $("viewer-kind").value = "slices";
     }
@@ -624,6 +636,7 @@ function listen() {
     drawReport();
     if (opening) $("edit").focus();
   };
+  $("discard").onclick = () => { state.edited = null; drawReport(); };
   $("edit").oninput = () => { state.edited = $("edit").value; };
   $("copy").onclick = copy;
   $("add").onclick = () => {

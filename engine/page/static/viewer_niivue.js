@@ -94,13 +94,13 @@ export class NiivueViewer {
       if (!name) return;
       const heat = kind === "heat";
       const image = await module.NVImage.loadFromUrl({
-        url: this.url(name), name: `${name}.nii`, colormap: heat ? "inferno" : "cyan", opacity: this.opacity[kind],
+        url: this.url(name), name: `${name}.nii`, colormap: heat ? "warm" : "green2cyan", opacity: this.opacity[kind],
         cal_min: heat ? 64 : 0.5, cal_max: heat ? 255 : 1,
       });
       this.nv.addVolume(image);
       this.shown[kind] = image;
       this.setPosition(this.position);
-    }).catch((error) => console.error(error));
+    }).catch((error) => console.warn(error));
     return this.busy;
   }
 
@@ -127,7 +127,8 @@ export class NiivueViewer {
     window.removeEventListener("resize", this.arrange);
     this.nv.cleanup?.();
     this.canvas.remove();
-    this.nv.gl?.getExtension("WEBGL_lose_context")?.loseContext();
+    const { gl } = this.nv;
+    this.busy.finally(() => setTimeout(() => gl?.getExtension("WEBGL_lose_context")?.loseContext(), 5000));
   }
 }
 
