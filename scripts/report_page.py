@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
@@ -42,11 +43,15 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def serve(*given: object) -> None:
+def serve(settings: dict[str, Any], *given: object) -> None:
     """The reading process: torch is imported in it alone."""
+    if settings["demo"]:
+        # The model of the demonstration is so small that compiling numba's kernels takes longer than it saves: 20 of
+        # 28 s after a fresh installation. This makes numba's import fail, and PyTorch's operations serve.
+        sys.modules["numba"] = None
     from engine.page.worker import serve
 
-    serve(*given)
+    serve(settings, *given)
 
 
 def main() -> None:

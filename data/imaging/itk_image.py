@@ -40,9 +40,23 @@ def read_stored(path: Path) -> StoredImage:
     with refusing(path, "image data cannot be read", "the file is truncated or damaged, copy it again", zlib.error):
         if fields.get("compresseddata", "").lower() == "true":  # SimpleITK gives any voxels for damaged MetaImage data
             voxels = _voxel_file(path, fields)
-            zlib.decompress(voxels.read_bytes()[start if voxels == path else 0 :], 47)
+            needed = math.prod(header.shape) * header.dtype.itemsize
+            _check_packed(voxels.read_bytes()[start if voxels == path else 0 :], needed)
         array = SimpleITK.GetArrayFromImage(reader.Execute())
     return StoredImage(header, array.transpose(2, 1, 0))
+
+
+def _check_packed(packed: bytes, needed: int) -> None:
+    """Unpack piece by piece, keeping nothing. Raises zlib.error where the data are damaged, or unpack to more than
+    ``needed`` bytes: what would fill the memory."""
+    unpacker, length = zlib.decompressobj(47), 0
+    while packed and not unpacker.eof:
+        length += len(unpacker.decompress(packed, 1 << 24))
+        packed = unpacker.unconsumed_tail
+        if length > needed:
+            raise zlib.error(f"it unpacks to more than the {needed} bytes of its voxels")
+    if not unpacker.eof or length < needed:
+        raise zlib.error("incomplete or truncated stream")
 
 
 def files_of(path: Path) -> list[Path]:

@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import json
 import re
+import secrets
 import socket
 import sys
 import time
@@ -171,7 +172,10 @@ class Page:
         if case.events or case.waiting:
             raise InputError("this scan was read already")
         sample, names = given.get("sample"), case.upload.names
-        if sample is None:
+        seed = secrets.randbelow(2**31)
+        if sample == "phantom":
+            case.name = f"phantom {seed}"
+        elif sample is None:
             first = next(iter(names.values()), "nothing")
             case.name = shown_name(str(given.get("name") or first))
         else:
@@ -181,7 +185,7 @@ class Page:
             case.name = samples[sample]
         flags = {name: bool(given.get(name)) for name in ("force", "accept_toy")}
         question = _text(given, "question", MOST_QUESTION)
-        self.desk.submit(case, "read", sample=sample, names=dict(names), question=question, **flags)
+        self.desk.submit(case, "read", sample=sample, seed=seed, names=dict(names), question=question, **flags)
         return JSONResponse({"name": case.name}, 202)
 
     async def write(self, request: Request) -> Response:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import traceback
 from collections import OrderedDict
@@ -36,6 +38,7 @@ from data.report_language.key_points import write_key_points
 from data.report_language.terms import FINDINGS
 from data.tables.caption_table import CaptionRow, read_caption_table
 from engine import segmentation
+from engine.chain import REPOSITORY
 from engine.cli import force_utf8
 from engine.evaluation.confidence import agrees, split_sentences, touches
 from engine.evaluation.heat_maps import FramedGrid, turned
@@ -50,6 +53,8 @@ from models.language_model.prefix_state import PrefixState, answer_from_state
 from models.medical_vlm import generate_reports
 from models.selective_scan import backend_name
 
+PHANTOM = "phantom"  # in place of a sample's number
+MAKE_PHANTOMS = REPOSITORY / "scripts" / "make_phantoms.py"
 KEPT = 16  # cases whose state stays in memory, the latest ones
 MOST_FINDINGS = 30
 ANSWER_TOKENS = 200
@@ -211,12 +216,25 @@ class Worker:
         """Image, mask, question and reference report of a job."""
         if job["sample"] is None:
             return arrange(folder / "upload", names), None, job["question"], ""
+        if job["sample"] == PHANTOM:
+            row = self._phantom(folder / PHANTOM, job["seed"])
+            return row.image_path, None, job["question"] or default_question(row, self.config, 0), row.answer
         rows = self._rows()
         if not 0 <= job["sample"] < len(rows):
             raise InputError(f"case {job['sample']}: the validation table has cases 0 to {len(rows) - 1}")
         row = rows[job["sample"]]
         mask = row.mask_path if self.config.slice_policy == "mask" else None
         return row.image_path, mask, job["question"] or default_question(row, self.config, 0), row.answer
+
+    def _phantom(self, folder: Path, seed: int) -> CaptionRow:
+        """A synthetic case that nobody has seen, by the script that makes them."""
+        language = self.reader.known.get("language") or "zh"
+        command = [sys.executable, str(MAKE_PHANTOMS), "--out", str(folder), "--n_train", "0", "--n_val", "1"]
+        command += ["--n_test", "0", "--workers", "1", "--seed", str(seed), "--language", language]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+        if done.returncode:
+            raise InputError(f"make_phantoms.py failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+        return read_caption_table(folder / "val.csv")[0]
 
     def _stages(self, case: str) -> tuple[Callable[[str], None], Callable[[], None]]:
         """Two functions: one begins a stage and ends the one before, the other ends the last one."""

@@ -14,6 +14,7 @@ import socket
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -120,20 +121,31 @@ def test_a_report_is_taken_along_as_text_word_and_json(page: Page, read_case: tu
     assert record["input"]["digest"] == one(events, "volume")["digest"] and record["seconds"]["vision"] > 0
 
 
-def test_an_upload_gives_the_report_of_the_same_file_and_two_users_are_not_mixed_up(
-    page: Page, read_case: tuple[str, list[Event]]
-) -> None:
-    """The second user's scan is the first one's, mirrored: the sides of both reports differ."""
+@pytest.mark.slow
+def test_eight_users_at_once_get_their_own_reports(page: Page, read_case: tuple[str, list[Event]]) -> None:
+    """Every second scan is mirrored: the sides of its report are, too."""
     image = nib.load(PHANTOM)
     mirrored = nib.Nifti1Image(np.asarray(image.dataobj)[::-1].copy(), image.affine, image.header).to_bytes()
-    cases = [
-        page.read({"a.nii.gz": PHANTOM.read_bytes()}, accept_toy=True),
-        page.read({"b.nii": mirrored}, accept_toy=True),
-    ]
-    reports = [one(page.events(case), "report") for case in cases]
-    assert reports[0]["text"] == one(read_case[1], "report")["text"]
-    assert "右" in reports[0]["key_points"] and "左" in reports[1]["key_points"]
-    assert one(page.events(cases[1]), "volume")["name"] == "b.nii"
+    contents = [PHANTOM.read_bytes(), mirrored]
+    names = [f"user{k}.nii{'' if k % 2 else '.gz'}" for k in range(8)]
+    with ThreadPoolExecutor(8) as users:
+        cases = list(users.map(lambda k: page.read({names[k]: contents[k % 2]}, accept_toy=True), range(8)))
+        every = list(users.map(page.events, cases))
+    for k, events in enumerate(every):
+        report = one(events, "report")
+        assert one(events, "volume")["name"] == names[k] and not [e for e in events if e["kind"] == "error"]
+        assert ("左" if k % 2 else "右") in report["key_points"] and report["text"] == one(every[k % 2], "report")[
+            "text"
+        ]
+        seen = next(e["at"] for e in events if e["kind"] == "stage_done" and e["name"] == "vision")
+        assert next(e["at"] for e in events if e["kind"] == "text") - seen < 2
+    assert one(every[0], "report")["text"] == one(read_case[1], "report")["text"]
+
+
+def test_a_new_synthetic_scan_needs_no_file(page: Page) -> None:
+    events = page.events(page.read(sample="phantom"))
+    assert one(events, "report")["text"] and one(events, "findings")["reference"].startswith("所见：")
+    assert one(events, "volume")["name"].startswith("phantom ")
 
 
 def test_the_demonstration_model_reads_a_scan_of_unknown_origin_only_when_told_to(page: Page) -> None:

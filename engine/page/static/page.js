@@ -275,11 +275,9 @@ function drawState() {
 
 function drawSamples() {
   const names = status.model?.samples ?? [];
-  $("samples").hidden = !names.length;
-  $("samples").querySelector("ul").replaceChildren(...names.map((name, sample) => {
-    const button = make("button", { type: "button", textContent: name, onclick: () => start({ sample }) });
-    return make("li", {}, button);
-  }));
+  $("samples").hidden = !status.model;
+  const chip = (textContent, sample) => make("li", {}, make("button", { type: "button", textContent, onclick: () => start({ sample }) }));
+  $("samples").querySelector("ul").replaceChildren(...names.map(chip), chip(t("phantom"), "phantom"));
 }
 
 function drawStages() {
