@@ -22,7 +22,7 @@ import pydicom
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 PHANTOM = REPOSITORY / "assets" / "demo" / "data" / "images" / "val_0000.nii.gz"
 LONG_S = 120.0  # of a loaded machine
 Event = dict[str, Any]

@@ -30,7 +30,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from tests.scripts.running_page import BAD_INPUT, LONG_S, PHANTOM, REPOSITORY, Event, Page, abdomen, one
+from tests.engine.page.running_page import BAD_INPUT, LONG_S, PHANTOM, REPOSITORY, Event, Page, abdomen, one
 
 TABLE = REPOSITORY / "docs" / "page_attacks.md"
 HOT_PIXELS = """
