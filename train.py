@@ -31,25 +31,25 @@ if __name__ == "__main__":
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from config.errors import InputError
 from config.schema import Config, write_config
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from engine.checkpoint import save_checkpoint
-from engine.findings_prompt import HEAD_WEIGHT, calibrate, learnt_findings
+from engine.findings_prompt import calibrate, learnt_findings
 from engine.loaders import build_loaders, check_tables, load_encoder, prepare_data
+from engine.parallel import sum_of_all
 from engine.run import start_run
 from engine.scan_checks import ScanChecks
-from engine.training.diagnostics import DIAGNOSED_IMAGES, TokenStatistics, token_statistics
+from engine.training.diagnostics import TokenStatistics, first_tokens, statistics_of_all
 from engine.training.loop import Stage, train
-from models.findings_head import Found
 from models.language_model.embedding_table import load_embedding_table
 from models.language_model.identity import lm_identity, read_lm_config, read_tokenizer
 from models.language_model.report_embedding import embed_reports, report_frequencies
 from models.medical_vlm import VisionBridge, check_regions
-from models.objectives import Align, ProxyL2, Stage1
+from models.objectives import Align, ProxyL2, Stage1, stage1_counts
 
 
 def build_objectives(
@@ -80,28 +80,20 @@ def validate(
 ) -> tuple[float, TokenStatistics]:
     """Mean validation loss per image, and the statistics of the visual tokens."""
     stage.eval()
-    losses: list[Tensor] = []
-    tokens: list[Tensor] = []
-    heads: list[tuple[Found, Found]] = []
+    head, heads, tokens = stage.vision.head, [], {}
+    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     for batch in loader:
         with accelerator.autocast():
             visual, said = stage.read(batch)
-            loss = objective(visual, batch["row"])
+            total += objective(visual, batch["row"]).double() * len(batch["row"])
         if said is not None:
-            heads.append((said, batch["targets"]))
-        losses.append(accelerator.gather_for_metrics(loss.float().expand(len(batch["row"]))))
-        if sum(map(len, tokens)) < DIAGNOSED_IMAGES:
-            tokens.append(accelerator.gather_for_metrics(visual.float()))
-    if heads:
-        calibrate(accelerator, stage.vision.head, heads)
+            heads.append((batch["row"], said, batch["targets"]))
+        tokens |= first_tokens(batch["row"], visual)
+    if head is not None:
+        calibrate(accelerator, head, heads)
     stage.train()
-    return torch.cat(losses).mean().item(), token_statistics(torch.cat(tokens), stage.vision.bridge.spec.output_std)
-
-
-def stage1_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The objective's loss with the findings head's, and the objective's alone."""
-    loss, head = model(batch)
-    return loss + HEAD_WEIGHT * head, loss
+    statistics = statistics_of_all(accelerator, tokens, stage.vision.bridge.spec.output_std)
+    return sum_of_all(total).item() / len(loader.dataset), statistics
 
 
 def main() -> None:
@@ -119,7 +111,8 @@ def main() -> None:
     identity = lm_identity(config.mamba_model)
     collator = CaptionCollator(None, config.max_question_tokens, config.max_answer_tokens)
     config, cache = prepare_data(config, plan, accelerator, problems, force=args.force)
-    write_config(config, output / "stage1_config.yaml")
+    if accelerator.is_main_process:
+        write_config(config, output / "stage1_config.yaml")
     train_loader, val_loader, order = build_loaders(args, config, cache, encoder, collator, accelerator)
     objective, val_objective, output_std = build_objectives(args, config, train_loader.dataset, val_loader.dataset)
     findings = learnt_findings(train_loader.dataset, val_loader.dataset)
@@ -153,7 +146,7 @@ def main() -> None:
         title=f"Stage 1, {args.objective}",
         model=model,
         trained=model,
-        loss=stage1_loss,
+        loss_counts=stage1_counts,
         validate=lambda: validate(accelerator, model, val_objective, val_loader),
         validate_first=True,
         save=save,

@@ -44,11 +44,12 @@ from config.files import write_text
 from config.schema import FindingsPrompt, write_config
 from data.medical_vlm_dataset import CaptionCollator
 from engine.checkpoint import check_agreement, save_checkpoint
-from engine.findings_prompt import HEAD_WEIGHT, batch_believed, calibrate, set_up_findings, with_key_points
+from engine.findings_prompt import batch_believed, calibrate, set_up_findings, with_key_points
 from engine.loaders import build_loaders, check_tables, prepare_data, report_truncation, with_decisions
+from engine.parallel import sum_of_all
 from engine.run import jsonable, start_run
 from engine.scan_checks import ScanChecks
-from engine.training.diagnostics import DIAGNOSED_IMAGES, TokenStatistics, check_loss_mask, token_statistics
+from engine.training.diagnostics import TokenStatistics, check_loss_mask, first_tokens, statistics_of_all
 from engine.training.loop import Stage, train
 from engine.training.start import (
     BEST_FILE,
@@ -61,7 +62,7 @@ from engine.training.start import (
 )
 from engine.training.text_loss import far_above, text_loss
 from models.language_model.mamba_lm import MambaLM
-from models.medical_vlm import MedicalVLM, check_regions
+from models.medical_vlm import MedicalVLM, check_regions, loss_counts
 
 RECENT_EPOCHS = 5
 
@@ -73,9 +74,8 @@ def validate(
     """Mean caption loss per answer token (nats) under the prompts of new cases, and the statistics of the visual
     tokens; the findings head is calibrated."""
     model.eval()
-    heads, head, data = [], model.vision.head, loader.dataset
+    heads, head, data, tokens = [], model.vision.head, loader.dataset, {}
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    tokens: list[torch.Tensor] = []
     for batch in loader:
         with accelerator.autocast():
             visual, found = model.read(batch)
@@ -83,21 +83,15 @@ def validate(
             prompted = with_key_points(batch, model.lm.tokenizer, said, data.language)
             loss, count = model.caption_loss(visual, prompted)
         if found is not None:
-            heads.append((found, batch["targets"]))
-        if sum(map(len, tokens)) < DIAGNOSED_IMAGES:
-            tokens.append(visual.float())
+            heads.append((batch["row"], found, batch["targets"]))
+        tokens |= first_tokens(batch["row"], visual)
         total += torch.stack([loss.double(), count.double()])
-    if heads:
+    if head is not None:
         calibrate(accelerator, head, heads)
     model.train()
-    total = accelerator.reduce(total)
-    return (total[0] / total[1]).item(), token_statistics(torch.cat(tokens), model.vision.bridge.spec.output_std)
-
-
-def mean_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Caption loss per answer token (nats) with the findings head's loss, and alone."""
-    total, count, head = model(batch)
-    return total / count + HEAD_WEIGHT * head, total / count
+    total = sum_of_all(total)
+    statistics = statistics_of_all(accelerator, tokens, model.vision.bridge.spec.output_std)
+    return (total[0] / total[1]).item(), statistics
 
 
 def main() -> None:
@@ -124,7 +118,8 @@ def main() -> None:
     say("\n".join(lines), flush=True)
     collator = CaptionCollator(lm.tokenizer, config.max_question_tokens, config.max_answer_tokens)
     config, cache = prepare_data(config, plan, accelerator, problems, force=args.force)
-    write_config(config, output / "stage2_config.yaml")
+    if accelerator.is_main_process:
+        write_config(config, output / "stage2_config.yaml")
     train_loader, val_loader, order = build_loaders(args, config, cache, vision.encoder, collator, accelerator)
     report_truncation(accelerator, lm.tokenizer, train_loader, config.max_answer_tokens)
     model = MedicalVLM(vision, lm)
@@ -168,7 +163,7 @@ def main() -> None:
         title="Stage 2",
         model=model,
         trained=trained,
-        loss=mean_loss,
+        loss_counts=loss_counts,
         validate=lambda: evaluate(model),
         save=save,
         best_file=BEST_FILE,

@@ -25,8 +25,8 @@ class Augmentation(NamedTuple):
     rotate: float = 0.0
     noise: float = 0.0
 
-    def __call__(self, images: Tensor, roi: Tensor) -> tuple[Tensor, Tensor]:
-        """One change for all slices of a case, drawn from torch's generator: a resumed run restores it.
+    def __call__(self, images: Tensor, roi: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """One change for all slices of a case, drawn from ``generator`` (None: torch's own).
 
         Args:
             images: (..., H, W) float32, 0 is the mean after normalisation and fills what moves in.
@@ -37,13 +37,14 @@ class Augmentation(NamedTuple):
             Images of the same shape, and ``roi`` where the lesions then lie.
         """
         if self.shift:
-            offset = torch.randint(-self.shift, self.shift + 1, (2,)).tolist()
+            offset = torch.randint(-self.shift, self.shift + 1, (2,), generator=generator).tolist()
             images, roi = shifted(images, (offset[0], offset[1])), _moved(roi, offset, images.shape[-2:])
         if self.rotate:
-            angle = math.radians(self.rotate) * (2 * torch.rand(()).item() - 1)
+            angle = math.radians(self.rotate) * (2 * torch.rand((), generator=generator).item() - 1)
             images, roi = rotated(images, angle), _turned(roi, angle, images.shape[-2:])
         if self.noise:
-            images = images + self.noise * torch.rand(()) * torch.randn(images.shape)
+            scale = self.noise * torch.rand((), generator=generator)
+            images = images + scale * torch.randn(images.shape, generator=generator)
         return images, roi
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,13 +32,25 @@ from data.tables.caption_table import CaptionRow, question_of, read_caption_tabl
 from data.view_selection import EncoderGeometry, View, ViewSelection
 
 MAX_KEY_POINT_TOKENS = 256  # about 14 findings in Chinese
+NO_ROW = -1  # of a sample that counts nowhere
+
+
+class Draw(NamedTuple):
+    """A row in an epoch. What is random in a sample depends on these and the seed alone, not on workers or processes.
+
+    ``counts``: False for one that only keeps a process busy that has no case left; it is in no loss.
+    """
+
+    row: int
+    epoch: int
+    counts: bool = True
 
 
 @dataclass
 class Sample:
     """One case. ``images``, ``slice_position`` and ``roi`` as in :class:`data.view_selection.View`; ``measured``: its
     lesions, None where nobody looked; ``targets``: of the findings head; ``key_points``: the findings prompt, empty for
-    none; ``row``: its index in the data set."""
+    none; ``row``: its index in the data set, or NO_ROW."""
 
     images: Tensor
     slice_position: Tensor
@@ -64,7 +76,7 @@ class MedicalVLMDataset(Dataset):
         keep_mb: float = 0,
     ) -> None:
         """``keep_mb``: memory for images once read, so that later epochs wait for no disk."""
-        self.rows = list(rows)
+        self.rows, self.seed = list(rows), seed
         self.cache = cache
         self.view_selection = view_selection
         self.questions = [question_of(row, prompts, seed) for row in self.rows]
@@ -91,14 +103,16 @@ class MedicalVLMDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Sample:
-        row = self.rows[index]
+    def __getitem__(self, index: int | Draw) -> Sample:
+        index, epoch, counts = index if isinstance(index, Draw) else Draw(index, 0)
+        row, rng = self.rows[index], np.random.default_rng((self.seed % 2**32, epoch, index))
         view, measured = self._kept.get(index) or self._read(index)
-        stated = self.stated[index] if self.language else None
+        stated = self.stated[index] if self.language and counts else None
         found = targets(self.findings, stated, measured or [])
-        line = self._training_prompt(stated) if stated is not None and self.prompt_errors else ""
-        view = self.view_selection.finish(view)
-        return Sample(*view, self.questions[index], row.answer, index, measured, found, line)
+        line = self._training_prompt(stated, rng) if stated is not None and self.prompt_errors else ""
+        view = self.view_selection.finish(view, torch.Generator().manual_seed(int(rng.integers(2**63))))
+        sample = Sample(*view, self.questions[index], row.answer, index, measured, found, line)
+        return sample if counts else replace(sample, row=NO_ROW)
 
     @functools.cached_property
     def language(self) -> str | None:
@@ -114,9 +128,8 @@ class MedicalVLMDataset(Dataset):
         """The lesions of a row, largest first; None where nobody looked for any."""
         return (self._kept.get(index) or self._read(index))[1]
 
-    def _training_prompt(self, stated: Sequence[FindingRecord]) -> str:
-        """The truth, with the errors that held-out cases have, or nothing; torch's generator draws."""
-        rng = np.random.default_rng(torch.randint(2**31, (1,)).item())
+    def _training_prompt(self, stated: Sequence[FindingRecord], rng: np.random.Generator) -> str:
+        """The truth, with the errors that held-out cases have, or nothing."""
         if rng.random() < self.prompt_dropout:
             return ""
         return write_key_points(self.prompt_errors.draw(stated, rng), self.language)
@@ -166,7 +179,9 @@ class CaptionCollator:
         batch = self.images(samples)
         if self.tokenizer is not None:
             prompts = [encode_prompt(self.tokenizer, s.question, self.max_question_tokens) for s in samples]
-            answers = [encode_answer(self.tokenizer, s.answer, self.max_answer_tokens)[0] for s in samples]
+            counted = (s.answer if s.row != NO_ROW else None for s in samples)
+            limit = self.max_answer_tokens
+            answers = [[] if text is None else encode_answer(self.tokenizer, text, limit)[0] for text in counted]
             key_points = [encode_key_points(self.tokenizer, s.key_points) for s in samples]
             batch["key_point_ids"], batch["key_point_mask"] = pad_tokens(key_points)
             batch["question_ids"], batch["question_mask"] = pad_tokens(prompts)

@@ -119,10 +119,10 @@ class ViewSelection:
         roi = torch.tensor([_roi(lesion, span, starts, sizes) for lesion, span in assigned])
         return View(images, position, roi)
 
-    def finish(self, view: View) -> View:
+    def finish(self, view: View, generator: torch.Generator | None = None) -> View:
         """A copy, randomly augmented where the configuration says so, with ``roi`` in fractions of the feature grid."""
         kept = torch.from_numpy(view.images)
-        images, roi = self.augmentation(kept, view.roi)
+        images, roi = self.augmentation(kept, view.roi, generator)
         roi = roi + roi[:, 3:] * torch.tensor([*self.offset_fractions(images.shape[-3:])[1:], 0.0, 0.0])
         return View(images.clone() if images is kept else images, view.slice_position, roi)
 

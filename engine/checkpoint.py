@@ -17,6 +17,8 @@ findings                 that the findings head knows; None without a head
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -28,7 +30,7 @@ from typing import Any
 import torch
 
 from config.errors import InputError, first_line
-from config.files import atomic_path, pickle_contains
+from config.files import atomic_path, pickle_contains, replace
 from config.nnunet_plans import PreprocessPlan
 from config.schema import FIELDS, REMOVED, Config, build_config, keys_with_role, yaml_line
 from models.language_model.adapter_file import adapter_digest
@@ -95,10 +97,20 @@ class Checkpoint:
         return vision
 
 
-def save_torch_file(content: dict[str, Any], path: Path) -> None:
-    """``torch.save``, atomically."""
+def save_torch_file(content: dict[str, Any], path: Path, older: Path | None = None) -> None:
+    """``torch.save``, atomically; the file that it replaces is kept as ``older``.
+
+    Raises OSError: the disk is full; ``path`` is as it was.
+    """
     with atomic_path(path) as part:
-        torch.save(content, part)
+        try:
+            torch.save(content, part)
+        except RuntimeError as error:  # torch's writer tells no errno
+            if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        if older is not None and path.is_file():
+            replace(path, older)
 
 
 def save_checkpoint(
@@ -146,8 +158,15 @@ def read_torch_file(path: Path, what: str) -> dict[str, Any]:
     if pickle_contains(path, "network_weights"):  # NumPy scalars in it would not load
         raise InputError(f"{path} is an nnU-Net checkpoint: give it as nnunet_encoder_checkpoint in the configuration")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums that it writes
+            if damaged := archive.testzip():
+                raise InputError(
+                    f"{path} is damaged: the checksum of '{damaged}' is wrong; use another copy of this {what}"
+                )
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except InputError:
+        raise
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError) as error:
         raise InputError(f"{path} is not a readable {what} (damaged, or not ours): {first_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a {what}: expected a dictionary, found {type(content).__name__}")

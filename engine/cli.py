@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import logging
 import os
@@ -20,6 +21,8 @@ from config.toy_models import check_toy_models
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 TRACKERS = ("tensorboard", "wandb", "swanlab", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive")
+# Of a disk or its permissions, not of the program.
+ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 # Where --checkpoint is left out, the first of these that exists.
 CHECKPOINTS = (
     "vision_bridge_vlm_final.pt",
@@ -63,6 +66,13 @@ def run_main(main: Callable[[], int | None]) -> None:
         code = main()
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_BAD_INPUT)
+    except OSError as problem:
+        if problem.errno not in ENVIRONMENT:
+            raise
+        where = f"{problem.filename}: " if problem.filename else ""
+        print(f"error: {where}{problem.strerror}; files written before are whole: put that right (free space, "
+              "permissions) and run the same command, it goes on from them", file=sys.stderr, flush=True)  # fmt: skip
         sys.exit(EXIT_BAD_INPUT)
     except (Interrupted, KeyboardInterrupt) as stop:
         print(f"interrupted: {stop}".rstrip(": "), file=sys.stderr, flush=True)
@@ -120,6 +130,7 @@ def add_training_flags(parser: argparse.ArgumentParser, *, epochs: int, batch_si
     precisions, bf16 = ("auto", "no", "bf16", "fp16"), "auto: bf16 on a GPU or CPU that computes in it"
     parser.add_argument("--mixed_precision", choices=precisions, default="auto", help=bf16)
     parser.add_argument("--resume", default="auto", metavar="auto|PATH|never", help="continue an interrupted run")
+    parser.add_argument("--auto_batch", action="store_true", help="compute a batch in pieces where memory runs out")
     parser.add_argument("--save_every", type=positive_int, default=200, help="steps between saved training states")
     parser.add_argument("--tracker", choices=TRACKERS, help="log there too; tensorboard: --logdir OUTPUT/tracker")
 

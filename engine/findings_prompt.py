@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -26,13 +27,13 @@ from data.finding_targets import LEAST_POSITIVE, MOST_LESIONS, PromptErrors, Tar
 from data.findings import FindingRecord
 from data.medical_vlm_dataset import MedicalVLMDataset, encode_key_points, pad_tokens
 from data.report_language.key_points import OUTSIDE_LUNG, write_key_points
+from engine.parallel import of_all
 from models.findings_head import SIDES, UNKNOWN, ZONES, FindingsHead, Found
 from models.medical_vlm import VisionBridge
 
 SURE = 0.5  # calibrated probability from which a finding is said
 POSSIBLE = 0.1  # from which a person is asked
 PROMPT_DROPOUT = 0.3  # fraction of the training samples whose image must be read without a prompt
-HEAD_WEIGHT = 1.0  # of the head's loss beside the objective's or the captions'
 
 
 def set_up_findings(
@@ -73,13 +74,20 @@ def learnt_findings(train: MedicalVLMDataset, val: MedicalVLMDataset, names: Seq
 
 
 @torch.no_grad()
-def calibrate(accelerator: Accelerator, head: FindingsHead, batches: Sequence[tuple[Found, Targets]]) -> None:
+def calibrate(accelerator: Accelerator, head: FindingsHead, batches: Sequence[tuple[Tensor, Found, Targets]]) -> None:
     """Set the temperatures from what the head says of the validation cases and their targets, and print how often it is
-    right."""
-    parts = [tuple(accelerator.gather_for_metrics(tuple(part)) for part in pair) for pair in batches]
-    said, target = (
-        Found(*(torch.cat(values) for values in zip(*part, strict=True))) for part in zip(*parts, strict=True)
-    )
+    right.
+
+    Args:
+        batches: rows (B,) of this process, what the head says of them, and their targets.
+    """
+    cases = {}
+    for rows, *pair in batches:
+        parts = [[value.cpu() for value in part] for part in pair]
+        cases |= {row: [[v[b].clone() for v in part] for part in parts] for b, row in enumerate(rows.tolist())}
+    pairs = zip(*of_all(accelerator, cases).values(), strict=True)
+    device = head.query.device
+    said, target = (Found(*(torch.stack(values).to(device) for values in zip(*part, strict=True))) for part in pairs)
     head.calibrate(said, target)
     known, stated = target.lesion != UNKNOWN, target.presence == 1
     named = (said.lesion.argmax(-1) == target.lesion)[known].float()
@@ -105,6 +113,7 @@ def prompt_errors(
         measured = [data.measured(row) for row in rows]
         said |= zip(rows, batch_believed(vision.head, vision.read(batch)[1], measured, mode), strict=True)
     vision.train(training)
+    said = of_all(accelerator, said)
     errors = PromptErrors.of([data.stated[row] for row in said], [one or [] for one in said.values()])
     rates = ", ".join(f"{name} {rate:.2f}" for name, rate in errors.rates().items())
     accelerator.print(f"findings prompt ({mode}) on {len(said)} held-out cases: {rates} a case", flush=True)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +24,8 @@ from data.segmentation_scores import choose_min_lesion
 from data.tables.caption_table import CaptionRow, read_caption_table
 from data.view_selection import ViewSelection, slices_for
 from engine.interrupt import data_workers
-from engine.run import EpochShuffle
+from engine.parallel import my_part
+from engine.run import EpochBatches
 from engine.scan_checks import check_scans
 from engine.segmentation import SegmentedCache, describe_segmentation, open_cache, prepare_cases
 from models.nnunet.checkpoint import load_nnunet_checkpoint
@@ -72,8 +74,10 @@ def prepare_data(
         for name, key in names.items()
     }
     cache = open_cache(config, plan)
-    with accelerator.main_process_first():
-        prepare_cases(cache, [row for rows in tables.values() for row in rows])
+    rows = [row for rows in tables.values() for row in rows]
+    prepare_cases(cache, my_part(accelerator, rows))
+    accelerator.wait_for_everyone()
+    prepare_cases(cache, rows)  # what the others prepared is there, unless their cache is on another machine
     with contextlib.redirect_stdout(sys.stdout if accelerator.is_main_process else None):
         check_scans(cache, tables, problems, force=force)
         config = resolve_views(config, cache, tables)
@@ -115,22 +119,30 @@ def build_loaders(
     encoder: NnUNetEncoder,
     collator: CaptionCollator,
     accelerator: Accelerator,
-) -> tuple[DataLoader, DataLoader, EpochShuffle]:
-    """Training and validation loader over prepared cases, sharded over the processes, and the training order."""
+) -> tuple[DataLoader, DataLoader, EpochBatches]:
+    """Training and validation loader over prepared cases, this process's part of them, and the training order.
+
+    Every validation case is read by one process; how many a process has differs by one.
+    """
     train_table, val_table = config.resolved("caption_csv_train"), config.resolved("caption_csv_val")
     train = MedicalVLMDataset.from_config(config, train_table, cache, encoder, args.seed, train=True)
     val = MedicalVLMDataset.from_config(config, val_table, cache, encoder, args.seed)
     options = {
-        "batch_size": args.batch_size,
         "collate_fn": collator,
         **data_workers(config.num_workers),
         "pin_memory": accelerator.device.type == "cuda",
         # Each pass draws a seed for its workers; from the global generator, dropout would differ in a resumed epoch.
         "generator": torch.Generator().manual_seed(args.seed),
     }
-    order = EpochShuffle(len(train), args.seed)
-    train_loader = DataLoader(train, sampler=order, **options)
-    return *accelerator.prepare(train_loader, DataLoader(val, **options)), order
+    order = EpochBatches(len(train), args.seed, args.batch_size, accelerator.process_index, accelerator.num_processes)
+    mine = my_part(accelerator, list(range(len(val))))
+    loaders = (
+        DataLoader(train, batch_sampler=order, **options),
+        DataLoader(val, args.batch_size, sampler=mine, **options),
+    )
+    # accelerate moves the batches to the device; it must not divide them once more.
+    ours = {"num_processes": 1, "process_index": 0, "put_on_device": True, "device": accelerator.device}
+    return *(prepare_data_loader(loader, **ours) for loader in loaders), order
 
 
 def report_truncation(

@@ -17,9 +17,11 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import psutil
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
@@ -27,11 +29,14 @@ from tqdm import tqdm
 from config.errors import InputError
 from config.schema import Config
 from data.cache import VolumeCache
+from data.imaging.reader import read_header
 from data.tables.caption_table import NAMED_BY, CaptionRow, scan_caption_table
 from engine.cli import force_utf8
+from engine.guards import require_room
 from engine.interrupt import WorkerContext, leave_signals_to_parent
 
 PREPARING_THREADS = 4  # at most, in a process that goes on to train
+STORED_BYTES = 4 / 1.5  # of a preprocessed voxel, compressed
 WORKER_BYTES = 2 * 2**30  # of a worker; a volume of 512 x 512 x 300 takes 1.3 GB, and there are longer ones
 
 Files = tuple[Path, Path | None]  # image, mask
@@ -83,6 +88,7 @@ def fill_cache(cache: VolumeCache, rows: Sequence[CaptionRow], threads: int | No
     library for each volume is faster than all threads on one volume after the other.
     """
     files = unique_files(rows)
+    require_room(cache.root, bytes_needed(cache, files), "the preprocessed volumes")
     threads = threads or min(os.cpu_count() or 1, PREPARING_THREADS)
     with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
         jobs = [pool.submit(cache.ensure, image, mask) for image, mask in files]
@@ -92,6 +98,21 @@ def fill_cache(cache: VolumeCache, rows: Sequence[CaptionRow], threads: int | No
         except BaseException:  # Ctrl-C too: no further case is started
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def bytes_needed(cache: VolumeCache, files: Iterable[Files]) -> int:
+    """About what the cases that are not cached yet will take; one that cannot be read is reported later."""
+    spacing = np.array(cache.plan.spacing)
+    total = 0.0
+    for image, mask in files:
+        with suppress(InputError):
+            if not cache.entry(image, mask).exists():
+                header = read_header(image)
+                # In-plane axes first; a 2-D plan keeps the spacing between slices.
+                zooms = np.sort(header.zooms)[: len(spacing)]
+                grown = np.prod(zooms / np.sort(spacing)[: len(zooms)])
+                total += np.prod(header.shape, dtype=float) * grown * STORED_BYTES
+    return int(total)
 
 
 def default_workers() -> int:

@@ -16,11 +16,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, LoggerType, ProjectConfiguration
+from accelerate.utils import LoggerType, ProjectConfiguration
 from torch.utils.data import Sampler
 
 from config.errors import InputError, counted
 from config.schema import Config, write_config
+from data.medical_vlm_dataset import Draw
+from engine.guards import hold_folder
+from engine.parallel import on_main, start_accelerator
 
 
 def set_seeds(seed: int) -> None:
@@ -39,7 +42,7 @@ def native_bf16() -> bool:
 
 
 def start_run(args: argparse.Namespace, config: Config, name: str) -> tuple[Accelerator, Path]:
-    """Seeds, accelerator and output folder of a training run; writes what was resolved.
+    """Seeds, accelerator and output folder of a training run, which it holds; writes what was resolved.
 
     ``OUTPUT/<name>_config.yaml`` can be given to ``--config``; ``OUTPUT/<name>_run.json`` holds the
     flags, the versions and the machine.
@@ -48,16 +51,13 @@ def start_run(args: argparse.Namespace, config: Config, name: str) -> tuple[Acce
     check_tracker(args.tracker)
     automatic = "bf16" if native_bf16() else "no"
     output = config.resolved("output_dir")
-    accelerator = Accelerator(
+    accelerator = start_accelerator(
+        mixed_precision=automatic if args.mixed_precision == "auto" else args.mixed_precision,
         log_with=args.tracker,
         project_config=ProjectConfiguration(logging_dir=str(output / "tracker")),
-        mixed_precision=automatic if args.mixed_precision == "auto" else args.mixed_precision,
-        gradient_accumulation_steps=args.grad_accumulation,
-        # The shuffling below is already the same in every process and needs no second one.
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
     )
+    on_main(accelerator, lambda: hold_folder(output))
     if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
         write_config(config, output / f"{name}_config.yaml")
         record = {"command": sys.argv, "flags": jsonable(vars(args)), "config": config.to_dict(), **environment()}
         (output / f"{name}_run.json").write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -90,20 +90,32 @@ def jsonable(values: dict[str, Any]) -> dict[str, Any]:
     return {key: str(value) if isinstance(value, Path) else value for key, value in plain.items()}
 
 
-class EpochShuffle(Sampler[int]):
-    """A permutation that depends on seed and epoch alone, so that a resumed epoch goes on in its order."""
+class EpochBatches(Sampler[list[Draw]]):
+    """This process's batches of an epoch.
 
-    def __init__(self, length: int, seed: int) -> None:
+    The order is a permutation that depends on seed and epoch alone, so that a resumed epoch goes on in it. Of every
+    ``batch_size`` x processes cases each process takes a part as large as the others', at the end of the epoch too: the
+    batches of all processes together are those of one process. One that gets no case repeats one that does not count.
+    """
+
+    def __init__(self, length: int, seed: int, batch_size: int, process: int = 0, processes: int = 1) -> None:
+        """``batch_size``: cases of each process."""
         self.length, self.seed = length, seed
+        self.process, self.processes, self.together = process, processes, batch_size * processes
         self.epoch, self.skip = 0, 0
 
     def start_epoch(self, epoch: int, skip: int = 0) -> None:
-        """``skip``: samples of this epoch that an interrupted run has seen already."""
+        """``skip``: cases of this epoch, of all processes, that an interrupted run has seen already."""
         self.epoch, self.skip = epoch, skip
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[list[Draw]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(torch.randperm(self.length, generator=generator)[self.skip :].tolist())
+        order = torch.randperm(self.length, generator=generator)[self.skip :].tolist()
+        for first in range(0, len(order), self.together):
+            cases = order[first : first + self.together]
+            begin, end = (len(cases) * (self.process + k) // self.processes for k in (0, 1))
+            mine = [Draw(row, self.epoch) for row in cases[begin:end]]
+            yield mine or [Draw(cases[0], self.epoch, counts=False)]
 
     def __len__(self) -> int:
-        return self.length - self.skip
+        return -(-(self.length - self.skip) // self.together)

@@ -102,29 +102,27 @@ class FindingsHead(nn.Module):
 
 
 def findings_loss(found: Found, target: Found) -> Tensor:
-    """Sum of the mean losses of all that the head says; what is unknown counts nowhere."""
-    return (
-        _presence_loss(found.presence, target.presence)
-        + _class_loss(found.side, target.side)
-        + _class_loss(found.zone, target.zone)
-        + _size_loss(found.size, target.size)
-        + _class_loss(found.lesion, target.lesion)
-        + _size_loss(found.lesion_size, target.lesion_size)
-    )
+    """Sums (6,) of the losses of all that the head says; what is unknown counts nowhere. The loss is the sum of their
+    means over :func:`known_targets`."""
+    parts = zip((_presence_loss, *[_class_loss] * 2, _size_loss, _class_loss, _size_loss), found, target, strict=True)
+    return torch.stack([loss(said, truth) for loss, said, truth in parts])
+
+
+def known_targets(target: Found) -> Tensor:
+    """How many values (6,) of each kind are known."""
+    return torch.stack([((values != UNKNOWN) & values.isfinite()).sum() for values in target])
 
 
 def _presence_loss(logits: Tensor, target: Tensor) -> Tensor:
     known = target != UNKNOWN
-    loss = F.binary_cross_entropy_with_logits(logits[known], target[known].float(), reduction="sum")
-    return loss / known.sum().clamp(min=1)
+    return F.binary_cross_entropy_with_logits(logits[known], target[known].float(), reduction="sum")
 
 
 def _class_loss(logits: Tensor, target: Tensor) -> Tensor:
     known = target != UNKNOWN
-    return F.cross_entropy(logits[known], target[known], reduction="sum") / known.sum().clamp(min=1)
+    return F.cross_entropy(logits[known], target[known], reduction="sum")
 
 
 def _size_loss(logarithm: Tensor, target: Tensor) -> Tensor:
     known = target.isfinite()
-    error = F.smooth_l1_loss(logarithm[known], target[known], reduction="sum", beta=0.1)
-    return error / known.sum().clamp(min=1)
+    return F.smooth_l1_loss(logarithm[known], target[known], reduction="sum", beta=0.1)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from config.errors import InputError
 from config.schema import Config
 from models.cmi import CMI
-from models.findings_head import DESCRIPTORS, FindingsHead, Found, findings_loss
+from models.findings_head import DESCRIPTORS, FindingsHead, Found, findings_loss, known_targets
 from models.language_model.mamba_lm import IGNORED, MambaLM
 from models.nnunet.encoder import NnUNetEncoder
 from models.roi_crop import center_crop
@@ -177,11 +177,12 @@ class MedicalVLM(nn.Module):
         self.lm.eval()  # frozen: it has no training mode
         return self
 
-    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum of the caption loss over the batch's answer tokens (nats), their number, and the findings head's loss."""
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        """Sums (7,) of the batch's losses: of the caption over the answer tokens (nats), and the findings head's six.
+        The loss is the sum of their means over :func:`loss_counts`."""
         visual, found = self.read(batch)
-        head = visual.new_zeros(()) if found is None else findings_loss(found, batch["targets"])
-        return *self.caption_loss(visual, batch), head
+        head = visual.new_zeros(6) if found is None else findings_loss(found, batch["targets"])
+        return torch.cat([self.caption_loss(visual, batch)[0][None], head])
 
     def read(self, batch: Mapping[str, Any], features: Tensor | None = None) -> tuple[Tensor, Found | None]:
         """Visual tokens (B, L, D) of a batch, or of ``features`` with its question, and what the findings head says."""
@@ -202,6 +203,11 @@ class MedicalVLM(nn.Module):
     def generate(self, batch: Mapping[str, Any], max_new_tokens: int, **options: object) -> list[str]:
         """Reports for a batch; the prompt is padded on the left, where Mamba's mask is exact."""
         return generate_reports(self.lm, self.visual_tokens(batch), batch, max_new_tokens, **options)
+
+
+def loss_counts(batch: Mapping[str, Any]) -> Tensor:
+    """How many answer tokens and known targets (7,) the sums of :class:`MedicalVLM` are of; known before they are."""
+    return torch.cat([batch["answer_mask"].sum()[None], known_targets(batch["targets"])])
 
 
 @torch.no_grad()

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.findings_head import Found, findings_loss
+from models.findings_head import Found, findings_loss, known_targets
 from models.medical_vlm import VisionBridge
+from models.parallel import gather_cases
 
 
 class ProxyL2(nn.Module):
@@ -76,12 +77,20 @@ class Stage1(nn.Module):
         self.vision = vision
         self.objective = objective
 
-    def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """The objective's loss of the batch, and the findings head's."""
+    def forward(self, batch: dict) -> Tensor:
+        """Sums (7,) of the batch's losses: the objective's over its cases, and the findings head's six. The loss is the
+        sum of their means over :func:`stage1_counts`. The objective compares the cases of all processes."""
         tokens, found = self.read(batch)
-        head = tokens.new_zeros(()) if found is None else findings_loss(found, batch["targets"])
-        return self.objective(tokens, batch["row"]), head
+        head = tokens.new_zeros(6) if found is None else findings_loss(found, batch["targets"])
+        counted = batch["row"] >= 0
+        objective = self.objective(*gather_cases(tokens[counted], batch["row"][counted]))
+        return torch.cat([(objective * counted.sum())[None], head])
 
     def read(self, batch: dict) -> tuple[Tensor, Found | None]:
         """Tokens (B, L, D) without CMI, which reads the question and is trained in Stage 2, and what the head says."""
         return self.vision.read(batch)
+
+
+def stage1_counts(batch: dict) -> Tensor:
+    """How many cases and known targets (7,) the sums of :class:`Stage1` are of."""
+    return torch.cat([(batch["row"] >= 0).sum()[None], known_targets(batch["targets"])])

@@ -81,7 +81,8 @@ def main() -> int:
     args = parse_args()
     from tqdm import tqdm
 
-    from engine.prepare import default_workers, prepare_all, read_work
+    from engine.guards import require_room
+    from engine.prepare import bytes_needed, default_workers, prepare_all, read_work
 
     config = load_config(
         args.config,
@@ -101,6 +102,7 @@ def main() -> int:
 
     cache = open_cache(config, load_plan(config))
     volumes = cache.volumes if isinstance(cache, SegmentedCache) else cache
+    require_room(volumes.root, bytes_needed(volumes, files), "the preprocessed volumes")
     part = f", shard {index} of {count}" if count > 1 else ""
     print(f"{len(files)} of {len(work.files)} volumes{part}, {workers} workers, cache {cache.root}", flush=True)
 

@@ -27,7 +27,7 @@ def test_it_prints_what_users_look_for_and_writes_what_the_manual_promises(run_s
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
         "stage1_config.yaml", "stage1_run.json", "stage1_log.jsonl", "stage1_loss.png", "vision_bridge_best_val.pt",
-        "vision_bridge_final.pt",
+        "vision_bridge_final.pt", ".run.lock",
     }  # fmt: skip
     final, best = (load_checkpoint(tmp_path / f"vision_bridge_{name}.pt") for name in ("final", "best_val"))
     assert (final.stage, final.epoch, final.step) == ("vision", 2, 4) and final.diagnostics["objective"] == "align"

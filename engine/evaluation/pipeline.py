@@ -52,6 +52,7 @@ from engine.evaluation.localisation import MaskedCase, measure_case
 from engine.evaluation.report_card import TableResults, marked_reports, plain, report_card
 from engine.evaluation.report_writer import ReportWriter, token_spans
 from engine.evaluation.saliency import map_case
+from engine.parallel import start_accelerator
 from engine.run import environment, jsonable, set_seeds
 from engine.scan_checks import check_scans, chosen_blindly, notice
 from engine.segmentation import open_cache, prepare_cases
@@ -124,7 +125,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     Raises InputError: a flag, file, table or checkpoint that cannot be used.
     """
     check_flags(args)
-    accelerator = Accelerator()
+    accelerator = start_accelerator()
     set_seeds(args.seed)
     job = prepare(args, accelerator)
     generate(job, accelerator)

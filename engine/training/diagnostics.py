@@ -6,15 +6,18 @@ how far tokens differ from each other, and in how many directions; collapsed tok
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.medical_vlm_dataset import encode_answer
+from engine.parallel import of_all
 from models.language_model.mamba_lm import IGNORED
 from models.medical_vlm import MedicalVLM, answer_inputs, prompt_ids
 
@@ -22,7 +25,7 @@ MIN_STD_FRACTION = 0.05  # of the standard deviation that the bridge starts with
 MIN_RANK = 2.0
 MAX_TOKENS = 4096
 RANK_TOKENS = 1024  # of them, for the singular values: those of 4096 x 2560 take minutes on a CPU
-DIAGNOSED_IMAGES = 64  # per validation
+DIAGNOSED_IMAGES = 64  # per validation, the first rows
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,18 @@ class TokenStatistics:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "collapsed": self.collapsed}
+
+
+def first_tokens(row: Tensor, visual: Tensor) -> dict[int, Tensor]:
+    """Tokens (L, D) of those rows (B,) of a batch that are diagnosed; they stay on their device."""
+    return {r: visual[b].float() for b, r in enumerate(row.tolist()) if r < DIAGNOSED_IMAGES}
+
+
+def statistics_of_all(accelerator: Accelerator, tokens: Mapping[int, Tensor], expected_std: float) -> TokenStatistics:
+    """:func:`token_statistics` of what :func:`first_tokens` kept in every process."""
+    if accelerator.num_processes > 1:
+        tokens = of_all(accelerator, {row: value.cpu().clone() for row, value in tokens.items()})
+    return token_statistics(torch.stack(list(tokens.values())), expected_std)
 
 
 def token_statistics(tokens: Tensor, expected_std: float) -> TokenStatistics:

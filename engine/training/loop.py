@@ -19,10 +19,13 @@ from torch.utils.data import DataLoader
 from config.files import keep_previous
 from config.schema import Config
 from engine.cli import Interrupted
+from engine.guards import release_folder
 from engine.interrupt import StopRequest
-from engine.run import EpochShuffle
+from engine.run import EpochBatches
 from engine.training.diagnostics import TokenStatistics
-from engine.training.optimization import build_optimizer, build_schedule, optimizer_step, require_finite
+from engine.training.guards import Alarms, NonFinite, Reader, one_line_errors
+from engine.training.memory import MemoryGuard
+from engine.training.optimization import build_optimizer, build_schedule, optimizer_step
 from engine.training.run_log import CsvLog, RunLog, plot_losses, progress_bar
 from engine.training.train_state import Progress, TrainState, fingerprint
 
@@ -33,8 +36,8 @@ class Stage:
 
     Attributes:
         name: prefix of the stage's files. title: of the loss figure.
-        model: is prepared for the device; ``loss`` calls it. trained: its part that is optimised and saved.
-        loss: (prepared model, batch) → loss to be minimised, and its part that is shown.
+        model: batch → sums (S,) of losses, of which the first is shown. trained: its part that is optimised and saved.
+        loss_counts: batch → what each sum is of (S,); the loss is the sum of their means over the step.
         validate: → validation loss, and the statistics of the visual tokens.
         save: (file name, step, epoch, val_loss, diagnostics) writes a checkpoint, on the main process alone.
         best_file, final_file: checkpoints of the lowest validation loss and of the last epoch.
@@ -50,7 +53,7 @@ class Stage:
     title: str
     model: nn.Module
     trained: nn.Module
-    loss: Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
+    loss_counts: Callable[[Mapping[str, Any]], Tensor]
     validate: Callable[[], tuple[float, TokenStatistics]]
     save: Callable[..., None]
     best_file: str
@@ -72,7 +75,7 @@ def train(
     accelerator: Accelerator,
     output: Path,
     loader: DataLoader,
-    order: EpochShuffle,
+    order: EpochBatches,
 ) -> list[dict[str, Any]]:
     """Train ``stage`` for ``args.epochs`` epochs, or resume it where it was interrupted.
 
@@ -80,42 +83,37 @@ def train(
         One record per validation: epoch, step, mean training loss, ``val_loss``, token statistics.
 
     Raises:
-        Interrupted: Ctrl-C, SIGTERM or a closed console; the state is saved.
-        InputError: the loss is not finite, or the state that ``--resume`` names cannot be resumed.
+        Interrupted: Ctrl-C, SIGTERM or a closed console, of any process; the state is saved.
+        InputError: the loss stays non-finite, memory runs out, the loader breaks, or the state that ``--resume`` names
+            cannot be resumed.
     """
-    run = _Run(stage, args, config, accelerator, output, len(loader))
+    run = _Run(stage, args, config, accelerator, output, loader)
     progress, optimizer, schedule = run.state.progress, run.optimizer, run.schedule
     run.model.train()
+    run.memory.predict(run.model, loader, stage.loss_counts)
     if not run.resumed:
         progress.best = stage.best_so_far()
         if stage.validate_first:
             run.validate()
     bar = progress_bar(run.total_steps, progress.step, stage.name, active=accelerator.is_main_process)
-    with StopRequest() as stop, bar:
+    with StopRequest() as stop, bar, one_line_errors(accelerator.num_processes):
         while progress.epoch < args.epochs:
-            order.start_epoch(progress.epoch, progress.batch * args.batch_size * accelerator.num_processes)
-            for batch in loader:
-                with accelerator.accumulate(run.model):
-                    loss, shown = stage.loss(run.model, batch)
-                    require_finite(loss, progress.step + 1, args.lr)
-                    progress.losses.append(shown.item())
-                    accelerator.backward(loss)
-                    lr = schedule.get_last_lr()[0]
-                    stepped = optimizer_step(
-                        accelerator, optimizer, schedule, stage.trained.parameters(), args.max_grad_norm
-                    )
-                progress.batch += 1
-                if not stepped:
-                    continue
-                progress.step += 1
+            order.start_epoch(progress.epoch, progress.cases)
+            for window in run.reader.windows(args.grad_accumulation):
+                loss = run.memory.accumulate(run.model, window, stage.loss_counts)
+                lr = schedule.get_last_lr()[0]
+                parameters = stage.trained.parameters(), args.max_grad_norm
+                result = optimizer_step(accelerator, optimizer, schedule, *parameters, loss, stop.wanted)
+                run.non_finite.check(result, window, progress.step + 1)
+                progress.advance(order.together * len(window), result.loss)
                 bar.update()
                 if progress.step % stage.log_every == 0 or progress.step == run.total_steps:
                     run.log_step(lr)
-                if stop.wanted or progress.step % args.save_every == 0:
+                if result.stop or progress.step % args.save_every == 0:
                     run.state.save()
-                if stop.wanted:
+                if result.stop:
                     raise Interrupted(f"state saved at step {progress.step}; the same command goes on from there")
-            progress.epoch, progress.batch = progress.epoch + 1, 0
+            progress.epoch, progress.cases = progress.epoch + 1, 0
             run.validate()
             progress.losses.clear()
             run.state.save()
@@ -127,16 +125,22 @@ class _Run:
     """The objects of one call of :func:`train`."""
 
     def __init__(
-        self, stage: Stage, args: argparse.Namespace, config: Config, accelerator: Accelerator, output: Path, steps: int
+        self,
+        stage: Stage,
+        args: argparse.Namespace,
+        config: Config,
+        accelerator: Accelerator,
+        output: Path,
+        loader: DataLoader,
     ) -> None:
-        """``steps``: batches of an epoch."""
-        self.stage, self.args, self.output = stage, args, output
+        self.stage, self.args, self.output, self.workers = stage, args, output, config.num_workers
         self.active = accelerator.is_main_process
-        self.total_steps = math.ceil(steps / args.grad_accumulation) * args.epochs
+        self.total_steps = math.ceil(len(loader) / args.grad_accumulation) * args.epochs
         optimizer = build_optimizer(stage.trained, args.lr, args.weight_decay)
         self.schedule = build_schedule(optimizer, self.total_steps, args.warmup_ratio)
         self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
-        path, settings = output / f"{stage.name}_state.pt", fingerprint(args, config, **stage.settings)
+        path = output / f"{stage.name}_state.pt"
+        settings = fingerprint(args, config, accelerator.num_processes, **stage.settings)
         self.state = TrainState(path, settings, accelerator, stage.trained, self.optimizer, self.schedule)
         self.resumed = self.state.resume(args.resume)
         first_step, self.first_epoch = stage.start
@@ -145,12 +149,17 @@ class _Run:
             names = [stage.best_file, stage.final_file, *([stage.table] if stage.table else [])]
             for path in filter(Path.is_file, (output / name for name in names)):
                 print(f"note: {path.name} of an earlier training is kept as {keep_previous(path).name}", flush=True)
+        last = (self.step, self.first_epoch + self.progress.epoch) if going_on else None
         log = output / f"{stage.name}_log.jsonl"
-        self.log = RunLog(log, active=self.active, resumed=going_on, track=accelerator.log)
+        self.log = RunLog(log, active=self.active, resumed=last, track=accelerator.log)
+        self.reader = Reader(loader, self.state.save if accelerator.num_processes == 1 else None)
+        self.non_finite = NonFinite(loader.dataset, args.lr, self.log.say, self.state.save)
+        self.alarms = Alarms(args.lr)
+        self.memory = MemoryGuard(accelerator, args, config, self.progress, self.log.say)
         self.table = None
         if stage.table:
-            columns, last = ("step", "epoch", stage.loss_name), self.step if going_on else None
-            self.table = CsvLog(output / stage.table, columns, active=self.active, resumed_step=last)
+            columns = ("step", "epoch", stage.loss_name)
+            self.table = CsvLog(output / stage.table, columns, active=self.active, resumed_step=last and last[0])
         if self.resumed:
             self.log.say(f"resuming at epoch {self.progress.epoch + 1}, step {self.progress.step}")
 
@@ -165,7 +174,7 @@ class _Run:
 
     def log_step(self, lr: float) -> None:
         """Print and record the mean loss of the last steps, and the learning rate of this one."""
-        recent = self.progress.losses[-self.stage.log_every * self.args.grad_accumulation :]
+        recent = self.progress.losses[-self.stage.log_every :] or [math.nan]
         loss, name = sum(recent) / len(recent), self.stage.loss_name
         epoch = self.first_epoch + self.progress.epoch + 1
         if self.table:
@@ -175,6 +184,7 @@ class _Run:
             f"epoch {epoch}/{self.first_epoch + self.args.epochs}  step {self.step}/"
             f"{self.stage.start[0] + self.total_steps}  {name} {loss:.6f}  lr {lr:.2e}"
         )
+        self.log.say(self.alarms.loss(loss, name))
 
     def validate(self) -> None:
         """Validate, print, keep the best checkpoint (never a collapsed one) and, at the end, the final one."""
@@ -189,6 +199,8 @@ class _Run:
         self.log.say(
             f"epoch {epoch}/{self.first_epoch + self.args.epochs}  {shown}val_loss {val_loss:.6f}  {statistics.line()}"
         )
+        self.log.say(self.alarms.epoch(statistics.collapsed))
+        self.log.say(self.reader.slow(self.workers))
         if statistics.collapsed:
             self.log.say(f"epoch {epoch} is collapsed and not saved as best")
         elif val_loss < progress.best:
@@ -211,3 +223,4 @@ class _Run:
                 curves[name] = ([record["step"] for record in records], [record[name] for record in records])
             plot_losses(self.output / f"{self.stage.name}_loss.png", curves, self.stage.title)
         self.state.finish()
+        release_folder(self.output)

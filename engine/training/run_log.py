@@ -11,20 +11,34 @@ from typing import Any
 from tqdm import tqdm
 
 from config.errors import InputError
+from config.files import write_text
 
 
 class RunLog:
     """Appends one record per logged step or epoch to ``path`` (JSON lines) and prints lines above the bar."""
 
-    def __init__(self, path: Path, *, active: bool, resumed: bool, track: Callable[..., None] | None = None) -> None:
-        """``active``: only the main process writes. A new run starts a new file. ``track``: gets the numbers too, by
-        names such as ``epoch/val_loss``, and the step."""
+    def __init__(
+        self,
+        path: Path,
+        *,
+        active: bool,
+        resumed: tuple[int, int] | None,
+        track: Callable[..., None] | None = None,
+    ) -> None:
+        """``active``: only the main process writes. A new run starts a new file. One that is resumed, at a step and
+        after so many whole epochs, drops what comes later, and a last line that a crash cut short. ``track``: gets the
+        numbers too, by names such as ``epoch/val_loss``, and the step."""
         self.path, self.active, self.track = path, active, track
-        if active and not resumed:
+        if active and resumed is None:
             path.unlink(missing_ok=True)
+        elif active and path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and _is_before(json.loads(line), *resumed)]
+            if kept != lines:
+                write_text(path, "".join(kept))
 
     def say(self, text: str) -> None:
-        if self.active:
+        if self.active and text:
             tqdm.write(text)
 
     def record(self, **values: Any) -> None:
@@ -34,6 +48,10 @@ class RunLog:
             if self.track:
                 shown = {name: v for name, v in values.items() if isinstance(v, int | float) and name != "step"}
                 self.track({f"{values['event']}/{name}": v for name, v in shown.items()}, step=values["step"])
+
+
+def _is_before(record: dict[str, Any], step: int, epoch: int) -> bool:
+    return record.get("step", 0) <= step and (record.get("event") != "epoch" or record["epoch"] <= epoch)
 
 
 class CsvLog:

@@ -14,13 +14,16 @@ from config.nnunet_plans import PreprocessPlan
 from config.schema import Config
 from engine.checkpoint import Checkpoint, check_agreement, load_checkpoint, load_vision_weights
 from engine.loaders import load_encoder
+from engine.parallel import on_main
 from engine.training.diagnostics import TokenStatistics
+from engine.training.train_state import started_from
 from models.language_model.lora import Adapters
 from models.language_model.mamba_lm import MambaLM
 from models.medical_vlm import MedicalVLM, VisionBridge
 from models.nnunet.encoder import NnUNetEncoder
 
 BEST_FILE, FINAL_FILE = "vision_bridge_vlm_best_val.pt", "vision_bridge_vlm_final.pt"
+STATE_FILE = "stage2_state.pt"
 
 
 def find_start(args: argparse.Namespace, output: Path) -> Checkpoint | None:
@@ -35,8 +38,12 @@ def find_start(args: argparse.Namespace, output: Path) -> Checkpoint | None:
         last = output / FINAL_FILE
         if args.from_scratch or not last.is_file():
             return None
-        path = last
-    checkpoint = load_checkpoint(path)
+        # A run that was killed after its last checkpoint and before its end goes on from where it began.
+        unfinished = started_from(output / STATE_FILE) if args.resume == "auto" else {}
+        path = unfinished.get("start", last)
+        if path is None:
+            return None
+    checkpoint = load_checkpoint(Path(path))
     if checkpoint.collapsed and not args.allow_collapsed:
         raise InputError(
             f"{path} is stamped as collapsed (token_std {checkpoint.diagnostics['token_std']:.2g}, effective rank "
@@ -107,15 +114,19 @@ def validate_best(
     It is kept until an epoch is better. Where ``path`` holds none, or one that cannot be compared and is kept under
     another name, ``start`` becomes the best.
     """
-    best = start
-    if path.is_file():
-        best = load_checkpoint(path)
-        rank = adapters.rank if adapters else 0
+
+    def comparable() -> bool:
+        """Decided by one process: the main one renames the file, and writes it below."""
+        if not path.is_file():
+            return False
+        best, rank = load_checkpoint(path), adapters.rank if adapters else 0
         of_best = best.preprocess_plan, best.llm["width"], best.llm.get("adapters", ""), rank_of(best)
-        if of_best != (plan, lm.width, lm.adapters, rank):
-            if accelerator.is_main_process:
-                print(f"{path.name} is of another training and is kept as {keep_previous(path).name}", flush=True)
-            best = start
+        if same := of_best == (plan, lm.width, lm.adapters, rank):
+            return same
+        print(f"{path.name} is of another training and is kept as {keep_previous(path).name}", flush=True)
+        return False
+
+    best = load_checkpoint(path) if on_main(accelerator, comparable) else start
     if adapters and best is not start:
         adapters.load(best.adapters)
     val_loss, statistics = validate(MedicalVLM(best.build_vision().to(accelerator.device), lm))

@@ -174,7 +174,7 @@ def test_calibration_reads_all_batches(head: FindingsHead) -> None:
     """Of two batches one alone would say that a probability of .9 is always right."""
     unknown = torch.full((1, MOST_LESIONS), -100)
     targets = [says()._replace(presence=torch.tensor([one]), lesion=unknown) for one in ([1, 1], [0, 1])]
-    batches = [(says((0.9, 0.9)), target) for target in targets]
+    batches = [(torch.tensor([row]), says((0.9, 0.9)), target) for row, target in enumerate(targets)]
     calibrate(Accelerator(cpu=True), head, batches)
     sure = head.probabilities(says((0.9, 0.9))).presence[0, 0].item()
     assert sure == pytest.approx(0.75, abs=0.02), "three of four"

@@ -10,7 +10,7 @@ from torch import Tensor
 from data import finding_targets
 from data.findings import DESCRIPTORS as DATA_DESCRIPTORS
 from models import findings_head
-from models.findings_head import DESCRIPTORS, TYPICAL_MM, UNKNOWN, FindingsHead, Found, findings_loss
+from models.findings_head import DESCRIPTORS, TYPICAL_MM, UNKNOWN, FindingsHead, Found, findings_loss, known_targets
 
 NAMES = ("nodule", "effusion")
 B, L, D, M = 3, 5, 12, 4
@@ -77,22 +77,24 @@ def test_every_parameter_gets_a_gradient(head: FindingsHead) -> None:
     target = unknown()
     target.presence[:], target.side[:], target.zone[:], target.size[:] = 1, 0, 2, 0.3
     target.lesion[:, :2], target.lesion_size[:, :2] = 1, 0.1
-    findings_loss(head(visual(), lesions()), target).backward()
+    findings_loss(head(visual(), lesions()), target).sum().backward()
     assert not [name for name, p in head.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
 
 
 def test_unknown_targets_count_nowhere(head: FindingsHead) -> None:
     found = head(visual(), lesions())
-    nothing = findings_loss(found, unknown())
+    nothing = findings_loss(found, unknown()).sum()
+    assert known_targets(unknown()).tolist() == [0] * 6
     assert nothing == 0 and torch.autograd.grad(nothing, head.query, retain_graph=True)[0].abs().sum() == 0
     target = unknown()
     target.presence[0, 1] = 1
-    loss = findings_loss(found, target)
+    loss = findings_loss(found, target).sum()
+    assert known_targets(target).tolist() == [1, 0, 0, 0, 0, 0]
     torch.testing.assert_close(loss, -F.logsigmoid(found.presence[0, 1]))
     gradient = torch.autograd.grad(loss, found.presence)[0]
     assert gradient.nonzero().tolist() == [[0, 1]]
     target.size[2, 0] = 1.0
-    assert findings_loss(found, target) > loss
+    assert findings_loss(found, target).sum() > loss and known_targets(target)[3] == 1
 
 
 def test_a_planted_task_is_learnt(head: FindingsHead) -> None:
@@ -109,7 +111,7 @@ def test_a_planted_task_is_learnt(head: FindingsHead) -> None:
     optimizer = torch.optim.AdamW(head.parameters(), 3e-3)
     for _ in range(80):
         optimizer.zero_grad()
-        findings_loss(head(tokens, rows), target).backward()
+        (findings_loss(head(tokens, rows), target) / known_targets(target).clamp(min=1)).sum().backward()
         optimizer.step()
     found = head(tokens, rows)
     assert ((found.presence > 0) == present.bool()).float().mean() > 0.95

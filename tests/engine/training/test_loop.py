@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import inspect
 import json
 import math
 import os
@@ -11,20 +12,22 @@ import random
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 from config.errors import InputError
 from config.schema import build_config
+from data.medical_vlm_dataset import Draw
 from engine.cli import Interrupted
-from engine.run import EpochShuffle, set_seeds
+from engine.run import EpochBatches, set_seeds
 from engine.training.diagnostics import TokenStatistics
+from engine.training.guards import Alarms
 from engine.training.loop import Stage, train
 from engine.training.optimization import build_optimizer, build_schedule
 
@@ -48,8 +51,37 @@ class Noisy(nn.Module):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Dropout(0.5), nn.Linear(16, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.net(x) * (1 + random.random())).square().mean()
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return (self.net(batch["images"]) * (1 + random.random())).square().sum()[None]
+
+
+class Cases(Dataset):
+    """Rows as :class:`MedicalVLMDataset` has them, that can be read without a file."""
+
+    def __init__(self) -> None:
+        self.images = torch.randn(CASES, 4, generator=torch.Generator().manual_seed(1))
+        self.rows = [
+            SimpleNamespace(number=n + 2, image_path=Path(f"{n}.nii.gz"), answer="a" * n) for n in range(CASES)
+        ]
+
+    def __len__(self) -> int:
+        return CASES
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, int]:
+        return self.images[draw.row], draw.row
+
+
+def collate(samples: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
+    return {"images": torch.stack([image for image, _ in samples]), "row": torch.tensor([row for _, row in samples])}
+
+
+def counts(batch: dict[str, Tensor]) -> Tensor:
+    return torch.tensor([len(batch["row"])])
+
+
+def measuring() -> bool:
+    """Whether the forward pass is one of those that measure memory before the first step."""
+    return any(frame.function == "measure" for frame in inspect.stack(0))
 
 
 class Run:
@@ -58,53 +90,48 @@ class Run:
     def __init__(self, folder: Path, accumulation: int = 1, epochs: int = EPOCHS, losses: tuple = (), **stage) -> None:
         set_seeds(0)
         folder.mkdir(exist_ok=True)
-        self.folder, self.model, self.seen = folder, Noisy(), []
-        self.accelerator = Accelerator(
-            cpu=True,
-            gradient_accumulation_steps=accumulation,
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
-        )
-        data = TensorDataset(torch.randn(CASES, 4, generator=torch.Generator().manual_seed(1)))
-        self.order = EpochShuffle(CASES, seed=0)
-        loader = DataLoader(data, BATCH, sampler=self.order, generator=torch.Generator().manual_seed(0))
-        self.loader = self.accelerator.prepare(loader)
+        self.folder, self.model, self.seen, self.stop_at = folder, Noisy(), [], 0
+        self.accelerator = Accelerator(cpu=True)
+        self.order, self.data = EpochBatches(CASES, 0, BATCH), Cases()
+        options = {"collate_fn": collate, "generator": torch.Generator().manual_seed(0)}
+        self.loader = DataLoader(self.data, batch_sampler=self.order, **options)
+        self.model.register_forward_pre_hook(self._see)
         flags = {"epochs": epochs, "batch_size": BATCH, "lr": 0.02, "seed": 0, "grad_accumulation": accumulation}
         flags |= {"warmup_ratio": 0.2, "weight_decay": 0.1, "max_grad_norm": 1.0, "save_every": 99, "resume": "auto"}
+        flags |= {"auto_batch": False}
         self.args = argparse.Namespace(**flags)
         self.saved: list[tuple] = []
         self.losses = iter(losses)
         values = {"name": "test", "title": "", "best_file": "best", "final_file": "final", "loss_name": "train_loss"}
         self.stage = Stage(
-            **{**values, "log_every": 4, "model": self.model, "trained": self.model, "loss": self._loss,
+            **{**values, "log_every": 4, "model": self.model, "trained": self.model, "loss_counts": counts,
                "validate": self._validate, "save": self._save, **stage}
         )  # fmt: skip
 
     def _save(self, name: str, step: int, epoch: int, val_loss: float, diagnostics: dict) -> None:
         self.saved.append((name, step, epoch, val_loss))
 
-    def _loss(self, model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
-        self.seen.append(float(batch[0].sum()))
-        loss = model(batch[0])
-        return loss, loss
+    def _see(self, model: nn.Module, arguments: tuple[dict[str, Tensor]]) -> None:
+        if not measuring():
+            self.seen.append(arguments[0]["row"].tolist())
+            if len(self.seen) == self.stop_at:
+                os.kill(os.getpid(), signal.SIGINT)
 
     def _validate(self) -> tuple[float, TokenStatistics]:
         value = next(self.losses, None)
         val_loss = sum(p.abs().sum().item() for p in self.model.parameters()) if value is None else value
         return val_loss, TokenStatistics(0.1, 0.1, 9.0, 0.1)
 
+    @property
+    def state(self) -> dict:
+        """What was saved last."""
+        return torch.load(self.folder / "test_state.pt", weights_only=True)
+
     def train(self, stop_at: int | None = None) -> list[dict]:
         """Returns the history; with ``stop_at`` Ctrl-C comes in that optimizer step."""
         if stop_at is None:
             return train(self.stage, self.args, CONFIG, self.accelerator, self.folder, self.loader, self.order)
-        batches = stop_at * self.args.grad_accumulation
-        counted = self._loss
-
-        def interrupting(model: nn.Module, batch: list[Tensor]) -> Tensor:
-            if len(self.seen) + 1 == batches:
-                os.kill(os.getpid(), signal.SIGINT)
-            return counted(model, batch)
-
-        self.stage.loss = interrupting
+        self.stop_at = stop_at * self.args.grad_accumulation
         with pytest.raises(Interrupted, match=f"state saved at step {stop_at}; the same command goes on"):
             train(self.stage, self.args, CONFIG, self.accelerator, self.folder, self.loader, self.order)
         return []
@@ -188,10 +215,81 @@ def test_fewer_steps_than_the_print_interval_print_the_last(tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path):
     run = Run(tmp_path)
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    run.stage.loss = lambda model, batch: (model(batch[0]) * math.nan,) * 2
-    with pytest.raises(InputError, match="non-finite loss .* at step 1"):
+    run.data.images[3] = math.nan
+    run.args.epochs, run.args.batch_size, run.order.together = 9, CASES, CASES
+    with pytest.raises(InputError, match=r"non-finite loss nan at step 5, 5 steps in a row.*row 5 \(3.nii.gz\)$"):
         run.train()
     assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+    assert run.state["progress"]["step"] == 0, "the state of before the first is kept"
+
+
+def test_a_step_with_a_broken_case_is_skipped_and_named(tmp_path, capsys):
+    run = Run(tmp_path)
+    run.data.images[3] = math.inf
+    history = run.train()
+    printed = capsys.readouterr().out
+    assert printed.count("is skipped, non-finite") == EPOCHS
+    assert "images with non-finite voxels: row 5 (3.nii.gz)\n" in printed
+    assert all(math.isfinite(record["train_loss"]) for record in history) and run.saved[-1][:2] == ("final", 18)
+
+
+def out_of_memory(run: Run, above: int) -> None:
+    """Batches of more than ``above`` cases do not fit."""
+
+    def hook(model: nn.Module, arguments: tuple[dict[str, Tensor]]) -> None:
+        if len(arguments[0]["row"]) > above and not measuring():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    run.model.register_forward_pre_hook(hook)
+
+
+def test_out_of_memory_says_what_to_lower_and_keeps_the_state(tmp_path):
+    run = Run(tmp_path)
+    out_of_memory(run, above=1)
+    lower = "lower --batch_size from 2 to 1 and raise --grad_accumulation from 1 to 2, or give --auto_batch"
+    with pytest.raises(InputError, match=f"out of memory at step 1 with 2 cases at a time: {lower}"):
+        run.train()
+
+
+def test_auto_batch_computes_in_pieces_with_the_same_result(tmp_path, capsys):
+    runs = [Run(tmp_path / name, epochs=2) for name in ("whole", "pieces")]
+    for run in runs:
+        run.model.net[2].p = 0.0  # dropout is drawn for each piece
+    out_of_memory(runs[1], above=1)
+    runs[1].args.auto_batch = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(random, "random", lambda: 0.5)
+        for run in runs:
+            run.train()
+    assert "--auto_batch: each batch of 2 is computed 1 cases at a time" in capsys.readouterr().out
+    for name, value in runs[0].model.state_dict().items():
+        torch.testing.assert_close(runs[1].model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loader_that_breaks_ends_in_one_line_with_the_state_saved(tmp_path):
+    run = Run(tmp_path)
+
+    def vanishing(samples: list) -> dict[str, Tensor]:
+        if len(run.seen) == 4:
+            raise InputError("/ct/7.nii.gz: file not found")
+        return collate(samples)
+
+    run.loader.collate_fn = vanishing
+    with pytest.raises(InputError, match="^/ct/7.nii.gz: file not found; the state is saved, the same command goes on"):
+        run.train()
+    assert run.state["progress"]["step"] == 4
+    resumed, straight = Run(tmp_path), Run(tmp_path / "straight")
+    assert resumed.train() == straight.train() and run.seen + resumed.seen == straight.seen
+
+
+def test_alarms():
+    alarms = Alarms(lr=0.1)
+    assert [bool(alarms.loss(value, "loss")) for value in (2.0, 1.0, 1.2, 1.6, 1.7, 3.0)] == [False] * 3 + [
+        True,
+        False,
+        True,
+    ]
+    assert [bool(alarms.epoch(c)) for c in (True, False, True, True, True)] == [False, False, False, True, True]
 
 
 @pytest.mark.parametrize(("steps", "ratio"), [(1, 0.05), (2, 0.5), (40, 0.05), (40, 0.25)])

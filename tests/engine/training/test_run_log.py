@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -96,7 +97,7 @@ def test_lines_wait_while_another_program_locks_the_table(table, monkeypatch, ca
 
 def test_other_processes_write_nothing(tmp_path):
     log_of(tmp_path / "log.csv", active=False).write(step=20, epoch=1, caption_loss="0.5")
-    run = RunLog(tmp_path / "log.jsonl", active=False, resumed=False)
+    run = RunLog(tmp_path / "log.jsonl", active=False, resumed=None)
     run.record(event="step")
     run.say("nothing")
     assert list(tmp_path.iterdir()) == []
@@ -107,14 +108,28 @@ def test_other_processes_write_nothing(tmp_path):
 
 def test_json_lines_are_appended_on_resume_and_begun_anew_otherwise(tmp_path):
     path = tmp_path / "log.jsonl"
-    RunLog(path, active=True, resumed=False).record(event="step", step=10, train_loss=0.5)
-    RunLog(path, active=True, resumed=True).record(event="epoch", note="平均", val_loss=None)
+    RunLog(path, active=True, resumed=None).record(event="step", step=10, train_loss=0.5)
+    RunLog(path, active=True, resumed=(10, 1)).record(event="epoch", note="平均", val_loss=None)
     assert path.read_text(encoding="utf-8").splitlines() == [
         '{"event": "step", "step": 10, "train_loss": 0.5}',
         '{"event": "epoch", "note": "平均", "val_loss": null}',
     ]
-    RunLog(path, active=True, resumed=False).record(event="step", step=10)
+    RunLog(path, active=True, resumed=None).record(event="step", step=10)
     assert len(path.read_text(encoding="utf-8").splitlines()) == 1
+
+
+def test_a_resumed_log_drops_what_comes_after_its_state_and_a_line_that_was_cut(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = RunLog(path, active=True, resumed=None)
+    for event, step, epoch in (("step", 5, 1), ("epoch", 6, 1), ("step", 10, 2), ("epoch", 12, 2)):
+        log.record(event=event, step=step, epoch=epoch)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write('{"event": "st')
+    RunLog(path, active=True, resumed=(12, 1))
+    kept = [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]
+    assert kept == [5, 6, 10], "the second epoch is validated again"
+    RunLog(path, active=True, resumed=(6, 1))
+    assert path.read_text(encoding="utf-8").count("\n") == 2
 
 
 def test_the_bar_keeps_out_of_log_files(capsys):
@@ -148,7 +163,7 @@ from engine.cli import Interrupted, run_main
 from engine.training.run_log import RunLog
 
 def main():
-    RunLog(Path(sys.argv[2]), active=True, resumed=True).say("生成文本: 右肺结节\\U0001fac1")
+    RunLog(Path(sys.argv[2]), active=True, resumed=None).say("生成文本: 右肺结节\\U0001fac1")
     print("平均 caption_loss 0.5")
     if sys.argv[1] == "bad":
         raise InputError("表.csv, row 3:\\n  'answer' is empty")

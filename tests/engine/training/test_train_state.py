@@ -15,7 +15,7 @@ from config.errors import InputError
 from config.schema import build_config, load_config
 from data.medical_vlm_dataset import CaptionCollator
 from engine.loaders import build_loaders, load_encoder, prepare_data
-from engine.run import EpochShuffle
+from engine.run import EpochBatches
 from engine.training.optimization import build_optimizer, build_schedule
 from engine.training.train_state import TrainState, fingerprint
 
@@ -105,6 +105,34 @@ def test_missing_unreadable_and_foreign_states_are_refused(tmp_path):
                 state_at(path).resume(wanted)
 
 
+def test_a_damaged_newest_state_gives_way_to_the_one_before(tmp_path, capsys):
+    path = tmp_path / "state.pt"
+    run = interrupted(path)
+    run.progress.step = 3
+    run.save()
+    with path.open("r+b") as stream:  # one byte, in the weights
+        stream.seek(path.stat().st_size // 2)
+        byte = stream.read(1)[0]
+        stream.seek(-1, 1)
+        stream.write(bytes([byte ^ 1]))
+    later = state_at(path)
+    assert later.resume("auto") and later.progress.step == 2
+    assert "is damaged" in (said := capsys.readouterr().out) and "going on from the state before it, step 2" in said
+    path.unlink()  # killed between two renamings
+    later = state_at(path)
+    assert later.resume("auto") and later.progress.step == 2
+
+
+def test_the_state_before_is_of_the_same_run(tmp_path):
+    interrupted(tmp_path / "state.pt")
+    other = state_at(tmp_path / "state.pt")
+    other.resume("never")
+    other.save()
+    assert not other.older.exists()
+    other.save()
+    assert other.older.is_file()
+
+
 def test_finish_removes_the_state(tmp_path):
     run = interrupted(tmp_path / "state.pt")
     run.finish()
@@ -133,20 +161,36 @@ def test_fingerprint_holds_what_decides_the_result_and_no_places():
 # ---------------------------------------------------------------- order
 
 
-def test_epoch_shuffle_is_a_permutation_by_seed_and_epoch():
-    order = EpochShuffle(20, seed=3)
+def rows_of(order: EpochBatches) -> list[list[int]]:
+    return [[draw.row for draw in batch if draw.counts] for batch in order]
+
+
+def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
+    order = EpochBatches(20, 3, batch_size=4)
     epochs = []
     for epoch in range(3):
         order.start_epoch(epoch)
-        epochs.append(list(order))
+        epochs.append(rows_of(order))
         torch.rand(1)
-        assert list(order) == epochs[-1], "whatever else is drawn"
-    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert list(EpochShuffle(20, seed=4)) != epochs[0]
-    for skip in (0, 1, 7, 20):
+        assert rows_of(order) == epochs[-1], "whatever else is drawn"
+        assert {draw.epoch for batch in order for draw in batch} == {epoch}
+    flat = [sum(epoch, []) for epoch in epochs]
+    assert all(sorted(epoch) == list(range(20)) for epoch in flat)
+    assert flat[0] != flat[1] != flat[2]
+    assert rows_of(EpochBatches(20, 4, batch_size=4)) != epochs[0]
+    for skip in (0, 4, 12, 20):
         order.start_epoch(2, skip)
-        assert list(order) == epochs[2][skip:] and len(order) == 20 - skip, "it goes on where it was"
+        assert sum(rows_of(order), []) == flat[2][skip:] and len(order) == 5 - skip // 4, "it goes on where it was"
+
+
+@pytest.mark.parametrize(("length", "batch", "processes"), [(13, 2, 2), (13, 1, 4), (9, 4, 2), (12, 3, 2), (2, 1, 3)])
+def test_batches_of_all_processes_are_those_of_one(length, batch, processes):
+    orders = [EpochBatches(length, 0, batch, process, processes) for process in range(processes)]
+    together = [sum(parts, []) for parts in zip(*map(rows_of, orders), strict=True)]
+    assert together == rows_of(EpochBatches(length, 0, batch * processes)), "the same cases in every step, each once"
+    assert len({len(order) for order in orders}) == 1, "no process waits for a batch that another does not make"
+    sizes = [[len(rows) for rows in parts] for parts in zip(*map(rows_of, orders), strict=True)]
+    assert all(max(step) - min(step) <= 1 for step in sizes) and all(all(order) for order in orders)
 
 
 def test_loaders_leave_the_global_generator_alone(small_training):
