@@ -160,9 +160,7 @@ def read_torch_file(path: Path, what: str) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums that it writes
             if damaged := archive.testzip():
-                raise InputError(
-                    f"{path} is damaged: the checksum of '{damaged}' is wrong; use another copy of this {what}"
-                )
+                raise InputError(f"{path} is not a readable {what} (damaged): the checksum of '{damaged}' is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise

@@ -29,7 +29,9 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def flags(**given: object) -> argparse.Namespace:
-    return argparse.Namespace(**{"vision_checkpoint": None, "from_scratch": False, "allow_collapsed": False, **given})
+    return argparse.Namespace(
+        **{"vision_checkpoint": None, "from_scratch": False, "allow_collapsed": False, "resume": "auto", **given}
+    )
 
 
 def test_the_named_checkpoint_comes_before_the_last_result(loaded: SimpleNamespace, tmp_path: Path) -> None:
@@ -53,3 +55,14 @@ def test_rank_of_the_adapters(loaded: SimpleNamespace) -> None:
     assert rank_of(None) == rank_of(loaded) == 0
     loaded.adapters = {"rank": 4, "layers": {}}
     assert rank_of(loaded) == 4
+
+
+def test_a_run_that_was_killed_after_its_last_checkpoint_goes_on_from_where_it_began(
+    loaded: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / FINAL_FILE).write_bytes(b"")
+    for began in (None, str(tmp_path / "first.pt")):
+        monkeypatch.setattr(start, "started_from", lambda path, began=began: {"start": began, "lr": 1e-5})
+        found = find_start(flags(), tmp_path)
+        assert found is None if began is None else found.path == Path(began)
+        assert find_start(flags(resume="never"), tmp_path).path == tmp_path / FINAL_FILE
