@@ -81,13 +81,15 @@ def calibrate(accelerator: Accelerator, head: FindingsHead, batches: Sequence[tu
     Args:
         batches: rows (B,) of this process, what the head says of them, and their targets.
     """
-    cases = {}
-    for rows, *pair in batches:
-        parts = [[value.cpu() for value in part] for part in pair]
-        cases |= {row: [[v[b].clone() for v in part] for part in parts] for b, row in enumerate(rows.tolist())}
-    pairs = zip(*of_all(accelerator, cases).values(), strict=True)
+    pairs = [pair for _, *pair in batches]
+    if accelerator.num_processes > 1:
+        by_row = {int(rows[0]): [[value.cpu() for value in part] for part in pair] for rows, *pair in batches}
+        pairs = list(of_all(accelerator, by_row).values())
     device = head.query.device
-    said, target = (Found(*(torch.stack(values).to(device) for values in zip(*part, strict=True))) for part in pairs)
+    said, target = (
+        Found(*(torch.cat(values).to(device) for values in zip(*part, strict=True)))
+        for part in zip(*pairs, strict=True)
+    )
     head.calibrate(said, target)
     known, stated = target.lesion != UNKNOWN, target.presence == 1
     named = (said.lesion.argmax(-1) == target.lesion)[known].float()

@@ -67,7 +67,12 @@ def _owner(path: Path) -> str:
 def _alive(owner: str) -> bool:
     """Whether the process of a lock runs; what is not known counts as running."""
     number, _, rest = owner.removeprefix("process ").partition(" on ")
-    return not number.isdigit() or not rest.startswith(f"{socket.gethostname()},") or psutil.pid_exists(int(number))
+    if not number.isdigit() or not rest.startswith(f"{socket.gethostname()},"):
+        return True
+    try:
+        return psutil.Process(int(number)).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def require_room(folder: Path, needed: int, what: str) -> None:

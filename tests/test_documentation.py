@@ -39,6 +39,7 @@ SHOWN_TO_USERS = ["train_loss", "val_loss", "caption_loss", "平均 caption_loss
 SHOWN_TO_USERS += ["输入图像", "问题", "生成文本", "lm_head 已绑定到 input_embeddings"]
 # Names that the code builds from parts, and the part to look for.
 BUILT = {"stage1_state.previous.pt": "{path.stem}.previous"}
+BUILT |= dict.fromkeys(("stage1_state.older.pt", "stage2_state.older.pt"), "{self.path.stem}.older")
 BUILT |= dict.fromkeys(("vision_bridge_overnight_best_100epochs.pt", "overnight_best_summary_100epochs.txt"), 'epochs"')
 
 
