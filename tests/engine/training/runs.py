@@ -30,6 +30,7 @@ TABLE, EXACT = "table.csv", "exact.yaml"
 
 def _run(script: str, words: list[str], log: Path, env: Mapping[str, str], fault: Callable[[], None] | None) -> None:
     os.environ.update(env)
+    multiprocessing.set_start_method("fork", force=True)  # for loader workers, as a run from a shell has it
     if fault is not None:
         fault()
     with log.open("ab", buffering=0) as stream:

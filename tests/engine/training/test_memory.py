@@ -93,7 +93,9 @@ def test_measuring_leaves_no_trace():
 
 
 def resident(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    line = next(
+        line for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if line.startswith(key)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -107,7 +109,7 @@ def peak_of_a_step(tokens: int, width: int, cases: int, answer: object) -> None:
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     for _ in range(2):
         (model(batch) / counts(batch)).sum().backward()
