@@ -69,14 +69,9 @@ class Stage:
 
 
 def train(
-    stage: Stage,
-    args: argparse.Namespace,
-    config: Config,
-    accelerator: Accelerator,
-    output: Path,
-    loader: DataLoader,
+    stage: Stage, args: argparse.Namespace, config: Config, accelerator: Accelerator, output: Path, loader: DataLoader,
     order: EpochBatches,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]]:  # fmt: skip
     """Train ``stage`` for ``args.epochs`` epochs, or resume it where it was interrupted.
 
     Returns:
@@ -125,14 +120,9 @@ class _Run:
     """The objects of one call of :func:`train`."""
 
     def __init__(
-        self,
-        stage: Stage,
-        args: argparse.Namespace,
-        config: Config,
-        accelerator: Accelerator,
-        output: Path,
+        self, stage: Stage, args: argparse.Namespace, config: Config, accelerator: Accelerator, output: Path,
         loader: DataLoader,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.stage, self.args, self.output, self.workers = stage, args, output, config.num_workers
         self.active = accelerator.is_main_process
         self.total_steps = math.ceil(len(loader) / args.grad_accumulation) * args.epochs
