@@ -36,7 +36,8 @@ def main() -> None:
         best = (
             f"lowest val_loss {run.best['val_loss']:.6f} at epoch {run.best['epoch']}" if run.best else "no epoch yet"
         )
-        print(f"{run.name}: {best}, {len(run.epochs)} validations", flush=True)
+        damaged = f", {run.damaged} damaged lines left out" if run.damaged else ""
+        print(f"{run.name}: {best}, {len(run.epochs)} validations{damaged}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     draw_runs(runs, args.out / "curves.png")
     write_page(args.out / "curves.html", runs, ", ".join(place.name or str(place) for place in args.runs))

@@ -25,13 +25,15 @@ th:first-child{text-align:left}th{background:#eee}tr.best td{background:#e3f1e5;
 
 @dataclass
 class Run:
-    """One training. ``steps`` and ``epochs``: the records of its log; ``flags``: those of its command."""
+    """One training. ``steps`` and ``epochs``: the records of its log; ``flags``: those of its command; ``damaged``:
+    lines of the log that cannot be read, as a kill leaves them."""
 
     name: str
     log: Path
     steps: list[dict[str, Any]] = field(default_factory=list)
     epochs: list[dict[str, Any]] = field(default_factory=list)
     flags: dict[str, Any] = field(default_factory=dict)
+    damaged: int = 0
 
     @property
     def loss_name(self) -> str:
@@ -47,24 +49,24 @@ class Run:
 def read_run(log: Path, name: str) -> Run:
     """Read ``log`` (JSON lines); of an epoch or step that a resumed run repeated, the later record counts.
 
-    Raises InputError: the file is no such log. A last line that a kill cut short is left out.
+    Raises InputError: no line of the file is one of such a log.
     """
     steps: dict[int, dict[str, Any]] = {}
     epochs: dict[int, dict[str, Any]] = {}
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(filter(None, lines), start=1):
+    damaged, lines = 0, log.read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in lines:
         try:
             record = json.loads(line)
             part, key = (epochs, "epoch") if record["event"] == "epoch" else (steps, "step")
             part[record[key]] = record
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):  # without a line end
-                break
-            raise InputError(f"{log}, line {number}: not a line of a training log (stage1_log.jsonl)") from error
+        except (ValueError, KeyError, TypeError):
+            damaged += 1
+    if damaged == len(lines) > 0:
+        raise InputError(f"{log} is not the log of a training (stage1{LOG_SUFFIX}, stage2{LOG_SUFFIX})")
     description = log.with_name(log.name.replace(LOG_SUFFIX, "_run.json"))
     flags = json.loads(description.read_text(encoding="utf-8"))["flags"] if description.is_file() else {}
     ordered = ([part[key] for key in sorted(part)] for part in (steps, epochs))
-    return Run(name, log, *ordered, flags)
+    return Run(name, log, *ordered, flags, damaged)
 
 
 def find_runs(places: Sequence[Path]) -> list[Run]:

@@ -37,7 +37,7 @@ from engine.checkpoint import load_checkpoint
 from engine.cli import EXIT_BAD_INPUT
 from engine.training.overnight_report import STAGES, UNFINISHED, NightReport, StageRuns
 
-POLL_SECONDS = 2.0  # between two looks at the curve of the current run
+POLL_SECONDS = 5.0  # between two looks at the curve of the current run
 MEDIAN_RUNS = 2  # complete runs before optuna prunes another by their median
 
 
@@ -203,6 +203,8 @@ class Night:
             if watch.reason and not is_complete(folder, stage):
                 trial.set_user_attr("reason", watch.reason)
                 trial.set_user_attr("pruned", True)
+                for state in folder.glob(f"{stage.name}_state*.pt"):  # as large as the model; nothing goes on from it
+                    state.unlink()
                 raise optuna.TrialPruned
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
             trial.set_user_attr("reason", f"status {status} without {stage.final_file}: {last[:240]}; see {log}")
@@ -228,6 +230,7 @@ class Night:
     def show_progress(self, _: optuna.Study, trial: FrozenTrial) -> None:
         """Write the report and print how the trial ended, how many runs have, and the time left."""
         self.report.write()
+        self.report.refresh()
         print(self.report.progress(trial, self.count), flush=True)
 
 

@@ -169,7 +169,7 @@ class NightReport:
         """In a terminal, a table of all runs that follows the search; a log file gets the lines alone."""
         if not sys.stdout.isatty():
             return nullcontext()
-        self.live = Live(get_renderable=self.table, refresh_per_second=0.5)
+        self.live = Live(get_renderable=self.table, auto_refresh=False)
         return self.live
 
     def refresh(self) -> None:

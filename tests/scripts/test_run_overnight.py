@@ -192,6 +192,7 @@ def test_a_run_above_the_median_is_pruned(night: Night, monkeypatch: Patch, caps
     assert states[third]["state"] == "pruned" and "pruned at epoch" in states[third]["reason"]
     assert sorted(row["state"] for row in night.board) == ["finished", "finished", "finished", "pruned"]
     assert not training_processes(Path(states[third]["folder"]))
+    assert not list(Path(states[third]["folder"]).glob("*_state.pt"))
     assert night.run(*FOUR, "--prune", epochs=8) == 0
     assert len(night.calls(third)) == 2, "a pruned run is not begun again"
     assert "pruned, pruned at epoch" in capsys.readouterr().out
