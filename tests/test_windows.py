@@ -86,19 +86,27 @@ def test_the_imitation_refuses_what_windows_refuses(exclusive, tmp_path):
     assert len(exclusive) >= 6
 
 
-def test_nothing_of_ours_is_replaced_while_it_is_open(exclusive, run_stage, small_training, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "best"),
+    [
+        ("train", "vision_bridge_best_val"),
+        pytest.param("train_vlm", "vision_bridge_vlm_best_val", marks=pytest.mark.slow),
+    ],
+)
+def test_nothing_of_ours_is_replaced_while_it_is_open(exclusive, run_stage, small_training, tmp_path, stage, best):
     """Two trainings into one folder: checkpoints, states and logs are replaced, a damaged cache entry is repaired."""
     config = tmp_path / "paths.yaml"
     write_config(load_config(small_training / "paths.yaml", cache_dir=str(tmp_path / "cache")), config)
     flags = ["--output_dir", str(tmp_path / "out"), "--epochs", "1", "--save_every", "1"]
-    for stage in ("train", "train", "train_vlm"):
+    flags += ["--from_scratch"] * (stage == "train_vlm")
+    for _ in range(2):
         run_stage(stage, *flags, config=config)
         for damaged in list((tmp_path / "cache").glob("[0-9a-f]*/image.bin"))[:1]:
             damaged.write_bytes(damaged.read_bytes()[::-1])
     kept = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"vision_bridge_final.previous.pt", "vision_bridge_vlm_final.pt"} <= kept
+    assert {f"{best}.previous.pt", f"{best}.pt"} <= kept
     assert not list(tmp_path.rglob(".part-*")) and not list((tmp_path / "cache").glob(".tmp-*"))
-    assert sum("vision_bridge_best_val.pt" in call for call in exclusive) >= 2
+    assert sum(f"{best}.pt" in call for call in exclusive) >= 2
     illegal = [path.name for path in tmp_path.rglob("*") if re.search(r'[<>:"\\|?*]|[. ]$', path.name)]
     assert not illegal, "Windows has no such names"
 
