@@ -250,7 +250,5 @@ class _Watch:
                 self.reported.add(epoch["epoch"])
                 self.trial.report(epoch["val_loss"], epoch["epoch"])
                 if self.trial.should_prune():
-                    self.reason = (
-                        f"pruned at epoch {epoch['epoch']}: its lowest val_loss is above the median of the others there"
-                    )
+                    self.reason = f"at epoch {epoch['epoch']} its lowest val_loss was above the median of the others"
         return bool(self.reason)
