@@ -96,7 +96,9 @@ def test_the_imitation_refuses_what_windows_refuses(exclusive, tmp_path):
 def test_nothing_of_ours_is_replaced_while_it_is_open(exclusive, run_stage, small_training, tmp_path, stage, best):
     """Two trainings into one folder: checkpoints, states and logs are replaced, a damaged cache entry is repaired."""
     config = tmp_path / "paths.yaml"
-    write_config(load_config(small_training / "paths.yaml", cache_dir=str(tmp_path / "cache")), config)
+    write_config(
+        load_config(small_training / "paths.yaml", cache_dir=str(tmp_path / "cache"), slice_policy="mask"), config
+    )
     flags = ["--output_dir", str(tmp_path / "out"), "--epochs", "1", "--save_every", "1"]
     flags += ["--from_scratch"] * (stage == "train_vlm")
     for _ in range(2):
