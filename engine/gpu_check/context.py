@@ -89,7 +89,7 @@ class Context:
 
     @property
     def card(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.cuda else "cpu"
+        return torch.cuda.get_device_name(self.device) if self.cuda else "a CPU"
 
     @cached_property
     def size(self) -> Size:
@@ -158,7 +158,8 @@ class Context:
     def figure(
         self, name: str, value: float, unit: str, expected: Expected | None = None, note: str = "", good: bool = True
     ) -> Line:
-        """A measured value in ``unit``, judged by the estimate for this card where there is one."""
+        """A measured value in ``unit``, judged by the estimate for this card where there is one; a CPU has none."""
+        expected = expected if self.cuda else None
         status = expected.verdict(self.card, value) if expected else PASS
         shown = f"{value:.4g} {unit}" + (f", {note}" if note else "")
         bounds = str(expected) if expected else ""

@@ -128,4 +128,4 @@ def prefill(context: Context) -> Iterator[Line]:
     rate = max(limit[1] / context.seconds(limit[0]) for limit in product_limits(size, L, context.device).values())
     limit = product_operations(lm.model, L) / rate
     note = f"{limit * 1e3:.3g} ms the matrix products alone"
-    yield context.figure(f"{L} tokens, batch 1", seconds * 1e3, "ms", PREFILL if context.cuda else None, note)
+    yield context.figure(f"{L} tokens, batch 1", seconds * 1e3, "ms", PREFILL, note)

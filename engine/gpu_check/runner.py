@@ -40,7 +40,7 @@ class Results:
 
     def __init__(self, out: Path, device: torch.device) -> None:
         self.out, self.lines, self.started = out, [], time.time()
-        card = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
         self.head: dict[str, Any] = {"card": card, **environment(), "command": sys.argv}
         self.finished = False
 

@@ -68,10 +68,10 @@ class Worker:
             yield Line(number, check.title, FAIL, f"no end within {check.limit:.0f} s, stopped")
 
     def stop(self) -> None:
-        """End the process: at its next check's begin where it waits for one, at once where it works."""
+        """End the process: by itself where it waits for a check, or where Ctrl-C reached it too."""
         if self.usable:
             self.connection.send(None)
-            self.process.join(20)
+        self.process.join(20 if self.usable else 3)
         self.process.kill()
         self.process.join()
         self.connection.close()
