@@ -13,19 +13,22 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers.models.mamba.modeling_mamba import MambaRMSNorm
 
 from engine.gpu_check.context import Context, Expected, Line, messages
+from models.language_model.hf_patch import causal_conv_silu, norm_and_residual
 from models.selective_scan import BACKENDS, BackendUnavailable, ScanFunction, ScanInputs, selective_scan
 from models.selective_scan.backend_reference import scan as reference_scan
 from models.selective_scan.selftest import results, sample_inputs
 
-STATE = 16  # N
+STATE, TAPS, EPSILON = 16, 4, 1e-5  # as Mamba has them
 PACKAGES = ("torch", "triton", "triton-windows", "transformers", "accelerate", "mamba-ssm", "bitsandbytes")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # relative, in norm
 MATMUL = Expected(600, 180, "TFLOP/s", least=True)
@@ -147,6 +150,50 @@ def numbers(context: Context) -> Iterator[Line]:
             bound = f"at most {TOLERANCE[dtype]:g}"
             good = error <= TOLERANCE[dtype]
             yield context.verdict(label, good, f"largest relative error {error:.1e} ({place}), {bound}")
+    yield from beside_the_products(context, E, lengths)
+
+
+def beside_the_products(context: Context, E: int, lengths: Iterable[int]) -> Iterator[Line]:
+    """The convolution with SiLU and the norm, as the language model calls them, and the gradients of their inputs."""
+    torch.manual_seed(0)
+    for name, call, exact in (
+        ("convolution with SiLU", convolved, convolved_exactly),
+        ("norm", normed, normed_exactly),
+    ):
+        for dtype, bound in TOLERANCE.items():
+            worst = 0.0
+            for L in lengths:
+                shapes = (2, L, E), (E, TAPS), (E,), (2, TAPS - 1, E), (2, L, E)
+                x, weight, bias, before, above = (torch.randn(s, device=context.device).to(dtype) for s in shapes)
+                given = x.requires_grad_(), weight, bias, before
+                wide = tuple(t.detach().double().requires_grad_(t.requires_grad) for t in given)
+                found, expected = call(*given), exact(*wide)
+                gradients = torch.autograd.grad(found, x, above), torch.autograd.grad(expected, wide[0], above.double())
+                pairs = (found, expected), (gradients[0][0], gradients[1][0])
+                worst = max([worst, *(relative_error(one, other.detach().cpu()) for one, other in pairs)])
+            measured = f"largest relative error {worst:.1e}, at most {bound:g}"
+            yield context.verdict(f"{name}, {str(dtype).removeprefix('torch.')}", worst <= bound, measured)
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor) -> Tensor:
+    return causal_conv_silu(x, weight, bias, before)
+
+
+def convolved_exactly(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor) -> Tensor:
+    whole = torch.cat([before, x], 1).mT
+    return F.silu(F.conv1d(whole, weight[:, None], bias, groups=len(weight))).mT
+
+
+def normed(x: Tensor, _: Tensor, weight: Tensor, __: Tensor) -> Tensor:
+    """The norm and the residual beside it: the sum has both gradients."""
+    norm = MambaRMSNorm(len(weight), EPSILON).to(x.device, x.dtype).requires_grad_(False)
+    norm.weight.copy_(weight)
+    one, residual = norm_and_residual(norm, x, x.dtype, x.dtype)
+    return one + residual
+
+
+def normed_exactly(x: Tensor, _: Tensor, weight: Tensor, __: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPSILON) * weight + x
 
 
 def working_backends(context: Context) -> Iterator[tuple[str, ScanFunction | str]]:
