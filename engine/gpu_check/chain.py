@@ -40,10 +40,10 @@ def scripts(context: Context) -> Iterator[Line]:
         "1",
     ]
     stage1 = ["train.py", *common, "--objective", "align", "--lr", "1e-3"]
-    yield from interrupted(context, "Stage 1", stage1, out, yamls, out / "stage1_state.pt")
+    yield from interrupted(context, "Stage 1", stage1, out, (yamls[0], yamls[2]))
     start = ["--vision_checkpoint", str(out / "vision_bridge_best_val.pt")]
     stage2 = ["train_vlm.py", *common, *start, "--lr", "1e-3"]
-    yield from interrupted(context, "Stage 2", stage2, out, yamls, out / "stage2_state.pt")
+    yield from interrupted(context, "Stage 2", stage2, out, (yamls[2], yamls[0]))
     checkpoint = ["--checkpoint", str(out / "vision_bridge_vlm_final.pt")]
     table, card = ["--csv", str(out / "data" / "test.csv")], ["--out", str(out / "card")]
     options = ["--maps", "1", "--pointing_cases", "1", "--max_new_tokens", "60"]
@@ -75,22 +75,18 @@ def finished(context: Context, name: str, command: Sequence[str], out: Path, wan
 
 
 def interrupted(
-    context: Context, name: str, command: Sequence[str], out: Path, yamls: dict[int, Path], state: Path
+    context: Context, name: str, command: Sequence[str], out: Path, yamls: tuple[Path, Path]
 ) -> Iterator[Line]:
-    """A training is interrupted without and with worker processes, each time resumed with the others, then finished.
-
-    Without a card it is interrupted once, because starting a script takes half a minute on two slow cores.
-    """
-    for workers in (0, 2) if context.cuda else (2,):
-        words = [*command, "--config", str(yamls[workers])]
-        code, text = run(context, words, out, interrupt_at=state)
-        good = code == EXIT_INTERRUPTED and "state saved at step" in text and state.is_file()
-        good &= workers == 0 or not context.cuda or "resuming at" in text
-        found = re.findall(r"(?:state saved at|resuming at epoch \d+,) step \d+", text)
-        label = f"{name}, {workers} workers: interrupted"
-        yield context.verdict(label, good, ", ".join(found) or f"status {code}", "" if good else last_lines(text))
-    words = [*command, "--config", str(yamls[0])]
-    yield finished(context, f"{name}: resumed to its end", words, out, "resuming at")
+    """A training is interrupted with the first configuration, and resumed to its end with the second one."""
+    first, second = (f"{name}, {yaml.stem.replace('_', ' ')}" for yaml in yamls)
+    state = out / f"{name.lower().replace(' ', '')}_state.pt"
+    code, text = run(context, [*command, "--config", str(yamls[0])], out, interrupt_at=state)
+    good = code == EXIT_INTERRUPTED and "state saved at step" in text and state.is_file()
+    found = re.findall(r"state saved at step \d+", text)
+    yield context.verdict(
+        f"{first}: interrupted", good, *(found or [f"status {code}"]), "" if good else last_lines(text)
+    )
+    yield finished(context, f"{second}: resumed", [*command, "--config", str(yamls[1])], out, "resuming at")
 
 
 def run(context: Context, command: Sequence[str], out: Path, interrupt_at: Path | None = None) -> tuple[int, str]:

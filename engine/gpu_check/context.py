@@ -74,14 +74,15 @@ class Context:
     Attributes:
         device: the card, or a CPU with which the checks only show that they run.
         out: folder of what the checks write.
-        deadline: of the session, by ``time.time()``. number, end: of the present check; it must be over by then.
+        number: of the present check. end: by ``time.time()``, when it must be over.
+        shared: whether the session ends then, or other checks begin; else the check has exceeded its own limit.
     """
 
     device: torch.device
     out: Path
-    deadline: float
     number: int = 0
     end: float = float("inf")
+    shared: bool = True
 
     @property
     def cuda(self) -> bool:
@@ -119,7 +120,7 @@ class Context:
 
     def left(self) -> float:
         """Seconds that the present check still has."""
-        return min(self.deadline, self.end) - time.time()
+        return self.end - time.time()
 
     def release(self) -> None:
         """Free what no check holds any more."""
@@ -188,9 +189,14 @@ def messages(logger: str) -> Iterator[list[str]]:
 
 @dataclass(frozen=True)
 class Check:
-    """One numbered check. ``needs``: seconds of a session that must be left for it to begin; ``limit``: of its own."""
+    """One numbered check.
+
+    ``needs``: seconds that must be left for it to begin. ``limit``: that it may take. ``yields``: it is stopped where
+    the later ones need the rest of the session.
+    """
 
     title: str
     run: Callable[[Context], Iterator[Line]]
-    needs: float = 10
+    needs: float = 5
     limit: float = 180
+    yields: bool = False

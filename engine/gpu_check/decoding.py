@@ -19,35 +19,37 @@ from models.language_model.mamba_lm import MambaLM
 from models.language_model.quantisation import quantise_int8
 
 TOKEN, PREFILL = Expected(4, 5, "ms"), Expected(35, 50, "ms")
-TOKENS = 64
-MODES: dict[str, tuple[int, dict[str, Any]]] = {  # rows, and options of ``generate``
-    "greedy": (1, {}),
-    "greedy, batch 3": (3, {}),
-    "sampling": (1, {"do_sample": True, "temperature": 1.0, "top_k": 0}),
-    "three beams": (1, {"num_beams": 3, "renormalize_logits": True}),
+MODES: dict[str, tuple[int, int, dict[str, Any]]] = {  # rows, tokens, and options of ``generate``
+    "greedy": (1, 64, {}),
+    "greedy, batch 3": (3, 24, {}),
+    "sampling": (1, 64, {"do_sample": True, "temperature": 1.0, "top_k": 0}),
+    "three beams": (1, 24, {"num_beams": 3, "renormalize_logits": True}),
 }
+INT8 = 1, 24, {}
+SHORT = {name: (1, 24, MODES[name][2]) for name in ("greedy", "sampling")}
+TIMED = 40  # tokens
 
 
 def decoding(context: Context) -> Iterator[Line]:
     """The graph writes what plain decoding writes; milliseconds of a token in bfloat16 and int8."""
     lm = context.lm()
-    for name, (rows, options) in MODES.items():
-        yield compare(context, lm, name, rows, options)
+    for name, mode in MODES.items():
+        yield compare(context, lm, name, *mode)
     kind = str(context.size.dtype).removeprefix("torch.")
     wide = yield from token_time(context, lm, kind)
     del lm
     narrow = context.lm()
     quantise_int8(narrow.model)
-    yield compare(context, narrow, "int8, greedy", 1, {})
+    yield compare(context, narrow, "int8, greedy", *INT8)
     yield from token_time(context, narrow, "int8", wide)
 
 
-def compare(context: Context, lm: MambaLM, name: str, rows: int, options: dict[str, Any]) -> Line:
+def compare(context: Context, lm: MambaLM, name: str, rows: int, tokens: int, options: dict[str, Any]) -> Line:
     """The same texts with the graph and without it."""
     with messages("models.language_model") as said:
-        fast = write(context, lm, rows, options)
+        fast = write(context, lm, rows, tokens, options)
     with without_graph():
-        plain = write(context, lm, rows, options)
+        plain = write(context, lm, rows, tokens, options)
     pairs = [(a, b) for one, other in zip(fast, plain, strict=True) for a, b in zip(one, other, strict=True)]
     same = sum(a == b for a, b in pairs)
     # Beams move the states between steps, which a graph does not do: there it is not expected.
@@ -57,12 +59,12 @@ def compare(context: Context, lm: MambaLM, name: str, rows: int, options: dict[s
     return context.verdict(name, same == len(pairs) and not unused, measured)
 
 
-def write(context: Context, lm: MambaLM, rows: int, options: dict[str, Any]) -> list[list[str]]:
+def write(context: Context, lm: MambaLM, rows: int, tokens: int, options: dict[str, Any]) -> list[list[str]]:
     """The words of ``rows`` texts after different prompts; the same random numbers at each call."""
     embeds = torch.cat([prompt(context.size, 48, context.device).roll(row, 1) for row in range(rows)])
     mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=context.device)
     torch.manual_seed(3)
-    texts = lm.generate(embeds, mask, TOKENS, min_new_tokens=TOKENS, **options)
+    texts = lm.generate(embeds, mask, tokens, min_new_tokens=tokens, **options)
     return [text.split() for text in texts]
 
 
@@ -80,7 +82,7 @@ def without_graph() -> Iterator[None]:
 
 def token_time(context: Context, lm: MambaLM, kind: str, wide: float | None = None) -> Generator[Line, None, float]:
     """Milliseconds of a token at batch 1; ``wide``: in bfloat16, which int8 must beat. Returns them."""
-    count, embeds = TOKENS if context.cuda else 17, prompt(context.size, 48, context.device)
+    count, embeds = TIMED if context.cuda else 17, prompt(context.size, 48, context.device)
     token_seconds(lm, embeds, count)  # captures the step
     times = token_seconds(lm, embeds, count)
     value = 1e3 * statistics.median(times)
@@ -96,21 +98,21 @@ def capture_failure(context: Context) -> Iterator[Line]:
     """A step that cannot be captured: decoding and sampling go on without a graph, then with one."""
     lm = context.lm()
     with without_graph():
-        expected = {name: write(context, lm, *MODES[name]) for name in ("greedy", "sampling")}
+        expected = {name: write(context, lm, *SHORT[name]) for name in SHORT}
     hook = lm.model.lm_head.register_forward_pre_hook(wait_for_device)
     with messages("models.language_model") as said:
-        found = write(context, lm, *MODES["greedy"])
+        found = write(context, lm, *SHORT["greedy"])
     hook.remove()
     refused = any("cannot be captured" in line for line in said) or not context.cuda
     yield context.verdict("the capture is refused", refused, "; ".join(said) or "no graph on this device")
     yield context.verdict("greedy meanwhile", found == expected["greedy"], "as plain decoding")
     fresh = context.lm()
     for name, texts in expected.items():
-        yield context.verdict(f"{name} afterwards", write(context, lm, *MODES[name]) == texts, "as plain decoding")
+        yield context.verdict(f"{name} afterwards", write(context, lm, *SHORT[name]) == texts, "as plain decoding")
     stream = not context.cuda or torch.cuda.current_stream() == torch.cuda.default_stream()
     yield context.verdict("the stream afterwards", stream, "the default one")
     with messages("models.language_model") as said:
-        again = write(context, fresh, *MODES["greedy"])
+        again = write(context, fresh, *SHORT["greedy"])
     good = again == expected["greedy"] and not said
     yield context.verdict("a graph afterwards", good, "; ".join(said) or "as plain decoding")
 

@@ -109,7 +109,7 @@ def steps(context: Context) -> Iterator[Line]:
             continue
         losses, times = [stage()], []
         _, peak = measure_peak(stage, context.device)
-        count = STEPS[context.device.type] if B == 1 or checkpointing is None else 3
+        count = STEPS[context.device.type] if checkpointing is None else 3
         for _ in range(count):
             context.wait()
             started = time.perf_counter()

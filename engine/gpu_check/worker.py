@@ -24,8 +24,7 @@ def lines_of(check: Check, context: Context) -> Iterator[Line]:
     try:
         yield from check.run(context)
     except OutOfTime as error:
-        # Where the session has time left, something hangs.
-        yield Line(context.number, check.title, SKIPPED if context.end >= context.deadline else FAIL, str(error))
+        yield Line(context.number, check.title, SKIPPED if context.shared else FAIL, str(error))
     except Exception as error:  # noqa: BLE001 (drivers, compilers and kernels raise anything; the rest shall still run)
         message = f"{type(error).__name__}: {first_line(error)}"
         yield Line(context.number, check.title, FAIL, message, detail=traceback.format_exc())
@@ -34,10 +33,10 @@ def lines_of(check: Check, context: Context) -> Iterator[Line]:
 class Worker:
     """The process that runs the checks."""
 
-    def __init__(self, device: torch.device, out: Path, deadline: float) -> None:
+    def __init__(self, device: torch.device, out: Path) -> None:
         spawn = multiprocessing.get_context("spawn")
         self.connection, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=serve, args=(theirs, str(device), out, deadline))
+        self.process = spawn.Process(target=serve, args=(theirs, str(device), out))
         self.process.start()
         theirs.close()  # so that the end of the process is seen
         self.usable = True
@@ -48,7 +47,7 @@ class Worker:
         A check that waits for a script stops it itself, in time; one that waits for the device cannot.
         """
         end = min(deadline, time.time() + check.limit)
-        self.connection.send((number, end, check))
+        self.connection.send((number, end, end == deadline, check))
         self.usable = False
         while self.connection.poll(max(0.0, end + GRACE - time.time())):
             try:
@@ -62,7 +61,7 @@ class Worker:
                 self.usable = found
                 return
             yield found
-        if end >= deadline:
+        if end == deadline:
             yield Line(number, check.title, SKIPPED, "out of time, stopped in the middle")
         else:
             yield Line(number, check.title, FAIL, f"no end within {check.limit:.0f} s, stopped")
@@ -77,14 +76,14 @@ class Worker:
         self.connection.close()
 
 
-def serve(connection: Connection, device: str, out: Path, deadline: float) -> None:
+def serve(connection: Connection, device: str, out: Path) -> None:
     """Run the checks that come, send their lines, and after each whether the device is still usable."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    context = Context(torch.device(device), out, deadline)
+    context = Context(torch.device(device), out)
     while (wanted := connection.recv()) is not None:
-        context.number, context.end, check = wanted
+        context.number, context.end, context.shared, check = wanted
         for line in lines_of(check, context):
             connection.send(line)
         try:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,7 @@ QUICK = (1, 3, 4, 5, 6, 7, 8, 9, 11, 12)  # of one process
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
-    return Context(torch.device("cpu"), tmp_path_factory.mktemp("gpu_check"), time.time() + 600)
+    return Context(torch.device("cpu"), tmp_path_factory.mktemp("gpu_check"))
 
 
 def check(number: int, context: Context) -> list[Line]:
@@ -57,7 +56,7 @@ def test_wrong_numbers_fail(context: Context, monkeypatch: pytest.MonkeyPatch) -
 def test_other_texts_than_plain_decoding_fail(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = iter([[["a", "b"]], [["a", "c"]]])
     monkeypatch.setattr(decoding, "write", lambda *_: next(texts))
-    line = decoding.compare(context, None, "greedy", 1, {})
+    line = decoding.compare(context, None, "greedy", 1, 2, {})
     assert line.status == FAIL and line.measured == "1 of 2 tokens equal, 2 different ones"
 
 

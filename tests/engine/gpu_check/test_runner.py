@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -35,16 +34,16 @@ def test_only_the_estimated_cards_are_judged_by_the_estimate(card: str, value: f
 
 
 def test_a_check_that_raises_gives_a_failed_line_with_its_message(tmp_path: Path) -> None:
-    context = Context(CPU, tmp_path, deadline=time.time() + 60, number=3)
+    context = Context(CPU, tmp_path, number=3)
     lines = list(lines_of(Check("a title", raises), context))
     assert [line.status for line in lines] == [PASS, FAIL]
     assert lines[1].name == "a title" and lines[1].measured.startswith("ValueError: CUDA error: an illegal | memory")
     assert "in raises" in lines[1].detail
 
 
-@pytest.mark.parametrize(("end", "status"), [(99.0, FAIL), (200.0, SKIPPED)])
-def test_waiting_in_vain_is_no_fault_at_the_end_of_the_session(end: float, status: str, tmp_path: Path) -> None:
-    context = Context(CPU, tmp_path, deadline=200.0, number=10, end=end)
+@pytest.mark.parametrize(("shared", "status"), [(False, FAIL), (True, SKIPPED)])
+def test_waiting_in_vain_is_no_fault_at_the_end_of_the_session(shared: bool, status: str, tmp_path: Path) -> None:
+    context = Context(CPU, tmp_path, number=10, shared=shared)
     assert [line.status for line in lines_of(Check("scripts", waits_in_vain), context)] == [PASS, status]
 
 
@@ -56,7 +55,7 @@ def test_the_report_is_whole_after_each_line(tmp_path: Path, capsys: pytest.Capt
     results.add(Line(3, "numbers", FAIL, "a | b\nc", detail="Traceback"))
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| pass | copy | 3000 GB/s | ≥ 2600 / 1400 GB/s |" in text and "| fail | numbers | a / b c |" in text
-    assert "## 3 the scan's numbers" in text and text.rstrip().endswith("Traceback\n```")
+    assert "## 3 numbers of the kernels (0 s)" in text and text.rstrip().endswith("Traceback\n```")
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["fail"] == 1
     assert not list(tmp_path.glob(".part*"))
     assert "[ 1] pass    copy: 3000 GB/s  (expected ≥ 2600 / 1400 GB/s, H100 / RTX 5090)" in capsys.readouterr().out
