@@ -163,7 +163,7 @@ def test_a_cpu_decodes_by_its_own_kernels() -> None:
     assert gpu_decode.int8_product(torch.zeros(1, 20), torch.zeros(4, 20).char(), torch.ones(4), None) is None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.gpu
 @pytest.mark.parametrize("int8", [False, True])
 def test_numbers_on_a_gpu(int8: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"hidden_size": 640, "state_size": 16, "time_step_rank": 40, "num_hidden_layers": 2}

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from config.errors import InputError
 from models.language_model.hf_patch import use_our_scan
 from models.language_model.mamba_lm import IGNORED, MambaLM
-from tests.models.language_model.tiny import random_mamba, without_head
+from tests.models.language_model.tiny import random_mamba, sharp_lm, without_head
 
 
 @pytest.mark.parametrize("left_padding", [0, 5])
@@ -71,6 +71,30 @@ def test_answer_loss_is_the_models_own_loss(folder: Path, dtype: str) -> None:
     wanted = labels[:, 1:]
     expected = torch.nn.functional.cross_entropy(logits.reshape(-1, 257), wanted.reshape(-1), ignore_index=IGNORED)
     torch.testing.assert_close(total / count, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.2)], ids=str)
+def test_a_card_gives_the_cpus_loss_and_gradient(
+    dtype: torch.dtype, tolerance: float, checkpointing: bool, device: str
+) -> None:
+    """bfloat16 against the same weights in float32, from which a CPU's own bfloat16 differs by 0.11."""
+    lm = sharp_lm(hidden_size=640, state_size=16, sharpness=4.0, memory=1.0).to(dtype)
+    embeds = torch.randn(2, 300, 640, generator=torch.Generator().manual_seed(1)).to(dtype)
+    labels = torch.randint(0, 256, (2, 300), generator=torch.Generator().manual_seed(2))
+    labels[:, :200] = IGNORED
+    found = {}
+    for name, kind in (("cpu", torch.float32), (device, dtype)):
+        lm.to(name, kind).checkpointing(checkpointing)
+        for block in lm.model.backbone.layers:
+            block.mixer.A_log.data = block.mixer.A_log.data.float()  # as MambaLM.load keeps it
+        given = embeds.to(name, kind).requires_grad_()
+        loss = torch.div(*lm.answer_loss(given, labels.to(name)))
+        found[name] = [t.detach().cpu().double() for t in (loss, *torch.autograd.grad(loss, given))]
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(found[device], found["cpu"], strict=True)]
+    assert max(errors) < tolerance, errors
 
 
 def test_real_tokenizer_with_a_random_model(shared: Path, tmp_path: Path) -> None:
