@@ -29,31 +29,27 @@ def scripts(context: Context) -> Iterator[Line]:
     setting = chain.Setting(*train, max_findings=1, stage0_steps=0, align_epochs=few, caption_epochs=few)
     yield finished(context, "phantoms", chain.phantoms(setting, out, 42).command, out)
     yamls = {workers: write_config(out, workers) for workers in (0, 2)}
-    common = [
-        "--batch_size",
-        "2",
-        "--epochs",
-        "4" if context.cuda else "3",
-        "--mixed_precision",
-        "bf16",
-        "--save_every",
-        "1",
-    ]
-    stage1 = ["train.py", *common, "--objective", "align", "--lr", "1e-3"]
+    common = f"--batch_size 2 --epochs {few} --mixed_precision bf16 --save_every 1 --lr 1e-3".split()
+    stage1 = ["train.py", *common, "--objective", "align"]
     yield from interrupted(context, "Stage 1", stage1, out, (yamls[0], yamls[2]))
     start = ["--vision_checkpoint", str(out / "vision_bridge_best_val.pt")]
-    stage2 = ["train_vlm.py", *common, *start, "--lr", "1e-3"]
+    stage2 = ["train_vlm.py", *common, *start]
     yield from interrupted(context, "Stage 2", stage2, out, (yamls[2], yamls[0]))
+    yield from use(context, out, yamls[0])
+
+
+def use(context: Context, out: Path, yaml: Path) -> Iterator[Line]:
+    """The report card of held-out cases with maps, and one scan to its report."""
     checkpoint = ["--checkpoint", str(out / "vision_bridge_vlm_final.pt")]
     table, card = ["--csv", str(out / "data" / "test.csv")], ["--out", str(out / "card")]
-    options = ["--maps", "1", "--pointing_cases", "1", "--max_new_tokens", "60"]
-    words = ["scripts/evaluate_reports.py", "--config", str(yamls[0]), *checkpoint, *table, *card, *options]
+    options = "--maps 1 --pointing_cases 1 --max_new_tokens 60".split()
+    words = ["scripts/evaluate_reports.py", "--config", str(yaml), *checkpoint, *table, *card, *options]
     yield finished(context, "evaluate_reports.py with maps", words, out)
     written = sorted(path.name for path in (out / "card").rglob("*") if path.is_file())
     yield context.verdict("its report card", "report_card.json" in written, f"{len(written)} files")
     image = next((out / "data" / "images").glob("test_*.nii.gz"))
     device = ["--llm_device", "auto" if context.cuda else "cpu"]
-    words = ["scripts/check_image_to_text.py", "--config", str(yamls[0]), *checkpoint, "--image", str(image), *device]
+    words = ["scripts/check_image_to_text.py", "--config", str(yaml), *checkpoint, "--image", str(image), *device]
     yield finished(context, "check_image_to_text.py", [*words, "--max_new_tokens", "60"], out, "生成文本")
 
 
