@@ -42,7 +42,7 @@ def use(context: Context, out: Path, yaml: Path) -> Iterator[Line]:
     """The report card of held-out cases with maps, and one scan to its report."""
     checkpoint = ["--checkpoint", str(out / "vision_bridge_vlm_final.pt")]
     table, card = ["--csv", str(out / "data" / "test.csv")], ["--out", str(out / "card")]
-    options = "--maps 1 --pointing_cases 1 --max_new_tokens 60".split()
+    options = ["--maps", "1", "--pointing_cases", "1", "--max_new_tokens", "60"]
     words = ["scripts/evaluate_reports.py", "--config", str(yaml), *checkpoint, *table, *card, *options]
     yield finished(context, "evaluate_reports.py with maps", words, out)
     written = sorted(path.name for path in (out / "card").rglob("*") if path.is_file())
