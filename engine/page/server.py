@@ -33,7 +33,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -164,7 +164,10 @@ class Page:
             raise InputError("this scan was read already: load another one as a new case")
         name = unquote(request.headers.get("x-file-name", ""))[:1000]
         length = request.headers.get("content-length", "")
-        await case.upload.receive(name, int(length) if length.isdecimal() else None, request.stream())
+        try:
+            await case.upload.receive(name, int(length) if length.isdecimal() else None, request.stream())
+        except ClientDisconnect:  # nobody reads the answer
+            return refuse(400, "the connection was lost")
         return JSONResponse({"files": len(case.upload.names), "bytes": case.upload.bytes})
 
     async def read(self, request: Request) -> Response:

@@ -39,25 +39,28 @@ class Upload:
     most_bytes: int
     names: dict[str, str] = field(default_factory=dict)
     bytes: int = 0
+    _begun: int = 0
 
     async def receive(self, name: str, announced: int | None, chunks: AsyncIterable[bytes]) -> None:
         """Store one file. Raises TooLarge, and keeps nothing of it then."""
         if len(self.names) >= MOST_FILES:
             raise TooLarge(f"more than {MOST_FILES} files: send one series, or a zip of it")
         self._check(announced or 0)
-        stored = self.folder / f"{len(self.names):06d}{_suffix(name)}"
+        stored = self.folder / f"{self._begun:06d}{_suffix(name)}"
+        self._begun += 1
         self.names[stored.name] = shown_name(name)
-        before = self.bytes
+        received = 0
         try:
             with stored.open("xb") as stream:
                 async for chunk in chunks:
                     self._check(len(chunk))
                     stream.write(chunk)
-                    self.bytes += len(chunk)
+                    received += len(chunk)
+                    self.bytes += len(chunk)  # of all files that come at this time
         except BaseException:  # also a lost connection
             stored.unlink(missing_ok=True)
             self.names.pop(stored.name)
-            self.bytes = before
+            self.bytes -= received
             raise
 
     def _check(self, more: int) -> None:

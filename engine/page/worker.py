@@ -12,6 +12,7 @@ other cases with it. It dies with the page, and removes the page's temporary fil
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import signal
 import subprocess
@@ -83,7 +84,7 @@ class Worker:
         """``settings``: of :mod:`scripts.report_page`. ``send``: of an event, with the case that it is about."""
         self.send = send
         names = ("config", "mamba_model", "slice_policy", "llm_device")
-        trust = Trust.of_card(Path(settings["card"])) if settings["card"] else None
+        trust = _trust(settings)
         options = {name: settings[name] for name in names} | {"max_new_tokens": settings["max_new_tokens"]}
         self.reporter = Reporter.load(settings["checkpoint"], trust=trust, **options)
         self.reader, self.lm = self.reporter.reader, self.reporter.lm
@@ -408,6 +409,25 @@ def confirmable(line: str) -> str | None:
         if flag in line:
             return kind
     return None
+
+
+def _trust(settings: Mapping[str, Any]) -> Trust | None:
+    """Of the report card that was named, or that lies beside the checkpoint, as the quick start and the night put it."""
+    if settings["card"]:
+        return Trust.of_card(Path(settings["card"]))
+    folder = Path(settings["checkpoint"]).parent
+    found = (folder / name / "report_card.json" for name in ("card", "overnight_card"))
+    beside = next((path for path in found if path.is_file()), None)
+    if beside is None:
+        return None
+    try:
+        card = json.loads(beside.read_text(encoding="utf-8"))
+        if Path(card["checkpoint"]).resolve() != Path(settings["checkpoint"]).resolve():
+            return None  # of another one
+        return Trust.of_card(beside)
+    except (InputError, ValueError, KeyError, TypeError) as why:
+        print(f"note: {beside} is not used: {first_line(why)}", flush=True)
+        return None
 
 
 def _is_path(value: object) -> bool:

@@ -174,3 +174,22 @@ def test_a_line_has_the_users_names_and_no_path(tmp_path: Path) -> None:
     assert in_users_words(line, tmp_path / "case", {"000001.dcm": "IM7"}, "study") == (
         "IM7: pixels cannot be read (in study); copy IM7 again"
     )
+
+
+def test_files_that_come_together_are_counted_together_and_a_lost_one_leaves_nothing(sent: Sent) -> None:
+    async def part(lost: bool) -> AsyncIterator[bytes]:
+        for _ in range(3):
+            yield b"x" * 100
+            await asyncio.sleep(0)
+        if lost:
+            raise ConnectionResetError
+
+    async def together() -> list[BaseException | None]:
+        jobs = (sent.upload.receive(f"{k}.dcm", None, part(lost=k == 1)) for k in range(3))
+        return await asyncio.gather(*jobs, return_exceptions=True)
+
+    first, second, third = asyncio.run(together())
+    assert first is third is None and isinstance(second, ConnectionResetError)
+    assert sent.upload.bytes == 600 and sorted(sent.upload.names.values()) == ["0.dcm", "2.dcm"]
+    sent.add("3.dcm", b"x")
+    assert len(list(sent.upload.folder.iterdir())) == 3
