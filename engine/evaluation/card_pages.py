@@ -9,6 +9,7 @@ import base64
 import html
 import re
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,26 @@ from engine.evaluation.baselines import BASELINES
 from engine.evaluation.conditions import AUDITED, OWN
 from engine.evaluation.confidence import EDGES, TO_CHECK, ConfidenceScores
 
-_STYLE = """body{font:15px/1.55 sans-serif;margin:2em auto;max-width:1150px;padding:0 1em}
-table{border-collapse:collapse;margin:.6em 0}td,th{border:1px solid #bbb;padding:.25em .6em;text-align:left;
-vertical-align:top}th{background:#eee}img{max-width:100%}.verdict{font-size:1.25em;font-weight:bold;padding:.5em .8em;
-border-left:6px solid #888;background:#f4f4f4}.depends{border-color:#2a8f3c}.independent{border-color:#b00020}
-.partly,.unclear{border-color:#c77d00}[class*=below]{border-color:#b00020}mark{background:#ffd9a0}"""
+_LOOK = Path(__file__).parents[1] / "page" / "static" / "look.css"  # the report page's
+_STYLE = """
+body{max-width:72rem;margin:0 auto;padding:1.5rem 1rem 4rem}h1{font-size:1.5rem;margin-bottom:.6rem}
+h2{font-size:1.05rem;margin:1.6rem 0 .6rem}img{max-width:100%;background:#fff;border-radius:.4rem}figure{margin:.6rem 0}
+figcaption{color:var(--soft);font-size:.82rem}.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.88rem}
+td,th{border:1px solid var(--line);padding:.3em .65em;text-align:left;vertical-align:top}th{background:var(--sunken)}
+.verdict{font-size:1.2rem;font-weight:650;padding:.7em 1em;border-radius:.6rem;border-left:6px solid var(--soft);
+background:var(--surface)}.depends{border-color:var(--good)}.independent,[class*=below]{border-color:var(--bad)}
+.partly,.unclear{border-color:var(--warn-line)}mark{background:var(--warn-wash);color:var(--warn);border-radius:.2em}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(12rem,1fr));gap:.8rem}.tile b{font-size:1.7rem;
+font-weight:650;font-variant-numeric:tabular-nums}.tile dl{display:grid;grid-template-columns:1fr auto;gap:0 .8rem;
+margin:.4rem 0 0;font-size:.82rem;color:var(--soft)}.tile dd{margin:0;font-variant-numeric:tabular-nums}
+.case{margin:0 0 1rem}.case h2{margin:0}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:1.2rem}.pair h3{margin:0;font-size:.8rem;
+color:var(--soft);font-weight:600}.pair p{white-space:pre-wrap;overflow-wrap:anywhere}ins{text-decoration:none;
+background:var(--changed);border-radius:.2em}del{background:var(--bad-wash);color:var(--bad);border-radius:.2em;
+text-decoration:none}details{margin:.5rem 0}summary{font-size:1rem;font-weight:600;color:var(--ink);padding:.4rem 0}
+@media (max-width:40rem){.pair{grid-template-columns:1fr}}"""
 _MARK = re.compile("|".join(map(re.escape, TO_CHECK.values())))
+_WORD = re.compile(r"[A-Za-z]+|\d+(?:\.\d+)?|\s+|.", re.DOTALL)
 _IMAGES = {
     "own": "the case's own",
     "shuffled": "another patient's",
@@ -40,15 +55,31 @@ _COMPARED = {
     "location_acc": "side and level",
     "size_within_3mm": "size within 3 mm",
 }
+_BESIDE = {"shuffled": "another patient's image", "nearest": "nearest case copied", "lookup": "same findings copied"}
+_LEAST_EQUAL = 3  # characters in which two reports must agree to count as alike there
 Block = tuple[str, str]  # Markdown, HTML
 ShownCase = tuple[str, str, str, Path | None]  # name, reference, marked report, figure of its maps
 
 
-def card_blocks(card: Mapping[str, Any], plots: Sequence[tuple[Path, str]], cases: Sequence[ShownCase]) -> list[Block]:
-    """The whole card."""
+def opening_blocks(card: Mapping[str, Any], drawn: Sequence[ShownCase]) -> list[Block]:
+    """What people look for: the verdict, five numbers beside baselines and floors, and cases drawn at random."""
+    audit = card["audit"]
+    verdict = f"<p class='verdict {audit['verdict_code']}'>{html.escape(audit['verdict'])}</p>"
     blocks = [
+        (f"**{audit['verdict']}**", verdict),
         _text(f"{card['cases']} cases of {card['csv']}, checkpoint {card['checkpoint']}. In brackets: the 95 % "
               "interval over cases. Definitions: docs/evaluation.md."),
+        _five_numbers(card),
+    ]  # fmt: skip
+    if drawn:
+        words = "Words that only the reference has are red, words that only the report has are green."
+        blocks += [_text(f"{len(drawn)} cases, drawn at random by the seed. {words}"), *map(_drawn_case, drawn)]
+    return blocks
+
+
+def card_blocks(card: Mapping[str, Any], plots: Sequence[tuple[Path, str]], cases: Sequence[ShownCase]) -> list[Block]:
+    """All tables, each after its heading."""
+    blocks = [
         *_audit(card["audit"]),
         *_compared(card),
         *_findings(card["findings"]),
@@ -59,7 +90,7 @@ def card_blocks(card: Mapping[str, Any], plots: Sequence[tuple[Path, str]], case
         *_language(card["language"]),
         *_sections(card["sections"], card["text"]),
         _heading("Reports"),
-    ]  # fmt: skip
+    ]
     for name, reference, marked, figure in cases:
         blocks.append(_table([["case", name], ["reference", reference], ["generated", marked]]))
         if figure is not None:
@@ -67,13 +98,20 @@ def card_blocks(card: Mapping[str, Any], plots: Sequence[tuple[Path, str]], case
     return blocks
 
 
-def write_pages(folder: Path, blocks: Sequence[Block]) -> None:
-    """Write ``report_card.md``, which links its figures, and ``report_card.html``, which holds them."""
-    markdown, parts = zip(*blocks, strict=True)
+def write_pages(folder: Path, opening: Sequence[Block], blocks: Sequence[Block]) -> None:
+    """Write ``report_card.md``, which links its figures, and ``report_card.html``, which holds them; there everything
+    after the opening is folded at its headings."""
+    markdown = [block for block, _ in (*opening, *blocks)]
     write_text(folder / "report_card.md", "\n\n".join(["# Report card", *markdown]) + "\n")
-    head = f"<!doctype html><html><head><meta charset='utf-8'><title>Report card</title><style>{_STYLE}</style></head>"
-    page = [head, "<body><h1>Report card</h1>", *parts, "</body></html>"]
-    write_text(folder / "report_card.html", "\n".join(page))
+    look = _LOOK.read_text(encoding="utf-8") + _STYLE
+    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
+    page = [f"<!doctype html><html lang='en'><head>{head}<title>Report card</title><style>{look}</style></head>"]
+    page += ["<body><h1>Report card</h1>", *(part for _, part in opening), "<details>"]
+    for number, (_, part) in enumerate(blocks):
+        is_heading = part.startswith("<h2>")
+        between = "</details><details>" if is_heading and number else ""
+        page.append(f"{between}<summary>{part[4:-5]}</summary>" if is_heading else part)
+    write_text(folder / "report_card.html", "\n".join([*page, "</details></body></html>"]))
 
 
 def draw_plots(folder: Path, scores: ConfidenceScores) -> list[tuple[Path, str]]:
@@ -137,7 +175,81 @@ def _table(rows: Sequence[Sequence[str]]) -> Block:
         tag = "td" if number else "th"
         marked = (_MARK.sub(r"<mark>\g<0></mark>", html.escape(cell).replace("\n", "<br>")) for cell in row)
         lines.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in marked) + "</tr>")
-    return ("\n".join(f"| {' | '.join(row)} |" for row in cells), f"<table>{''.join(lines)}</table>")
+    table = f"<div class='scroll'><table>{''.join(lines)}</table></div>"
+    return ("\n".join(f"| {' | '.join(row)} |" for row in cells), table)
+
+
+# ---------------------------------------------------------------------------- the opening
+
+
+def _five_numbers(card: Mapping[str, Any]) -> Block:
+    """Each score of the reports, and beside it those of the baselines and the floor."""
+    own, audit, whole = _own_scores(card), card["audit"], card["whole_reports"]
+    baselines = card["baselines"] or {}
+    negative = {name: score["value"] for name, score in card["floors"]["all_negative"].items()}
+    scores = [("macro-F1 of findings", "macro_f1"), ("CRG", "crg"), ("side and level right", "location_acc")]
+    scores += [("size within 3 mm", "size_within_3mm"), ("whole report right", "exact_acc")]
+    rows, tiles = [["score", "the model", *_BESIDE.values(), "nothing reported"]], []
+    for title, name in scores:
+        if name == "exact_acc":
+            mine, shuffled = whole["own"][name], whole["shuffled"][name]["value"]
+            copied = [baselines.get(one, {}).get("whole_reports", {}).get(name) for one in ("nearest", "lookup")]
+        else:
+            mine, shuffled = own[name], audit["shuffled"].get(name)
+            copied = [baselines.get(one, {}).get(name) for one in ("nearest", "lookup")]
+        values = [shuffled, *(one and one["value"] for one in copied), negative.get(name)]
+        rows.append([title, _scored(mine), *map(show, values)])
+        beside = [
+            pair for pair in zip([*_BESIDE.values(), "nothing reported"], values, strict=True) if pair[1] is not None
+        ]
+        lines = "".join(f"<dt>{html.escape(what)}</dt><dd>{show(value)}</dd>" for what, value in beside)
+        interval = _scored(mine).partition(" ")[2]
+        number = f"<b>{show(mine['value'])}</b><div class='muted small'>{interval}</div>"
+        tiles.append(f"<div class='card tile'><div class='muted small'>{title}</div>{number}<dl>{lines}</dl></div>")
+    return _table(rows)[0], f"<div class='tiles'>{''.join(tiles)}</div>"
+
+
+def _drawn_case(case: ShownCase) -> Block:
+    """A case with its figure; reference and report side by side, their differences marked."""
+    name, reference, generated, figure = case
+    there, here = marked_differences(reference, generated)
+    image, link = "", ""
+    if figure is not None:
+        link, image = _figure(figure, "where it looked; the lesion outlined", "maps/")
+        link = f"\n\n{link}"
+    sides = f"<div><h3>reference</h3><p>{there}</p></div><div><h3>generated</h3><p>{here}</p></div>"
+    words = _table([["case", name], ["reference", reference], ["generated", generated]])[0] + link
+    return words, f"<div class='card case'><h2>{html.escape(name)}</h2>{image}<div class='pair'>{sides}</div></div>"
+
+
+def marked_differences(reference: str, generated: str) -> tuple[str, str]:
+    """Both texts as HTML: what only the reference has in ``del``, what only the report has in ``ins``."""
+    texts = [_WORD.findall(text) for text in (reference, generated)]
+    pieces: tuple[list[str], list[str]] = ([], [])
+    changed: list[list[str]] = [[], []]
+
+    def close() -> None:
+        for side, tag in enumerate(("del", "ins")):
+            if text := "".join(changed[side]):
+                pieces[side].append(f"<{tag}>{_escaped(text)}</{tag}>")
+            changed[side].clear()
+
+    for kind, a, b, c, d in SequenceMatcher(None, *texts, autojunk=False).get_opcodes():
+        parts = "".join(texts[0][a:b]), "".join(texts[1][c:d])
+        # A character or two between changes is chance, and would break the words apart.
+        if kind == "equal" and (len(parts[0]) >= _LEAST_EQUAL or not any(changed)):
+            close()
+            for side in (0, 1):
+                pieces[side].append(_escaped(parts[side]))
+        else:
+            for side in (0, 1):
+                changed[side].append(parts[side])
+    close()
+    return "".join(pieces[0]), "".join(pieces[1])
+
+
+def _escaped(text: str) -> str:
+    return _MARK.sub(r"<mark>\g<0></mark>", html.escape(text))
 
 
 # ---------------------------------------------------------------------------- content
@@ -174,9 +286,7 @@ def _audit(audit: Mapping[str, Any]) -> list[Block]:
         f"{show(audit['duplicate_rate'])} (of the references: {show(audit['duplicate_rate_of_references'])}); the most "
         f"frequent report makes up {show(audit['most_common_report'])}."
     )
-    verdict = f"**{audit['verdict']}**", f"<p class='verdict {audit['verdict_code']}'>{audit['verdict']}</p>"
-    heading = _heading("Does it look at the image?")
-    return [heading, verdict, _list(audit["reasons"]), _table(rows), _text(text)]
+    return [_heading("Does it look at the image?"), _list(audit["reasons"]), _table(rows), _text(text)]
 
 
 def _compared(card: Mapping[str, Any]) -> list[Block]:

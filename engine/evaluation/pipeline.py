@@ -14,6 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 
 from config.errors import InputError, counted
@@ -34,7 +35,7 @@ from engine.evaluation.baselines import (
     predicted_findings,
     training_cases,
 )
-from engine.evaluation.card_pages import card_blocks, draw_plots, show, write_pages
+from engine.evaluation.card_pages import ShownCase, card_blocks, draw_plots, opening_blocks, show, write_pages
 from engine.evaluation.conditions import (
     AUDITED,
     CORRECTED,
@@ -61,6 +62,7 @@ from models.language_model.prefix_state import weights_fingerprint
 from models.medical_vlm import MedicalVLM
 
 _SHOWN = 40  # reports on the card
+_DRAWN = 6  # of them at its top, at random
 
 
 @dataclass
@@ -107,6 +109,17 @@ class Job:
         prompted = self.passes.mode != "off" and self.passes.language and self.passes.writer.model.vision.head
         return min(self.args.corrections, len(self.passes)) if prompted else 0
 
+    @cached_property
+    def drawn(self) -> list[int]:
+        """Rows whose cases the card shows first: drawn by the seed, so that nobody has chosen them."""
+        cases = len(self.passes)
+        return sorted(np.random.default_rng(self.args.seed).choice(cases, min(_DRAWN, cases), replace=False).tolist())
+
+    @property
+    def mapped(self) -> list[int]:
+        """Rows whose maps are saved: the first ``--maps`` and those at the card's top."""
+        return sorted({*range(min(self.args.maps, len(self.passes))), *self.drawn}) if self.args.maps else []
+
     @property
     def sampled(self) -> list[str]:
         """Conditions of the sampled reports."""
@@ -114,7 +127,7 @@ class Job:
 
     def key(self, name: str) -> str:
         """Key in the store of what depends on the mask's labels and on how maps are made."""
-        settings = [self.args.attribution, self.names and sorted(self.names.items()), self.label.merged, self.args.maps]
+        settings = [self.args.attribution, self.names and sorted(self.names.items()), self.label.merged, self.mapped]
         digest = blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
         return f"{name}/{digest}/{len(self.passes)}"
 
@@ -296,12 +309,12 @@ def measure_lesions_and_maps(job: Job, accelerator: Accelerator) -> None:
         return [measure_case(rows[r].image_path, rows[r].mask_path, job.names).to_dict() for r in part]
 
     job.passes.fill(job.key("measured_lesions"), with_mask, 1, measure)
-    wanted = sorted({*range(min(job.args.maps, len(rows))), *with_mask[: job.args.pointing_cases]})
+    wanted = sorted({*job.mapped, *with_mask[: job.args.pointing_cases]})
     masked = masked_cases(job)
 
     def make(part: list[int]) -> list[dict[str, Any]]:
         [row] = part
-        out = job.args.out / "maps" if row < job.args.maps else None
+        out = job.args.out / "maps" if row in job.mapped else None
         return [map_case(job.passes, row, job.stated[row], masked[row], job.args.attribution, out)]
 
     job.passes.fill(job.key("maps"), wanted, 1, make)
@@ -362,12 +375,16 @@ def write_card(job: Job) -> dict[str, Any]:
     ]
     write_reports(args.out / "reports.csv", job, results, marked)
     plots = draw_plots(args.out, results.confidence)
-    cases = []
-    for row, (one, record) in enumerate(zip(passes.data.rows[:_SHOWN], results.pointing, strict=False)):
+
+    def shown_case(row: int) -> ShownCase:
+        one, record = passes.data.rows[row], results.pointing[row]
         figure = args.out / "maps" / record["figure"] if record and record["figure"] else None
-        shown = figure if figure and figure.is_file() else None
-        cases.append((f"{row}: {one.image_path.name}", one.answer, marked[row], shown))
-    write_pages(args.out, card_blocks(card, plots, cases))
+        figure = figure if figure and figure.is_file() else None
+        return f"{row}: {one.image_path.name}", one.answer, marked[row], figure
+
+    opening = opening_blocks(card, [shown_case(row) for row in job.drawn])
+    cases = [shown_case(row) for row in range(min(_SHOWN, len(passes)))]
+    write_pages(args.out, opening, card_blocks(card, plots, cases))
     audit = card["audit"]
     macro = [one["macro_f1"] for one in (card["findings"], audit["shuffled"], audit["blank"])]
     values = (*macro, card["findings"]["chance"], card["confidence"]["ece"], card["pointing_game"])

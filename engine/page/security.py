@@ -24,7 +24,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 MARK = "x-report-page"  # header of every request that changes something; another site may not send it
 COOKIE = "report_page"
 SAFE_METHODS = ("GET", "HEAD")
-OPEN_PATHS = ("/login", "/api/login", "/static/page.css", "/static/login.js", "/static/words.js", "/static/icon.svg")
+OPEN_PATHS = (
+    "/login",
+    "/api/login",
+    "/static/look.css",
+    "/static/page.css",
+    "/static/login.js",
+    "/static/words.js",
+    "/static/icon.svg",
+)
 TRIES, PER_SECONDS = 10, 60.0  # wrong passwords
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "

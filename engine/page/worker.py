@@ -412,7 +412,7 @@ def confirmable(line: str) -> str | None:
 
 
 def _trust(settings: Mapping[str, Any]) -> Trust | None:
-    """Of the report card that was named, or that lies beside the checkpoint, as the quick start and the night put it."""
+    """Of the report card that was named, or that the quick start or the night put beside the checkpoint."""
     if settings["card"]:
         return Trust.of_card(Path(settings["card"]))
     folder = Path(settings["checkpoint"]).parent

@@ -95,6 +95,11 @@ def test_a_random_model_from_end_to_end(
     assert card["text"]["cut_at_limit"] == 1, "a random model does not end in 12 tokens"
     assert card["pointing_game"] is None and card["mask"]["references"]["side_acc"]["value"] == 1
     page = (out / "report_card.html").read_text(encoding="utf-8")
+    assert page.count("<div class='card case'>") == 6 and page.count("<div class='card tile'>") == 5
+    assert page.index("too few cases") < page.index("class='card tile'") < page.index("class='card case'")
+    assert page.index("class='card case'") < page.index("<details>") and page.count("<details>") == page.count(
+        "<summary>"
+    )
     assert "too few cases" in page and not re.search(r"(src|href)=['\"](?!data:)", page)
     assert "| finding | in references |" in (out / "report_card.md").read_text(encoding="utf-8")
     with (out / "reports.csv").open(encoding="utf-8-sig", newline="") as stream:
@@ -140,7 +145,9 @@ def test_maps_of_true_reports_are_written_in_the_space_of_the_scan(
         assert heat.shape == scan.shape and np.allclose(heat.affine, scan.affine)
         assert np.abs(heat.get_fdata()).any((0, 1)).sum() == 1  # the one slice that the model was shown
     page = (out / "report_card.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 4 + 2, "maps, reliability, risk and coverage"
+    assert page.count("data:image/png;base64,") == 2 * 4 + 2, (
+        "maps at the top and below, reliability, risk and coverage"
+    )
 
 
 def test_more_cases_keep_what_was_generated(evaluate: Callable[..., Path]) -> None:

@@ -19,7 +19,7 @@ from data.phantom.finding import Finding
 from data.phantom.report import write_report
 from data.tables.caption_table import CaptionRow
 from engine.evaluation.baselines import CopiedReports
-from engine.evaluation.card_pages import card_blocks
+from engine.evaluation.card_pages import card_blocks, opening_blocks
 from engine.evaluation.conditions import AUDITED, GenerationStore, ReportPasses, shuffled_order
 from engine.evaluation.confidence import Labeller, Outcomes, confidence_scores
 from engine.evaluation.report_card import TableResults, report_card
@@ -160,7 +160,8 @@ def test_reports_are_compared_with_copied_ones(tmp_path: Path) -> None:
     card, _ = audit(tmp_path / "blind", 60, looks=False, nearest=right)
     assert card["audit"]["verdict_code"] == "independent", "which says more than that it is below a baseline"
     assert any("no: exact_acc is above copying" in reason for reason in card["audit"]["reasons"])
-    markdown = "\n".join(block for block, _ in card_blocks(card | {"csv": "", "checkpoint": ""}, [], []))
+    named = card | {"csv": "", "checkpoint": ""}
+    markdown = "\n".join(block for block, _ in [*opening_blocks(named, []), *card_blocks(named, [], [])])
     assert "Beside its baselines and floors" in markdown and "| score | the model | nearest | floors |" in markdown
 
 
