@@ -2,7 +2,7 @@
 
 import { chosenLanguage, currentLanguage, setLanguage, t, translate } from "/static/words.js";
 import { SliceViewer } from "/static/viewer_slices.js";
-import { NiivueViewer, fits, hasWebGL2 } from "/static/viewer_niivue.js";
+import { NiivueViewer, fits } from "/static/viewer_niivue.js";
 
 const $ = (id) => document.getElementById(id);
 const PRESETS = { lung: [-1350, 150], mediastinum: [-160, 240], bone: [-500, 1300] };
@@ -404,7 +404,7 @@ function drawPlace() {
     parts.push(t("position", { z, y, x, hu: Number.isFinite(value) ? ` · ${Math.round(value)} HU` : "" }));
   }
   if (state.sentence) parts.push(t(state.sentence.map ? "mapped" : "mapping"));
-  $("place").textContent = parts.join("   ");
+  $("place").textContent = parts.join(" · ");
 }
 
 // ------------------------------------------------------------------ findings
@@ -469,44 +469,47 @@ function showViewer() {
 
 async function build() {
   if (!scan) return;
-  const position = viewer?.position;
-  const win = viewer?.window ?? PRESETS.lung;
-  viewer?.destroy();
-  viewer = $("stage").viewer = null;
-  $("stage").replaceChildren();
-  const able = hasWebGL2() && status.niivue && fits(scan.shape);
+  const mine = scan;
+  const able = status.niivue && fits(scan.shape);
   $("viewer-kind").options[0].disabled = !able;
-  if (!able) $("viewer-kind").value = "slices";
   $("viewer-kind").title = able ? "" : t("webgl");
-  const changed = async (news) => {
-    const { value } = news;
+  if (!able) $("viewer-kind").value = "slices";
+  const changed = (which) => async (news) => {
+    if (which() !== viewer) return; // one that is still loading
     if (news.window) drawWindow(news.window);
     if (news.position) state.drawn.position = news.position;
-    if (value !== undefined) state.drawn.value = await value;
+    if (news.value !== undefined) state.drawn.value = await news.value;
     drawPlace();
   };
-  const mine = scan;
-  if ($("viewer-kind").value === "niivue") {
-    try {
-      const made = await NiivueViewer.create($("stage"), mine, changed);
-      if (mine !== scan) return made.destroy();
-      viewer = made;
-    } catch (error) {
-      console.warn(error);
-      $("stage").replaceChildren();
-      $("viewer-kind").value = "slices";
-    }
+  if (!(viewer instanceof SliceViewer)) { // at once, and until NiiVue has loaded its volume
+    let slices = null;
+    slices = new SliceViewer($("stage"), mine, changed(() => slices));
+    await take(slices);
   }
-  if (mine !== scan) return;
-  viewer ??= new SliceViewer($("stage"), mine, changed);
-  $("stage").viewer = viewer; // for tests
-  for (const kind of ["lesions", "heat"]) viewer.setOpacity(kind, Number($(`${kind === "heat" ? "heat" : "lesion"}-opacity`).value));
-  viewer.setDrag(document.querySelector("[data-drag][aria-checked=true]").dataset.drag);
-  viewer.setWindow(...win);
-  if (position) viewer.setPosition(position);
-  else viewer.setPosition(scan.shape.map((n) => n >> 1));
-  if (state.layers.has("lesions")) await viewer.setLayer("lesions", "lesions");
-  if (state.sentence?.map) await viewer.setLayer("heat", state.sentence.map.layer);
+  if ($("viewer-kind").value !== "niivue") return;
+  let made = null;
+  try {
+    made = await NiivueViewer.create($("stage"), mine, changed(() => made));
+    if (mine !== scan) return made.destroy();
+    await take(made);
+  } catch (error) {
+    console.warn(error);
+    $("viewer-kind").value = "slices";
+  }
+}
+
+/** Let a viewer take the place of the one before: window, place, layers. */
+async function take(next) {
+  const before = viewer;
+  for (const kind of ["lesions", "heat"]) next.setOpacity(kind, Number($(`${kind === "heat" ? "heat" : "lesion"}-opacity`).value));
+  next.setDrag(document.querySelector("[data-drag][aria-checked=true]").dataset.drag);
+  viewer = $("stage").viewer = next; // the property is for tests
+  next.setWindow(...(before?.window ?? PRESETS.lung));
+  next.setPosition(before?.position ?? scan.shape.map((n) => n >> 1));
+  next.reveal?.();
+  before?.destroy();
+  if (state.layers.has("lesions")) await next.setLayer("lesions", "lesions");
+  if (state.sentence?.map) await next.setLayer("heat", state.sentence.map.layer);
 }
 
 function drawWindow([low, high]) {

@@ -2,13 +2,18 @@
 
 const DRAGS = { crosshair: 8, window: 9, pan: 3 };
 const MOST_VOXELS = 250e6; // beyond it a browser's graphics memory is full
+const MOST_WITHOUT_GPU = 10e6; // where the processor draws: a larger scan loads for a minute
 let module = null;
 
-export function hasWebGL2() {
-  return Boolean(document.createElement("canvas").getContext("webgl2"));
+/** Whether this browser can show a scan of this shape. */
+export function fits(shape) {
+  const gl = document.createElement("canvas").getContext("webgl2");
+  if (!gl) return false;
+  const renderer = gl.getParameter(gl.getExtension("WEBGL_debug_renderer_info")?.UNMASKED_RENDERER_WEBGL ?? gl.RENDERER);
+  const most = /swiftshader|llvmpipe|software|basic render/i.test(renderer) ? MOST_WITHOUT_GPU : MOST_VOXELS;
+  gl.getExtension("WEBGL_lose_context")?.loseContext();
+  return shape.reduce((a, b) => a * b) <= most;
 }
-
-export const fits = (shape) => shape.reduce((a, b) => a * b) <= MOST_VOXELS;
 
 export class NiivueViewer {
   static async create(stage, scan, changed) {
@@ -31,6 +36,7 @@ export class NiivueViewer {
   async load(stage) {
     this.canvas = document.createElement("canvas");
     this.canvas.tabIndex = 0;
+    this.canvas.className = "loading";
     stage.append(this.canvas);
     this.nv = new module.Niivue({
       dragAndDropEnabled: false, isRadiologicalConvention: true, multiplanarShowRender: 0, sliceType: 3, logLevel: "error",
@@ -59,6 +65,8 @@ export class NiivueViewer {
     window.addEventListener("resize", this.arrange);
     this.setPosition(this.scan.shape.map((n) => n >> 1));
   }
+
+  reveal() { this.canvas.className = ""; }
 
   url(layer) { return `/api/cases/${this.scan.id}/volumes/${layer}.nii`; }
 

@@ -15,6 +15,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import numpy as np
 import psutil
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.actions.wheel_input import ScrollOrigin
 from selenium.webdriver.common.by import By
@@ -382,12 +384,14 @@ class Browser:
 
     def wait(self, condition: Callable[[], Any], what: object = "") -> Any:
         deadline = time.monotonic() + LONG_S
-        while not (found := self.driver.execute_script("return 1") and condition()):
+        while True:
+            with suppress(StaleElementReferenceException):  # the page has just drawn it anew
+                if found := condition():
+                    return found
             if time.monotonic() > deadline:
                 self.shot("failed")
-                raise AssertionError(f"waited in vain for {what}; {self.find('body').text[:2000]}")
+                raise AssertionError(f"waited in vain for {what}; {self.all('body')[0].text[:2000]}")
             time.sleep(0.1)
-        return found
 
     def text(self, css: str) -> str:
         return self.driver.execute_script(f"return document.querySelector({css!r})?.textContent ?? ''")
