@@ -327,12 +327,14 @@ def _content_digest(path: Path, size: int, mtime_ns: int, memory: Path | None) -
     return digest.digest()
 
 
-def publish(write: Callable[[Path], None], entry: Path) -> None:
-    """Let ``write`` fill a temporary folder beside ``entry``, then rename it into place."""
+def publish(write: Callable[[Path], None], entry: Path, scratch: Path | None = None) -> None:
+    """Let ``write`` fill a temporary folder beside ``entry``, or in ``scratch`` on the same disk, then rename it into
+    place."""
     entry.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(entry.parent)
-    temporary = entry.with_name(f".tmp-{uuid.uuid4().hex}")
-    temporary.mkdir()
+    if scratch is None:
+        _remove_abandoned(entry.parent)
+    temporary = (scratch or entry.parent) / f".tmp-{uuid.uuid4().hex}"
+    temporary.mkdir(parents=True)
     try:
         write(temporary)
         _rename(temporary, entry)

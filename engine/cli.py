@@ -220,3 +220,8 @@ def shard(text: str) -> tuple[int, int]:
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
         raise argparse.ArgumentTypeError(f"expected I/N with 1 <= I <= N, e.g. 2/4, got {text}")
     return int(index), int(count)
+
+
+def shard_of_environment() -> tuple[int, int]:
+    """The shard that torchrun or accelerate gives this process; without them the whole list."""
+    return int(os.environ.get("RANK", 0)) + 1, int(os.environ.get("WORLD_SIZE", 1))

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,21 @@ from data.findings import FindingRecord
 from data.medical_vlm_dataset import encode_key_points, encode_prompt, pad_tokens
 from data.report_language.key_points import write_key_points
 from data.report_language.labeller import detect_language
+from data.report_language.sections import split_sections
 from data.tables.caption_table import CaptionRow, question_of, read_prompts
 from data.view_selection import View, ViewSelection
 from engine import segmentation
 from engine.checkpoint import Checkpoint, check_language_model, load_checkpoint
 from engine.cli import local_config
-from engine.evaluation.confidence import Labeller, Logistic, Statement, mark_unsure, split_sentences, statements
+from engine.evaluation.confidence import (
+    TO_CHECK,
+    Labeller,
+    Logistic,
+    Statement,
+    mark_unsure,
+    split_sentences,
+    statements,
+)
 from engine.evaluation.report_writer import Report, ReportWriter, token_spans
 from engine.findings_prompt import believed
 from engine.scan_checks import check_new_scan, chosen_blindly, compare_described, describe_view, judge_features, notice
@@ -298,6 +308,19 @@ class WrittenReport:
         """Notice and marked text: what may be shown."""
         return f"{self.notice}\n{self.marked}" if self.notice else self.marked
 
+    def sections(self, language: str) -> list[tuple[str, str]]:
+        """Name and marked body of each section of the text, in its order."""
+        ends, end = [], 0  # of the unsure sentences
+        for one in self.sentences:
+            ends += [end + len(one.text.rstrip())] * one.unsure
+            end += len(one.text)
+        found = []
+        for section in split_sections(self.text):
+            cuts = [section.start, *(at for at in ends if section.start < at <= section.end), section.end]
+            parts = [self.text[first:last] for first, last in pairwise(cuts)]
+            found.append((section.name, TO_CHECK[language].join(parts)))
+        return found
+
 
 @dataclass(frozen=True)
 class Trust:
@@ -352,6 +375,7 @@ class Reporter:
         mamba_model: str | None = None,
         slice_policy: str | None = None,
         llm_device: str | None = None,
+        llm_int8: bool = False,
         allow_toy_model: bool = False,
         **options: Any,
     ) -> Reporter:
@@ -360,6 +384,7 @@ class Reporter:
         Args:
             config: file that paths and places are taken from instead of the checkpoint.
             llm_device: of the language model; by default the GPU where there is one.
+            llm_int8: its large weights in int8.
             options: of the constructor.
 
         Raises InputError: a file is missing or does not fit the others.
@@ -369,7 +394,7 @@ class Reporter:
         resolved = run_config(argparse.Namespace(**flags), loaded)
         check_models(loaded, resolved)
         reader = ScanReader(loaded, resolved, allow_toy_model=allow_toy_model)
-        return cls(reader, load_lm(loaded, resolved, llm_device or best_device()), **options)
+        return cls(reader, load_lm(loaded, resolved, llm_device or best_device(), int8=llm_int8), **options)
 
     def report(
         self, image: Path | str, question: str = "", *, mask: Path | None = None, force: bool = False

@@ -13,7 +13,6 @@ the exit code is then 1.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 from config.processes import pool_size
 from config.schema import Config, load_config
-from engine.cli import Interrupted, Parser, add_force_flag, positive_int, run_main, shard
+from engine.cli import Interrupted, Parser, add_force_flag, positive_int, run_main, shard, shard_of_environment
 
 if TYPE_CHECKING:
     from data.cache import VolumeCache
@@ -44,11 +43,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--verify", action="store_true", help="also read every slice of finished entries")
     add_force_flag(parser)
     return parser.parse_args()
-
-
-def shard_of_environment() -> tuple[int, int]:
-    """The shard that torchrun or accelerate gives this process; without them the whole list."""
-    return int(os.environ.get("RANK", 0)) + 1, int(os.environ.get("WORLD_SIZE", 1))
 
 
 def show_segmentation(config: Config, cache: SegmentedCache, files: list[Files]) -> None:

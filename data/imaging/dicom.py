@@ -13,6 +13,7 @@ import logging
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,6 +53,13 @@ class Series:
         return f"{number or '?'} {name}({len(self.files)} images, first {self.files[0].name})"
 
     @property
+    def label(self) -> str:
+        """Its number and a digest of its UID, as the name of a file: ``series2_1f0a``."""
+        number = "".join(filter(str.isalnum, _text(self.headers[0], "SeriesNumber")))
+        uid = blake2b(_text(self.headers[0], "SeriesInstanceUID").encode(), digest_size=4).hexdigest()
+        return f"series{number}_{uid}"
+
+    @property
     def problem(self) -> str:
         """Why the series is no CT volume, or empty."""
         first = self.headers[0]
@@ -83,21 +91,22 @@ def is_dicom(path: Path) -> bool:
         return stream.read(132)[128:] == b"DICM"
 
 
-def files_below(folder: Path) -> list[Path]:
-    """All files below ``folder``, in the order of their names. Raises InputError for more than 20,000."""
-    files = list(islice((file for file in folder.rglob("*") if file.is_file()), _MAX_FILES + 1))
+def files_below(folder: Path, *, deep: bool = True) -> list[Path]:
+    """All files below ``folder``, or in it alone, in the order of their names. Raises InputError for more than
+    20,000."""
+    files = list(islice((file for file in folder.glob("**/*" if deep else "*") if file.is_file()), _MAX_FILES + 1))
     if len(files) > _MAX_FILES:
         raise InputError(f"{folder}: holds more than {_MAX_FILES} files; name the folder of one series")
     return sorted(files)
 
 
-def series_in(folder: Path) -> list[Series]:
-    """Every series below ``folder``, by number; files that name no series count as one.
+def series_in(folder: Path, *, deep: bool = True) -> list[Series]:
+    """Every series below ``folder``, or in it alone, by number; files that name no series count as one.
 
     Raises InputError if there is no DICOM file, or one that cannot be read.
     """
     grouped: dict[str, list[tuple[Path, Dataset]]] = defaultdict(list)
-    for file in files_below(folder):
+    for file in files_below(folder, deep=deep):
         if is_dicom(file) and (header := _header(file)) is not None:
             grouped[_text(header, "SeriesInstanceUID")].append((file, header))
     if not grouped:
@@ -133,6 +142,11 @@ def read_header(path: Path) -> ImageHeader:
     steps, a tilted gantry, colours, several frames, no rescaling.
     """
     return _read_geometry(path)[0]
+
+
+def slices_of(path: Path) -> list[Path]:
+    """The files of the series at ``path`` in the order of its third axis. Raises InputError as :func:`read_header`."""
+    return [file for file, _, _ in _read_geometry(path)[1]]
 
 
 def read_stored(path: Path) -> StoredImage:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -42,6 +44,49 @@ def files_of(path: Path) -> list[Path]:
     if path.is_file() and dicom.is_dicom(path):
         return [path, *files_of(path.parent)]
     return [path]
+
+
+@dataclass(frozen=True)
+class FoundScan:
+    """A scan in a folder of scans. ``path``: for :func:`read_volume`, of a DICOM series one of its files; ``name``:
+    unlike that of any other, a relative path with forward slashes; ``problem``: why it cannot be read, or empty."""
+
+    path: Path
+    name: str
+    problem: str = ""
+
+
+def scans_below(root: Path, without: Path | None = None) -> list[FoundScan]:
+    """Every scan below ``root``, by name: files of the formats above, and each CT series of DICOM files.
+
+    Hidden files and what lies below ``without`` are left out, and so are DICOM objects that are no volume (scouts,
+    secondary captures, reports). A folder whose DICOM files cannot be told apart is one scan with a problem.
+    """
+    found = []
+    for here, folders, files in os.walk(root):
+        folder = Path(here)
+        folders[:] = [name for name in folders if not name.startswith(".") and folder / name != without]
+        slices, present = False, {name.lower() for name in files}
+        for file in (folder / name for name in files if not name.startswith(".")):
+            lower = file.name.lower()
+            if lower.replace(".img", ".hdr") in present - {lower}:
+                continue  # the voxels of that header
+            if lower.endswith((*nifti.SUFFIXES, *itk_image.SUFFIXES)):
+                found.append(FoundScan(file, file.relative_to(root).as_posix()))
+            elif file.is_file() and file.stat().st_size:
+                slices = slices or dicom.is_dicom(file)
+        found += _series_of(folder, root) if slices else []
+    return sorted(found, key=lambda scan: scan.name)
+
+
+def _series_of(folder: Path, root: Path) -> list[FoundScan]:
+    """The CT series of a folder, without those of its subfolders."""
+    name = folder.relative_to(root).as_posix()
+    try:
+        every = [series for series in dicom.series_in(folder, deep=False) if not series.problem]
+    except InputError as error:
+        return [FoundScan(folder, name, str(error))]
+    return [FoundScan(series.files[0], f"{name}/{series.label}".removeprefix("./")) for series in every]
 
 
 def _format_of(path: Path | str) -> ModuleType:

@@ -175,6 +175,17 @@ def turned_to_lps(volume: Volume, labels: np.ndarray | None = None) -> tuple[Vol
     return lps, None if labels is None else turned(labels)
 
 
+def as_stored(array: np.ndarray, header: ImageHeader, axcodes: str = "LPS") -> np.ndarray:
+    """(z, y, x), whose axes run to ``axcodes``, as (k, j, i) on the grid of the file that ``header`` is of.
+
+    Raises ValueError: another number of voxels than the file has."""
+    turn = orientations.ornt_transform(orientations.axcodes2ornt(axcodes), orientations.io_orientation(header.affine))
+    stored = orientations.apply_orientation(array.transpose(2, 1, 0), turn)
+    if stored.shape != header.shape:
+        raise ValueError(f"an array of {stored.shape} voxels for an image of {header.shape}")
+    return stored.transpose(2, 1, 0)
+
+
 def check_shape(path: Path, shape: tuple[int, ...], dtype: np.dtype, limit_bytes: int) -> tuple[int, int, int]:
     """The three spatial lengths, after making sure that reading them cannot exhaust memory.
 

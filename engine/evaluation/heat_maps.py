@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
 
 from data.cache import CachedVolume
 from data.imaging.nifti import write_volume
 from data.imaging.reader import read_header
-from data.imaging.volume import LUNG_WINDOW_HU, Volume
+from data.imaging.volume import LUNG_WINDOW_HU, Volume, as_stored
 from data.nnunet_preprocess import VoxelMap
 from data.view_selection import ViewSelection
 
@@ -91,11 +91,8 @@ def write_heat(path: Path, heat: np.ndarray, volume: Volume) -> None:
     Shape, axes and affine are those that the image file has, so that viewers lay one over the other.
     """
     header = read_header(volume.path)
-    turn = ornt_transform(axcodes2ornt(volume.orientation), io_orientation(header.affine))
-    stored = apply_orientation(heat.transpose(2, 1, 0), turn)
-    if stored.shape != header.shape:
-        raise ValueError(f"a map of {stored.shape} voxels for an image of {header.shape}")
-    write_volume(path, stored.transpose(2, 1, 0).astype(np.float32), tuple(header.zooms[::-1]), header.affine)
+    stored = as_stored(heat, header, volume.orientation).astype(np.float32)
+    write_volume(path, stored, tuple(header.zooms[::-1]), header.affine)
 
 
 def draw_heat(
