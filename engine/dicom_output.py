@@ -2,7 +2,9 @@
 
     report_sr.dcm          Basic Text SR: the text, in the sections that it has
     measurements_sr.dcm    Comprehensive 3D SR, TID 1500: long axis, volume and mean HU of each lesion
-    lesions_seg.dcm        Segmentation: one segment for each lesion; not written without lesions
+    lesions_seg.dcm        Segmentation: one segment for each lesion
+
+The last two are not written without lesions.
 
 UIDs depend on the content alone, so that a report that is sent twice is one object. Objects are PRELIMINARY and
 UNVERIFIED; the observer is a device.
@@ -87,11 +89,11 @@ def source_slices(image: Path) -> list[Dataset] | None:
 
 @dataclass(frozen=True)
 class DicomReport:
-    """The objects of one report; ``segmentation`` is None without lesions."""
+    """The objects of one report; the last two are None without lesions."""
 
     text: hd.sr.EnhancedSR
-    measurements: hd.sr.Comprehensive3DSR
-    segmentation: hd.seg.Segmentation | None
+    measurements: hd.sr.Comprehensive3DSR | None = None
+    segmentation: hd.seg.Segmentation | None = None
 
     @property
     def objects(self) -> list[Dataset]:
@@ -114,7 +116,9 @@ def dicom_report(
         version: of the checkpoint, for the algorithm's identification.
     """
     maker = _Maker(slices, reading, report, version)
-    segmentation = maker.segmentation(as_stored(labels, read_header(reading.image))) if labels.any() else None
+    if not labels.any():
+        return DicomReport(maker.text())
+    segmentation = maker.segmentation(as_stored(labels, read_header(reading.image)))
     return DicomReport(maker.text(), maker.measurements(segmentation), segmentation)
 
 
@@ -182,11 +186,9 @@ class _Maker:
         document.SOPClassUID = document.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage
         return document
 
-    def measurements(self, segmentation: hd.seg.Segmentation | None) -> hd.sr.Comprehensive3DSR:
+    def measurements(self, segmentation: hd.seg.Segmentation) -> hd.sr.Comprehensive3DSR:
         """The measurements after TID 1500, each lesion with its segment."""
-        groups = None
-        if segmentation is not None:
-            groups = [self._group(number, lesion, segmentation) for number, lesion in enumerate(self.lesions, 1)]
+        groups = [self._group(number, lesion, segmentation) for number, lesion in enumerate(self.lesions, 1)]
         content = hd.sr.MeasurementReport(
             observation_context=self.context,
             procedure_reported=CodedConcept("24627-2", "LN", "CT Chest"),
@@ -196,10 +198,14 @@ class _Maker:
                 CodedConcept("en", "RFC5646", "English")
             ),
         )
-        evidence = [*self.slices, *([segmentation] if segmentation is not None else [])]
         common = self.equipment(1, "AI measurements, unverified")
         return hd.sr.Comprehensive3DSR(
-            evidence, content, **common, is_complete=True, is_final=False, specific_character_set=CHARACTERS
+            [*self.slices, segmentation],
+            content,
+            **common,
+            is_complete=True,
+            is_final=False,
+            specific_character_set=CHARACTERS,
         )
 
     def _group(
@@ -244,7 +250,7 @@ class _Maker:
             )
             for number, lesion in enumerate(self.lesions, 1)
         ]
-        return hd.seg.Segmentation(
+        made = hd.seg.Segmentation(
             self.slices,
             labels,
             hd.seg.SegmentationTypeValues.BINARY,
@@ -253,6 +259,9 @@ class _Maker:
             content_label="LESIONS",
             content_description="Lesions, segmented by an algorithm, unverified",
         )
+        for item in (*made.DimensionOrganizationSequence, *made.DimensionIndexSequence):
+            item.DimensionOrganizationUID = self.uid("dimensions")
+        return made
 
 
 def _section(name: str, body: str) -> hd.sr.ContainerContentItem:

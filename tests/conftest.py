@@ -105,3 +105,24 @@ def card() -> dict[str, Any]:
         "confidence": {"ece": 0.02},
         "baselines": {"nearest": {**scores, "whole_reports": shuffled, "difference": gain}},
     }
+
+
+@pytest.fixture(scope="session")
+def demo_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demonstration's ``paths.yaml`` with a cache of its own."""
+    from config.schema import load_config, write_config
+    from engine.chain import SHIPPED_DEMO
+
+    folder = tmp_path_factory.mktemp("demo")
+    own = {"cache_dir": str(folder / "cache"), "output_dir": str(folder / "out")}
+    write_config(load_config(SHIPPED_DEMO / "paths.yaml").replace(**own), folder / "paths.yaml")
+    return folder / "paths.yaml"
+
+
+@pytest.fixture(scope="session")
+def demo_reporter(demo_config: Path) -> Any:
+    """The demonstration checkpoint with its language model."""
+    from engine.chain import SHIPPED_DEMO
+    from engine.reporting import Reporter
+
+    return Reporter.load(SHIPPED_DEMO / "vision_bridge_vlm.pt", demo_config, max_new_tokens=200)

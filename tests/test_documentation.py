@@ -33,6 +33,7 @@ FLAG_TABLES = {
     "scripts/evaluate_reports.py": "17 报告评价",
     "scripts/prepare_data.py": "18 批量预处理",
     "scripts/adapt_language_model.py": "19 第零阶段",
+    "scripts/report_folder.py": "21 整个文件夹的报告",
     "scripts/report_page.py": "20 报告页面",
 }
 SHOWN_TO_USERS = ["train_loss", "val_loss", "caption_loss", "平均 caption_loss", "最近 5 个 epoch 平均 caption_loss"]

@@ -9,54 +9,46 @@ import numpy as np
 import pytest
 
 from config.errors import InputError
-from config.schema import REPOSITORY, load_config, write_config
+from config.schema import REPOSITORY
 from engine.chain import SHIPPED_DEMO
-from engine.reporting import STEPS, Reporter, Trust
+from engine.reporting import STEPS, Trust
 
 SCAN = SHIPPED_DEMO / "data" / "images" / "val_0000.nii.gz"
 
 
-@pytest.fixture(scope="module")
-def reporter(tmp_path_factory) -> Reporter:
-    folder = tmp_path_factory.mktemp("demo")
-    local = load_config(SHIPPED_DEMO / "paths.yaml").replace(cache_dir=str(folder / "cache"))
-    write_config(local, folder / "paths.yaml")
-    return Reporter.load(SHIPPED_DEMO / "vision_bridge_vlm.pt", folder / "paths.yaml", max_new_tokens=200)
-
-
-def test_a_scan_is_read_in_steps_and_its_report_says_what_was_found(reporter):
+def test_a_scan_is_read_in_steps_and_its_report_says_what_was_found(demo_reporter):
     begun = []
-    reading = reporter.reader.read(SCAN, begin=begun.append)
+    reading = demo_reporter.reader.read(SCAN, begin=begun.append)
     assert tuple(begun) == STEPS == tuple(reading.seconds) and min(reading.seconds.values()) > 0
     [lesion] = reading.measured
     [said] = reading.believed
     assert (lesion.side, lesion.zone) == ("right", "middle") and said.finding == "cavity" and reading.language == "zh"
     assert reading.key_points == "已知：右肺中野空洞31mm。"
-    [written] = reporter.write([reading])
+    [written] = demo_reporter.write([reading])
     assert "空洞" in written.text and "右" in written.text and written.tokens.ended
     assert "".join(sentence.text for sentence in written.sentences) == written.text
     sure = [sentence.confidence for sentence in written.sentences if sentence.stated]
     assert sure and all(0 < one <= 1 for one in sure)
     assert written.marked.count("【待核实】") == sum(sentence.unsure for sentence in written.sentences)
-    [other] = reporter.write([reading], ["已知：左肺下野结节12mm。"])
+    [other] = demo_reporter.write([reading], ["已知：左肺下野结节12mm。"])
     assert "左" in other.text and "结节" in other.text and other.text != written.text
 
 
-def test_reports_written_together_are_those_written_alone(reporter):
-    reading = reporter.reader.read(SCAN)
+def test_reports_written_together_are_those_written_alone(demo_reporter):
+    reading = demo_reporter.reader.read(SCAN)
     lines = [reading.key_points, "已知：未见病灶。"]
-    together = reporter.write([reading, reading], lines)
-    assert [one.text for one in together] == [reporter.write([reading], [line])[0].text for line in lines]
+    together = demo_reporter.write([reading, reading], lines)
+    assert [one.text for one in together] == [demo_reporter.write([reading], [line])[0].text for line in lines]
 
 
-def test_a_report_card_calibrates_the_confidence(reporter, tmp_path):
+def test_a_report_card_calibrates_the_confidence(demo_reporter, tmp_path):
     path = tmp_path / "report_card.json"
     fitted = {"weights": [0.0] * 5, "offset": 2.0}
     card = {"confidence": {"calibrator": fitted}, "audit": {"verdict": "v"}, "run": {"flags": {"samples": 0}}}
     path.write_text(json.dumps(card), encoding="utf-8")
     trust = Trust.of_card(path)
-    reading = reporter.reader.read(SCAN)
-    stated = reporter.write([reading])[0].statements
+    reading = demo_reporter.reader.read(SCAN)
+    stated = demo_reporter.write([reading])[0].statements
     assert stated and np.allclose(trust(stated), 1 / (1 + np.exp(-2.0))) and trust.verdict == "v" and trust([]) == []
     path.write_text(json.dumps({**card, "run": {"flags": {"samples": 3}}}), encoding="utf-8")
     with pytest.raises(InputError, match="--samples 3"):
@@ -65,9 +57,9 @@ def test_a_report_card_calibrates_the_confidence(reporter, tmp_path):
         Trust.of_card(REPOSITORY / "README.md")
 
 
-def test_a_patients_scan_is_refused_by_a_toy_model(reporter, tmp_path):
+def test_a_patients_scan_is_refused_by_a_toy_model(demo_reporter, tmp_path):
     copy = tmp_path / "images" / "scan.nii.gz"
     copy.parent.mkdir()
     copy.write_bytes(Path(SCAN).read_bytes())
     with pytest.raises(InputError, match="made for the quick start's synthetic data"):
-        reporter.report(copy)
+        demo_reporter.report(copy)

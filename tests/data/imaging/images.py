@@ -13,6 +13,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from config.nnunet_plans import Intensity, PreprocessPlan, Resampling
+from data.imaging.volume import Volume
 
 HU = Intensity(mean=-300.0, std=400.0, percentile_00_5=-1000.0, percentile_99_5=600.0)
 # normalisation, without a mask; intensities; reader; orientation; resampling of image and mask
@@ -70,6 +71,25 @@ def dicom_slice(pixels: np.ndarray, z: float, *, kind: str = CTImageStorage, **t
         else:
             setattr(data, name, value)
     return data
+
+
+def write_study(folder: Path, volume: Volume, number: int = 1, **tags: object) -> list[Path]:
+    """A scan in LPS as a series in a study of its own; the patient's name is Chinese. ``tags``: None leaves one out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dz, dy, dx = volume.spacing
+    known = {"SpecificCharacterSet": "GB18030", "PatientName": "张^三", "PatientID": f"P{number}", "PatientSex": "M"}
+    known |= {"PatientBirthDate": "19600101", "StudyDate": "20260101", "StudyTime": "120000", "StudyID": "1"}
+    known |= {"AccessionNumber": f"A{number}", "ReferringPhysicianName": "", "Manufacturer": "none"}
+    known |= {"StudyInstanceUID": f"1.2.3.{number}", "SeriesInstanceUID": f"1.2.3.{number}.1"}
+    known |= {"FrameOfReferenceUID": f"1.2.3.{number}.2", "PixelSpacing": [dy, dx], "SliceThickness": dz}
+    files = []
+    for index, plane in enumerate(volume.array):
+        stored = (plane.round() + 1024).astype(np.uint16)
+        files.append(folder / f"{len(volume.array) - index:03d}.dcm")
+        given = known | {"InstanceNumber": index + 1} | tags
+        given = {name: value for name, value in given.items() if value is not None}
+        dicom_slice(stored, index * dz, **given).save_as(files[-1], enforce_file_format=True)
+    return files
 
 
 def write_series(folder: Path, array_zyx: np.ndarray, prefix: str = "slice", **options: object) -> list[Path]:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from config.errors import InputError
-from data.imaging.reader import files_of, read_header, read_mask, read_volume
-from tests.data.imaging.images import ORIENTATIONS, SPACING, marked, store_as, write_itk
+from data.imaging.reader import files_of, read_header, read_mask, read_volume, scans_below
+from tests.data.imaging.images import ORIENTATIONS, SPACING, marked, store_as, write_itk, write_series
 
 KINDS = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64"]
 REFUSED = {
@@ -169,3 +169,29 @@ def test_a_header_that_promises_more_than_the_universe_is_refused_before_allocat
     for read in (read_header, read_volume):
         with pytest.raises(InputError, match="more than a file of"):
             read(path)
+
+
+def test_every_scan_of_a_folder_is_found_once(tmp_path):
+    store_as(tmp_path / "b.nii.gz", marked(), "LPS")
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    write_itk(tmp_path / "deep" / "er" / "a.mha", marked())
+    nib.save(nib.Nifti1Pair(marked().transpose(2, 1, 0), np.eye(4)), tmp_path / "deep" / "pair.hdr")
+    hidden, out = tmp_path / "deep" / ".hidden.nii.gz", tmp_path / "out" / "case.nii.gz"
+    out.parent.mkdir()
+    for file in (hidden, out, tmp_path / "notes.txt", tmp_path / "deep" / "broken.NRRD"):
+        file.write_bytes(b"nothing")
+    series = tmp_path / "patient"
+    write_series(series, marked(), "one")
+    write_series(series, marked(), "two", SeriesInstanceUID="1.2.3.7", SeriesNumber=7)
+    write_series(series, marked()[:2], "scout", SeriesInstanceUID="1.2.3.9", ImageType=["ORIGINAL", "LOCALIZER"])
+    write_series(series / "below", marked(), SeriesInstanceUID="1.2.3.8", SeriesNumber=None)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "1.dcm").write_bytes(b"nothing")
+    found = scans_below(tmp_path, out.parent)
+    names = [scan.name.split("_")[0] for scan in found]
+    assert names == sorted(names) and len({scan.name for scan in found}) == len(found)
+    expected = ["b.nii.gz", "bad", "deep/broken.NRRD", "deep/er/a.mha", "deep/pair.hdr"]
+    assert names == [*expected, "patient/below/series", "patient/series2", "patient/series7"]
+    assert [scan.name for scan in found if scan.problem] == ["bad"]
+    whole = [scan for scan in found if not scan.problem and "broken" not in scan.name]
+    assert all(read_volume(scan.path).array.shape == marked().shape for scan in whole)
