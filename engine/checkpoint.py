@@ -36,7 +36,7 @@ from config.schema import FIELDS, REMOVED, Config, build_config, keys_with_role,
 from models.language_model.adapter_file import adapter_digest
 from models.language_model.identity import read_lm_config
 from models.medical_vlm import VisionBridge
-from models.nnunet.encoder import NnUNetEncoder
+from models.pretrained import CONFIG, read_folder
 
 FORMAT = "mamba-ct-report"
 VERSION = 3
@@ -88,13 +88,16 @@ class Checkpoint:
 
     def build_vision(self, max_visual_tokens: int | None = None) -> VisionBridge:
         """The vision part as it was saved, with its weights, strictly loaded; by default with its own token budget."""
-        encoder = NnUNetEncoder.from_architecture(self.encoder_architecture)
         config = self.config.replace(max_visual_tokens=max_visual_tokens or self.config.max_visual_tokens)
-        output_std = self.diagnostics["expected_std"]
-        parts = {"with_cmi": self.has_cmi, "findings": self.findings or ()}
-        vision = VisionBridge.build(config, encoder, self.llm["width"], output_std, **parts)
+        vision = VisionBridge.rebuild(config, vars(self))
         load_vision_weights(vision, self)
         return vision
+
+    def content(self, config: Config) -> dict[str, Any]:
+        """What the file holds, but ``config`` in place of its configuration, and no weights of the vision part."""
+        fields = {name: getattr(self, name) for name in Checkpoint.__dataclass_fields__ if name != "path"}
+        fields |= {"config": config.to_dict(), "preprocess_plan": self.preprocess_plan.to_dict()}
+        return {"format": FORMAT, "version": VERSION, **fields, "model_state_dict": {}}
 
 
 def save_torch_file(content: dict[str, Any], path: Path, older: Path | None = None) -> None:
@@ -172,11 +175,15 @@ def read_torch_file(path: Path, what: str) -> dict[str, Any]:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read, migrate and check a checkpoint.
+    """Read, migrate and check a checkpoint, or a folder of ``MedicalVLM.save_pretrained``.
 
     Raises InputError: missing, truncated, not ours, from a newer version, or incomplete.
     """
-    content = read_torch_file(path, "checkpoint")
+    return checkpoint_of(read_folder(path) if (path / CONFIG).is_file() else read_torch_file(path, "checkpoint"), path)
+
+
+def checkpoint_of(content: dict[str, Any], path: Path) -> Checkpoint:
+    """Migrate and check a checkpoint's content, as :func:`load_checkpoint` does."""
     if content.get("format") != FORMAT:
         raise InputError(f"{path} is not a checkpoint of this project (no format '{FORMAT}'): {_REMEDY}")
     version = _part(content, "version", path)

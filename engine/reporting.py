@@ -37,7 +37,7 @@ from data.report_language.sections import split_sections
 from data.tables.caption_table import CaptionRow, question_of, read_prompts
 from data.view_selection import View, ViewSelection
 from engine import segmentation
-from engine.checkpoint import Checkpoint, check_language_model, load_checkpoint
+from engine.checkpoint import Checkpoint, check_language_model, checkpoint_of, load_checkpoint
 from engine.cli import local_config
 from engine.evaluation.confidence import (
     TO_CHECK,
@@ -55,7 +55,7 @@ from models.language_model.decoding import Decoding
 from models.language_model.embedding_table import load_embedding_table
 from models.language_model.identity import read_tokenizer
 from models.language_model.mamba_lm import MambaLM
-from models.medical_vlm import MedicalVLM, check_regions
+from models.medical_vlm import MedicalVLM, VisionBridge, check_regions
 
 MAX_NEW_TOKENS = 300  # of a report, by default
 UNSURE = 0.5  # confidence below which a sentence is marked 待核实, by default
@@ -191,14 +191,23 @@ class ScanReader:
     """The vision part of a checkpoint with what turns a scan into its input; loaded once, for any number of scans."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: Config, *, device: str | None = None, allow_toy_model: bool = False
+        self,
+        checkpoint: Checkpoint,
+        config: Config,
+        *,
+        vision: VisionBridge | None = None,
+        device: str | None = None,
+        allow_toy_model: bool = False,
     ) -> None:
-        """``config``: of :func:`run_config`. Raises InputError as :func:`engine.segmentation.open_cache` does."""
+        """``config``: of :func:`run_config`; ``vision``: of the checkpoint, where it is loaded already.
+
+        Raises InputError as :func:`engine.segmentation.open_cache` does."""
         self.checkpoint, self.config, self.allow_toy_model = checkpoint, config, allow_toy_model
         self.device = torch.device(device or best_device())
         self.known = checkpoint.scan_checks or {}
         self.tokenizer = read_tokenizer(config.mamba_model)
-        self.vision = checkpoint.build_vision(config.max_visual_tokens).eval().to(self.device)
+        vision = vision or checkpoint.build_vision(config.max_visual_tokens)
+        self.vision = vision.eval().to(self.device)
         self.selection = ViewSelection.from_config(config, checkpoint.preprocess_plan, self.vision.encoder)
         self.cache = segmentation.open_cache(config, checkpoint.preprocess_plan)
         self._table: Tensor | None = None  # of embeddings, for CMI
@@ -364,7 +373,19 @@ class Reporter:
         self, reader: ScanReader, lm: MambaLM, *, max_new_tokens: int = MAX_NEW_TOKENS, trust: Trust | None = None
     ) -> None:
         self.reader, self.lm, self.trust = reader, lm, trust or Trust()
-        self.writer = ReportWriter(MedicalVLM(reader.vision, lm).eval(), max_new_tokens)
+        self.model = MedicalVLM(reader.vision, lm).eval()
+        self.model.content = reader.checkpoint.content(reader.config)
+        self.writer = ReportWriter(self.model, max_new_tokens)
+
+    @classmethod
+    def of(cls, model: MedicalVLM, *, allow_toy_model: bool = False, **options: Any) -> Reporter:
+        """Of a model of ``MedicalVLM.from_pretrained``; ``options``: of the constructor."""
+        checkpoint = checkpoint_of({**model.content, "model_state_dict": model.vision.state_dict()}, Path("model"))
+        device = str(next(model.vision.parameters()).device)
+        reader = ScanReader(
+            checkpoint, checkpoint.config, vision=model.vision, device=device, allow_toy_model=allow_toy_model
+        )
+        return cls(reader, model.lm, **options)
 
     @classmethod
     def load(

@@ -23,6 +23,7 @@ from models.cmi import CMI
 from models.findings_head import DESCRIPTORS, FindingsHead, Found, findings_loss, known_targets
 from models.language_model.mamba_lm import IGNORED, MambaLM
 from models.nnunet.encoder import NnUNetEncoder
+from models.pretrained import Pretrained
 from models.roi_crop import center_crop
 from models.vim_bridge import Bridge, BridgeSpec, VimBridge, grid_side
 
@@ -81,6 +82,14 @@ class VisionBridge(nn.Module):
         vision = cls(encoder, VimBridge(spec), cmi, centre_crop=None if around_lesions else side)
         vision.add_head(findings)
         return vision
+
+    @classmethod
+    def rebuild(cls, config: Config, content: Mapping[str, Any]) -> VisionBridge:
+        """As a checkpoint of this ``content`` describes it; its weights are not loaded."""
+        encoder = NnUNetEncoder.from_architecture(content["encoder_architecture"])
+        parts = {"with_cmi": any(key.startswith("cmi.") for key in content["model_state_dict"])}
+        parts["findings"] = content.get("findings") or ()
+        return cls.build(config, encoder, content["llm"]["width"], content["diagnostics"]["expected_std"], **parts)
 
     def add_head(self, findings: Sequence[str]) -> None:
         """A fresh head for these findings; none for none."""
@@ -164,13 +173,20 @@ class VisionBridge(nn.Module):
         return ", ".join(parts)
 
 
-class MedicalVLM(nn.Module):
+class MedicalVLM(nn.Module, Pretrained):
     """The trained vision part and the frozen language model."""
 
     def __init__(self, vision: VisionBridge, lm: MambaLM) -> None:
         super().__init__()
         self.vision = vision
         self.lm = lm
+
+    @classmethod
+    def assemble(cls, config: Config, content: Mapping[str, Any], lm: MambaLM) -> MedicalVLM:
+        """From what ``save_pretrained`` wrote."""
+        vision = VisionBridge.rebuild(config, content)
+        vision.load_state_dict(content["model_state_dict"])
+        return cls(vision, lm)
 
     def train(self, mode: bool = True) -> MedicalVLM:
         super().train(mode)

@@ -59,7 +59,9 @@ def load(demo_reporter) -> Callable:
 def run(scans: Path, out: Path, load: Callable, *flags: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report_folder, "load_reporter", load)
-        patch.setattr(sys, "argv", [str(SCRIPT), str(scans), str(out), "--batch_size", "2", "--max_new_tokens", "200", *flags])
+        patch.setattr(
+            sys, "argv", [str(SCRIPT), str(scans), str(out), "--batch_size", "2", "--max_new_tokens", "200", *flags]
+        )
         return report_folder.main()
 
 
