@@ -126,3 +126,15 @@ def demo_reporter(demo_config: Path) -> Any:
     from engine.reporting import Reporter
 
     return Reporter.load(SHIPPED_DEMO / "vision_bridge_vlm.pt", demo_config, max_new_tokens=200)
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """The flags of a command, ``["scripts/x.py", "--flag", …]``, as that script's own parser reads them."""
+
+    def read(command: list[str]):
+        module = importlib.import_module(command[0].removesuffix(".py").replace("/", "."))
+        monkeypatch.setattr(sys, "argv", command)
+        return module.parse_args()
+
+    return read

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import multiprocessing
 import os
@@ -159,15 +158,3 @@ def night(tmp_path: Path, make_checkpoint: Callable, monkeypatch: pytest.MonkeyP
     yield Night(tmp_path, make_checkpoint, monkeypatch)
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture
-def parse(monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """The flags of a command, ``["scripts/x.py", "--flag", …]``, as that script's own parser reads them."""
-
-    def read(command: list[str]):
-        module = importlib.import_module(command[0].removesuffix(".py").replace("/", "."))
-        monkeypatch.setattr(sys, "argv", command)
-        return module.parse_args()
-
-    return read
