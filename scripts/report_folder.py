@@ -6,7 +6,7 @@
     accelerate launch scripts/report_folder.py d:/ct/new outputs/reports       each process takes its shard
 
 IN is searched with all its subfolders: NIfTI, .mha, .mhd, .nrrd, and each series of DICOM files. What OUT holds stands
-in engine/report_files.py. It can be stopped at any moment and started again: finished cases are skipped. A scan that
+in engine/reports/files.py. It can be stopped at any moment and started again: finished cases are skipped. A scan that
 cannot be read is reported in one line and tried again by the next start; the exit code is then 1.
 """
 
@@ -78,8 +78,8 @@ from tqdm import tqdm
 from config.files import write_text
 from data.cache import file_digest
 from data.imaging.reader import scans_below
-from engine.report_files import CaseFolder, about_run, check_same_run, write_tables
 from engine.reporting import Reading, Reporter, Trust, WrittenReport, best_device
+from engine.reports.files import CaseFolder, about_run, check_same_run, write_tables
 
 SENT = "sent.json"  # of a case whose objects the server has
 
@@ -142,7 +142,7 @@ class FolderRun:
         self.failed = 0
         self.server = None
         if args.stow:
-            from engine.dicom_output import DicomwebServer
+            from engine.reports.dicom_output import DicomwebServer
 
             self.server = DicomwebServer(args.stow)
 
@@ -200,7 +200,7 @@ class FolderRun:
 
     def _dicom_writer(self, reading: Reading, report: WrittenReport) -> Callable[[Path, np.ndarray], object] | None:
         """What adds the DICOM objects to a case's folder; None for a scan of another format."""
-        from engine.dicom_output import dicom_report, source_slices
+        from engine.reports.dicom_output import dicom_report, source_slices
 
         slices = source_slices(reading.image)
         if slices is None:

@@ -20,13 +20,13 @@ import openpyxl
 import pydicom
 import pytest
 
-import engine.report_files as report_files
 from config.errors import InputError
 from data.imaging.reader import read_header, read_mask, read_volume
 from data.phantom.dataset import make_dataset
 from engine.chain import SHIPPED_DEMO
 from engine.cli import Interrupted
-from engine.dicom_output import FILES
+from engine.reports import files as report_files
+from engine.reports.dicom_output import FILES
 from scripts import report_folder
 from tests.data.imaging.images import write_itk, write_study
 

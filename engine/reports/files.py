@@ -4,7 +4,7 @@
                    report.json       input, model, findings, sentences with confidence, versions, seconds
                    overlay.nii.gz    the lesions on the scan's own grid, 1 the largest
                    figure.png        slices with the lesions outlined
-                   *.dcm             with --dicom, for DICOM input (engine/dicom_output.py)
+                   *.dcm             with --dicom, for DICOM input (engine/reports/dicom_output.py)
     OUT/failed/NAME.json             a scan that cannot be read, and why; tried again by the next start
     OUT/reports.csv, reports.xlsx    a row for each scan
     OUT/index.html                   every case with its figure and report

@@ -22,8 +22,8 @@ from pydicom.uid import BasicTextSRStorage
 from config.errors import InputError
 from data.imaging.reader import read_volume
 from engine.chain import SHIPPED_DEMO
-from engine.dicom_output import FILES, UNVERIFIED, DicomReport, DicomwebServer, dicom_report, source_slices
-from engine.report_files import lesion_labels
+from engine.reports.dicom_output import FILES, UNVERIFIED, DicomReport, DicomwebServer, dicom_report, source_slices
+from engine.reports.files import lesion_labels
 from tests.data.imaging.images import write_study
 
 SCAN = SHIPPED_DEMO / "data" / "images" / "val_0000.nii.gz"
