@@ -36,7 +36,7 @@ from config.schema import FIELDS, REMOVED, Config, build_config, keys_with_role,
 from models.language_model.adapter_file import adapter_digest
 from models.language_model.identity import read_lm_config
 from models.medical_vlm import VisionBridge
-from models.pretrained import CONFIG, read_folder
+from models.pretrained import CONFIG, read_folder, rebuild_vision
 
 FORMAT = "mamba-ct-report"
 VERSION = 3
@@ -89,7 +89,7 @@ class Checkpoint:
     def build_vision(self, max_visual_tokens: int | None = None) -> VisionBridge:
         """The vision part as it was saved, with its weights, strictly loaded; by default with its own token budget."""
         config = self.config.replace(max_visual_tokens=max_visual_tokens or self.config.max_visual_tokens)
-        vision = VisionBridge.rebuild(config, vars(self))
+        vision = rebuild_vision(VisionBridge, config, vars(self))
         load_vision_weights(vision, self)
         return vision
 

@@ -83,14 +83,6 @@ class VisionBridge(nn.Module):
         vision.add_head(findings)
         return vision
 
-    @classmethod
-    def rebuild(cls, config: Config, content: Mapping[str, Any]) -> VisionBridge:
-        """As a checkpoint of this ``content`` describes it; its weights are not loaded."""
-        encoder = NnUNetEncoder.from_architecture(content["encoder_architecture"])
-        parts = {"with_cmi": any(key.startswith("cmi.") for key in content["model_state_dict"])}
-        parts["findings"] = content.get("findings") or ()
-        return cls.build(config, encoder, content["llm"]["width"], content["diagnostics"]["expected_std"], **parts)
-
     def add_head(self, findings: Sequence[str]) -> None:
         """A fresh head for these findings; none for none."""
         self.head = FindingsHead(findings, self.bridge.spec.out_width, DESCRIPTORS) if findings else None
@@ -176,17 +168,12 @@ class VisionBridge(nn.Module):
 class MedicalVLM(nn.Module, Pretrained):
     """The trained vision part and the frozen language model."""
 
+    vision_type = VisionBridge
+
     def __init__(self, vision: VisionBridge, lm: MambaLM) -> None:
         super().__init__()
         self.vision = vision
         self.lm = lm
-
-    @classmethod
-    def assemble(cls, config: Config, content: Mapping[str, Any], lm: MambaLM) -> MedicalVLM:
-        """From what ``save_pretrained`` wrote."""
-        vision = VisionBridge.rebuild(config, content)
-        vision.load_state_dict(content["model_state_dict"])
-        return cls(vision, lm)
 
     def train(self, mode: bool = True) -> MedicalVLM:
         super().train(mode)

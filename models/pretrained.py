@@ -22,12 +22,13 @@ import torch
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from config.errors import InputError, first_line
 from config.files import atomic_path, write_text
-from config.schema import build_config
+from config.schema import Config, build_config
 from models.language_model.mamba_lm import MambaLM
+from models.nnunet.encoder import NnUNetEncoder
 
 CONFIG, WEIGHTS, LANGUAGE_MODEL = "config.json", "model.safetensors", "language_model"
 # Files that the configuration names, and what they are called in the folder.
@@ -62,6 +63,7 @@ print(Reporter.of(model).report("scan.nii.gz").full)
 Scores belong to a report card: `python scripts/evaluate_reports.py --checkpoint FOLDER --csv test.csv --out card`.
 """
 Model = TypeVar("Model", bound="Pretrained")
+Vision = TypeVar("Vision", bound=nn.Module)
 
 
 class Pretrained(ModelHubMixin):
@@ -71,6 +73,7 @@ class Pretrained(ModelHubMixin):
     of this machine; None for a model that is still being trained.
     """
 
+    vision_type: type[nn.Module]
     content: dict[str, Any] | None = None
     _with_language_model = False
 
@@ -152,8 +155,9 @@ class Pretrained(ModelHubMixin):
         config = build_config(content["config"], origin=str(folder / CONFIG))
         weights = {"adapters": content.get("adapters"), "stage0": config.language_model_adapters}
         lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, **weights)
-        model = cls.assemble(config, content, lm)
-        model.vision.to(device)
+        vision = rebuild_vision(cls.vision_type, config, content)
+        vision.load_state_dict(content["model_state_dict"])
+        model = cls(vision.to(device), lm)
         model.content = {**content, "config": config.to_dict()}
         return model.eval()
 
@@ -172,6 +176,16 @@ class Pretrained(ModelHubMixin):
         }
         lines = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
         return ModelCard(_CARD.replace("{rows}", lines))
+
+
+def rebuild_vision(kind: type[Vision], config: Config, content: Mapping[str, Any]) -> Vision:
+    """The vision part as a checkpoint's content describes it; its weights are not loaded.
+
+    ``kind``: :class:`models.medical_vlm.VisionBridge`."""
+    encoder = NnUNetEncoder.from_architecture(content["encoder_architecture"])
+    parts = {"with_cmi": any(key.startswith("cmi.") for key in content["model_state_dict"])}
+    parts["findings"] = content.get("findings") or ()
+    return kind.build(config, encoder, content["llm"]["width"], content["diagnostics"]["expected_std"], **parts)
 
 
 def read_folder(folder: Path, mamba_model: str | None = None) -> dict[str, Any]:
