@@ -92,11 +92,12 @@ class MambaLM(nn.Module):
         Returns:
             (N,) float32, all labelled tokens row by row, and (B,) their number in each row.
         """
-        hidden = self.model.backbone(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
         target = labels[:, 1:]
         wanted = target != IGNORED
+        rows, places = wanted.nonzero(as_tuple=True)  # before the backbone: it makes the CPU wait for the device
+        hidden = self.model.backbone(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
         # Logits of the answer alone, some at a time; they are made again in the backward pass.
-        pairs = zip(hidden[:, :-1][wanted].split(LOSS_CHUNK), target[wanted].split(LOSS_CHUNK), strict=True)
+        pairs = zip(*(all_of[rows, places].split(LOSS_CHUNK) for all_of in (hidden, target)), strict=True)
         parts = [checkpoint(self._token_log_probs, *pair, use_reentrant=False) for pair in pairs]
         return torch.cat(parts), wanted.sum(1)
 
