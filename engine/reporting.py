@@ -125,7 +125,9 @@ def encode_questions(questions: Sequence[str], tokenizer: PreTrainedTokenizerBas
 def load_lm(checkpoint: Checkpoint, config: Config, device: torch.device | str, **options: Any) -> MambaLM:
     """The language model with the adapters of Stage 0 and of the checkpoint; ``options`` as ``MambaLM.load``."""
     weights = {"adapters": checkpoint.adapters, "stage0": config.language_model_adapters, **options}
-    return MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, **weights)
+    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, **weights)
+    lm.checkpointing(config.llm_checkpointing)
+    return lm
 
 
 # ------------------------------------------------------------------ scan → visual tokens and findings

@@ -216,6 +216,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         copied = training_cases(config, cache, vision.encoder, tables[args.csv].rows)
     weights = {"stage0": config.language_model_adapters, "adapters": checkpoint.adapters}
     lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, **weights)
+    lm.checkpointing(config.llm_checkpointing)  # attribution maps differentiate
     store = GenerationStore(args.out, generated_from(args, config, lm), accelerator.process_index)
     collator = CaptionCollator(lm.tokenizer, config.max_question_tokens, config.max_answer_tokens)
     writer = ReportWriter(MedicalVLM(vision, lm).eval(), args.max_new_tokens)

@@ -31,6 +31,9 @@ from models.selective_scan import selective_scan, selective_state_update, triton
 # Tokens read at a time. On a CPU matrix products of a few hundred are as fast as they get; a GPU wants more, and the
 # fewer launches the better.
 PREFILL_CHUNK = {"cpu": 512, "cuda": 4096}
+PROBE = 512  # tokens on which a block's memory is measured
+TRANSIENT = 3  # times what a block keeps: what its backward pass needs for a moment, with its second forward pass
+MARGIN = 0.06  # of a card's memory, which fragments
 
 
 def use_our_scan(model: MambaForCausalLM) -> None:
@@ -47,11 +50,51 @@ def use_our_scan(model: MambaForCausalLM) -> None:
             module.norm_f.forward = MethodType(_norm_forward, module.norm_f)
 
 
-def recompute_blocks(model: nn.Module, wanted: bool) -> None:
-    """Whether blocks keep only their input for the backward pass; they cost a second forward pass then."""
-    for module in model.modules():
-        if isinstance(module, MambaBlock):
-            module.recompute = wanted
+def recompute_blocks(model: nn.Module, count: int) -> None:
+    """The first ``count`` blocks keep only their input for the backward pass, and cost a second forward pass there.
+
+    The backward pass frees what the last blocks keep before it computes the first ones again.
+    """
+    for number, block in enumerate(module for module in model.modules() if isinstance(module, MambaBlock)):
+        block.recompute = number < count
+
+
+def kept_bytes(block: MambaBlock, like: Tensor) -> int:
+    """Bytes that a block keeps for its backward pass, for each token; measured on a few with the dtype and device of
+    ``like``."""
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    dtype = torch.float32 if block.residual_in_fp32 else like.dtype
+    hidden = torch.zeros(1, PROBE, like.shape[-1], dtype=dtype, device=like.device, requires_grad=True)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        _whole_block(block, hidden, None, None)
+    return sum(kept.values()) // PROBE
+
+
+def blocks_to_recompute(blocks: int, tokens: int, kept: int, hidden: int, room: int) -> int:
+    """How many blocks must be computed again for the rest to fit, 0 to ``blocks``.
+
+    Args:
+        tokens: B·L. kept: bytes that a block keeps for each of them; hidden: of its input alone.
+        room: bytes for all that.
+    """
+    left = room - tokens * (blocks * hidden + TRANSIENT * kept)
+    return blocks - max(0, min(blocks, left // max(1, tokens * (kept - hidden))))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that this process can still allocate on a GPU, less a margin for fragmentation."""
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_allocated(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - held
+    return min(free + torch.cuda.memory_reserved(device) - held, allowed) - int(MARGIN * total)
 
 
 def prefill_chunk(device: torch.device) -> int:
