@@ -40,6 +40,7 @@ from engine.cli import local_config
 from engine.evaluation.confidence import Labeller, Logistic, Statement, mark_unsure, split_sentences, statements
 from engine.evaluation.report_writer import Report, ReportWriter, token_spans
 from engine.findings_prompt import believed
+from engine.run import limit_gpu_memory
 from engine.scan_checks import check_new_scan, chosen_blindly, compare_described, describe_view, judge_features, notice
 from models.language_model.decoding import Decoding
 from models.language_model.embedding_table import load_embedding_table
@@ -186,6 +187,7 @@ class ScanReader:
         self, checkpoint: Checkpoint, config: Config, *, device: str | None = None, allow_toy_model: bool = False
     ) -> None:
         """``config``: of :func:`run_config`. Raises InputError as :func:`engine.segmentation.open_cache` does."""
+        limit_gpu_memory(config.gpu_memory_fraction)
         self.checkpoint, self.config, self.allow_toy_model = checkpoint, config, allow_toy_model
         self.device = torch.device(device or best_device())
         self.known = checkpoint.scan_checks or {}

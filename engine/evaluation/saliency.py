@@ -170,7 +170,7 @@ def attribution_maps(
     K, _, T, U = report.features.shape
     if not spans:
         return torch.zeros(0, K, T, U)
-    chunk = report.model.lm.rows_that_fit(report.length, CHUNK) if chunk is None else chunk
+    chunk = report.model.lm.memory.rows_that_fit(report.length, CHUNK) if chunk is None else chunk
     baseline = baseline.to(report.features)
     falls = torch.stack([report.lesion_falls()[:, list(positions)].sum(1) for positions in spans]).float().cpu()
     lesions = falls.new_zeros(falls.shape[1], K, T, U) if lesions is None else lesions

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +95,58 @@ def free_bytes(device: torch.device) -> int:
     held = torch.cuda.memory_allocated(device)
     allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - held
     return min(free + torch.cuda.memory_reserved(device) - held, allowed) - int(MARGIN * total)
+
+
+class BlockMemory:
+    """Which blocks of a language model are computed again in the backward pass.
+
+    ``logits``: positions whose logits, with their gradients, exist at a time.
+    """
+
+    def __init__(self, model: MambaForCausalLM, logits: int) -> None:
+        self._model, self._logits = model, logits * model.config.vocab_size
+        self._automatic, self._reserve, self._kept = True, 0, 0
+
+    def decide(self, wanted: bool | Literal["auto"] | None, reserve: int = 0, *, large: bool = False) -> bool:
+        """``wanted``: all blocks or none; auto: on a GPU as many as do not fit into its memory, chosen for each pass,
+        elsewhere all of a large model's.
+
+        ``reserve``: bytes that are not allocated yet and must stay free, as for the optimizer. Returns whether blocks
+        may be computed again.
+        """
+        self._automatic, self._reserve = wanted in ("auto", None), reserve
+        recomputed = large if self._automatic else bool(wanted)
+        recompute_blocks(self._model, self._blocks if recomputed else 0)
+        return recomputed
+
+    def choose(self, inputs_embeds: Tensor) -> None:
+        """For a pass over (B, L, D), where that is automatic."""
+        if self._automatic and inputs_embeds.is_cuda and torch.is_grad_enabled():
+            tokens, hidden = inputs_embeds.shape[0] * inputs_embeds.shape[1], 4 * inputs_embeds.shape[2]
+            count = blocks_to_recompute(self._blocks, tokens, self.kept, hidden, self._room())
+            recompute_blocks(self._model, count)
+
+    def rows_that_fit(self, length: int, most: int) -> int:
+        """How many rows of ``length`` tokens a backward pass can take, 1 to ``most``, all blocks computed again."""
+        if self._model.device.type != "cuda":
+            return most
+        of_a_token = self._blocks * 4 * self._model.config.hidden_size + TRANSIENT * self.kept
+        return max(1, min(most, self._room() // (length * of_a_token)))
+
+    @property
+    def kept(self) -> int:
+        """Bytes that a block keeps for each token; measured once."""
+        table = self._model.get_input_embeddings().weight
+        self._kept = self._kept or kept_bytes(self._model.backbone.layers[0], table)
+        return self._kept
+
+    @property
+    def _blocks(self) -> int:
+        return self._model.config.num_hidden_layers
+
+    def _room(self) -> int:
+        """Bytes for what the blocks keep: logits in the model's dtype and float32, and the gradients of both, aside."""
+        return free_bytes(self._model.device) - self._reserve - 4 * 4 * self._logits
 
 
 def prefill_chunk(device: torch.device) -> int:

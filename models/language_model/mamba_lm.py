@@ -22,15 +22,7 @@ from transformers.generation import StoppingCriteria
 from config.errors import InputError
 from models.language_model.cuda_graph_decode import static_steps
 from models.language_model.decoding import StopAtText, StopRule, plain_text
-from models.language_model.hf_patch import (
-    TRANSIENT,
-    blocks_to_recompute,
-    free_bytes,
-    kept_bytes,
-    read_in_chunks,
-    recompute_blocks,
-    use_our_scan,
-)
+from models.language_model.hf_patch import BlockMemory, read_in_chunks, use_our_scan
 from models.language_model.identity import LMIdentity
 from models.language_model.loading import is_large, load_language_model
 
@@ -51,7 +43,7 @@ class MambaLM(nn.Module):
         self.name = name
         self.adapters = adapters
         self.known_tokens = min(len(tokenizer), model.config.vocab_size)
-        self._automatic, self._reserve, self._kept = True, 0, 0  # of the blocks' memory
+        self.memory = BlockMemory(model, LOSS_CHUNK)
         use_our_scan(model)
         self.requires_grad_(False)
         self.eval()
@@ -104,7 +96,7 @@ class MambaLM(nn.Module):
         target = labels[:, 1:]
         wanted = target != IGNORED
         rows, places = wanted.nonzero(as_tuple=True)  # before the backbone: it makes the CPU wait for the device
-        self._choose_recomputed(inputs_embeds)
+        self.memory.choose(inputs_embeds)
         hidden = self.model.backbone(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
         # Logits of the answer alone, some at a time; they are made again in the backward pass.
         pairs = zip(*(all_of[rows, places].split(LOSS_CHUNK) for all_of in (hidden, target)), strict=True)
@@ -117,42 +109,8 @@ class MambaLM(nn.Module):
         return -F.cross_entropy(logits, target, reduction="none")
 
     def checkpointing(self, wanted: bool | Literal["auto"] | None, reserve: int = 0) -> bool:
-        """Keep only the blocks' inputs for the backward pass; auto: on a GPU of as many blocks as do not fit into its
-        memory, elsewhere of all from a billion parameters on. Returns whether a large model's blocks may be computed
-        again.
-
-        ``reserve``: bytes that are not allocated yet and must stay free, as for the optimizer.
-        """
-        self._automatic, self._reserve = wanted in ("auto", None), reserve
-        wanted = is_large(self.model.config) if self._automatic else bool(wanted)
-        recompute_blocks(self.model, len(self.model.backbone.layers) if wanted else 0)
-        return wanted
-
-    def rows_that_fit(self, length: int, most: int) -> int:
-        """How many rows of ``length`` tokens a backward pass can take, 1 to ``most``, all blocks computed again."""
-        if self.model.device.type != "cuda":
-            return most
-        a_row = length * (len(self.model.backbone.layers) * self._hidden_bytes + TRANSIENT * self._block_bytes())
-        return max(1, min(most, self._room() // a_row))
-
-    def _choose_recomputed(self, inputs_embeds: Tensor) -> None:
-        if self._automatic and inputs_embeds.is_cuda and torch.is_grad_enabled():
-            blocks, tokens = len(self.model.backbone.layers), inputs_embeds.shape[0] * inputs_embeds.shape[1]
-            costs = self._block_bytes(), self._hidden_bytes
-            recompute_blocks(self.model, blocks_to_recompute(blocks, tokens, *costs, self._room()))
-
-    @property
-    def _hidden_bytes(self) -> int:
-        return 4 * self.width
-
-    def _block_bytes(self) -> int:
-        """What a block keeps for each token; measured once."""
-        self._kept = self._kept or kept_bytes(self.model.backbone.layers[0], self.model.get_input_embeddings().weight)
-        return self._kept
-
-    def _room(self) -> int:
-        """Bytes of the GPU for what the blocks keep: without the logits and their gradients."""
-        return free_bytes(self.model.device) - self._reserve - 4 * 4 * LOSS_CHUNK * self.model.config.vocab_size
+        """Keep only the blocks' inputs for the backward pass, as :meth:`BlockMemory.decide` says."""
+        return self.memory.decide(wanted, reserve, large=is_large(self.model.config))
 
     @torch.no_grad()
     def prefill(

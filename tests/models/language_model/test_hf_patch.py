@@ -207,20 +207,20 @@ def test_what_a_block_keeps_is_measured() -> None:
 
 def test_on_a_gpu_blocks_are_chosen_by_the_memory_that_is_free(lm: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice of a pass, on a pretended card."""
-    chosen = []
-    monkeypatch.setattr(mamba_lm, "recompute_blocks", lambda model, count: chosen.append(count))
+    chosen, memory = [], lm.memory
+    monkeypatch.setattr(hf_patch, "recompute_blocks", lambda model, count: chosen.append(count))
     given = types.SimpleNamespace(is_cuda=True, shape=(2, 100, 32))
-    needed = 200 * (3 * 4 * 32 + hf_patch.TRANSIENT * lm._block_bytes())
-    room = 4 * 4 * mamba_lm.LOSS_CHUNK * lm.model.config.vocab_size + needed
+    inputs = 200 * (3 * 4 * 32 + hf_patch.TRANSIENT * memory.kept)
+    logits = 4 * 4 * mamba_lm.LOSS_CHUNK * lm.model.config.vocab_size
     lm.checkpointing("auto", reserve=1000)
     for blocks in (0, 1, 3):
-        free = room + 1000 + blocks * 200 * (lm._block_bytes() - 4 * 32)
-        monkeypatch.setattr(mamba_lm, "free_bytes", lambda _, free=free: free)
-        lm._choose_recomputed(given)
+        free = 1000 + logits + inputs + blocks * 200 * (memory.kept - 4 * 32)
+        monkeypatch.setattr(hf_patch, "free_bytes", lambda _, free=free: free)
+        memory.choose(given)
     with torch.no_grad():
-        lm._choose_recomputed(given)
+        memory.choose(given)
     lm.checkpointing(False)
-    lm._choose_recomputed(given)
+    memory.choose(given)
     assert chosen == [0, 3, 2, 0, 0], "the first and the last by checkpointing() itself"
     lm.checkpointing("auto")
 
