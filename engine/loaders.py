@@ -143,6 +143,7 @@ def build_loaders(
     )
     # accelerate moves the batches to the device; it must not divide them once more.
     ours = {"num_processes": 1, "process_index": 0, "put_on_device": True, "device": accelerator.device}
+    ours["non_blocking"] = True  # from pinned memory, while the device computes
     return *(prepare_data_loader(loader, **ours) for loader in loaders), order
 
 

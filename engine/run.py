@@ -93,6 +93,7 @@ def start_run(args: argparse.Namespace, config: Config, name: str) -> tuple[Acce
         log_with=args.tracker,
         project_config=ProjectConfiguration(logging_dir=str(output / "tracker")),
     )
+    torch.backends.cudnn.benchmark = True  # the sizes of a run's images are fixed
     on_main(accelerator, lambda: hold_folder(output))
     if accelerator.is_main_process:
         write_config(config, output / f"{name}_config.yaml")

@@ -14,6 +14,7 @@ again in the backward pass (Chen et al., "Training Deep Nets with Sublinear Memo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any, Literal
 
@@ -118,6 +119,19 @@ class BlockMemory:
         recomputed = large if self._automatic else bool(wanted)
         recompute_blocks(self._model, self._blocks if recomputed else 0)
         return recomputed
+
+    @contextmanager
+    def least(self) -> Iterator[None]:
+        """Inside it as many blocks are computed again as ever may be."""
+        automatic, self._automatic = self._automatic, False
+        before = [block.recompute for block in self._model.backbone.layers]
+        if automatic and self._model.device.type == "cuda":
+            recompute_blocks(self._model, self._blocks)
+        try:
+            yield
+        finally:
+            self._automatic = automatic
+            recompute_blocks(self._model, sum(before))
 
     def choose(self, inputs_embeds: Tensor) -> None:
         """For a pass over (B, L, D), where that is automatic."""

@@ -155,7 +155,7 @@ class MambaLM(nn.Module):
             B texts, exactly what the model wrote, without special tokens.
         """
         criteria = [*criteria, StopAtText(self.tokenizer, stop)] if stop else [*criteria]
-        with static_steps(self.model, max_new_tokens, int(options.get("num_beams", 1))):
+        with static_steps(self.model, max_new_tokens):
             ids = self.model.generate(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,

@@ -1,4 +1,4 @@
-"""The GPU's memory, on pretended cards: a limit where the driver would use the computer's, and a warning where it does."""
+"""The GPU's memory on pretended cards: a limit where the driver would use the computer's, a warning where it does."""
 
 from __future__ import annotations
 
