@@ -111,8 +111,6 @@ def main() -> None:
     # ---------------------------------------------------------------- model and data
     weights = {"stage0": config.language_model_adapters, "int8": args.llm_int8}
     lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=accelerator.device, **weights)
-    if lm.checkpointing(config.llm_checkpointing):
-        say("language model: each block is computed again in the backward pass (llm_checkpointing)", flush=True)
     vision, plan, lines = build_vision(config, start, lm)
     vision.to(accelerator.device)
     say("\n".join(lines), flush=True)
@@ -133,6 +131,10 @@ def main() -> None:
         count = sum(p.numel() for p in adapters.parameters())
         parts += f", adapters of rank {args.lora_rank} {count / 1e6:.2f} M (trained)"
     say(f"model: {parts}, language model {lm.name} (frozen)", flush=True)
+    # AdamW's two moments and the gradients, in float32, are allocated in the first step.
+    reserve = 3 * 4 * sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    if lm.checkpointing(config.llm_checkpointing, reserve):
+        say("language model: blocks are computed again in the backward pass (llm_checkpointing)", flush=True)
     optimised = {id(p) for p in trained.parameters()}
     assert not any(p.requires_grad for p in lm.parameters() if id(p) not in optimised), "the LLM is not frozen"
     say(check_loss_mask(model, train_loader, accelerator.device), flush=True)

@@ -104,8 +104,14 @@ class Config:
     mamba_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key(
         "auto", "auto: bfloat16 on a GPU or for a large model, else float32", "run"
     )
-    llm_checkpointing: bool | None = _key(
-        None, "Stage 2 recomputes the LLM's blocks backwards: less memory (empty: from 1e9 parameters on)", "run"
+    llm_checkpointing: bool | Literal["auto"] | None = _key(
+        "auto",
+        "blocks of the LLM that are computed again in the backward pass, which saves memory: auto: on a GPU as many as "
+        "do not fit into its memory, elsewhere all from 1e9 parameters on; true: all; false: none",
+        "run",
+    )
+    gpu_memory_fraction: float | None = _key(
+        None, "most of the GPU's memory that this program may take, 0 to 1 (empty: 0.95 on Windows, else all)", "run", 0
     )
     max_question_tokens: int = _key(128, "questions are cut here", "run", 1)
     max_answer_tokens: int = _key(1024, "reports are cut here; how many were is printed", "run", 1)

@@ -27,7 +27,7 @@ from engine.interrupt import data_workers
 from engine.parallel import my_part
 from engine.run import EpochBatches
 from engine.scan_checks import check_scans
-from engine.segmentation import SegmentedCache, describe_segmentation, open_cache, prepare_cases
+from engine.segmentation import SegmentedCache, describe_segmentation, free_network, open_cache, prepare_cases
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.encoder import NnUNetEncoder
 
@@ -78,6 +78,7 @@ def prepare_data(
     prepare_cases(cache, my_part(accelerator, rows))
     accelerator.wait_for_everyone()
     prepare_cases(cache, rows)  # what the others prepared is there, unless their cache is on another machine
+    free_network()
     with contextlib.redirect_stdout(sys.stdout if accelerator.is_main_process else None):
         check_scans(cache, tables, problems, force=force)
         config = resolve_views(config, cache, tables)
@@ -142,6 +143,7 @@ def build_loaders(
     )
     # accelerate moves the batches to the device; it must not divide them once more.
     ours = {"num_processes": 1, "process_index": 0, "put_on_device": True, "device": accelerator.device}
+    ours["non_blocking"] = True  # from pinned memory, while the device computes
     return *(prepare_data_loader(loader, **ours) for loader in loaders), order
 
 

@@ -50,6 +50,7 @@ from engine.evaluation.confidence import (
 )
 from engine.evaluation.report_writer import Report, ReportWriter, token_spans
 from engine.findings_prompt import believed
+from engine.run import limit_gpu_memory
 from engine.scan_checks import check_new_scan, chosen_blindly, compare_described, describe_view, judge_features, notice
 from models.language_model.decoding import Decoding
 from models.language_model.embedding_table import load_embedding_table
@@ -135,7 +136,9 @@ def encode_questions(questions: Sequence[str], tokenizer: PreTrainedTokenizerBas
 def load_lm(checkpoint: Checkpoint, config: Config, device: torch.device | str, **options: Any) -> MambaLM:
     """The language model with the adapters of Stage 0 and of the checkpoint; ``options`` as ``MambaLM.load``."""
     weights = {"adapters": checkpoint.adapters, "stage0": config.language_model_adapters, **options}
-    return MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, **weights)
+    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, **weights)
+    lm.checkpointing(config.llm_checkpointing)
+    return lm
 
 
 # ------------------------------------------------------------------ scan → visual tokens and findings
@@ -202,6 +205,7 @@ class ScanReader:
         """``config``: of :func:`run_config`; ``vision``: of the checkpoint, where it is loaded already.
 
         Raises InputError as :func:`engine.segmentation.open_cache` does."""
+        limit_gpu_memory(config.gpu_memory_fraction)
         self.checkpoint, self.config, self.allow_toy_model = checkpoint, config, allow_toy_model
         self.device = torch.device(device or best_device())
         self.known = checkpoint.scan_checks or {}

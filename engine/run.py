@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import platform
 import random
 import sys
@@ -25,6 +27,11 @@ from data.medical_vlm_dataset import Draw
 from engine.guards import hold_folder
 from engine.parallel import on_main, start_accelerator
 
+logger = logging.getLogger(__name__)
+
+WINDOWS_FRACTION = 0.95  # of the GPU's memory
+_SPILLED: set[torch.device] = set()
+
 
 def set_seeds(seed: int) -> None:
     """Python, NumPy and torch on every device."""
@@ -41,6 +48,35 @@ def native_bf16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
+def limit_gpu_memory(fraction: float | None) -> None:
+    """Let this process take no more than a fraction of the GPU's memory (``gpu_memory_fraction``).
+
+    Windows' driver moves what does not fit into the computer's memory, without an error and ten times slower; within
+    the limit torch says that the memory is full. Raises InputError: not above 0 and up to 1.
+    """
+    if fraction is not None and not 0 < fraction <= 1:
+        raise InputError(f"gpu_memory_fraction is {fraction:g}, expected above 0, up to 1; empty: 0.95 on Windows")
+    if fraction is None and os.name == "nt":
+        fraction = WINDOWS_FRACTION
+    if fraction is not None and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(fraction)
+
+
+def warn_of_spilling(device: torch.device) -> None:
+    """Log once that torch has reserved more than the GPU has: the driver keeps that in the computer's memory."""
+    if device.type != "cuda" or device in _SPILLED:
+        return
+    reserved, total = torch.cuda.memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+    if reserved > total:
+        _SPILLED.add(device)
+        logger.warning(
+            "%.1f GiB are reserved on a card of %.1f GiB: the driver keeps the rest in the computer's memory, which is "
+            "ten times slower; lower --batch_size or max_visual_tokens, or set gpu_memory_fraction",
+            reserved / 2**30,
+            total / 2**30,
+        )
+
+
 def start_run(args: argparse.Namespace, config: Config, name: str) -> tuple[Accelerator, Path]:
     """Seeds, accelerator and output folder of a training run, which it holds; writes what was resolved.
 
@@ -48,6 +84,7 @@ def start_run(args: argparse.Namespace, config: Config, name: str) -> tuple[Acce
     flags, the versions and the machine.
     """
     set_seeds(args.seed)
+    limit_gpu_memory(config.gpu_memory_fraction)
     check_tracker(args.tracker)
     automatic = "bf16" if native_bf16() else "no"
     output = config.resolved("output_dir")
@@ -56,6 +93,7 @@ def start_run(args: argparse.Namespace, config: Config, name: str) -> tuple[Acce
         log_with=args.tracker,
         project_config=ProjectConfiguration(logging_dir=str(output / "tracker")),
     )
+    torch.backends.cudnn.benchmark = True  # the sizes of a run's images are fixed
     on_main(accelerator, lambda: hold_folder(output))
     if accelerator.is_main_process:
         write_config(config, output / f"{name}_config.yaml")

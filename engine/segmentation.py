@@ -10,6 +10,7 @@ as nnU-Net trained it, also where the encoder is trained further: views do not c
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 from collections.abc import Sequence
@@ -192,8 +193,11 @@ def measure(
 
 
 def free_network() -> None:
-    """Drop the segmentation network, which :func:`segment`'s callers keep loaded, from the device's memory."""
+    """The segmentation network leaves memory, and what torch keeps of freed GPU memory goes back to the driver: the
+    language model needs the room."""
     _network.cache_clear()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @lru_cache(maxsize=1)

@@ -256,9 +256,9 @@ def main() -> None:
     lm = MambaLM.load(config.mamba_model, **weights)
     writer = Writer(lm, config)
     before = measure(writer, held_out, language, args.batch_size)
-    lm.checkpointing(config.llm_checkpointing)
     adapters = Adapters(lm.model, args.rank, MIXER_LAYERS).to(accelerator.device)
     count = sum(p.numel() for p in adapters.parameters())
+    lm.checkpointing(config.llm_checkpointing, reserve=3 * 4 * count)
     print(f"{counted(len(reports), 'report')}, {len(held_out)} held out; adapters of rank {args.rank}, "
           f"{count / 1e6:.2f} M parameters", flush=True)  # fmt: skip
     path = output / ADAPTER_FILE

@@ -75,7 +75,6 @@ if __name__ == "__main__":
 
 import contextlib
 import functools
-import gc
 import json
 import logging.handlers
 import time
@@ -197,8 +196,6 @@ def read_image(args: argparse.Namespace, checkpoint: Checkpoint, config: Config)
     reading = reader.read(case.image, case.mask, case.questions, force=args.force)
     del reader
     segmentation.free_network()
-    gc.collect()
-    torch.cuda.empty_cache()
     return reading, reference
 
 

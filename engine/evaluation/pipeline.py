@@ -54,9 +54,9 @@ from engine.evaluation.report_card import TableResults, marked_reports, plain, r
 from engine.evaluation.report_writer import ReportWriter, token_spans
 from engine.evaluation.saliency import map_case
 from engine.parallel import start_accelerator
-from engine.run import environment, jsonable, set_seeds
+from engine.run import environment, jsonable, limit_gpu_memory, set_seeds
 from engine.scan_checks import check_scans, chosen_blindly, notice
-from engine.segmentation import open_cache, prepare_cases
+from engine.segmentation import free_network, open_cache, prepare_cases
 from models.language_model.mamba_lm import MambaLM
 from models.language_model.prefix_state import weights_fingerprint
 from models.medical_vlm import MedicalVLM
@@ -207,6 +207,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     remedy = "use a checkpoint that was trained with your own models"
     check_toy_models(config, [args.csv], args.allow_toy_model, remedy)
     check_language_model(checkpoint, config)
+    limit_gpu_memory(config.gpu_memory_fraction)
     device = accelerator.device
     vision = checkpoint.build_vision().to(device).eval()
 
@@ -227,8 +228,10 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     cache, main = open_cache(config, checkpoint.preprocess_plan), accelerator.is_main_process
     with accelerator.main_process_first(), contextlib.redirect_stdout(sys.stdout if main else None):
         copied = training_cases(config, cache, vision.encoder, tables[args.csv].rows)
+    free_network()
     weights = {"stage0": config.language_model_adapters, "adapters": checkpoint.adapters}
     lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, **weights)
+    lm.checkpointing(config.llm_checkpointing)  # attribution maps differentiate
     store = GenerationStore(args.out, generated_from(args, config, lm), accelerator.process_index)
     collator = CaptionCollator(lm.tokenizer, config.max_question_tokens, config.max_answer_tokens)
     writer = ReportWriter(MedicalVLM(vision, lm).eval(), args.max_new_tokens)

@@ -45,6 +45,7 @@ from models.nnunet.encoder import NnUNetEncoder
 
 METHODS = ("evidence", "integrated", "occlusion")
 STEPS = 8
+CHUNK = 8  # copies of a case in one forward pass, where the memory allows it
 Spans = Sequence[Sequence[int]]  # of tokens: positions in a report
 Batch = Mapping[str, Any]
 _READ = (
@@ -123,6 +124,12 @@ class ReportLikelihood:
         self.answer = {"answer_ids": answer, "answer_mask": torch.ones_like(answer)}
         self.batch, self.without_lesion, self.model = batch, without_lesion, model
 
+    @property
+    def length(self) -> int:
+        """Tokens that the language model reads, at most."""
+        text = sum(self.batch[name].shape[1] for name in ("question_ids", "key_point_ids") if name in self.batch)
+        return self.model.vision.bridge.spec.max_visual_tokens + text + self.answer["answer_ids"].shape[1]
+
     @torch.no_grad()
     def lesion_falls(self) -> Tensor:
         """(M, tokens): how far they fall when a lesion is left out of the findings prompt."""
@@ -149,7 +156,7 @@ def attribution_maps(
     method: str,
     lesions: Tensor | None = None,
     steps: int = STEPS,
-    chunk: int = 8,
+    chunk: int | None = None,
 ) -> Tensor:
     """Maps (S, K, T, T), float32 on the CPU, one for each of S spans of one report.
 
@@ -158,11 +165,12 @@ def attribution_maps(
         method: one of ``METHODS``.
         lesions: (M, K, T, T), where the M measured lesions of the findings prompt lie: fractions that add up to 1.
         steps: points between baseline and image at which the gradient is taken.
-        chunk: copies of the case in one forward pass.
+        chunk: copies of the case in one forward pass; default: as many as fit into the memory, at most ``CHUNK``.
     """
     K, _, T, U = report.features.shape
     if not spans:
         return torch.zeros(0, K, T, U)
+    chunk = report.model.lm.memory.rows_that_fit(report.length, CHUNK) if chunk is None else chunk
     baseline = baseline.to(report.features)
     falls = torch.stack([report.lesion_falls()[:, list(positions)].sum(1) for positions in spans]).float().cpu()
     lesions = falls.new_zeros(falls.shape[1], K, T, U) if lesions is None else lesions

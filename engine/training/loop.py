@@ -21,7 +21,7 @@ from config.schema import Config
 from engine.cli import Interrupted
 from engine.guards import release_folder
 from engine.interrupt import StopRequest
-from engine.run import EpochBatches
+from engine.run import EpochBatches, warn_of_spilling
 from engine.training.diagnostics import TokenStatistics
 from engine.training.guards import Alarms, NonFinite, Reader, one_line_errors
 from engine.training.memory import MemoryGuard
@@ -164,6 +164,7 @@ class _Run:
 
     def log_step(self, lr: float) -> None:
         """Print and record the mean loss of the last steps, and the learning rate of this one."""
+        warn_of_spilling(self.state.accelerator.device)
         recent = self.progress.losses[-self.stage.log_every :] or [math.nan]
         loss, name = sum(recent) / len(recent), self.stage.loss_name
         epoch = self.first_epoch + self.progress.epoch + 1

@@ -9,6 +9,7 @@ On a GPU the allocator knows the peak. On CPU :class:`LiveBytes` follows every t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import math
 import random
@@ -33,6 +34,7 @@ from engine.guards import size
 from engine.training.guards import Window
 from engine.training.optimization import accumulate
 from engine.training.train_state import Progress
+from models.language_model.mamba_lm import MambaLM
 
 ROOM = {"cpu": 0.75, "cuda": 0.92}  # of the free memory that a prediction may fill: allocators leave gaps
 MOST_PIECES = 64
@@ -119,7 +121,9 @@ def measure(model: nn.Module, loader: DataLoader, loss_counts: Counts, accelerat
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     python, devices = random.getstate(), [device] if device.type == "cuda" else []
     peaks = []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), contextlib.ExitStack() as stack:
+        for lm in (module for module in model.modules() if isinstance(module, MambaLM)):
+            stack.enter_context(lm.memory.least())  # more blocks are kept where a step leaves room
         for cases in (1, 2):
             samples = [loader.dataset[Draw(row, 0)] for row in (longest * 2)[:cases]]
             batch = send_to_device(loader.collate_fn(samples), device)

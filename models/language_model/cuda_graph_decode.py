@@ -27,6 +27,7 @@ from config.errors import first_line
 
 logger = logging.getLogger(__name__)
 
+_KINDS = ("conv_states", "recurrent_states")  # of a layer of transformers' cache
 SWITCH = "MAMBA_CUDA_GRAPH"  # environment variable; 0 decodes without graphs
 MIN_STEPS = 16  # capturing costs about five eager steps
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest value; weights' dtype
@@ -43,12 +44,24 @@ class DecodeStep:
         """``forward``: the model's own; ``cache``: the states of B rows after a prompt, which are copied."""
         self.forward = forward
         self.cache = copy.deepcopy(cache)
+        layers = self.cache.layers
+        # All layers' states in two tensors: beams are put in order by two launches, not two for each layer.
+        self.stacked = tuple(torch.stack([getattr(layer, kind)[0] for layer in layers]) for kind in _KINDS)
+        for number, layer in enumerate(layers):
+            for kind, tensor in zip(_KINDS, self.stacked, strict=True):
+                getattr(layer, kind)[0] = tensor[number]
+        self.cache.reorder_cache = self.reorder
         self.ids = torch.zeros(len(self.states[0]), 1, dtype=torch.long, device=self.states[0].device)
 
     def load(self, states: list[Tensor]) -> None:
         """Begin with these states, as after another prompt."""
         for own, other in zip(self.states, states, strict=True):
             own.copy_(other)
+
+    def reorder(self, rows: Tensor) -> None:
+        """As a cache's ``reorder_cache``: row b goes on from the state of ``rows[b]``; in place."""
+        for tensor in self.stacked:
+            tensor.copy_(tensor.index_select(1, rows.to(tensor.device)))
 
     def __call__(self, ids: Tensor) -> Tensor:
         """(B, 1) ids → (B, 1, V) logits; overwritten by the next call."""
@@ -131,9 +144,7 @@ def _restored(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def static_steps(
-    model: MambaForCausalLM, new_tokens: int, beams: int = 1, make: type[DecodeStep] | None = None
-) -> Iterator[None]:
+def static_steps(model: MambaForCausalLM, new_tokens: int, make: type[DecodeStep] | None = None) -> Iterator[None]:
     """Inside it ``model.generate`` decodes by captured steps where that is possible; the log says why not.
 
     A cache that enters a generation is read after the prompt and not advanced any more.
@@ -143,7 +154,7 @@ def static_steps(
     """
     if make is None and model.device.type == "cuda":
         make = CudaGraphStep
-    reason = make and _why_not(model, new_tokens, beams)
+    reason = make and _why_not(model, new_tokens)
     if reason:
         logger.info("decoding without a CUDA graph: %s", reason)
     if reason or make is None:
@@ -157,11 +168,9 @@ def static_steps(
         del model.forward  # the instance's; the class's is visible again
 
 
-def _why_not(model: MambaForCausalLM, new_tokens: int, beams: int) -> str | None:
+def _why_not(model: MambaForCausalLM, new_tokens: int) -> str | None:
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0"
-    if beams > 1:
-        return "beam search reorders the states between the steps"
     if new_tokens < MIN_STEPS:
         return f"for {new_tokens} tokens the capture would take longer than it saves"
     if getattr(model, "is_quantized", False):
@@ -184,7 +193,8 @@ class _Router:
         if self.usable and is_step and cache_params is not None and cache_params.has_previous_state():
             try:
                 self.step = self.step or self._step_for(cache_params)
-                return MambaCausalLMOutput(logits=self.step(input_ids), cache_params=cache_params)
+                # The step's own cache: between the steps beams are put in order in it.
+                return MambaCausalLMOutput(logits=self.step(input_ids), cache_params=self.step.cache)
             except GraphUnusable as reason:
                 logger.warning("decoding without a CUDA graph: %s", reason)
                 self.usable = False

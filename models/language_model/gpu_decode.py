@@ -178,8 +178,8 @@ def _run_block(block: MambaBlock, hidden: Tensor, window: Tensor, state: Tensor)
         kernels.enter_kernel[(2 * -(-E // rows),)](
             hidden, block.norm.weight, weight, *_or(gate, scale, bias), mixer.conv1d.weight, *_or(gate, conv_bias),
             window, inner, gate, B, block.norm.variance_epsilon, D=D, E=E, K=K, HAS_SCALE=scale is not None,
-            HAS_BIAS=bias is not None, HAS_CONV_BIAS=conv_bias is not None, ONE=B == 1, ROWS=rows, COLUMNS=_power(D),
-            TAPS=_power(K), num_warps=WARPS,
+            HAS_BIAS=bias is not None, HAS_CONV_BIAS=conv_bias is not None, ONE=B == 1, ROWS=rows,
+            PIECE=_piece(D), COLUMNS=_power(D), num_warps=WARPS,
         )  # fmt: skip
         _launch_rows(inner, mixer.x_proj.weight, None, mixer.x_proj.bias, None, low)
         kernels.state_kernel[(-(-E // channels),)](
@@ -199,13 +199,19 @@ def _launch_rows(
     _kernels(x.device.type).rows_kernel[(-(-outputs // rows),)](
         x, weight, *_or(out, scale, bias, residual), out, len(x), I=inputs, O=outputs, HAS_SCALE=scale is not None,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ONE=len(x) == 1, ROWS=rows,
-        COLUMNS=_power(inputs), num_warps=WARPS,
+        PIECE=_piece(inputs), COLUMNS=_power(inputs), num_warps=WARPS,
     )  # fmt: skip
 
 
 def _rows_at_once(outputs: int, inputs: int) -> int:
     """Rows of a program; a matrix of few rows is spread over as many programs as it has rows."""
-    return 1 if outputs <= FEW else max(1, min(4, TILE // _power(inputs)))
+    return 1 if outputs <= FEW else max(1, min(2, TILE // _power(inputs)))
+
+
+def _piece(columns: int) -> int:
+    """A power of two that divides the columns, at most 1024; where that is a small one, all columns as one piece."""
+    largest = min(columns & -columns, 1024)
+    return largest if largest >= 128 else _power(columns)
 
 
 def _or(other: Tensor, *tensors: Tensor | None) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """Triton kernels of :mod:`models.language_model.gpu_decode`, which has the letters and the order of the launches.
 
-A program holds ROWS rows of a matrix as a tile in registers, all its loads in flight at once, and multiplies it with
-each row of activations in turn; ONE says that there is one, and the tile need not stay. Values between the kernels have
-the dtype of the model's weights, sums are float32, and int8 weights are widened in registers.
+A program multiplies ROWS rows of a matrix. With one row of activations (ONE) it walks over PIECEs of the columns, all
+loads in flight; with more it holds the rows as one tile in registers, and meets each row of activations in turn. Values
+between the kernels have the dtype of the model's weights, sums are float32, int8 weights are widened in registers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,35 @@ def _weights(W, row, column, here, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _activations(x, norm, column, here, kind: tl.constexpr, NORM: tl.constexpr):
+    """A piece of a row of activations in float32, times the norm's weight; and the piece's squares."""
+    values = tl.load(x + column, mask=here, other=0.0)
+    if NORM:
+        values = values.to(kind).to(tl.float32)
+        return values * tl.load(norm + column, mask=here, other=0.0).to(tl.float32), values * values
+    values = values.to(tl.float32)
+    return values, values
+
+
+@triton.jit
+def _one_product(
+    W, x, norm, row, in_rows, kind: tl.constexpr,
+    COLUMNS: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """W[row] · (x · norm), piece by piece of the columns, and the sum of the squares of x."""
+    total = tl.zeros((ROWS, PIECE), tl.float32)
+    squares = tl.zeros((PIECE,), tl.float32)
+    for start in tl.static_range(0, COLUMNS, PIECE):
+        column = start + tl.arange(0, PIECE)
+        here = column < COLUMNS
+        weights = _weights(W, row, column, in_rows[:, None] & here[None, :], COLUMNS)
+        values, square = _activations(x, norm, column, here, kind, NORM)
+        total += weights.to(tl.float32) * values[None, :]
+        squares += square
+    return tl.sum(total, axis=1), tl.sum(squares, axis=0)
+
+
+@triton.jit
 def enter_kernel(
     hidden,  # (B, D)
     norm,  # (D,)
@@ -30,7 +59,8 @@ def enter_kernel(
     D: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CONV_BIAS: tl.constexpr,
     ONE: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, TAPS: tl.constexpr,  # COLUMNS, TAPS: D and K as powers of two
+    PIECE: tl.constexpr,  # of the columns of one row of activations
+    COLUMNS: tl.constexpr,  # D as a power of two
 ):  # fmt: skip
     """gate = z; x enters the window; inner = SiLU(convolution of x), for (x, z) = in_proj(RMSNorm(hidden))."""
     blocks = tl.cdiv(E, ROWS)
@@ -39,16 +69,19 @@ def enter_kernel(
     e = block * ROWS + tl.arange(0, ROWS)
     in_e = e < E
     row = e + tl.where(is_gate, E, 0)
-    column = tl.arange(0, COLUMNS)
-    in_d = column < D
-    weights = _weights(W, row, column, in_e[:, None] & in_d[None, :], D)
     kind = inner.dtype.element_ty
-    size = tl.load(norm + column, mask=in_d, other=0.0).to(tl.float32)
+    if not ONE:
+        column = tl.arange(0, COLUMNS)
+        in_d = column < D
+        weights = _weights(W, row, column, in_e[:, None] & in_d[None, :], D)
     for b in range(1 if ONE else batch):
-        h = tl.load(hidden + b * D + column, mask=in_d, other=0.0).to(kind).to(tl.float32)
         # The norm's factor is the same for all columns: the product need not wait for it.
-        value = tl.sum(weights.to(tl.float32) * (h * size)[None, :], axis=1)
-        value *= 1.0 / tl.sqrt_rn(tl.sum(h * h, axis=0) / D + epsilon)
+        if ONE:
+            value, squares = _one_product(W, hidden, norm, row, in_e, kind, D, PIECE, ROWS, True)
+        else:
+            normed, square = _activations(hidden + b * D, norm, column, in_d, kind, True)
+            value, squares = tl.sum(weights.to(tl.float32) * normed[None, :], axis=1), tl.sum(square, axis=0)
+        value *= 1.0 / tl.sqrt_rn(squares / D + epsilon)
         if HAS_SCALE:
             value *= tl.load(scale + row, mask=in_e, other=0.0)
         if HAS_BIAS:
@@ -57,18 +90,19 @@ def enter_kernel(
         if is_gate:
             tl.store(gate + place, value.to(kind), mask=in_e)
         else:
-            k = tl.arange(0, TAPS)
-            slots = window + place.to(tl.int64)[:, None] * K + k[None, :]
-            present = (k < K)[None, :] & in_e[:, None]
-            past = tl.load(slots + 1, mask=present & (k < K - 1)[None, :], other=0.0)
-            new = tl.where((k == K - 1)[None, :], value.to(past.dtype)[:, None], past)
-            tap = tl.load(taps + e[:, None] * K + k[None, :], mask=present, other=0.0)
-            x = tl.sum(new.to(tl.float32) * tap.to(tl.float32), axis=1)
+            slots = window + place.to(tl.int64) * K
+            x = value.to(window.dtype.element_ty)
+            out = x.to(tl.float32) * tl.load(taps + e * K + K - 1, mask=in_e, other=0.0).to(tl.float32)
+            for k in tl.static_range(K - 1):
+                past = tl.load(slots + k + 1, mask=in_e, other=0.0).to(tl.float32)
+                out += past * tl.load(taps + e * K + k, mask=in_e, other=0.0).to(tl.float32)
             if HAS_CONV_BIAS:
-                x += tl.load(conv_bias + e, mask=in_e, other=0.0).to(tl.float32)
-            tl.store(inner + place, (x * tl.sigmoid(x)).to(kind), mask=in_e)
+                out += tl.load(conv_bias + e, mask=in_e, other=0.0).to(tl.float32)
+            tl.store(inner + place, (out * tl.sigmoid(out)).to(kind), mask=in_e)
             tl.debug_barrier()  # every lane has read its slots
-            tl.store(slots, new, mask=present)
+            for k in tl.static_range(K - 1):
+                tl.store(slots + k, tl.load(slots + k + 1, mask=in_e, other=0.0), mask=in_e)
+            tl.store(slots + K - 1, x, mask=in_e)
 
 
 @triton.jit
@@ -79,15 +113,21 @@ def rows_kernel(
     batch,
     I: tl.constexpr, O: tl.constexpr,  # noqa: E741
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ONE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """out = x · Wᵀ · scale + bias + residual."""
-    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    in_o, in_i = row < O, column < I
-    weights = _weights(W, row, column, in_o[:, None] & in_i[None, :], I)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    in_o = row < O
+    if not ONE:
+        column = tl.arange(0, COLUMNS)
+        in_i = column < I
+        weights = _weights(W, row, column, in_o[:, None] & in_i[None, :], I)
     for b in range(1 if ONE else batch):
-        values = tl.load(x + b * I + column, mask=in_i, other=0.0).to(tl.float32)
-        value = tl.sum(weights.to(tl.float32) * values[None, :], axis=1)
+        if ONE:
+            value, _ = _one_product(W, x, x, row, in_o, tl.float32, I, PIECE, ROWS, False)
+        else:
+            values = tl.load(x + b * I + column, mask=in_i, other=0.0).to(tl.float32)
+            value = tl.sum(weights.to(tl.float32) * values[None, :], axis=1)
         if HAS_SCALE:
             value *= tl.load(scale + row, mask=in_o, other=0.0)
         if HAS_BIAS:

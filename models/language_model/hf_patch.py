@@ -14,8 +14,9 @@ again in the backward pass (Chen et al., "Training Deep Nets with Sublinear Memo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,9 @@ from models.selective_scan import selective_scan, selective_state_update, triton
 # Tokens read at a time. On a CPU matrix products of a few hundred are as fast as they get; a GPU wants more, and the
 # fewer launches the better.
 PREFILL_CHUNK = {"cpu": 512, "cuda": 4096}
+PROBE = 512  # tokens on which a block's memory is measured
+TRANSIENT = 3  # times what a block keeps: what its backward pass needs for a moment, with its second forward pass
+MARGIN = 0.06  # of a card's memory, which fragments
 
 
 def use_our_scan(model: MambaForCausalLM) -> None:
@@ -47,11 +51,116 @@ def use_our_scan(model: MambaForCausalLM) -> None:
             module.norm_f.forward = MethodType(_norm_forward, module.norm_f)
 
 
-def recompute_blocks(model: nn.Module, wanted: bool) -> None:
-    """Whether blocks keep only their input for the backward pass; they cost a second forward pass then."""
-    for module in model.modules():
-        if isinstance(module, MambaBlock):
-            module.recompute = wanted
+def recompute_blocks(model: nn.Module, count: int) -> None:
+    """The first ``count`` blocks keep only their input for the backward pass, and cost a second forward pass there.
+
+    The backward pass frees what the last blocks keep before it computes the first ones again.
+    """
+    for number, block in enumerate(module for module in model.modules() if isinstance(module, MambaBlock)):
+        block.recompute = number < count
+
+
+def kept_bytes(block: MambaBlock, like: Tensor) -> int:
+    """Bytes that a block keeps for its backward pass, for each token; measured on a few with the dtype and device of
+    ``like``."""
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    dtype = torch.float32 if block.residual_in_fp32 else like.dtype
+    hidden = torch.zeros(1, PROBE, like.shape[-1], dtype=dtype, device=like.device, requires_grad=True)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        _whole_block(block, hidden, None, None)
+    return sum(kept.values()) // PROBE
+
+
+def blocks_to_recompute(blocks: int, tokens: int, kept: int, hidden: int, room: int) -> int:
+    """How many blocks must be computed again for the rest to fit, 0 to ``blocks``.
+
+    Args:
+        tokens: B·L. kept: bytes that a block keeps for each of them; hidden: of its input alone.
+        room: bytes for all that.
+    """
+    left = room - tokens * (blocks * hidden + TRANSIENT * kept)
+    return blocks - max(0, min(blocks, left // max(1, tokens * (kept - hidden))))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that this process can still allocate on a GPU, less a margin for fragmentation."""
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_allocated(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - held
+    return min(free + torch.cuda.memory_reserved(device) - held, allowed) - int(MARGIN * total)
+
+
+class BlockMemory:
+    """Which blocks of a language model are computed again in the backward pass.
+
+    ``logits``: positions whose logits, with their gradients, exist at a time.
+    """
+
+    def __init__(self, model: MambaForCausalLM, logits: int) -> None:
+        self._model, self._logits = model, logits * model.config.vocab_size
+        self._automatic, self._reserve, self._kept = True, 0, 0
+
+    def decide(self, wanted: bool | Literal["auto"] | None, reserve: int = 0, *, large: bool = False) -> bool:
+        """``wanted``: all blocks or none; auto: on a GPU as many as do not fit into its memory, chosen for each pass,
+        elsewhere all of a large model's.
+
+        ``reserve``: bytes that are not allocated yet and must stay free, as for the optimizer. Returns whether blocks
+        may be computed again.
+        """
+        self._automatic, self._reserve = wanted in ("auto", None), reserve
+        recomputed = large if self._automatic else bool(wanted)
+        recompute_blocks(self._model, self._blocks if recomputed else 0)
+        return recomputed
+
+    @contextmanager
+    def least(self) -> Iterator[None]:
+        """Inside it as many blocks are computed again as ever may be."""
+        automatic, self._automatic = self._automatic, False
+        before = [block.recompute for block in self._model.backbone.layers]
+        if automatic and self._model.device.type == "cuda":
+            recompute_blocks(self._model, self._blocks)
+        try:
+            yield
+        finally:
+            self._automatic = automatic
+            recompute_blocks(self._model, sum(before))
+
+    def choose(self, inputs_embeds: Tensor) -> None:
+        """For a pass over (B, L, D), where that is automatic."""
+        if self._automatic and inputs_embeds.is_cuda and torch.is_grad_enabled():
+            tokens, hidden = inputs_embeds.shape[0] * inputs_embeds.shape[1], 4 * inputs_embeds.shape[2]
+            count = blocks_to_recompute(self._blocks, tokens, self.kept, hidden, self._room())
+            recompute_blocks(self._model, count)
+
+    def rows_that_fit(self, length: int, most: int) -> int:
+        """How many rows of ``length`` tokens a backward pass can take, 1 to ``most``, all blocks computed again."""
+        if self._model.device.type != "cuda":
+            return most
+        of_a_token = self._blocks * 4 * self._model.config.hidden_size + TRANSIENT * self.kept
+        return max(1, min(most, self._room() // (length * of_a_token)))
+
+    @property
+    def kept(self) -> int:
+        """Bytes that a block keeps for each token; measured once."""
+        table = self._model.get_input_embeddings().weight
+        self._kept = self._kept or kept_bytes(self._model.backbone.layers[0], table)
+        return self._kept
+
+    @property
+    def _blocks(self) -> int:
+        return self._model.config.num_hidden_layers
+
+    def _room(self) -> int:
+        """Bytes for what the blocks keep: logits in the model's dtype and float32, and the gradients of both, aside."""
+        return free_bytes(self._model.device) - self._reserve - 4 * 4 * self._logits
 
 
 def prefill_chunk(device: torch.device) -> int:

@@ -9,7 +9,7 @@ without a token are masked, so that they are never generated.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from transformers.generation import StoppingCriteria
 from config.errors import InputError
 from models.language_model.cuda_graph_decode import static_steps
 from models.language_model.decoding import StopAtText, StopRule, plain_text
-from models.language_model.hf_patch import read_in_chunks, recompute_blocks, use_our_scan
+from models.language_model.hf_patch import BlockMemory, read_in_chunks, use_our_scan
 from models.language_model.identity import LMIdentity
 from models.language_model.loading import is_large, load_language_model
 
@@ -43,6 +43,7 @@ class MambaLM(nn.Module):
         self.name = name
         self.adapters = adapters
         self.known_tokens = min(len(tokenizer), model.config.vocab_size)
+        self.memory = BlockMemory(model, LOSS_CHUNK)
         use_our_scan(model)
         self.requires_grad_(False)
         self.eval()
@@ -92,11 +93,13 @@ class MambaLM(nn.Module):
         Returns:
             (N,) float32, all labelled tokens row by row, and (B,) their number in each row.
         """
-        hidden = self.model.backbone(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
         target = labels[:, 1:]
         wanted = target != IGNORED
+        rows, places = wanted.nonzero(as_tuple=True)  # before the backbone: it makes the CPU wait for the device
+        self.memory.choose(inputs_embeds)
+        hidden = self.model.backbone(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
         # Logits of the answer alone, some at a time; they are made again in the backward pass.
-        pairs = zip(hidden[:, :-1][wanted].split(LOSS_CHUNK), target[wanted].split(LOSS_CHUNK), strict=True)
+        pairs = zip(*(all_of[rows, places].split(LOSS_CHUNK) for all_of in (hidden, target)), strict=True)
         parts = [checkpoint(self._token_log_probs, *pair, use_reentrant=False) for pair in pairs]
         return torch.cat(parts), wanted.sum(1)
 
@@ -105,11 +108,9 @@ class MambaLM(nn.Module):
         logits = self.model.lm_head(hidden)[:, : self.known_tokens].float()
         return -F.cross_entropy(logits, target, reduction="none")
 
-    def checkpointing(self, wanted: bool | None) -> bool:
-        """Keep only the blocks' inputs for the backward pass (None: from a billion parameters on); returns which."""
-        wanted = is_large(self.model.config) if wanted is None else wanted
-        recompute_blocks(self.model, wanted)
-        return wanted
+    def checkpointing(self, wanted: bool | Literal["auto"] | None, reserve: int = 0) -> bool:
+        """Keep only the blocks' inputs for the backward pass, as :meth:`BlockMemory.decide` says."""
+        return self.memory.decide(wanted, reserve, large=is_large(self.model.config))
 
     @torch.no_grad()
     def prefill(
@@ -154,7 +155,7 @@ class MambaLM(nn.Module):
             B texts, exactly what the model wrote, without special tokens.
         """
         criteria = [*criteria, StopAtText(self.tokenizer, stop)] if stop else [*criteria]
-        with static_steps(self.model, max_new_tokens, int(options.get("num_beams", 1))):
+        with static_steps(self.model, max_new_tokens):
             ids = self.model.generate(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,

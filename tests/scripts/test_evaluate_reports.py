@@ -49,6 +49,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> tuple[Path, 
         None, bridge_width=8, bridge_depth=1, encoder_target_spatial=4, max_visual_tokens=4,
         mamba_model=str(root / "lm"), cache_dir=str(root / "cache"), caption_csv_train=str(data.val_csv),
         caption_csv_val=str(data.val_csv), caption_prompt_json=str(data.prompt_json), slice_policy="mask",
+        mamba_dtype="bfloat16",  # as on a GPU
     )  # fmt: skip
     torch.manual_seed(1)
     encoder = NnUNetEncoder.from_checkpoint(source, target_spatial=4, planes=1)

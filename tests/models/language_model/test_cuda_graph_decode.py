@@ -80,6 +80,16 @@ def test_sampling_with_penalties_and_stops(lm: MambaLM, counted: type[Counted]) 
     assert counted.calls > 0
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_beams_are_put_in_order_between_the_steps(lm: MambaLM, counted: type[Counted], rows: int) -> None:
+    options = Decoding(num_beams=3).options()
+    expected = write(lm, rows, **options)
+    for _ in range(2):  # captured anew, and kept
+        with static_steps(lm.model, STEPS, make=counted):
+            assert write(lm, rows, **options) == expected
+    assert (counted.made, counted.calls) == (1, 2 * (STEPS - 1))
+
+
 def test_answers_from_an_image_state(lm: MambaLM, counted: type[Counted]) -> None:
     state = PrefixState.read(lm, prompts(1))
     ids = torch.tensor([lm.tokenizer.encode("肺部?"), lm.tokenizer.encode("???????")])
@@ -223,7 +233,6 @@ def test_the_tolerance_follows_the_weights(lm: MambaLM, counted: type[Counted]) 
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ({"beams": 3}, "beam search"),
         ({"new_tokens": 3}, "3 tokens"),
         ({"switch": "0"}, "MAMBA_CUDA_GRAPH=0"),
         ({"quantised": True}, "quantised"),
@@ -235,7 +244,7 @@ def test_where_it_is_not_used_the_log_says_why(
     monkeypatch.setenv("MAMBA_CUDA_GRAPH", given.get("switch", "1"))
     monkeypatch.setattr(lm.model, "is_quantized", given.get("quantised", False), raising=False)
     caplog.set_level(logging.INFO, cuda_graph_decode.__name__)
-    with static_steps(lm.model, given.get("new_tokens", STEPS), given.get("beams", 1), make=DecodeStep):
+    with static_steps(lm.model, given.get("new_tokens", STEPS), make=DecodeStep):
         assert "forward" not in vars(lm.model)
     assert reason in caplog.text
     with static_steps(lm.model, STEPS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 
 import pytest
 import torch
@@ -144,7 +145,7 @@ def test_recomputed_blocks_give_the_same_gradient(lm: MambaLM, monkeypatch: pyte
     assert lm.checkpointing(True) is True
     torch.testing.assert_close(loss_and_gradient(lm), expected, rtol=1e-5, atol=1e-7)
     assert len(runs) == 2 * 3
-    assert lm.checkpointing(None) is False  # a small model
+    assert lm.checkpointing("auto") is lm.checkpointing(None) is False  # a small model
     loss_and_gradient(lm)
     assert len(runs) == 3 * 3
 
@@ -152,7 +153,7 @@ def test_recomputed_blocks_give_the_same_gradient(lm: MambaLM, monkeypatch: pyte
 def test_recomputed_blocks_keep_their_input_alone() -> None:
     def kept(recompute: bool) -> int:
         model = ours()
-        recompute_blocks(model, recompute)
+        recompute_blocks(model, len(model.backbone.layers) if recompute else 0)
         known = {p.untyped_storage().data_ptr() for p in model.parameters()}
         sizes: dict[int, int] = {}
 
@@ -170,6 +171,58 @@ def test_recomputed_blocks_keep_their_input_alone() -> None:
 
     # The final norm keeps a few (L, D) of its own; a block would keep more than ten.
     assert kept(True) < (3 + 4) * 40 * 32 * 4 < kept(False) / 4
+
+
+def test_some_blocks_are_recomputed(lm: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first ones: what the last keep is freed before the backward pass comes to them."""
+    expected, runs = loss_and_gradient(lm), []
+    plain = hf_patch._whole_block
+    monkeypatch.setattr(hf_patch, "_whole_block", lambda *args: (runs.append(args[0].mixer.layer_idx), plain(*args))[1])
+    recompute_blocks(lm.model, 2)
+    torch.testing.assert_close(loss_and_gradient(lm), expected, rtol=1e-5, atol=1e-7)
+    assert runs == [0, 1, 2, 1, 0]
+    recompute_blocks(lm.model, 0)
+
+
+@pytest.mark.parametrize(
+    ("room", "expected"),
+    # 64 blocks of 4 x 1040 tokens, 72 kB each in a block, 10 kB of it the input: inputs 2.7 GB, a backward pass 0.9 GB
+    [(2e9, 64), (3.7e9, 64), (3.9e9, 63), (10e9, 40), (24e9, 0), (80e9, 0)],
+)
+def test_as_many_blocks_are_kept_as_fit(room: float, expected: int) -> None:
+    recomputed = hf_patch.blocks_to_recompute(64, 4 * 1040, 72_000, 10_240, int(room))
+    assert recomputed == expected
+    needed = 4160 * (64 * 10_240 + 3 * 72_000 + (64 - recomputed) * (72_000 - 10_240))
+    assert needed <= room or recomputed == 64
+
+
+def test_what_a_block_keeps_is_measured() -> None:
+    """By the tensors that autograd keeps of a whole pass, less those of the same pass with fewer blocks."""
+    block = ours().backbone.layers[0]
+    kept = hf_patch.kept_bytes(block, torch.empty(0, 32))
+    width, inner = 32, 64
+    # The input, x and z, the convolution's output and the step size at the least; no more than a few of each.
+    assert 4 * (width + 4 * inner) < kept < 4 * 4 * (width + 8 * inner)
+
+
+def test_on_a_gpu_blocks_are_chosen_by_the_memory_that_is_free(lm: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice of a pass, on a pretended card."""
+    chosen, memory = [], lm.memory
+    monkeypatch.setattr(hf_patch, "recompute_blocks", lambda model, count: chosen.append(count))
+    given = types.SimpleNamespace(is_cuda=True, shape=(2, 100, 32))
+    inputs = 200 * (3 * 4 * 32 + hf_patch.TRANSIENT * memory.kept)
+    logits = 4 * 4 * mamba_lm.LOSS_CHUNK * lm.model.config.vocab_size
+    lm.checkpointing("auto", reserve=1000)
+    for blocks in (0, 1, 3):
+        free = 1000 + logits + inputs + blocks * 200 * (memory.kept - 4 * 32)
+        monkeypatch.setattr(hf_patch, "free_bytes", lambda _, free=free: free)
+        memory.choose(given)
+    with torch.no_grad():
+        memory.choose(given)
+    lm.checkpointing(False)
+    memory.choose(given)
+    assert chosen == [0, 3, 2, 0, 0], "the first and the last by checkpointing() itself"
+    lm.checkpointing("auto")
 
 
 def test_loss_in_chunks_equals_the_loss_at_once(lm: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
