@@ -54,34 +54,6 @@ def _softplus_slope(y):
 
 
 @triton.jit
-def _follow(decay_a, kept_a, input_a, decay_b, kept_b, input_b):
-    """Span a, then b: the product of the decays, and the final state as what the last token kept and what it put in."""
-    return decay_a * decay_b, kept_b + decay_b * (kept_a + input_a), input_b
-
-
-@triton.jit
-def _precede(reach_a, adjoint_a, decay_a, reach_b, adjoint_b, decay_b):
-    """Span b comes before a in the walk; the adjoint runs from a to b.
-
-    (product of the decays after the first token, adjoint at the first token, decay of the first token).
-    """
-    return reach_b * decay_a * reach_a, adjoint_b + reach_b * decay_a * adjoint_a, decay_b
-
-
-@triton.jit
-def _tile(pointer, stride_b, stride_e, stride_t, sample, e, t, here):
-    """(CHUNK, BLOCK) of a (B, E, L) tensor, in float32; zeros outside."""
-    offsets = sample * stride_b + e[None, :] * stride_e + t[:, None] * stride_t
-    return tl.load(pointer + offsets, mask=here, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store_tile(pointer, stride_b, stride_e, stride_t, sample, e, t, here, value):
-    offsets = sample * stride_b + e[None, :] * stride_e + t[:, None] * stride_t
-    tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=here)
-
-
-@triton.jit
 def _row(pointer, stride_t, step, length, in_e, REVERSE: tl.constexpr):
     """(BLOCK,) of a token, in the tensor's dtype; zeros outside."""
     t = length - 1 - step if REVERSE else step
@@ -116,8 +88,7 @@ def _size(raw, bias, inside, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
     return tl.where(inside, size, 0.0)
 
 
-# Sizes and strides as plain numbers: a fast path for contiguous channels would give each lane of tile_kernel several
-# channels, and its scans would need exchanges between lanes. It also saves compiling again for every length.
+# Sizes and strides as plain numbers: compiled once for all lengths and layouts.
 _SIZES = ["length", "channels", "n_states", "segments", "segment"]
 _STRIDES = [f"{name}_{axis}" for name in ("u", "delta", "z", "y", "gy", "gu", "gd", "gz") for axis in "bet"]
 
@@ -325,7 +296,7 @@ def tile_kernel(
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All gradients but those of the states; the tile's states are computed again."""
-    block, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    block, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     sample = tl.program_id(2).to(tl.int64)
     tiles = tl.num_programs(1)
     e = block * BLOCK + tl.arange(0, BLOCK)
@@ -341,24 +312,27 @@ def tile_kernel(
     part_B += (sample * tl.num_programs(0) + block) * n_states * padded + chunk * CHUNK
     part_C += (sample * tl.num_programs(0) + block) * n_states * padded + chunk * CHUNK
 
-    steps = chunk * CHUNK + step
-    t = (length - 1 - steps if REVERSE else steps).to(tl.int64)
-    here = (steps < length)[:, None] & in_e[None, :]
-    x = _tile(u, u_b, u_e, u_t, sample, e, t, here)
-    raw = _tile(delta, delta_b, delta_e, delta_t, sample, e, t, here)
-    if HAS_BIAS:
-        raw += tl.load(delta_bias + e, mask=in_e, other=0.0)[None, :]
-    size = tl.where(here, _softplus(raw) if SOFTPLUS else raw, 0.0)
-    dy = _tile(grad_y, gy_b, gy_e, gy_t, sample, e, t, here)
-    if HAS_Z:
-        gate = _tile(z, z_b, z_e, z_t, sample, e, t, here)
-        sigmoid = tl.sigmoid(gate)
-        slope = dy * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-        dy *= gate * sigmoid
-        out = tl.zeros_like(x)
-    drive = size * x
-    grad_drive = tl.zeros_like(x)
-    grad_size = tl.zeros_like(x)
+    zero = tl.zeros((BLOCK,), tl.float32)
+    first = chunk * CHUNK
+    u += sample * u_b + e * u_e
+    delta += sample * delta_b + e * delta_e
+    grad_y += sample * gy_b + e * gy_e
+    bias = tl.load(delta_bias + e, mask=in_e, other=0.0) if HAS_BIAS else 0.0
+    xs, sizes, drives, dys = (), (), (), ()
+    slopes, outs, grad_drives, grad_sizes = (), (), (), ()
+    for i in tl.static_range(CHUNK):
+        x = _row(u, u_t, first + i, length, in_e, REVERSE).to(tl.float32)
+        raw = _row(delta, delta_t, first + i, length, in_e, REVERSE)
+        size = _size(raw, bias, in_e & (first + i < length), HAS_BIAS, SOFTPLUS)
+        dy = _row(grad_y, gy_t, first + i, length, in_e, REVERSE).to(tl.float32)
+        if HAS_Z:
+            gate = _row(z + sample * z_b + e * z_e, z_t, first + i, length, in_e, REVERSE).to(tl.float32)
+            sigmoid = tl.sigmoid(gate)
+            slopes = slopes + (dy * sigmoid * (1.0 + gate * (1.0 - sigmoid)),)
+            outs = outs + (zero,)
+            dy *= gate * sigmoid
+        grad_drives, grad_sizes = grad_drives + (zero,), grad_sizes + (zero,)
+        xs, sizes, drives, dys = xs + (x,), sizes + (size,), drives + (size * x,), dys + (dy,)
 
     rate = tl.load(A, mask=in_e, other=0.0)
     before, after = tl.load(states, mask=in_e, other=0.0), tl.load(adjoints, mask=in_e, other=0.0)
@@ -367,47 +341,66 @@ def tile_kernel(
         next_rate = tl.load(A + m * channels, mask=in_e, other=0.0)
         next_before = tl.load(states + m * channels, mask=in_e, other=0.0)
         next_after = tl.load(adjoints + m * channels, mask=in_e, other=0.0)
-        b, c = tl.load(B + n * padded + step), tl.load(C + n * padded + step)  # the same for all lanes: from the cache
 
-        decay = tl.exp2(size * (rate * LOG2E)[None, :])
-        # What came in is put where it is met: the scans need no second pass over their results.
-        kept = tl.where((step == 0)[:, None], decay * before[None, :], 0.0)
-        _, kept, put = tl.associative_scan((decay, kept, drive * b[:, None]), 0, _follow)
-        state = kept + put
-        tl.store(part_C + n * padded + step, tl.sum(dy * state, axis=1))
-        if HAS_Z:
-            out += state * c[:, None]
-        # Not reverse=True: that exchanges all lanes, while flipping registers costs nothing.
-        met = dy * c[:, None] + tl.where((step == CHUNK - 1)[:, None], after[None, :], 0.0)
-        one = tl.full(decay.shape, 1.0, tl.float32)
-        _, adjoint, _ = tl.associative_scan((one, tl.flip(met, 0), tl.flip(decay, 0)), 0, _precede)
-        adjoint = tl.flip(adjoint, 0)
-        tl.store(part_B + n * padded + step, tl.sum(drive * adjoint, axis=1))
-        grad_drive += adjoint * b[:, None]
-        flow = adjoint * kept  # gradient of Δ A
-        grad_size += flow * rate[None, :]
+        decays, kepts, next_outs = (), (), ()
+        state, sum_C = before, tl.zeros((CHUNK,), tl.float32)
+        for i in tl.static_range(CHUNK):
+            decay = tl.exp2(sizes[i] * (rate * LOG2E))
+            kept = decay * state
+            state = kept + drives[i] * tl.load(B + n * padded + i)
+            sum_C = tl.where(step == i, tl.sum(dys[i] * state, axis=0), sum_C)
+            decays, kepts = decays + (decay,), kepts + (kept,)
+            if HAS_Z:
+                next_outs = next_outs + (outs[i] + state * tl.load(C + n * padded + i),)
+        tl.store(part_C + n * padded + step, sum_C)
+
+        flow, sum_B = after, tl.zeros((CHUNK,), tl.float32)
+        next_drives, next_sizes = (), ()
+        sum_A = tl.zeros((BLOCK,), tl.float32)
+        for j in tl.static_range(CHUNK):
+            adjoint = dys[CHUNK - 1 - j] * tl.load(C + n * padded + (CHUNK - 1 - j)) + flow
+            sum_B = tl.where(step == CHUNK - 1 - j, tl.sum(drives[CHUNK - 1 - j] * adjoint, axis=0), sum_B)
+            b = tl.load(B + n * padded + (CHUNK - 1 - j))
+            next_drives = (grad_drives[CHUNK - 1 - j] + adjoint * b,) + next_drives
+            through = adjoint * kepts[CHUNK - 1 - j]  # gradient of Δ A
+            next_sizes = (grad_sizes[CHUNK - 1 - j] + through * rate,) + next_sizes
+            if WANT_A:
+                sum_A += through * sizes[CHUNK - 1 - j]
+            flow = adjoint * decays[CHUNK - 1 - j]
+        tl.store(part_B + n * padded + step, sum_B)
         if WANT_A:
-            tl.store(part_A + n * channels, tl.sum(flow * size, axis=0), mask=in_e)
+            tl.store(part_A + n * channels, sum_A, mask=in_e)
+        grad_drives, grad_sizes = next_drives, next_sizes
+        if HAS_Z:
+            outs = next_outs
         rate, before, after = next_rate, next_before, next_after
 
-    dx = grad_drive * size
-    grad_size += grad_drive * x
-    if HAS_D:
-        skip = tl.load(D + e, mask=in_e, other=0.0)[None, :]
-        dx += dy * skip
-    if WANT_D:
-        tl.store(part_D + (sample * tiles + chunk) * channels + e, tl.sum(dy * x, axis=0), mask=in_e)
-    if SOFTPLUS:
-        grad_size *= _softplus_slope(size)
-    if WANT_BIAS:
-        total = tl.sum(tl.where(here, grad_size, 0.0), axis=0)
-        tl.store(part_bias + (sample * tiles + chunk) * channels + e, total, mask=in_e)
-    _store_tile(grad_u, gu_b, gu_e, gu_t, sample, e, t, here, dx)
-    _store_tile(grad_delta, gd_b, gd_e, gd_t, sample, e, t, here, grad_size)
-    if HAS_Z:
+    skip = tl.load(D + e, mask=in_e, other=0.0) if HAS_D else 0.0
+    sum_D, sum_bias = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    grad_u += sample * gu_b + e * gu_e
+    grad_delta += sample * gd_b + e * gd_e
+    for i in tl.static_range(CHUNK):
+        inside = in_e & (first + i < length)
+        t = length - 1 - (first + i) if REVERSE else first + i
+        dx, grad_size = grad_drives[i] * sizes[i], grad_sizes[i] + grad_drives[i] * xs[i]
         if HAS_D:
-            out += x * skip
-        _store_tile(grad_z, gz_b, gz_e, gz_t, sample, e, t, here, slope * out)
+            dx += dys[i] * skip
+        if SOFTPLUS:
+            grad_size *= _softplus_slope(sizes[i])
+        if WANT_D:
+            sum_D += dys[i] * xs[i]
+        if WANT_BIAS:
+            sum_bias += tl.where(inside, grad_size, 0.0)
+        tl.store(grad_u + t.to(tl.int64) * gu_t, dx.to(grad_u.dtype.element_ty), mask=inside)
+        tl.store(grad_delta + t.to(tl.int64) * gd_t, grad_size.to(grad_delta.dtype.element_ty), mask=inside)
+        if HAS_Z:
+            grad = slopes[i] * (outs[i] + xs[i] * skip)
+            place = grad_z + sample * gz_b + e * gz_e + t.to(tl.int64) * gz_t
+            tl.store(place, grad.to(grad_z.dtype.element_ty), mask=inside)
+    if WANT_D:
+        tl.store(part_D + (sample * tiles + chunk) * channels + e, sum_D, mask=in_e)
+    if WANT_BIAS:
+        tl.store(part_bias + (sample * tiles + chunk) * channels + e, sum_bias, mask=in_e)
 
 
 @triton.jit
