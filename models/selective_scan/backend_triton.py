@@ -1,10 +1,11 @@
 """The selective scan on a GPU: autograd and launches around the Triton kernels.
 
 Letters: B batch, E channels, L tokens, N state. Everything is computed in float32, whatever the inputs are.
-For backward the inputs and the state before each tile are kept, B·E·N·L/CHUNK floats. Backward needs as much for
-the adjoints, and room for dB and dC summed over blocks of channels, 2·N·L for each block; a block has at least N/2
-channels, so that is at most about 4·B·E·L floats whatever N is, and 1·B·E·L for N = 16. The blocks are then summed in
-a fixed order: no atomics, results repeat exactly.
+For backward the inputs and the state before each tile are kept, B·E·N·L/CHUNK numbers: bfloat16 where u is that,
+whose gradients are rounded so in the end, else float32; the walks themselves never go on from a rounded state.
+Backward needs as much for the adjoints, and room for dB and dC summed over blocks of channels, 2·N·L floats for each
+block; a block has at least N/2 channels, so that is at most about 4·B·E·L floats whatever N is, and 0.5·B·E·L for
+N = 16. The blocks are then summed in a fixed order: no atomics, results repeat exactly.
 
 Runs wherever Triton 3.3 or later does, including Windows (package triton-windows). With ``TRITON_INTERPRET=1``
 in the environment before Triton is imported it runs, slowly, on CPU tensors instead.
@@ -24,13 +25,16 @@ from models.selective_scan.kernels_triton import adjoint_kernel, forward_kernel,
 from models.selective_scan.selftest import attempt, check_scan, expect_close, sample_inputs
 
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
-CHUNK = 16  # tokens a tile
+CHUNK = 8  # tokens a tile
+TILE_BLOCK = (
+    64  # channels a warp of tile_kernel, two for each lane: half the exchanges between lanes that one would need
+)
 BLOCK = 32  # channels a program of the walks, one for each lane of a warp
-TILE_BLOCK = 32  # channels a warp of tile_kernel
 UNROLL = 4  # tokens that a walk loads ahead
+STAGES = 3  # of the walks' copies of B and C into shared memory
 WARP_STATES = 16  # states that a lane holds; of more, several warps share a program
-PROGRAMS = 8  # a multiprocessor shall have; fewer, and the sequence is cut into segments
-LEAST = 2  # tiles in a segment
+PROGRAMS = 8  # of the walks, that a multiprocessor shall have; fewer, and the sequence is cut into segments
+LEAST = 4  # tiles in a segment
 
 
 def check(device_type: str) -> None:
@@ -42,7 +46,7 @@ def check(device_type: str) -> None:
         raise BackendUnavailable("it runs on the CPU only in Triton's interpreter (TRITON_INTERPRET=1, for tests)")
     if device_type != "cpu" and INTERPRETED:
         raise BackendUnavailable("TRITON_INTERPRET is set, which is for tests on the CPU")
-    check_scan(scan, device_type, channels=BLOCK + 3, length=CHUNK + 3)
+    check_scan(scan, device_type, channels=TILE_BLOCK + 3, length=2 * LEAST * CHUNK + 3)
     attempt(lambda: _check_update(device_type), device_type)
 
 
@@ -74,7 +78,8 @@ def forward(inputs: ScanInputs, softplus: bool, reverse: bool, keep: bool) -> tu
         last = u.new_zeros(batch, channels, n_states, dtype=torch.float32) if first is None else first.clone()
         return y, last, last
     last = torch.empty(batch, channels, n_states, device=u.device)
-    states = last if not keep else torch.empty(batch, triton.cdiv(length, CHUNK), n_states, channels, device=u.device)
+    tiles, kind = triton.cdiv(length, CHUNK), torch.bfloat16 if u.dtype is torch.bfloat16 else torch.float32
+    states = torch.empty(batch, tiles, n_states, channels, dtype=kind, device=u.device) if keep else last
     gate = u if z is None else z  # never read where absent
     walk = _Walk(u, n_states)
     tensors = (u, delta, gate, y, _rates(A), walk.by_token(B), walk.by_token(C), _vector(D, u), _vector(delta_bias, u))
@@ -115,11 +120,12 @@ def backward(
     adjoints, grad_first = torch.empty_like(states), torch.empty(batch, channels, n_states, device=u.device)
     last = grad_first if grad_last is None else grad_last.float().contiguous()  # never read where absent
     walk = _Walk(u, n_states)
-    tensors = (delta, gate, grad_y, rates, walk.by_token(C), bias, last, grad_first, adjoints, walk.ends, walk.sums)
+    by_token = walk.by_token(C)
+    tensors = (delta, gate, grad_y, rates, by_token, bias, last, grad_first, adjoints, walk.ends, walk.sums)
     block = max(TILE_BLOCK, triton.next_power_of_2(n_states) // 2)  # bounds the room for dB and dC
     blocks = triton.cdiv(channels, block)
-    parts = torch.empty(2, batch, blocks, n_states, tiles * CHUNK, device=u.device)
-    part_A = torch.empty_like(states) if want_A else states  # never written where not wanted
+    parts = torch.empty(2, batch, blocks, n_states, length, device=u.device)
+    part_A = torch.empty(states.shape, device=u.device) if want_A else states  # never written where not wanted
     part_D, part_bias = torch.empty(2, batch, tiles, channels, device=u.device)
     with _on(u.device):
         for local in walk.launches():
@@ -128,17 +134,15 @@ def backward(
                 HAS_LAST=grad_last is not None, LOCAL=local, **flags, **walk.options,
             )  # fmt: skip
         tile_kernel[(blocks, tiles, batch)](
-            u, delta, gate, grad_y, grad_u, grad_delta, grad_z, rates, _by_state(B, reverse), _by_state(C, reverse),
+            u, delta, gate, grad_y, grad_u, grad_delta, grad_z, rates, walk.by_token(B), by_token,
             _vector(D, u), bias, states, adjoints, *parts, part_A, part_D, part_bias,
-            length, tiles * CHUNK, channels, n_states,
+            length, channels, n_states,
             *u.stride(), *delta.stride(), *gate.stride(), *grad_y.stride(),
             *grad_u.stride(), *grad_delta.stride(), *grad_z.stride(),
             HAS_D=D is not None, WANT_A=want_A, WANT_D=want_D, WANT_BIAS=want_bias, **flags,
-            CHUNK=CHUNK, BLOCK=block, num_warps=block // TILE_BLOCK, num_stages=1,
+            CHUNK=CHUNK, BLOCK=block, STATES=walk.states, num_warps=block // TILE_BLOCK, num_stages=1,
         )  # fmt: skip
-    grad_B, grad_C = parts.sum(2)[..., :length]
-    if reverse:
-        grad_B, grad_C = grad_B.flip(-1), grad_C.flip(-1)
+    grad_B, grad_C = parts.sum(2)
     return (
         grad_u,
         grad_delta,
@@ -166,7 +170,7 @@ class _Walk:
         self.sums = torch.empty(self.batch, self.segments, channels, device=u.device)
         self.states = triton.next_power_of_2(n_states)
         self.options = {
-            "CHUNK": CHUNK, "BLOCK": BLOCK, "STATES": self.states, "UNROLL": UNROLL,
+            "CHUNK": CHUNK, "BLOCK": BLOCK, "STATES": self.states, "UNROLL": UNROLL, "STAGES": STAGES,
             "num_warps": max(1, min(32, self.states // WARP_STATES)), "num_stages": 1,
         }  # fmt: skip
 
@@ -199,14 +203,6 @@ scan = differentiable(forward, backward)
 def _rates(A: Tensor) -> Tensor:
     """(E, N) -> (N, E), so that the lanes of a warp read neighbours."""
     return A.detach().float().t().contiguous()
-
-
-def _by_state(tensor: Tensor, reverse: bool) -> Tensor:
-    """B or C (B, N, L) in float32, in the order of the walk, with zeros up to whole tiles."""
-    length = tensor.shape[2]
-    padded = tensor.new_zeros(*tensor.shape[:2], triton.cdiv(length, CHUNK) * CHUNK, dtype=torch.float32)
-    padded[..., :length] = tensor.flip(-1) if reverse else tensor
-    return padded
 
 
 def _vector(tensor: Tensor | None, u: Tensor) -> Tensor:

@@ -4,19 +4,20 @@ Letters: B batch, E channels, L tokens, N state. "Step" counts tokens in the ord
 
 Two kernels walk: ``forward_kernel`` along the sequence with the state, ``adjoint_kernel`` back along it with the
 state's gradient. A program is one sample × BLOCK channels × a segment of the sequence, in one warp for up to 16 states:
-a lane owns a channel and holds its N states in registers, so a step is N independent exponentials and multiply-adds,
-and the loads of the next steps are on their way meanwhile. Both leave what they carry at the border of every tile.
+a lane owns a channel and holds its N states in registers, so a step is N independent exponentials and multiply-adds.
+The loads of later steps are on their way meanwhile: u, Δ and z in registers; B and C, which all lanes read, in shared
+memory, where they do not queue behind the others. Both kernels leave what they carry at the border of every tile.
 
 A long sequence of a small batch is cut into segments, to fill the GPU. A first launch (LOCAL) walks each as if nothing
 preceded it; the second starts each from what the others before it left: the decay over a segment is one exponential of
 the sum of its Δ.
 
 ``tile_kernel`` then computes all gradients, each tile alone: it knows the state before and the adjoint after it. It
-takes the states one after the other; the recurrences inside a tile are associative scans over its steps, which lie in
-the registers of one lane. Only dB and dC need sums over lanes.
+takes the states one after the other, along the tile's steps and back, a step in one register for each channel of the
+lane. Only dB and dC need sums over lanes, five exchanges each, which the channels of a lane share.
 
 Decays are only multiplied, never divided by, and h_t − Δ_t B_t u_t is never formed: it cancels when the decay
-is small. The tuples that the scans combine carry what would need it.
+is small.
 
 Nothing here needs more than basic Triton: no tensor cores, descriptors or libdevice calls. ``TRITON_INTERPRET``
 set before the import makes the same functions run on CPU tensors, for tests.
@@ -54,34 +55,6 @@ def _softplus_slope(y):
 
 
 @triton.jit
-def _follow(decay_a, kept_a, input_a, decay_b, kept_b, input_b):
-    """Span a, then b: the product of the decays, and the final state as what the last token kept and what it put in."""
-    return decay_a * decay_b, kept_b + decay_b * (kept_a + input_a), input_b
-
-
-@triton.jit
-def _precede(reach_a, adjoint_a, decay_a, reach_b, adjoint_b, decay_b):
-    """Span b comes before a in the walk; the adjoint runs from a to b.
-
-    (product of the decays after the first token, adjoint at the first token, decay of the first token).
-    """
-    return reach_b * decay_a * reach_a, adjoint_b + reach_b * decay_a * adjoint_a, decay_b
-
-
-@triton.jit
-def _tile(pointer, stride_b, stride_e, stride_t, sample, e, t, here):
-    """(CHUNK, BLOCK) of a (B, E, L) tensor, in float32; zeros outside."""
-    offsets = sample * stride_b + e[None, :] * stride_e + t[:, None] * stride_t
-    return tl.load(pointer + offsets, mask=here, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store_tile(pointer, stride_b, stride_e, stride_t, sample, e, t, here, value):
-    offsets = sample * stride_b + e[None, :] * stride_e + t[:, None] * stride_t
-    tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=here)
-
-
-@triton.jit
 def _row(pointer, stride_t, step, length, in_e, REVERSE: tl.constexpr):
     """(BLOCK,) of a token, in the tensor's dtype; zeros outside."""
     t = length - 1 - step if REVERSE else step
@@ -106,6 +79,17 @@ def _vector(pointer, step, length, n, REVERSE: tl.constexpr, STATES: tl.constexp
 
 
 @triton.jit
+def _numbers(pointer, first, length, n, REVERSE: tl.constexpr, STATES: tl.constexpr, STEPS: tl.constexpr):
+    """State n of B or C at STEPS steps from ``first`` on. Beyond the end the last one, which meets zeros."""
+    numbers = ()
+    for i in tl.static_range(STEPS):
+        step = tl.minimum(first + i, length - 1)
+        t = length - 1 - step if REVERSE else step
+        numbers = numbers + (tl.load(pointer + t * STATES + n),)
+    return numbers
+
+
+@triton.jit
 def _size(raw, bias, inside, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
     """Δ; zero outside, where a step leaves the state alone."""
     size = raw.to(tl.float32)
@@ -116,13 +100,12 @@ def _size(raw, bias, inside, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
     return tl.where(inside, size, 0.0)
 
 
-# Sizes and strides as plain numbers: a fast path for contiguous channels would give each lane of tile_kernel several
-# channels, and its scans would need exchanges between lanes. It also saves compiling again for every length.
-_SIZES = ["length", "channels", "n_states", "segments", "segment"]
-_STRIDES = [f"{name}_{axis}" for name in ("u", "delta", "z", "y", "gy", "gu", "gd", "gz") for axis in "bet"]
+# Plain numbers, which keep the compiler from choosing by them: compiled once for all lengths. For the walks also the
+# number of channels: a lane that loaded four neighbours at once would share its states with other lanes.
+_PLAIN = ["length", "n_states", "segments", "segment"]
 
 
-@triton.jit(do_not_specialize=_SIZES + _STRIDES)
+@triton.jit(do_not_specialize=[*_PLAIN, "channels"])
 def forward_kernel(
     u, delta, z, y,  # (B, E, L), any strides
     A,  # (N, E)
@@ -141,7 +124,7 @@ def forward_kernel(
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
     KEEP: tl.constexpr,  # write states
     LOCAL: tl.constexpr,  # write ends and sums, nothing else
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr, UNROLL: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y, the last state, and the states between tiles."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -180,14 +163,14 @@ def forward_kernel(
     raws = _rows(delta, delta_t, begin, length, in_e, REVERSE, UNROLL)
     if HAS_Z and not LOCAL:
         gates = _rows(z, z_t, begin, length, in_e, REVERSE, UNROLL)
-    for start in range(begin, tl.minimum(begin + segment * CHUNK, length), UNROLL):
+    for start in tl.range(begin, tl.minimum(begin + segment * CHUNK, length), UNROLL, num_stages=STAGES):
         after = start + UNROLL
         next_xs = _rows(u, u_t, after, length, in_e, REVERSE, UNROLL)
         next_raws = _rows(delta, delta_t, after, length, in_e, REVERSE, UNROLL)
         if HAS_Z and not LOCAL:
             next_gates = _rows(z, z_t, after, length, in_e, REVERSE, UNROLL)
         if KEEP and not LOCAL and start % CHUNK == 0:
-            tl.store(states + (start // CHUNK) * size_of, state, mask=both)
+            tl.store(states + (start // CHUNK) * size_of, state.to(states.dtype.element_ty), mask=both)
         for i in tl.static_range(UNROLL):
             step = start + i
             x = xs[i].to(tl.float32)
@@ -218,7 +201,7 @@ def forward_kernel(
         tl.store(last + sample * size_of + turned, state, mask=both)
 
 
-@triton.jit(do_not_specialize=_SIZES + _STRIDES)
+@triton.jit(do_not_specialize=[*_PLAIN, "channels"])
 def adjoint_kernel(
     delta, z, grad_y,  # (B, E, L), any strides
     A,  # (N, E)
@@ -233,7 +216,7 @@ def adjoint_kernel(
     gy_b, gy_e, gy_t,
     HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LAST: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, LOCAL: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr, UNROLL: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the state at the border of every tile."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -271,14 +254,14 @@ def adjoint_kernel(
     grads = _rows(grad_y, gy_t, stop - UNROLL, length, in_e, REVERSE, UNROLL)
     if HAS_Z:
         gates = _rows(z, z_t, stop - UNROLL, length, in_e, REVERSE, UNROLL)
-    for walked in range(0, stop - begin, UNROLL):
+    for walked in tl.range(0, stop - begin, UNROLL, num_stages=STAGES):
         start = stop - UNROLL - walked
         next_raws = _rows(delta, delta_t, start - UNROLL, length, in_e, REVERSE, UNROLL)
         next_grads = _rows(grad_y, gy_t, start - UNROLL, length, in_e, REVERSE, UNROLL)
         if HAS_Z:
             next_gates = _rows(z, z_t, start - UNROLL, length, in_e, REVERSE, UNROLL)
         if not LOCAL and walked % CHUNK == 0:
-            tl.store(adjoints + (start // CHUNK) * size_of, flow, mask=both)
+            tl.store(adjoints + (start // CHUNK) * size_of, flow.to(adjoints.dtype.element_ty), mask=both)
         for j in tl.static_range(UNROLL):
             step = start + (UNROLL - 1 - j)
             size = _size(raws[UNROLL - 1 - j], bias, in_e & (step < length), HAS_BIAS, SOFTPLUS)
@@ -301,17 +284,17 @@ def adjoint_kernel(
         tl.store(grad_first + sample * size_of + turned, flow, mask=both)
 
 
-@triton.jit(do_not_specialize=_SIZES + _STRIDES)
+@triton.jit(do_not_specialize=_PLAIN)
 def tile_kernel(
     u, delta, z, grad_y, grad_u, grad_delta, grad_z,  # (B, E, L), any strides
     A,  # (N, E)
-    B, C,  # (B, N, padded), in the order of the walk, zeros after step L
+    B, C,  # (B, L, STATES)
     D, delta_bias,  # (E,)
     states, adjoints,  # (B, tiles, N, E), before and after each tile
-    part_B, part_C,  # (B, blocks, N, padded), sums over a block's channels
+    part_B, part_C,  # (B, blocks, N, L), sums over a block's channels
     part_A,  # (B, tiles, N, E)
     part_D, part_bias,  # (B, tiles, E)
-    length, padded, channels, n_states,
+    length, channels, n_states,
     u_b, u_e, u_t,
     delta_b, delta_e, delta_t,
     z_b, z_e, z_t,
@@ -322,10 +305,10 @@ def tile_kernel(
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     WANT_A: tl.constexpr, WANT_D: tl.constexpr, WANT_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     """All gradients but those of the states; the tile's states are computed again."""
-    block, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    block, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     sample = tl.program_id(2).to(tl.int64)
     tiles = tl.num_programs(1)
     e = block * BLOCK + tl.arange(0, BLOCK)
@@ -336,78 +319,106 @@ def tile_kernel(
     adjoints += (sample * tiles + chunk) * plane + e
     part_A += (sample * tiles + chunk) * plane + e
     A += e
-    B += sample * n_states * padded + chunk * CHUNK
-    C += sample * n_states * padded + chunk * CHUNK
-    part_B += (sample * tl.num_programs(0) + block) * n_states * padded + chunk * CHUNK
-    part_C += (sample * tl.num_programs(0) + block) * n_states * padded + chunk * CHUNK
-
+    B += sample * length * STATES
+    C += sample * length * STATES
     steps = chunk * CHUNK + step
-    t = (length - 1 - steps if REVERSE else steps).to(tl.int64)
-    here = (steps < length)[:, None] & in_e[None, :]
-    x = _tile(u, u_b, u_e, u_t, sample, e, t, here)
-    raw = _tile(delta, delta_b, delta_e, delta_t, sample, e, t, here)
-    if HAS_BIAS:
-        raw += tl.load(delta_bias + e, mask=in_e, other=0.0)[None, :]
-    size = tl.where(here, _softplus(raw) if SOFTPLUS else raw, 0.0)
-    dy = _tile(grad_y, gy_b, gy_e, gy_t, sample, e, t, here)
-    if HAS_Z:
-        gate = _tile(z, z_b, z_e, z_t, sample, e, t, here)
-        sigmoid = tl.sigmoid(gate)
-        slope = dy * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-        dy *= gate * sigmoid
-        out = tl.zeros_like(x)
-    drive = size * x
-    grad_drive = tl.zeros_like(x)
-    grad_size = tl.zeros_like(x)
+    place = length - 1 - steps if REVERSE else steps
+    part_B += (sample * tl.num_programs(0) + block) * n_states * length + place
+    part_C += (sample * tl.num_programs(0) + block) * n_states * length + place
+
+    zero = tl.zeros((BLOCK,), tl.float32)
+    first = chunk * CHUNK
+    u += sample * u_b + e * u_e
+    delta += sample * delta_b + e * delta_e
+    grad_y += sample * gy_b + e * gy_e
+    bias = tl.load(delta_bias + e, mask=in_e, other=0.0) if HAS_BIAS else 0.0
+    sizes, drives, dys = (), (), ()
+    slopes, outs, grad_drives, grad_sizes = (), (), (), ()
+    for i in tl.static_range(CHUNK):
+        x = _row(u, u_t, first + i, length, in_e, REVERSE).to(tl.float32)
+        raw = _row(delta, delta_t, first + i, length, in_e, REVERSE)
+        size = _size(raw, bias, in_e & (first + i < length), HAS_BIAS, SOFTPLUS)
+        dy = _row(grad_y, gy_t, first + i, length, in_e, REVERSE).to(tl.float32)
+        if HAS_Z:
+            gate = _row(z + sample * z_b + e * z_e, z_t, first + i, length, in_e, REVERSE).to(tl.float32)
+            sigmoid = tl.sigmoid(gate)
+            slopes = slopes + (dy * sigmoid * (1.0 + gate * (1.0 - sigmoid)),)
+            outs = outs + (zero,)
+            dy *= gate * sigmoid
+        grad_drives, grad_sizes = grad_drives + (zero,), grad_sizes + (zero,)
+        sizes, drives, dys = sizes + (size,), drives + (size * x,), dys + (dy,)
 
     rate = tl.load(A, mask=in_e, other=0.0)
     before, after = tl.load(states, mask=in_e, other=0.0), tl.load(adjoints, mask=in_e, other=0.0)
+    bs = _numbers(B, first, length, 0, REVERSE, STATES, CHUNK)
+    cs = _numbers(C, first, length, 0, REVERSE, STATES, CHUNK)
     for n in range(n_states):
         m = tl.minimum(n + 1, n_states - 1)  # the next one's loads are on their way during this one's arithmetic
         next_rate = tl.load(A + m * channels, mask=in_e, other=0.0)
         next_before = tl.load(states + m * channels, mask=in_e, other=0.0)
         next_after = tl.load(adjoints + m * channels, mask=in_e, other=0.0)
-        b, c = tl.load(B + n * padded + step), tl.load(C + n * padded + step)  # the same for all lanes: from the cache
+        next_bs = _numbers(B, first, length, m, REVERSE, STATES, CHUNK)
+        next_cs = _numbers(C, first, length, m, REVERSE, STATES, CHUNK)
 
-        decay = tl.exp2(size * (rate * LOG2E)[None, :])
-        # What came in is put where it is met: the scans need no second pass over their results.
-        kept = tl.where((step == 0)[:, None], decay * before[None, :], 0.0)
-        _, kept, put = tl.associative_scan((decay, kept, drive * b[:, None]), 0, _follow)
-        state = kept + put
-        tl.store(part_C + n * padded + step, tl.sum(dy * state, axis=1))
-        if HAS_Z:
-            out += state * c[:, None]
-        # Not reverse=True: that exchanges all lanes, while flipping registers costs nothing.
-        met = dy * c[:, None] + tl.where((step == CHUNK - 1)[:, None], after[None, :], 0.0)
-        one = tl.full(decay.shape, 1.0, tl.float32)
-        _, adjoint, _ = tl.associative_scan((one, tl.flip(met, 0), tl.flip(decay, 0)), 0, _precede)
-        adjoint = tl.flip(adjoint, 0)
-        tl.store(part_B + n * padded + step, tl.sum(drive * adjoint, axis=1))
-        grad_drive += adjoint * b[:, None]
-        flow = adjoint * kept  # gradient of Δ A
-        grad_size += flow * rate[None, :]
+        decays, kepts, next_outs = (), (), ()
+        state, sum_C = before.to(tl.float32), tl.zeros((CHUNK,), tl.float32)
+        for i in tl.static_range(CHUNK):
+            decay = tl.exp2(sizes[i] * (rate * LOG2E))
+            kept = decay * state
+            state = kept + drives[i] * bs[i]
+            sum_C = tl.where(step == i, tl.sum(dys[i] * state, axis=0), sum_C)
+            decays, kepts = decays + (decay,), kepts + (kept,)
+            if HAS_Z:
+                next_outs = next_outs + (outs[i] + state * cs[i],)
+        tl.store(part_C + n * length, sum_C, mask=steps < length)
+
+        flow, sum_B = after.to(tl.float32), tl.zeros((CHUNK,), tl.float32)
+        next_drives, next_sizes = (), ()
+        sum_A = tl.zeros((BLOCK,), tl.float32)
+        for j in tl.static_range(CHUNK):
+            adjoint = dys[CHUNK - 1 - j] * cs[CHUNK - 1 - j] + flow
+            sum_B = tl.where(step == CHUNK - 1 - j, tl.sum(drives[CHUNK - 1 - j] * adjoint, axis=0), sum_B)
+            next_drives = (grad_drives[CHUNK - 1 - j] + adjoint * bs[CHUNK - 1 - j],) + next_drives
+            through = adjoint * kepts[CHUNK - 1 - j]  # gradient of Δ A
+            next_sizes = (grad_sizes[CHUNK - 1 - j] + through * rate,) + next_sizes
+            if WANT_A:
+                sum_A += through * sizes[CHUNK - 1 - j]
+            flow = adjoint * decays[CHUNK - 1 - j]
+        tl.store(part_B + n * length, sum_B, mask=steps < length)
         if WANT_A:
-            tl.store(part_A + n * channels, tl.sum(flow * size, axis=0), mask=in_e)
-        rate, before, after = next_rate, next_before, next_after
+            tl.store(part_A + n * channels, sum_A, mask=in_e)
+        grad_drives, grad_sizes = next_drives, next_sizes
+        if HAS_Z:
+            outs = next_outs
+        rate, before, after, bs, cs = next_rate, next_before, next_after, next_bs, next_cs
 
-    dx = grad_drive * size
-    grad_size += grad_drive * x
-    if HAS_D:
-        skip = tl.load(D + e, mask=in_e, other=0.0)[None, :]
-        dx += dy * skip
-    if WANT_D:
-        tl.store(part_D + (sample * tiles + chunk) * channels + e, tl.sum(dy * x, axis=0), mask=in_e)
-    if SOFTPLUS:
-        grad_size *= _softplus_slope(size)
-    if WANT_BIAS:
-        total = tl.sum(tl.where(here, grad_size, 0.0), axis=0)
-        tl.store(part_bias + (sample * tiles + chunk) * channels + e, total, mask=in_e)
-    _store_tile(grad_u, gu_b, gu_e, gu_t, sample, e, t, here, dx)
-    _store_tile(grad_delta, gd_b, gd_e, gd_t, sample, e, t, here, grad_size)
-    if HAS_Z:
+    skip = tl.load(D + e, mask=in_e, other=0.0) if HAS_D else 0.0
+    sum_D, sum_bias = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    grad_u += sample * gu_b + e * gu_e
+    grad_delta += sample * gd_b + e * gd_e
+    for i in tl.static_range(CHUNK):
+        inside = in_e & (first + i < length)
+        t = length - 1 - (first + i) if REVERSE else first + i
+        x = _row(u, u_t, first + i, length, in_e, REVERSE).to(tl.float32)  # again: registers are scarce above
+        dx, grad_size = grad_drives[i] * sizes[i], grad_sizes[i] + grad_drives[i] * x
         if HAS_D:
-            out += x * skip
-        _store_tile(grad_z, gz_b, gz_e, gz_t, sample, e, t, here, slope * out)
+            dx += dys[i] * skip
+        if SOFTPLUS:
+            grad_size *= _softplus_slope(sizes[i])
+        if WANT_D:
+            sum_D += dys[i] * x
+        if WANT_BIAS:
+            sum_bias += tl.where(inside, grad_size, 0.0)
+        tl.store(grad_u + t.to(tl.int64) * gu_t, dx.to(grad_u.dtype.element_ty), mask=inside)
+        tl.store(grad_delta + t.to(tl.int64) * gd_t, grad_size.to(grad_delta.dtype.element_ty), mask=inside)
+        if HAS_Z:
+            grad = slopes[i] * (outs[i] + x * skip)
+            place = grad_z + sample * gz_b + e * gz_e + t.to(tl.int64) * gz_t
+            tl.store(place, grad.to(grad_z.dtype.element_ty), mask=inside)
+    if WANT_D:
+        tl.store(part_D + (sample * tiles + chunk) * channels + e, sum_D, mask=in_e)
+    if WANT_BIAS:
+        tl.store(part_bias + (sample * tiles + chunk) * channels + e, sum_bias, mask=in_e)
 
 
 @triton.jit

@@ -34,7 +34,7 @@ def compiled(kernel: triton.JITFunction, launch: Recorder, capability: int) -> d
     options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
     arguments = {**dict(zip(kernel.arg_names, launch.args, strict=False)), **kwargs}
     assert set(arguments) == set(kernel.arg_names)
-    signature, divisible = {}, {}
+    signature, constants, divisible = {}, dict(kwargs), {}
     for i, name in enumerate(kernel.arg_names):
         value = arguments[name]
         if name in kwargs:
@@ -43,9 +43,11 @@ def compiled(kernel: triton.JITFunction, launch: Recorder, capability: int) -> d
             signature[name], divisible[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
+        elif value == 1 and not kernel.params[i].do_not_specialize:  # as at a launch
+            signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "i32"
-            if value % 16 == 0 and not kernel.params[i].do_not_specialize:  # as at a launch
+            if value % 16 == 0 and not kernel.params[i].do_not_specialize:
                 divisible[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, kwargs, divisible)
+    source = ASTSource(kernel, signature, constants, divisible)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm

@@ -58,7 +58,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, states: int, f
     recorders = {name: Recorder() for name in KERNELS}
     for name, recorder in recorders.items():
         monkeypatch.setattr(backend_triton, name, recorder)
-    tile = torch.zeros(1, 64, 48, dtype=dtype)
+    tile = torch.zeros(1, 48, 64, dtype=dtype).mT  # channels last, as the mixers give it
     per_channel, per_state = torch.zeros(64), torch.zeros(1, states, 48, dtype=dtype)
     A, z = torch.zeros(64, states), tile if full else None
     D, bias = (per_channel, per_channel) if full else (None, None)
