@@ -75,6 +75,8 @@ class Page:
             Route(f"{case}/write", self.write, methods=["POST"]),
             Route(f"{case}/ask", self.ask, methods=["POST"]),
             Route(f"{case}/map", self.map, methods=["POST"]),
+            Route(f"{case}/dicom", self.dicom, methods=["POST"]),
+            Route(f"{case}/dicom.zip", self.dicom_file),
             Route(f"{case}/events", self.events),
             Route(f"{case}/slices/{{layer}}/{{axis}}/{{number:int}}", self.plane),
             Route(f"{case}/volumes/{{layer}}.nii", self.volume),
@@ -218,6 +220,20 @@ class Page:
             raise InputError("expected the numbers of a report and a sentence")
         self.desk.submit(case, "map", report=report, sentence=sentence)
         return JSONResponse({}, 202)
+
+    async def dicom(self, request: Request) -> Response:
+        case, given = self._case(request), await _json(request)
+        report, text = given.get("report"), _text(given, "text", MOST_TEXT)
+        if not isinstance(report, int) or not text:
+            raise InputError("expected the number of a report, and its text")
+        self.desk.submit(case, "dicom", report=report, text=text)
+        return JSONResponse({}, 202)
+
+    async def dicom_file(self, request: Request) -> Response:
+        path = self._case(request).folder / "dicom.zip"
+        if not path.is_file():
+            raise HTTPException(404, "no DICOM objects have been made of this report")
+        return FileResponse(path, filename="report_dicom.zip")
 
     async def events(self, request: Request) -> Response:
         case = self._case(request)

@@ -7,6 +7,7 @@ other cases with it. It dies with the page, and removes the page's temporary fil
     write   edited findings → report
     ask     question → answer, from the visual state that was kept
     map     a sentence of a report → map-N.npy [z, y, x] uint8 and its peak
+    dicom   a report as a person left it → dicom.zip: SR and SEG, for a scan that came as DICOM
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,9 +33,11 @@ import numpy as np
 import torch
 
 from config.errors import InputError, first_line
+from config.files import atomic_path
 from data.cache import file_digest
 from data.finding_targets import descriptors
 from data.findings import LESION, FindingRecord
+from data.imaging.dicom import is_dicom
 from data.imaging.reader import read_header, read_volume
 from data.medical_vlm_dataset import encode_key_points
 from data.report_language.key_points import write_key_points
@@ -42,12 +47,13 @@ from engine import segmentation
 from engine.chain import REPOSITORY
 from engine.cli import force_utf8
 from engine.evaluation.confidence import agrees, split_sentences, touches
-from engine.evaluation.heat_maps import FramedGrid, turned
+from engine.evaluation.heat_maps import FramedGrid
 from engine.evaluation.report_writer import token_spans
 from engine.evaluation.saliency import ReportLikelihood, attribution_maps, lesion_cells
 from engine.findings_prompt import doubtful
 from engine.page.uploads import arrange, check_size, in_users_words
 from engine.reporting import Reading, Reporter, Trust, WrittenReport, default_question, encode_questions
+from engine.reports.files import lesion_labels
 from engine.run import environment
 from models.language_model.decoding import CharacterStream
 from models.language_model.prefix_state import PrefixState, answer_from_state
@@ -147,7 +153,12 @@ class Worker:
         check_size(read_header(image).shape)
         volume = read_volume(image, "LPS")
         np.save(folder / "ct.npy", np.clip(np.rint(volume.array), -32768, 32767).astype(np.int16))
-        geometry = {"shape": volume.array.shape, "spacing": volume.spacing, "affine": volume.affine.tolist()}
+        geometry = {
+            "dicom": image.is_dir() or is_dicom(image),
+            "shape": volume.array.shape,
+            "spacing": volume.spacing,
+            "affine": volume.affine.tolist(),
+        }
         self.send(case, {"kind": "volume", "name": job["name"], "digest": file_digest(image).hex(), **geometry})
         del volume
         self.reader.allow_toy_model = bool(job["accept_toy"] or self.settings["allow_toy_model"])
@@ -198,6 +209,29 @@ class Worker:
         if key not in read.maps:
             read.maps[key] = self._map(read, *key)
         self.send(case, {"kind": "map", "report": key[0], "sentence": key[1], **read.maps[key]})
+
+    def dicom(self, job: Mapping[str, Any]) -> None:
+        """Unverified SR and SEG in the scan's own study."""
+        from engine.reports.dicom_output import FILES, dicom_report, source_slices  # highdicom takes seconds
+
+        read = self._case(job)
+        slices = source_slices(read.reading.image)
+        if slices is None:
+            raise InputError("a report can be filed in a study only for a scan that came as DICOM")
+        if not 0 <= job["report"] < len(read.reports):
+            raise InputError(f"there is no report {job['report']}")
+        report = read.reports[job["report"]][0]
+        if job["text"] != report.full.strip():
+            report = replace(report, text=job["text"], marked=job["text"], notice="")
+        version = file_digest(self.reader.checkpoint.path).hex()[:16]
+        made = dicom_report(slices, read.reading, report, lesion_labels(read.reading), version)
+        with tempfile.TemporaryDirectory(dir=read.folder) as folder:
+            made.save(Path(folder))
+            with atomic_path(read.folder / "dicom.zip") as part, zipfile.ZipFile(part, "w") as archive:
+                for file in (Path(folder) / name for name in FILES):
+                    if file.is_file():
+                        archive.write(file, file.name)
+        self.send(job["case"], {"kind": "file", "name": "dicom.zip"})
 
     def forget(self, job: Mapping[str, Any]) -> None:
         self.cases.pop(job["case"], None)
@@ -282,8 +316,7 @@ class Worker:
         volume = read.reading.volume
         if volume.mask is None:
             return
-        labels = volume.voxel_map.labels_to_original(np.asarray(volume.mask))
-        lps = np.ascontiguousarray(turned(labels, volume.axcodes, "LPS")).astype(np.uint8)
+        lps = (lesion_labels(read.reading) > 0).astype(np.uint8)
         np.save(read.folder / "lesions.npy", lps)
         self.send(case, {"kind": "layer", "name": "lesions", "any": bool(lps.any())})
 

@@ -238,6 +238,11 @@ const APPLY = {
     drawFindings();
     drawPlace();
   },
+  file: () => {
+    if (!state.wanted) return; // a reload reads old events again
+    state.wanted = false;
+    make("a", { href: `/api/cases/${state.id}/dicom.zip`, download: "report_dicom.zip" }).click();
+  },
   end: () => { state.queue = null; drawStages(); drawFindings(); },
   gone,
 };
@@ -340,6 +345,8 @@ function drawReport() {
   $("discard").hidden = editing || !altered;
   $("toggle-edit").textContent = t(editing ? "editDone" : "edit");
   for (const button of $("report-card").querySelectorAll(".row.wrap button")) button.disabled = !done;
+  $("downloads").replaceChildren(...(status.formats ?? []).concat(scan?.dicom ? ["dicom"] : []).map((kind) =>
+    make("button", { type: "button", textContent: kind, disabled: !done, title: t(`as_${kind}`), onclick: () => download(kind) })));
   const reference = state.findings?.reference;
   $("reference").hidden = !reference || !done;
   $("reference").querySelector("p").textContent = reference ?? "";
@@ -533,6 +540,11 @@ const currentText = () => {
 };
 
 const download = trying(async (kind) => {
+  if (kind === "dicom") {
+    state.wanted = true;
+    await call(`/api/cases/${state.id}/dicom`, "POST", { text: currentText(), report: state.shown });
+    return;
+  }
   const answer = await call(`/api/cases/${state.id}/export/${kind}`, "POST", { text: currentText(), language: currentLanguage() });
   const name = decodeURIComponent(answer.headers.get("content-disposition").split("UTF-8''")[1]);
   const url = URL.createObjectURL(await answer.blob());
@@ -582,7 +594,6 @@ async function watchModel() {
         drawState();
         drawSamples();
         drawFindings();
-        $("downloads").replaceChildren(...status.formats.map((kind) => make("button", { type: "button", textContent: kind, disabled: true, onclick: () => download(kind) })));
         drawReport();
       }
     }

@@ -23,6 +23,7 @@ import docx
 import nibabel as nib
 import numpy as np
 import psutil
+import pydicom
 import pytest
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
@@ -32,7 +33,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from tests.engine.page.running_page import BAD_INPUT, LONG_S, PHANTOM, REPOSITORY, Event, Page, abdomen, one
+from data.imaging.reader import read_volume
+from tests.data.imaging.images import write_study
+from tests.engine.page.running_page import BAD_INPUT, LONG_S, PHANTOM, REPOSITORY, Event, Page, abdomen, one, zipped
 
 TABLE = REPOSITORY / "docs" / "page_attacks.md"
 HOT_PIXELS = """
@@ -153,6 +156,28 @@ def test_a_new_synthetic_scan_needs_no_file(page: Page) -> None:
 def test_the_demonstration_model_reads_a_scan_of_unknown_origin_only_when_told_to(page: Page) -> None:
     error = one(page.events(page.read({"a.nii.gz": PHANTOM.read_bytes()})), "error")
     assert error["confirm"] == "accept_toy" and "a.nii.gz" in error["line"] and str(page.temporary) not in error["line"]
+
+
+def test_a_dicom_scan_gets_its_report_in_its_own_study(page: Page, tmp_path: Path) -> None:
+    files = write_study(tmp_path / "study", read_volume(PHANTOM))
+    archive = zipped({f"a/b/{file.name}": file.read_bytes() for file in files})
+    case = page.read({"study.zip": archive}, accept_toy=True)
+    events = page.events(case)
+    assert one(events, "volume")["dicom"] and "空洞" in one(events, "report")["text"]
+    assert page.ask("GET", f"/api/cases/{case}/dicom.zip")[0] == 404
+    page.do(case, "dicom", report=0, text="所见：右肺空洞，已核对。")
+    made = zipfile.ZipFile(io.BytesIO(page.ask("GET", f"/api/cases/{case}/dicom.zip")[1]))
+    objects = [pydicom.dcmread(io.BytesIO(made.read(name))) for name in made.namelist()]
+    assert [one.Modality for one in objects] == ["SR", "SR", "SEG"]
+    first = pydicom.dcmread(files[0], stop_before_pixels=True)
+    assert {one.StudyInstanceUID for one in objects} == {first.StudyInstanceUID}
+    assert objects[0].VerificationFlag == "UNVERIFIED" and "已核对" in str(objects[0])
+
+
+def test_a_scan_of_another_format_belongs_to_no_study(page: Page, read_case: tuple[str, list[Event]]) -> None:
+    case, events = read_case
+    assert not one(events, "volume")["dicom"]
+    assert "only for a scan that came as DICOM" in one(page.do(case, "dicom", report=0, text="x"), "error")["line"]
 
 
 # ------------------------------------------------------------------ bad input
