@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def save_torch_file(content: dict[str, Any], path: Path, older: Path | None = No
         try:
             torch.save(content, part)
         except RuntimeError as error:  # torch's writer tells no errno
-            if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            if not re.search("PytorchStreamWriter|inline_container|iostream error", str(error)):
                 raise
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         if older is not None and path.is_file():

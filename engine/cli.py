@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import hashlib
 import logging
 import os
@@ -57,27 +58,29 @@ def use_ascii_cache() -> None:
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run an entry point. Bad input gives one line and status 2; any other error keeps its traceback."""
+    """Run an entry point. Bad input, a full disk and the like give one line and status 2; any other error keeps its
+    traceback."""
     force_utf8()
     use_ascii_cache()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("models.selective_scan").setLevel(logging.INFO)  # the backend is logged once
     try:
-        code = main()
+        code = main() or 0
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_BAD_INPUT)
+        code = EXIT_BAD_INPUT
     except OSError as problem:
         if problem.errno not in ENVIRONMENT:
             raise
         where = f"{problem.filename}: " if problem.filename else ""
         print(f"error: {where}{problem.strerror}; files written before are whole: put that right (free space, "
               "permissions) and run the same command, it goes on from them", file=sys.stderr, flush=True)  # fmt: skip
-        sys.exit(EXIT_BAD_INPUT)
+        code = EXIT_BAD_INPUT
     except (Interrupted, KeyboardInterrupt) as stop:
         print(f"interrupted: {stop}".rstrip(": "), file=sys.stderr, flush=True)
-        sys.exit(EXIT_INTERRUPTED)
-    sys.exit(code or 0)
+        code = EXIT_INTERRUPTED
+    gc.collect()  # with the exception's frames: loaders end their workers now, at the interpreter's end they complain
+    sys.exit(code)
 
 
 class Parser(argparse.ArgumentParser):

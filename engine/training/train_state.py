@@ -118,7 +118,9 @@ class TrainState:
         Raises InputError: the disk has less."""
         trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         weights = sum(value.numel() * value.element_size() for value in self.model.state_dict().values())
-        require_room(self.path.parent, 3 * (weights + 2 * trained) + 3 * weights, "training states and checkpoints")
+        there = sum(path.stat().st_size for path in (self.path, self.older) if path.is_file())
+        needed = 3 * (weights + 2 * trained) + 3 * weights - there
+        require_room(self.path.parent, needed, "training states and checkpoints")
 
     def _choose(self, wanted: str) -> Path | None:
         """The file to resume from, or None; one of another run is renamed. A damaged newest state gives way to the one

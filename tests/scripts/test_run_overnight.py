@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,10 +23,11 @@ import torch
 import engine.training.overnight as overnight
 import engine.training.overnight_report as overnight_report
 from config.errors import InputError, counted
-from config.schema import load_config
+from config.schema import REPOSITORY, load_config
 from engine.checkpoint import load_checkpoint
 from engine.cli import Interrupted
 from engine.training.overnight import training_processes
+from tests.engine.training.runs import differing
 
 Night = Any  # tests/scripts/conftest.py
 Patch, Capture = pytest.MonkeyPatch, pytest.CaptureFixture[str]
@@ -424,7 +426,8 @@ def test_two_scripts_share_a_grid(night: Night, capsys: Capture) -> None:
 
 @pytest.mark.slow
 def test_with_the_real_training(small_training: Path, night: Night, monkeypatch: Patch) -> None:
-    """One run of train.py itself, killed in the middle and continued."""
+    """One run of train.py itself, killed twice, between two saves and in one, and continued: it ends as the run that
+    nobody kills."""
     flags = ["--config", str(small_training / "paths.yaml"), "--output_dir", str(night.out), "--epochs", "6"]
     argv = [str(night.script.__file__), *flags, "--no_grid", "--objective", "proxy_l2"]
     monkeypatch.setattr(night, "set_flags", lambda *_, **__: monkeypatch.setattr(sys, "argv", argv))
@@ -432,9 +435,18 @@ def test_with_the_real_training(small_training: Path, night: Night, monkeypatch:
     # A state is saved at the end of an epoch.
     night.wait_until(lambda: any(night.out.glob("overnight/*/*/stage1_state.pt")), seconds=120)
     night.kill_tree(process)
+    process = night.start()
+    night.wait_until(lambda: any(night.out.glob("overnight/*/*/.part-*.pt")), seconds=120)
+    night.kill_tree(process)
     assert night.run() == 0
-    log = (night.folder(NAMES[1]) / "train.log").read_text(encoding="utf-8")
-    assert log.count("---- ") == 2 and "resuming at epoch" in log
+    folder = night.folder(NAMES[1])
+    log = (folder / "train.log").read_text(encoding="utf-8")
+    assert log.count("---- ") == 3 and "resuming at epoch" in log
+    command = (
+        log.splitlines()[0].split(" ", 3)[3].replace(f"--output_dir {folder}", f"--output_dir {night.out / 'whole'}")
+    )
+    subprocess.run(shlex.split(command), check=True, cwd=REPOSITORY)
+    assert differing(folder / "vision_bridge_final.pt", night.out / "whole" / "vision_bridge_final.pt") == {}
     best = load_checkpoint(night.out / BEST)
     assert not best.collapsed and best.config.mamba_model == str(small_training / "lm")
     assert best.val_loss == load_checkpoint(night.folder(NAMES[1]) / "vision_bridge_best_val.pt").val_loss
