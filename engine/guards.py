@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from config.errors import InputError
 
 LOCK_FILE = ".run.lock"
+LEAST_ROOM = 10**6
 _ORPHANS_S = 15.0  # data-loader workers of a killed run notice within five seconds that it is gone
 
 
@@ -26,7 +27,7 @@ def hold_folder(folder: Path) -> None:
 
     Raises InputError: another process holds it; its number and its start are named where the system tells them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    require_room(folder, LEAST_ROOM, "the files of a run")
     path = folder / LOCK_FILE
     owner = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M}"
     if path.absolute() in _held:  # a second run in one process goes on with the lock that it has

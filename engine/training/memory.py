@@ -156,9 +156,11 @@ class MemoryGuard:
         config: Config,
         progress: Progress,
         say: Callable[[str], None],
+        save: Callable[[], None] | None = None,
     ) -> None:
+        """``save``: of the state, where one process alone may."""
         self.accelerator, self.args, self.config = accelerator, args, config
-        self.progress, self.say = progress, say
+        self.progress, self.say, self.save = progress, say, save
         self.model: MemoryModel | None = None
 
     def predict(self, model: nn.Module, loader: DataLoader, loss_counts: Counts) -> None:
@@ -213,9 +215,12 @@ class MemoryGuard:
             self.progress.pieces = min(2 * pieces, batch)
             self.say(f"out of memory at step {self.progress.step + 1}; --auto_batch: {self._pieces()}")
             return
+        if self.save:
+            self.save()
+        saved = "the state is saved" if self.save else "the last saved state is whole"
         raise InputError(
-            f"out of memory at step {self.progress.step + 1} with {per_piece} cases at a time: "
-            f"{self._advice(per_piece // 2)}; the same command goes on from the last saved state"
+            f"out of memory at step {self.progress.step + 1} with {per_piece} cases at a time; {saved}: "
+            f"{self._advice(per_piece // 2)}"
         ) from error
 
     def _pieces(self) -> str:

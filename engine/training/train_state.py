@@ -159,12 +159,14 @@ class TrainState:
         self.schedule.load_state_dict(content["schedule"])
         if self.accelerator.scaler is not None and content["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(content["scaler"])
+        self.progress, self._ours = Progress(**content["progress"]), True
+        if len(content["random"]) != self.accelerator.num_processes:  # dropout is drawn anew
+            return
         state = content["random"][self.accelerator.process_index]
         random.setstate((state["python"][0], tuple(state["python"][1]), state["python"][2]))
         torch.set_rng_state(state["torch"])
         if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda"])
-        self.progress, self._ours = Progress(**content["progress"]), True
 
     def finish(self) -> None:
         """The run is complete: nothing is left to resume."""
@@ -198,18 +200,13 @@ def _generators() -> dict[str, Any]:
 
 
 def fingerprint(args: argparse.Namespace, config: Config, processes: int = 1, **extra: Any) -> dict[str, Any]:
-    """The settings that an interrupted run and the resumed one must share."""
-    if processes > 1:
-        extra["processes"] = processes
-    flags = ("epochs", "batch_size", "lr", "seed", "grad_accumulation", "warmup_ratio", "weight_decay", "max_grad_norm")
-    where_only = {
-        "output_dir",
-        "cache_dir",
-        "num_workers",
-        "memory_cache_mb",
-        "path_map",
-        "llm_checkpointing",
-        "gpu_memory_fraction",
-    }
+    """The settings that an interrupted run and the resumed one must share: of a step's cases their number, however they
+    are divided into batches and processes; where cases of a batch are compared with each other, the batch too."""
+    extra["cases_per_step"] = args.batch_size * args.grad_accumulation * processes
+    if extra.get("objective") == "align":
+        extra["cases_per_batch"] = args.batch_size * processes
+    flags = ("epochs", "lr", "seed", "warmup_ratio", "weight_decay", "max_grad_norm")
+    where_only = {"output_dir", "cache_dir", "num_workers", "memory_cache_mb", "path_map", "llm_checkpointing"}
+    where_only.add("gpu_memory_fraction")
     settings = {key: value for key, value in config.to_dict().items() if key not in where_only}
     return {**settings, **{flag: getattr(args, flag) for flag in flags}, "state_version": STATE_VERSION, **extra}

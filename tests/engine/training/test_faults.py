@@ -40,13 +40,14 @@ def undisturbed(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Undistu
 def table() -> Iterator[None]:
     yield
     if os.environ.get("UPDATE_DOCS"):
-        known = dict(re.findall(r"^\| ([^|]+) \| ([^|]+ \| [^|]+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+        there, after = rest.split(END)
+        known = dict(re.findall(r"^\| ([^|]+) \| ([^|]+ \| [^|]+) \|$", there, re.MULTILINE))
         rows = {**{name: cells for name, cells in known.items() if name != "fault" and "---" not in name},
                 **{name: f"`{said}` | {lost}" for name, (said, lost) in ROWS.items()}}  # fmt: skip
         lines = ["| fault | what the run says | what is lost |", "| --- | --- | --- |"]
         lines += [f"| {name} | {cells} |" for name, cells in rows.items()]
-        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-        PAGE.write_text("\n".join([before + BEGIN, *lines, END + rest.split(END)[1]]), encoding="utf-8")
+        PAGE.write_text("\n".join([before + BEGIN, *lines, END + after]), encoding="utf-8")
 
 
 def note(fault: str, printed: str, pattern: str, lost: str = "nothing: the same run to the last bit") -> None:
@@ -193,7 +194,7 @@ def little_memory() -> None:
 
 def test_memory_runs_out(place: Place) -> None:
     printed = place.ends(place.start(fault=little_memory))
-    note("memory runs out", printed, "out of memory", "the steps since the last saved state, which are made again")
+    note("memory runs out", printed, "^error: out of memory", "nothing: it goes on with the flags that it names")
     printed = place.ends(place.start("--auto_batch", fault=little_memory), status=0)
     note("memory runs out, with --auto_batch", printed, "out of memory at step", "nothing: the run goes on")
 

@@ -249,7 +249,9 @@ def test_out_of_memory_says_what_to_lower_and_keeps_the_state(tmp_path):
     run = Run(tmp_path)
     out_of_memory(run, above=1)
     lower = "lower --batch_size from 2 to 1 and raise --grad_accumulation from 1 to 2, or give --auto_batch"
-    with pytest.raises(InputError, match=f"out of memory at step 1 with 2 cases at a time: {lower}"):
+    with pytest.raises(
+        InputError, match=f"out of memory at step 1 with 2 cases at a time; the state is saved: {lower}"
+    ):
         run.train()
 
 

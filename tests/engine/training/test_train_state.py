@@ -139,21 +139,33 @@ def test_finish_removes_the_state(tmp_path):
 
 
 def test_fingerprint_holds_what_decides_the_result_and_no_places():
-    flags = {"epochs": 3, "batch_size": 4, "lr": 1e-4, "seed": 42, "grad_accumulation": 1, "warmup_ratio": 0.05}
-    args = argparse.Namespace(**flags, weight_decay=0.05, max_grad_norm=1.0, save_every=200, resume="auto")
+    flags = {"epochs": 3, "lr": 1e-4, "seed": 42, "warmup_ratio": 0.05, "weight_decay": 0.05, "max_grad_norm": 1.0}
+    args = argparse.Namespace(**flags, batch_size=4, grad_accumulation=2, save_every=200, resume="auto")
     config = build_config({}, "test")
-    print_of = fingerprint(args, config, objective="align")
-    assert print_of["objective"] == "align" and {**print_of, **flags} == print_of
+    print_of = fingerprint(args, config, start=None)
+    assert print_of["start"] is None and {**print_of, **flags} == print_of and print_of["cases_per_step"] == 8
     elsewhere = config.replace(
         output_dir="/a", cache_dir="/b", num_workers=3, memory_cache_mb=7, path_map={"d:/": "/mnt/d"}
     )
-    assert fingerprint(args, elsewhere, objective="align") == print_of
+    assert fingerprint(args, elsewhere, start=None) == print_of
     for change in ({"slices": 3}, {"max_visual_tokens": 96}, {"train_encoder": False}, {"caption_csv_train": "/c.csv"}):
-        assert fingerprint(args, config.replace(**change), objective="align") != print_of
+        assert fingerprint(args, config.replace(**change), start=None) != print_of
     args.save_every = 50
-    assert fingerprint(args, config, objective="align") == print_of
+    assert fingerprint(args, config, start=None) == print_of
     args.lr = 2e-4
-    assert fingerprint(args, config, objective="align") != print_of
+    assert fingerprint(args, config, start=None) != print_of
+
+
+def test_a_step_may_be_divided_otherwise_but_not_where_cases_of_a_batch_are_compared():
+    flags = dict.fromkeys(("epochs", "lr", "seed", "warmup_ratio", "weight_decay", "max_grad_norm"), 1)
+    config = build_config({}, "test")
+    one, two = (argparse.Namespace(**flags, batch_size=b, grad_accumulation=8 // b) for b in (8, 2))
+    assert (
+        fingerprint(one, config) == fingerprint(two, config) == fingerprint(two, config) != fingerprint(one, config, 2)
+    )
+    one.batch_size = 4
+    assert fingerprint(one, config, 2) == fingerprint(two, config)
+    assert fingerprint(one, config, 2, objective="align") != fingerprint(two, config, objective="align")
 
 
 # ---------------------------------------------------------------- order
