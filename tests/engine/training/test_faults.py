@@ -56,7 +56,8 @@ def note(fault: str, printed: str, pattern: str, lost: str = "nothing: the same 
     assert "Traceback" not in printed, printed[-2000:]
     found = [line for line in printed.splitlines() if re.search(pattern, line)]
     assert found, printed[-2000:]
-    line = re.sub(r"/\S*/(?=[\w.-]+)", "", found[-1].strip())  # without folders
+    line = re.sub(r"/\S*/(?=[\w.-]+)", "", found[-1].strip())  # without folders, and numbers of processes
+    line = re.sub(r"(?<=part-)\d+|(?<=pid )\d+", "N", line)
     ROWS[fault] = (re.sub(r"\|", "/", line), lost)
 
 
