@@ -206,7 +206,7 @@ def fingerprint(args: argparse.Namespace, config: Config, processes: int = 1, **
     if extra.get("objective") == "align":
         extra["cases_per_batch"] = args.batch_size * processes
     flags = ("epochs", "lr", "seed", "warmup_ratio", "weight_decay", "max_grad_norm")
-    where_only = {"output_dir", "cache_dir", "num_workers", "memory_cache_mb", "path_map", "llm_checkpointing"}
-    where_only.add("gpu_memory_fraction")
+    where_only = {"output_dir", "cache_dir", "num_workers", "memory_cache_mb", "path_map"}
+    where_only |= {"llm_checkpointing", "gpu_memory_fraction"}
     settings = {key: value for key, value in config.to_dict().items() if key not in where_only}
     return {**settings, **{flag: getattr(args, flag) for flag in flags}, "state_version": STATE_VERSION, **extra}
