@@ -93,8 +93,7 @@ class MambaLM(nn.Module):
         Returns:
             (N,) float32, all labelled tokens row by row, and (B,) their number in each row.
         """
-        target = labels[:, 1:]
-        wanted = target != IGNORED
+        wanted = (target := labels[:, 1:]) != IGNORED
         rows, places = wanted.nonzero(as_tuple=True)  # before the backbone: it makes the CPU wait for the device
         self.memory.choose(inputs_embeds)
         hidden = self.model.backbone(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
