@@ -165,10 +165,12 @@ class FolderRun:
 
     def _write(self, group: Sequence[CaseFolder], missing: Sequence[CaseFolder]) -> None:
         """Read and write a whole group, as an undisturbed run does, and keep what was missing of it."""
-        readings = {case: reading for case in group if (reading := self._read(case)) is not None}
-        if not readings:
+        readings = {case: self._read(case) for case in missing}
+        if not any(readings.values()):
             return
-        for (case, reading), report in zip(readings.items(), self.reporter.write(list(readings.values())), strict=True):
+        readings |= {case: self._read(case) for case in group if case not in missing}
+        whole = [(case, readings[case]) for case in group if readings[case] is not None]
+        for (case, reading), report in zip(whole, self.reporter.write([one for _, one in whole]), strict=True):
             if case in missing:
                 self._keep(case, reading, report)
                 if self.server:

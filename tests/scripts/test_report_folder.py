@@ -25,6 +25,7 @@ from data.imaging.reader import read_header, read_mask, read_volume
 from data.phantom.dataset import make_dataset
 from engine.chain import SHIPPED_DEMO
 from engine.cli import Interrupted
+from engine.reporting import Reporter
 from engine.reports import files as report_files
 from engine.reports.dicom_output import FILES
 from scripts import report_folder
@@ -170,6 +171,14 @@ def test_shards_make_the_files_of_one_run(scans, load, whole, tmp_path, monkeypa
     monkeypatch.setenv("RANK", "1")  # as accelerate launch does
     monkeypatch.setenv("WORLD_SIZE", "2")
     run(scans, out, load, "--dicom")
+    assert files(out) == files(whole)
+
+
+def test_nothing_is_written_again_for_a_scan_that_stays_broken(scans, load, whole, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    monkeypatch.setattr(Reporter, "write", None)
+    assert run(scans, out, load, "--dicom") == report_folder.EXIT_UNUSABLE
     assert files(out) == files(whole)
 
 
