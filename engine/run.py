@@ -26,6 +26,7 @@ from config.schema import Config, write_config
 from data.medical_vlm_dataset import Draw
 from engine.guards import hold_folder
 from engine.parallel import on_main, start_accelerator
+from models.language_model.cpu_decode import is_native
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,7 @@ def native_bf16() -> bool:
     """Whether the device computes in bfloat16 itself; where it is emulated it is slower than float32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return is_native(torch.bfloat16)
 
 
 def limit_gpu_memory(fraction: float | None) -> None:

@@ -292,7 +292,7 @@ def _project_delta(dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor | Non
         return dt_proj(dt), None
     bias = None if dt_proj.bias is None else dt_proj.bias.float()
     # As a matrix product: for a strided (B, L, R) torch would repeat the weights for every sample.
-    return F.linear(dt.flatten(0, 1), dt_proj.weight).unflatten(0, dt.shape[:2]), bias
+    return cpu_decode.many_rows(dt.flatten(0, 1), dt_proj.weight).unflatten(0, dt.shape[:2]), bias
 
 
 def _conv_inputs(mixer: MambaMixer, x: Tensor, cache_params: Cache | None) -> Tensor | None:

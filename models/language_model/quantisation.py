@@ -18,17 +18,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import MambaForCausalLM
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from config.errors import InputError, first_line
 from models.language_model import gpu_decode
-from models.language_model.cpu_decode import FrozenLinear
+from models.language_model.cpu_decode import FrozenLinear, WidenedProduct, spans
 
 LEVELS = 127
-# Weights widened at a time: a block that fits a core's cache, and on a GPU one that occupies it.
-BLOCK = {"cpu": 1 << 20, "other": 1 << 24}
 CHUNK = 256  # positions whose logits exist at a time
 CONTRADICTION = "--llm_8bit and --llm_int8 are two ways to the same thing: give one of them"
 
@@ -113,7 +110,7 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     whole = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    for rows in _spans(*weight.shape, weight.device):
+    for rows in spans(*weight.shape, weight.device):
         part = weight.detach()[rows].float()
         largest = part.abs().amax(dim=1)
         if not bool(largest.isfinite().all()):
@@ -150,9 +147,8 @@ class Int8Linear(FrozenLinear):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        bias = None if self.bias is None else self.bias.to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
-        return _Widened.apply(rows, self.weight, self.scale, bias).reshape(*x.shape[:-1], self.out_features)
+        return WidenedProduct.apply(rows, self.weight, self.scale, self.bias).reshape(*x.shape[:-1], self.out_features)
 
     def stored(self) -> tuple[Tensor, Tensor | None]:
         return self.weight, self.scale
@@ -180,36 +176,3 @@ class Int8Head(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.narrow(x)
-
-
-class _Widened(torch.autograd.Function):
-    """x (R, I) · (weight · scale)ᵀ + bias → (R, O) in the dtype of x, which the widened blocks have too."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight, scale)  # int8: nothing widened waits for the backward pass
-        parts = [
-            F.linear(x, _widen(weight[rows], scale[rows], x.dtype), None if bias is None else bias[rows])
-            for rows in _spans(*weight.shape, weight.device)
-        ]
-        return torch.cat(parts, dim=1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        weight, scale = ctx.saved_tensors
-        # Columns at a time: each is one whole sum, none is rounded on the way.
-        spans = _spans(*weight.T.shape, weight.device)
-        parts = [grad @ _widen(weight[:, columns], scale, grad.dtype) for columns in spans]
-        return torch.cat(parts, dim=1), None, None, None
-
-
-def _widen(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiplied in float32, rounded once."""
-    return torch.mul(weight, scale[:, None], out=torch.empty(weight.shape, dtype=dtype, device=weight.device))
-
-
-def _spans(length: int, width: int, device: torch.device) -> list[slice]:
-    """``length`` lines of ``width`` values, so many at a time that a block is no larger than :data:`BLOCK`."""
-    step = max(1, BLOCK.get(device.type, BLOCK["other"]) // max(1, width))
-    return [slice(first, min(length, first + step)) for first in range(0, length, step)]

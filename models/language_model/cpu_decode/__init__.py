@@ -1,10 +1,19 @@
-"""Compiled single-token decoding on a CPU. The rest of the language model imports from here alone.
+"""Products with frozen weights, and single-token decoding, on a CPU. The language model imports from here alone.
 
-``freeze_linear_layers`` gives a model linear layers that send few rows of activations to a compiled GEMV, and ``step``
-advances a whole block by one token. Where they do not apply, or numba does not import, PyTorch computes the same.
+``freeze_linear_layers`` gives a model linear layers that send few rows of activations to a compiled GEMV, and for many
+widen their weights a block at a time where the CPU emulates their dtype. ``step`` advances a whole block by one token.
+Where they do not apply, or numba does not import, PyTorch computes the same.
 """
 
-from models.language_model.cpu_decode.frozen_linear import FrozenLinear, freeze_linear_layers, has_hooks
+from models.language_model.cpu_decode.frozen_linear import (
+    FrozenLinear,
+    WidenedProduct,
+    freeze_linear_layers,
+    has_hooks,
+    is_native,
+    many_rows,
+    spans,
+)
 
 try:
     from models.language_model.cpu_decode.mamba_step import step
@@ -14,4 +23,13 @@ except ImportError:  # numba is missing; frozen_linear has logged it
         """Without numba a block computes every token itself."""
 
 
-__all__ = ["FrozenLinear", "freeze_linear_layers", "has_hooks", "step"]
+__all__ = [
+    "FrozenLinear",
+    "WidenedProduct",
+    "freeze_linear_layers",
+    "has_hooks",
+    "is_native",
+    "many_rows",
+    "spans",
+    "step",
+]

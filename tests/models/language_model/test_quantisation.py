@@ -33,7 +33,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks, and a last one that is not full, also in a small layer."""
-    monkeypatch.setattr(quantisation, "BLOCK", {"cpu": 150, "other": 150})
+    monkeypatch.setattr(frozen_linear, "BLOCK", {"cpu": 150, "other": 150})
 
 
 def layer(outputs: int = 37, inputs: int = 50, *, bias: bool = True) -> nn.Linear:
@@ -133,11 +133,15 @@ def test_nothing_widened_is_kept_for_the_backward_pass() -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_blocks_are_bounded_and_autocast_widens_in_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_blocks_are_bounded_and_widened_to_the_dtype_of_the_product(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     widened: list[tuple[int, torch.dtype]] = []
-    real = quantisation._widen
+    real = frozen_linear.widen
+    monkeypatch.setattr(frozen_linear, "is_native", lambda _: native)
     monkeypatch.setattr(
-        quantisation, "_widen", lambda *given: widened.append((given[0].numel(), given[2])) or real(*given)
+        frozen_linear, "widen", lambda *given: widened.append((given[0].numel(), given[2])) or real(*given)
     )
     narrow = Int8Linear.of(layer())
     x = torch.randn(20, 50, requires_grad=True)
@@ -147,7 +151,7 @@ def test_blocks_are_bounded_and_autocast_widens_in_its_dtype(monkeypatch: pytest
     out.float().sum().backward()
     sizes, dtypes = zip(*widened, strict=True)
     assert sum(sizes) == 2 * 37 * 50 and max(sizes) <= 150
-    assert x.grad.dtype is torch.float32 and set(dtypes) == {torch.bfloat16}
+    assert x.grad.dtype is torch.float32 and set(dtypes) == {torch.bfloat16 if native else torch.float32}
     expected = (narrow.weight * narrow.scale[:, None]).sum(0).expand(20, 50)
     torch.testing.assert_close(x.grad, expected, rtol=2e-2, atol=2e-2)
 
