@@ -53,6 +53,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--llm_device", choices=("auto", "cpu"), default="cpu", help="auto: the GPU where there is one")
     parser.add_argument("--llm_8bit", action="store_true", help="int8 weights through bitsandbytes (GPU)")
     parser.add_argument("--llm_int8", action="store_true", help="int8 weights by our own layers (CPU and GPU)")
+    parser.add_argument(
+        "--save_int8", type=Path, metavar="FOLDER", help="--llm_int8, kept in FOLDER: later runs map it into memory"
+    )
     parser.add_argument("--seed", type=int, default=42, help="for drawing a question, and for sampling")
     parser.add_argument("--save_prefix", type=Path, metavar="FILE", help="keep the state after reading the image")
     parser.add_argument("--prefix", type=Path, metavar="FILE", help="ask about the image of such a state: no vision")
@@ -82,6 +85,7 @@ import warnings
 from collections.abc import Iterator
 from hashlib import blake2b
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -116,7 +120,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raises: InputError for a file that is not there, or flags that contradict each other."""
     if args.demo and (args.checkpoint or args.config):
         raise InputError("--demo brings its own checkpoint and configuration: leave out --checkpoint and --config")
-    if args.llm_8bit and args.llm_int8:
+    if args.llm_8bit and (args.llm_int8 or args.save_int8):
         raise InputError(CONTRADICTION)
     if args.stream and args.num_beams > 1:
         raise InputError("--stream with --num_beams: beams choose their text at the end only; leave one of them out")
@@ -127,6 +131,8 @@ def check_flags(args: argparse.Namespace) -> None:
     for name, path in (("--save_prefix", args.save_prefix), ("--prefix", args.prefix)):
         if path and path.is_dir():
             raise InputError(f"{name} {path} is a folder: expected the name of a file")
+    if args.save_int8 and args.save_int8.is_file():
+        raise InputError(f"--save_int8 {args.save_int8} is a file: expected the name of a folder")
     if args.prefix:
         others = {"mask": None, "index": 0, "max_visual_tokens": None, "save_prefix": None}
         for flag in [name for name, default in others.items() if getattr(args, name) != default]:
@@ -287,6 +293,8 @@ def deferred_logs() -> Iterator[None]:
 
 def main() -> None:
     # ---------------------------------------------------------------- configuration and image
+    times = {"start": time.time() - psutil.Process().create_time()}
+    begun = time.perf_counter()
     args = parse_args()
     check_flags(args)
     if args.demo:
@@ -307,8 +315,12 @@ def main() -> None:
     if args.findings is not None:
         case.key_points = write_key_points(read_key_points(args.findings, case.language), case.language)
 
+    times["image"] = time.perf_counter() - begun
+
     # ---------------------------------------------------------------- language model
-    lm = load_lm(checkpoint, config, llm_device, load_in_8bit=args.llm_8bit, int8=args.llm_int8)
+    weights = {"load_in_8bit": args.llm_8bit, "int8": args.llm_int8, "int8_folder": args.save_int8}
+    lm = load_lm(checkpoint, config, llm_device, **weights)
+    times["language model"] = time.perf_counter() - begun - times["image"]
     reading, origin = 0.0, "the image read with the question"
     if identity is not None:
         identity.check(PrefixIdentity.of_model(lm), str(args.prefix))
@@ -334,6 +346,8 @@ def main() -> None:
         print(f"time to first token: {seconds + reading:.2f} s ({origin})", flush=True)
         if reading:
             reading, origin = 0.0, "the image's state reused"
+    times["text"] = time.perf_counter() - begun - times["image"] - times["language model"]
+    print(f"time: {sum(times.values()):.3f} s = {' + '.join(f'{part} {value:.3f}' for part, value in times.items())}")
 
 
 if __name__ == "__main__":

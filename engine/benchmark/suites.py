@@ -31,6 +31,7 @@ from data.nnunet_preprocess import preprocess
 from data.tables.caption_table import CaptionRow
 from data.view_selection import ViewSelection
 from engine.benchmark import models
+from engine.benchmark.end_to_end import end_to_end
 from engine.benchmark.measure import Report, measure_peak
 from engine.benchmark.models import CALLS, STATE, our_model
 from engine.prepare import fill_cache
@@ -327,4 +328,4 @@ def nnunet_baseline(image: Path, mask: Path, network: str, configuration: str) -
     return json.loads(done.stdout.splitlines()[-1])
 
 
-SUITES = {suite.__name__: suite for suite in (scan, prefill, decode, train_step, scaling, memory, data)}
+SUITES = {suite.__name__: suite for suite in (scan, prefill, decode, train_step, scaling, memory, data, end_to_end)}

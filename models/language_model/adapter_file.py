@@ -63,7 +63,7 @@ def save_adapters(
     """Write the adapters ``stored`` (as of ``Adapters.to_dict``) of a frozen ``model``, atomically."""
     tensors = {f"{name}.{part}": value for name, parts in stored["layers"].items() for part, value in parts.items()}
     head = {"format": FORMAT, "rank": stored["rank"], "targets": [*targets], "llm": dict(llm)}
-    head |= {"sample": _sample(model), "digest": _digest(tensors)}
+    head |= {"sample": _sample(model), "digest": tensor_digest(tensors)}
     content = save(tensors, {name: json.dumps(value, ensure_ascii=False) for name, value in head.items()})
     with atomic_path(path) as part:
         part.write_bytes(content)
@@ -79,7 +79,7 @@ def read_adapters(path: Path) -> AdapterFile:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{KEY}: {path} is not a readable adapter file ({first_line(error)}): {_REMEDY}") from error
-    if head.get("format") != FORMAT or head["digest"] != _digest(tensors):
+    if head.get("format") != FORMAT or head["digest"] != tensor_digest(tensors):
         raise InputError(f"{KEY}: {path} is no adapter file of this project, or is damaged: {_REMEDY}")
     layers: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
@@ -93,7 +93,8 @@ def adapter_digest(path: str | Path | None) -> str:
     return read_adapters(Path(path)).digest if path else ""
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of names and values."""
     total = blake2b(digest_size=8)
     for name in sorted(tensors):
         total.update(name.encode())

@@ -6,25 +6,31 @@ Half the bytes of bfloat16: decoding is bound by memory bandwidth. Each output r
 zero, as the vector-wise scheme of LLM.int8() has it for weights (Dettmers et al., arXiv 2208.07339); activations stay
 as they are. Few rows meet the int8 weights in our compiled products, all else meets them widened, a block at a
 time. The reference is ``F.linear(x, layer.weight * layer.scale[:, None], layer.bias)``. Ours (``--llm_int8``) works on
-every device; bitsandbytes (``--llm_8bit``) needs a GPU and its own installation.
+every device; bitsandbytes (``--llm_8bit``) needs a GPU and its own installation. ``--save_int8`` keeps a quantised
+model as one safetensors file, which is mapped into memory: nothing is converted, or read before it is used.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import MambaForCausalLM
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from config.errors import InputError, first_line
+from config.files import atomic_path
 from models.language_model import gpu_decode
 from models.language_model.cpu_decode import FrozenLinear, WidenedProduct, spans
 
+FORMAT = "mamba-ct-report-int8"
 LEVELS = 127
 CHUNK = 256  # positions whose logits exist at a time
 CONTRADICTION = "--llm_8bit and --llm_int8 are two ways to the same thing: give one of them"
@@ -45,11 +51,46 @@ def quantise_int8(model: MambaForCausalLM) -> int:
 
     The mixers' ``in_proj`` and ``out_proj`` and the head; the embedding table keeps its dtype. Returns how many.
     """
+    return _replace_layers(model, Int8Linear.of)
+
+
+def _replace_layers(model: MambaForCausalLM, make: Callable[[nn.Linear], Int8Linear]) -> int:
     mixers = [module for module in model.modules() if isinstance(module, MambaMixer)]
     for mixer in mixers:
-        mixer.in_proj, mixer.out_proj = Int8Linear.of(mixer.in_proj), Int8Linear.of(mixer.out_proj)
-    model.lm_head = Int8Head(model.lm_head)
+        mixer.in_proj, mixer.out_proj = make(mixer.in_proj), make(mixer.out_proj)
+    model.lm_head = Int8Head(model.lm_head, make(model.lm_head))
     return 2 * len(mixers) + 1
+
+
+def save_int8(model: MambaForCausalLM, path: Path) -> None:
+    """Write the weights of a quantised model, atomically; a head that is the embedding table is written once.
+
+    Raises InputError: the disk is full, or the folder cannot be written to.
+    """
+    tensors = model.state_dict()
+    if model.lm_head.weight is model.get_input_embeddings().weight:
+        del tensors["lm_head.weight"]
+    try:
+        with atomic_path(path) as part:
+            save_file(tensors, part, metadata={"format": FORMAT})
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"--save_int8: {path} cannot be written: {first_line(error)}") from error
+
+
+def load_int8(model: MambaForCausalLM, path: Path) -> bool:
+    """Give a model that was built on the meta device the weights of :func:`save_int8`, mapped into memory.
+
+    Returns whether the head is the embedding table. Raises InputError: the file is damaged, or of another model.
+    """
+    _replace_layers(model, Int8Linear.like)
+    try:
+        tensors = load_file(path)
+        tied = "lm_head.weight" not in tensors
+        table = tensors["backbone.embeddings.weight"]
+        model.load_state_dict({"lm_head.weight": table, **tensors}, assign=True)
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise InputError(f"--save_int8: {path} is damaged, delete it ({first_line(error)})") from error
+    return tied
 
 
 @torch.no_grad()
@@ -139,6 +180,12 @@ class Int8Linear(FrozenLinear):
         """The int8 copy of a linear layer; its bias is shared."""
         return cls(*quantise_rows(layer.weight), layer.bias)
 
+    @classmethod
+    def like(cls, layer: nn.Linear) -> Int8Linear:
+        """One of the shape and on the device of ``layer``, whose weights are still to be loaded."""
+        weight, scale = torch.empty_like(layer.weight, dtype=torch.int8), torch.empty_like(layer.weight[:, 0])
+        return cls(weight, scale, layer.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         if (compiled := self.compiled(x)) is not None:
             return compiled
@@ -168,11 +215,11 @@ class Int8Head(nn.Linear):
     ``weight`` stays as it was: a token reads one row of the table, and transformers looks up its dtype.
     """
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: nn.Linear, narrow: Int8Linear) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = head.weight.shape
         self.weight, self.bias = head.weight, head.bias
-        self.narrow = Int8Linear.of(head)
+        self.narrow = narrow
 
     def forward(self, x: Tensor) -> Tensor:
         return self.narrow(x)

@@ -29,6 +29,7 @@ TARGETS = {
     "train_step": "",
     "scaling": "time_784_to_12544_vs_linear peak_memory_784_to_12544",
     "memory": "",
+    "end_to_end": "seconds_float32 first_token_seconds_float32 seconds_kept_int8 first_token_seconds_kept_int8",
     "data": f"{NNUNET.format('2d')} {NNUNET.format('3d_fullres')} cached_samples_per_s cached_epoch_vs_nifti",
 }
 

@@ -111,6 +111,9 @@ def test_one_question_prints_the_promised_lines(check):
     assert places == sorted(places) and "one.nii.gz" in printed[places[0] : places[1]]
     assert re.search(r"^time to first token: \d+\.\d\d s \(the image read with the question\)$", printed, re.MULTILINE)
     assert "image state" not in printed
+    whole, parts = re.fullmatch(r"time: ([\d.]+) s = (.*)", printed.splitlines()[-1]).groups()
+    assert re.sub(r"\d+\.\d{3}", "#", parts) == "start # + image # + language model # + text #"
+    assert float(whole) == pytest.approx(sum(map(float, re.findall(r"[\d.]+", parts))), abs=0.003)
 
 
 def test_several_questions_read_the_image_once_and_say_the_same(desk, check, monkeypatch):

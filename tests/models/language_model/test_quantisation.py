@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config.errors import InputError
-from models.language_model import cpu_decode, quantisation
+from models.language_model import cpu_decode, loading, quantisation
 from models.language_model.cpu_decode import frozen_linear
 from models.language_model.mamba_lm import MambaLM
 from models.language_model.prefix_state import PrefixIdentity, PrefixState
@@ -230,6 +232,68 @@ def test_loaded_in_int8_and_written_with(folder: str) -> None:
         assert lm.generate(embeds, torch.ones(1, 3, dtype=torch.long), 5, min_new_tokens=5)[0]
 
 
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(("dtype", "tied"), [("bfloat16", True), ("float32", False)])
+def test_a_kept_int8_model_is_the_one_that_was_made(
+    dtype: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lm = make_lm()
+    lm.model.generation_config.repetition_penalty = 1.25  # a file of its own
+    if not tied:
+        lm.model.lm_head.weight = nn.Parameter(torch.randn(264, 48))
+        lm.model.config.tie_word_embeddings = False
+    folder, kept = tmp_path / "lm", tmp_path / "a b" / "中"
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    made = MambaLM.load(str(folder), dtype=dtype, int8_folder=kept)
+    [file] = kept.iterdir()
+    assert "int8 weights kept: " in capsys.readouterr().out and file.suffix == ".safetensors"
+    monkeypatch.setattr(quantisation, "quantise_rows", lambda *_: pytest.fail("quantised again"))
+    mapped = MambaLM.load(str(folder), dtype=dtype, int8_folder=kept)
+    assert [path.name for path in kept.iterdir()] == [file.name]
+    assert (loading.TIED_MESSAGE in capsys.readouterr().out) is tied
+    assert (mapped.model.lm_head.weight is mapped.model.get_input_embeddings().weight) is tied
+    assert not mapped.model.training and mapped.model.dtype is made.model.dtype is getattr(torch, dtype)
+    assert mapped.model.generation_config.repetition_penalty == 1.25
+    weights, others = made.model.state_dict(), mapped.model.state_dict()
+    assert weights.keys() == others.keys()
+    for name, value in weights.items():
+        assert value.dtype is others[name].dtype and torch.equal(value, others[name]), name
+    assert not any(parameter.is_meta or parameter.requires_grad for parameter in mapped.parameters())
+    prompt = lm.embed(torch.tensor([[1, 2, 3]])).to(made.model.dtype)
+    one, two = (m.generate(prompt, torch.ones(1, 3, dtype=torch.long), 12, min_new_tokens=12) for m in (made, mapped))
+    assert one == two
+
+
+def test_what_an_int8_file_is_made_from_names_it(folder: str, tmp_path: Path) -> None:
+    def path(**changes: object) -> Path:
+        given = {"name": folder, "dtype": torch.float32, "stage0": "", "adapters": None, **changes}
+        return loading.int8_file(tmp_path, **given)
+
+    adapters = [
+        {"rank": 1, "layers": {"x": {"A": torch.full((1, 2), value), "B": torch.ones(2, 1)}}} for value in (1.0, 2)
+    ]
+    before = [path(), path(dtype=torch.bfloat16), path(stage0="ab"), *(path(adapters=one) for one in adapters)]
+    assert len(set(before)) == 5 and path() == before[0]
+    weights = Path(folder) / "model.safetensors"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    assert path() not in before
+
+
+def test_a_damaged_int8_file_and_a_place_that_cannot_be_written(folder: str, tmp_path: Path) -> None:
+    MambaLM.load(folder, int8_folder=tmp_path / "kept")
+    [file] = (tmp_path / "kept").iterdir()
+    content = file.read_bytes()
+    for damaged in (content[:1000], b"", safetensors.torch.save({"x": torch.zeros(1)})):
+        file.unlink()
+        file.write_bytes(damaged)
+        with pytest.raises(InputError, match=f"^--save_int8: .*{file.name} is damaged, delete it"):
+            MambaLM.load(folder, int8_folder=tmp_path / "kept")
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(InputError, match="^--save_int8: .* cannot be written: "):
+        MambaLM.load(folder, int8_folder=tmp_path / "taken")
+
+
 @pytest.mark.parametrize("made_in_int8", [True, False])
 def test_a_state_is_not_taken_up_by_the_other_kind(folder: str, made_in_int8: bool, tmp_path: Path) -> None:
     maker, other = (MambaLM.load(folder, int8=kind) for kind in (made_in_int8, not made_in_int8))
@@ -247,7 +311,7 @@ def test_both_ways_to_int8_contradict_each_other(folder: str, monkeypatch: pytes
         MambaLM.load(folder, int8=True, load_in_8bit=True)
     from scripts import check_image_to_text as script
 
-    flags = ["--checkpoint", "x.pt", "--llm_8bit", "--llm_int8"]
-    monkeypatch.setattr(sys, "argv", ["check_image_to_text.py", *flags])
-    with pytest.raises(InputError, match="--llm_8bit and --llm_int8"):
-        script.check_flags(script.parse_args())
+    for flags in (["--llm_int8"], ["--save_int8", "folder"]):
+        monkeypatch.setattr(sys, "argv", ["check_image_to_text.py", "--checkpoint", "x.pt", "--llm_8bit", *flags])
+        with pytest.raises(InputError, match="--llm_8bit and --llm_int8"):
+            script.check_flags(script.parse_args())
