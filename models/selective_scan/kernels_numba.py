@@ -113,8 +113,8 @@ def splat(typing_context, value):
 
 
 def sum_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
-    function_type = ir.FunctionType(FLOAT, [FLOAT, VECTOR])
-    function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.vector.reduce.fadd.v{LANES}f32")
+    function_type, count = ir.FunctionType(FLOAT, [FLOAT, vector.type]), vector.type.count
+    function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.vector.reduce.fadd.v{count}f32")
     return builder.call(function, [ir.Constant(FLOAT, -0.0), vector], fastmath=("reassoc",))
 
 

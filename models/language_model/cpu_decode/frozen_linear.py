@@ -1,12 +1,13 @@
-"""A frozen linear layer: a compiled GEMV for few rows of activations, blocks of widened weights for many.
+"""A frozen linear layer: compiled products for few rows of activations, blocks of widened weights for many.
 
     x [..., I] → [..., O]
 
 Being an ``nn.Linear``, it is found by adapters (which wrap it) and by quantisation (which replaces it).
 
 A CPU without bfloat16 instructions emulates bfloat16 products, several times slower than float32 ones. There a block of
-the frozen weights at a time is widened to float32, multiplied in float32 and dropped: forward, and backward to the
-inputs. No second copy of the model exists. The reference is ``F.linear`` in float32, rounded once.
+the frozen weights at a time is widened to float32, multiplied in float32 and dropped: forward, where no compiled
+product (``gemm.py``) is faster, and backward to the inputs. No second copy of the model exists. The reference is
+``F.linear`` in float32, rounded once.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 try:
+    from models.language_model.cpu_decode import gemm
     from models.language_model.cpu_decode.gemv import few_rows, product
 except ImportError as error:  # numba has no build for every platform
     logging.getLogger(__name__).warning("decoding uses PyTorch's matrix products: numba does not import (%s)", error)
+
+    gemm = None
 
     def few_rows(*_: Tensor) -> bool:
         return False
@@ -66,7 +70,8 @@ class FrozenLinear(nn.Linear):
     def compiled(self, x: Tensor) -> Tensor | None:
         """The output by the compiled product, None where PyTorch has to compute it."""
         weight, scale = self.stored()
-        return product(x, weight, self.bias, scale) if few_rows(x, weight) else None
+        few = few_rows(x, weight) and not several_rows(x.reshape(-1, x.shape[-1]), weight)
+        return product(x, weight, self.bias, scale) if few else None
 
     def stored(self) -> tuple[Tensor, Tensor | None]:
         """Weights as they lie in memory (O, I), and the factor of each row (O,) if they need one."""
@@ -83,6 +88,12 @@ def freeze_linear_layers(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = FrozenLinear
+
+
+def several_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether there is a compiled product for x (R, I), faster than a GEMV and than PyTorch."""
+    emulated = weight.dtype is torch.int8 or product_dtype(x.dtype, x.device) is not x.dtype
+    return gemm is not None and emulated and gemm.applies(x, weight)
 
 
 def many_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -103,6 +114,9 @@ class WidenedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, scale)  # nothing widened waits for the backward pass
+        if several_rows(x, weight):
+            wide = gemm.product(x, weight, scale)
+            return (wide if bias is None else wide.add_(bias)).to(x.dtype)
         kind = product_dtype(x.dtype, x.device)
         inputs, out = x.to(kind), x.new_empty(len(x), len(weight))
         for rows in spans(*weight.shape, x.device):

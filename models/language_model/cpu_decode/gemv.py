@@ -3,13 +3,13 @@
     out[k, r] = scale[r] · Σ_i W[r, i] · x[k, i]    W (O, I): float32, int8 or bfloat16 (as uint16); sums in float32
 
 ``x`` is float32, for a bfloat16 ``W`` bfloat16 too: half the first-level cache. One row of W at a time for one or two
-rows of x: a single stream of memory per core is read fastest. More rows of x are bound by arithmetic, so four (two)
+rows of x: a single stream of memory per core is read fastest. More rows of x are bound by arithmetic, so several
 rows of W share the loads of x. Weights are widened in registers; two bfloat16 come out of each 32-bit word.
 
 Several threads run the same kernel and take items of work from a shared counter until none is left; a phase is over
 when all its items are done. A thread that comes late finds nothing to do, so none ever waits for one that has not
-started. Vectors are those of ``kernels_numba``. Reference: ``torch.nn.functional.linear`` (int8: of the widened
-matrix, then times the scales).
+started. A vector is one register of AVX-512, or one of AVX2, which has half as many, half as long: a tile's sums fit
+them. Reference: ``torch.nn.functional.linear`` (int8: of the widened matrix, then times the scales).
 """
 
 from __future__ import annotations
@@ -23,22 +23,28 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from models.selective_scan.kernels_numba import CONTRACT, INTS, LANES, VECTOR, sum_lanes
+from models.selective_scan.kernels_numba import CONTRACT, FLOAT, INT, sum_lanes
 
 Array = np.ndarray
 
 # Rows up to which our kernels were faster than torch's own product (bfloat16: oneDNN with AVX-512 BF16).
 MOST_ROWS = {torch.float32: 8, torch.bfloat16: 4, torch.int8: 8}
+WIDE = get_host_cpu_features().get("avx512f", False)
+LANES = 16 if WIDE else 8
+VECTOR, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
 PAIR = 2 * LANES  # bfloat16 values in one vector of 32-bit words
 ITEM = 32  # rows of W in one item of work
 TAKES = 8  # a thread takes its items in so many portions: an atomic operation interrupts the stream of memory
 SLOT = 8  # int64 between two counters: a cache line of 64 bytes each
-ONE_ROW, TWO_ROWS, FOUR_ROWS = (0,), (0, 0), (0, 0, 0, 0)
+# Rows of W in a tile with one or two, four, and eight rows of x; independent sums of a tile.
+ONE_ROW, FOUR, EIGHT = ((0,), (0, 0, 0, 0), (0, 0)) if WIDE else ((0,), (0, 0), (0,))
+SUMS = 8 if WIDE else 4
 
 _LONG = ir.IntType(64)
 
@@ -77,7 +83,7 @@ def dot(typing_context, W, row, x, out, at, rows, batch):
     R, B, kind, inputs_kind = rows.count, batch.count, str(W.dtype), str(x.dtype)
     step = PAIR if kind == "uint16" else LANES
     unroll = {1: 8, 2: 4}.get(B, 2) * LANES // step
-    chains = max(1, 8 // (R * B))  # independent sums, so that one addition need not wait for the one before
+    chains = max(1, SUMS // (R * B))  # independent sums, so that one addition need not wait for the one before
 
     def codegen(context, builder, signature, args):
         W_type, _, x_type, out_type, _, _, _ = signature.args
@@ -194,13 +200,13 @@ def rows_product(W, scale, low, high, x, out, batch):
     """out[k, r - low] for rows low..high of W; x (B, I), out (B, ≥ high - low)."""
     row = low
     if len(batch) == 4:
-        while row + 4 <= high:
-            dot(W, row, x, out, row - low, FOUR_ROWS, batch)
-            row += 4
+        while row + len(FOUR) <= high:
+            dot(W, row, x, out, row - low, FOUR, batch)
+            row += len(FOUR)
     elif len(batch) == 8:
-        while row + 2 <= high:
-            dot(W, row, x, out, row - low, TWO_ROWS, batch)
-            row += 2
+        while row + len(EIGHT) <= high:
+            dot(W, row, x, out, row - low, EIGHT, batch)
+            row += len(EIGHT)
     while row < high:
         dot(W, row, x, out, row - low, ONE_ROW, batch)
         row += 1

@@ -29,6 +29,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.importorskip("numba")
     else:
         monkeypatch.setattr(frozen_linear, "few_rows", lambda *_: False)
+        monkeypatch.setattr(frozen_linear, "gemm", None)
         monkeypatch.setattr(cpu_decode, "step", lambda *_: None)
 
 
@@ -142,6 +143,7 @@ def test_blocks_are_bounded_and_widened_to_the_dtype_of_the_product(
     widened: list[tuple[int, torch.dtype]] = []
     real = frozen_linear.widen
     monkeypatch.setattr(frozen_linear, "is_native", lambda _: native)
+    monkeypatch.setattr(frozen_linear, "gemm", None)
     monkeypatch.setattr(
         frozen_linear, "widen", lambda *given: widened.append((given[0].numel(), given[2])) or real(*given)
     )

@@ -1,0 +1,178 @@
+"""Several rows of activations times a frozen matrix on a CPU, from the weights as they lie in memory.
+
+    out[k, r] = scale[r] · Σ_i W[r, i] · x[k, i]    W (O, I): int8 with x as int16, or bfloat16 (as uint16) with float32
+
+Int8: each row of x is rounded to 16 bits, 2**-16 of its largest value, where bfloat16 rounds to 2**-9 of each. Pairs of
+products are summed exactly in 32 bits (AVX2's vpmaddwd; LLVM makes VNNI's vpdpwssd of it where there is one): twice the
+rate of float32. A span of columns is so short that no sum overflows; the spans are added in float32.
+
+Bfloat16: weights are widened in registers. For up to :data:`MOST_ROWS` rows that is faster than widening a block in
+memory for PyTorch's product.
+
+Tiles of 3 rows of W and 4 rows of x fill the 16 vector registers of AVX2. The rows of x of a tile stay in the
+first-level cache while a group of rows of W passes, which stays in the second-level cache while all of x passes.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import Tensor
+
+from models.language_model.cpu_decode import gemv
+from models.language_model.cpu_decode.gemv import array, portion, vector, widen, work
+from models.selective_scan.kernels_numba import CONTRACT
+
+GROUP = 48  # rows of W in one item of work
+SPAN = 2560  # columns: 2560 / 16 · 2 · 32767 · 127 < 2**31
+LEVELS = 32767
+LANES = 8  # 32-bit numbers in a vector of AVX2
+PAIR = 2 * LANES  # 16-bit ones
+STEP = 2 * PAIR  # columns at a time
+W_ROWS, X_ROWS = (0, 0, 0), (0, 0, 0, 0)
+LAST_ROW = (0,)
+FEWEST_ROWS, MOST_ROWS = 3, 128  # the latter of bfloat16
+_LONG, _FLOAT = ir.IntType(64), ir.FloatType()
+_VECTOR, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(ir.IntType(32), LANES)
+_SHORTS, _BYTES = ir.VectorType(ir.IntType(16), PAIR), ir.VectorType(ir.IntType(8), PAIR)
+_HALVES = ir.VectorType(ir.IntType(16), LANES)
+
+_features = get_host_cpu_features() if platform.machine().lower() in ("x86_64", "amd64") else {}
+HAS_INT8 = _features.get("avx2", False)
+# With AVX-512 vectors are twice as long as the tiles here take them to be.
+HAS_BFLOAT16 = HAS_INT8 and not _features.get("avx512f", False)
+
+
+def applies(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`product` computes x (R, I) · weightᵀ fastest: half precision, enough rows, not too many."""
+    if x.device.type != "cpu" or len(x) < FEWEST_ROWS or not weight.is_contiguous():
+        return False
+    if weight.dtype is torch.int8:
+        return HAS_INT8 and x.dtype in (torch.bfloat16, torch.float16)
+    return HAS_BFLOAT16 and weight.dtype is x.dtype is torch.bfloat16 and len(x) <= MOST_ROWS
+
+
+def product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """x (R, I) · weightᵀ · scale → (R, O) float32.
+
+    Args:
+        weight: (O, I), contiguous: int8 with ``scale`` (O,), or bfloat16.
+    """
+    rows, inputs, steps = len(x), x.float(), None
+    if weight.dtype is torch.int8:
+        steps = inputs.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / LEVELS
+        inputs = (inputs / steps).round().to(torch.int16)
+    inputs = torch.nn.functional.pad(inputs, (0, 0, 0, -rows % len(X_ROWS)))
+    out = np.empty((len(inputs), len(weight)), np.float32)
+    gemv.together(
+        product_kernel, array(weight), vector(scale, len(weight), 1), inputs.numpy(), out, gemv.counters(1),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    found = torch.from_numpy(out[:rows])
+    return found if steps is None else found.mul_(steps)
+
+
+@njit(nogil=True, cache=True)
+def product_kernel(W, scale, x, out, counters, threads):
+    """out (B, O) = x (B, I) · Wᵀ · scale, B a multiple of len(X_ROWS); every thread of the group calls it."""
+    rows, columns = W.shape
+    batch, whole = x.shape[0], columns // STEP * STEP
+    part = np.empty((batch, GROUP), np.float32)
+    items = (rows + GROUP - 1) // GROUP
+    for item in work(counters, 0, items, portion(items, threads)):
+        low, high = item * GROUP, min(rows, (item + 1) * GROUP)
+        part[:] = 0
+        for first in range(0, whole, SPAN):
+            last = min(whole, first + SPAN)
+            for b in range(0, batch, len(X_ROWS)):
+                row = low
+                while row + len(W_ROWS) <= high:
+                    tile(W, row, x, b, part, row - low, first, last, W_ROWS, X_ROWS)
+                    row += len(W_ROWS)
+                while row < high:
+                    tile(W, row, x, b, part, row - low, first, last, LAST_ROW, X_ROWS)
+                    row += 1
+        for b in range(batch):
+            for r in range(high - low):
+                total = part[b, r]
+                for i in range(whole, columns):
+                    total += widen(W[low + r, i]) * np.float32(x[b, i])
+                out[b, low + r] = total * scale[low + r]
+
+
+@intrinsic
+def tile(typing_context, W, row, x, x_row, out, at, first, last, rows, batch):
+    """out[x_row + k, at + r] += W[row + r] · x[x_row + k] over columns first..last, a multiple of STEP."""
+    R, B, exact = rows.count, batch.count, str(W.dtype) == "int8"
+
+    def codegen(context, builder, signature, args):
+        def pointers(place: int, start: int, count: int) -> list[ir.Value]:
+            kind, places = (
+                signature.args[place],
+                [builder.add(args[start], ir.Constant(_LONG, n)) for n in range(count)],
+            )
+            return [_address(context, builder, kind, args[place], one) for one in places]
+
+        weights, inputs, outputs = pointers(0, 1, R), pointers(2, 3, B), pointers(4, 3, B)
+        sums = _INTS if exact else _VECTOR
+        cells = [[cgutils.alloca_once(builder, sums) for _ in range(B)] for _ in range(R)]
+        for cell in (cell for line in cells for cell in line):
+            builder.store(ir.Constant(sums, [0] * LANES), cell)
+        with cgutils.for_range_slice(builder, args[6], args[7], ir.Constant(_LONG, STEP), _LONG) as (column, _):
+            for piece in range(0, STEP, PAIR if exact else LANES):
+                here = builder.add(column, ir.Constant(_LONG, piece))
+                matrix = [_weights(builder, builder.gep(pointer, [here]), exact) for pointer in weights]
+                for k in range(B):
+                    value = _load(builder, builder.gep(inputs[k], [here]), _SHORTS if exact else _VECTOR)
+                    for r in range(R):
+                        _add_product(builder, cells[r][k], matrix[r], value, exact)
+        for k in range(B):
+            for r in range(R):
+                total = builder.load(cells[r][k])
+                total = builder.sitofp(total, _VECTOR) if exact else total
+                target = builder.gep(outputs[k], [builder.add(args[5], ir.Constant(_LONG, r))])
+                builder.store(builder.fadd(builder.load(target), _sum(builder, total)), target)
+        return context.get_dummy_value()
+
+    return types.void(W, types.intp, x, types.intp, out, types.intp, types.intp, types.intp, rows, batch), codegen
+
+
+def _address(context: Any, builder: ir.IRBuilder, array_type: types.Array, array: ir.Value, row: ir.Value) -> ir.Value:
+    proxy = cgutils.create_struct_proxy(array_type)(context, builder, value=array)
+    return builder.gep(proxy.data, [builder.mul(row, builder.extract_value(proxy.shape, 1))])
+
+
+def _load(builder: ir.IRBuilder, pointer: ir.Value, vector: ir.VectorType) -> ir.Value:
+    return builder.load(builder.bitcast(pointer, vector.as_pointer()), align=1)
+
+
+def _weights(builder: ir.IRBuilder, pointer: ir.Value, exact: bool) -> ir.Value:
+    """The next 16 int8 as int16, or the next 8 bfloat16 as float32."""
+    if exact:
+        return builder.sext(_load(builder, pointer, _BYTES), _SHORTS)
+    words = builder.zext(_load(builder, pointer, _HALVES), _INTS)
+    return builder.bitcast(builder.shl(words, ir.Constant(_INTS, [16] * LANES)), _VECTOR)
+
+
+def _add_product(builder: ir.IRBuilder, cell: ir.Value, weights: ir.Value, inputs: ir.Value, exact: bool) -> None:
+    if exact:
+        pairs = ir.FunctionType(_INTS, [_SHORTS, _SHORTS])
+        pairs = cgutils.get_or_insert_function(builder.module, pairs, "llvm.x86.avx2.pmadd.wd")
+        builder.store(builder.add(builder.load(cell), builder.call(pairs, [weights, inputs])), cell)
+    else:
+        product = builder.fmul(weights, inputs, flags=CONTRACT)
+        builder.store(builder.fadd(builder.load(cell), product, flags=CONTRACT), cell)
+
+
+def _sum(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    kind = ir.FunctionType(_FLOAT, [_FLOAT, _VECTOR])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32")
+    return builder.call(function, [ir.Constant(_FLOAT, -0.0), value], fastmath=("reassoc",))
