@@ -142,11 +142,10 @@ class _Run:
         last = (self.step, self.first_epoch + self.progress.epoch) if going_on else None
         log = output / f"{stage.name}_log.jsonl"
         self.log = RunLog(log, active=self.active, resumed=last, track=accelerator.log)
-        save = self.state.save if accelerator.num_processes == 1 else None
-        self.reader = Reader(loader, save)
+        self.reader = Reader(loader, self.state.save_alone)
         self.non_finite = NonFinite(loader.dataset, args.lr, self.log.say, self.state.save)
         self.alarms = Alarms(args.lr)
-        self.memory = MemoryGuard(accelerator, args, config, self.progress, self.log.say, save)
+        self.memory = MemoryGuard(accelerator, args, config, self.progress, self.log.say, self.state.save_alone)
         self.table = None
         if stage.table:
             columns = ("step", "epoch", stage.loss_name)

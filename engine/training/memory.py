@@ -108,8 +108,9 @@ def peak_of(job: Callable[[], object], device: torch.device) -> int:
 def free_bytes(device: torch.device) -> int:
     """What this process may still allocate."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        reserved, (free, total) = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
+        return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
     return psutil.virtual_memory().available
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ class TrainState:
     def older(self) -> Path:
         """Where the state before the newest is kept."""
         return self.path.with_stem(f"{self.path.stem}.older")
+
+    @property
+    def save_alone(self) -> Callable[[], None] | None:
+        """:meth:`save`, where one process may call it without the others."""
+        return self.save if self.accelerator.num_processes == 1 else None
 
     def save(self) -> None:
         """Every process calls it at the same step."""
