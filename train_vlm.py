@@ -90,8 +90,7 @@ def validate(
         calibrate(accelerator, head, heads)
     model.train()
     total = sum_of_all(total)
-    statistics = statistics_of_all(accelerator, tokens, model.vision.bridge.spec.output_std)
-    return (total[0] / total[1]).item(), statistics
+    return (total[0] / total[1]).item(), statistics_of_all(accelerator, tokens, model.vision.bridge.spec.output_std)
 
 
 def main() -> None:

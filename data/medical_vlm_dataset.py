@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,8 +111,7 @@ class MedicalVLMDataset(Dataset):
         found = targets(self.findings, stated, measured or [])
         line = self._training_prompt(stated, rng) if stated is not None and self.prompt_errors else ""
         view = self.view_selection.finish(view, torch.Generator().manual_seed(int(rng.integers(2**63))))
-        sample = Sample(*view, self.questions[index], row.answer, index, measured, found, line)
-        return sample if counts else replace(sample, row=NO_ROW)
+        return Sample(*view, self.questions[index], row.answer, index if counts else NO_ROW, measured, found, line)
 
     @functools.cached_property
     def language(self) -> str | None:
@@ -179,9 +178,8 @@ class CaptionCollator:
         batch = self.images(samples)
         if self.tokenizer is not None:
             prompts = [encode_prompt(self.tokenizer, s.question, self.max_question_tokens) for s in samples]
-            counted = (s.answer if s.row != NO_ROW else None for s in samples)
-            limit = self.max_answer_tokens
-            answers = [[] if text is None else encode_answer(self.tokenizer, text, limit)[0] for text in counted]
+            told = (encode_answer(self.tokenizer, s.answer, self.max_answer_tokens)[0] for s in samples)
+            answers = [ids if sample.row != NO_ROW else [] for sample, ids in zip(samples, told, strict=True)]
             key_points = [encode_key_points(self.tokenizer, s.key_points) for s in samples]
             batch["key_point_ids"], batch["key_point_mask"] = pad_tokens(key_points)
             batch["question_ids"], batch["question_mask"] = pad_tokens(prompts)
