@@ -469,7 +469,9 @@ def test_a_person_reads_a_scan_in_the_browser(browse: Callable[..., Browser], tm
     send(str(tmp_path / "note.txt"))
     browser.wait(lambda: "note.txt" in browser.text("#alert p"))
     send(str(PHANTOM))
+    refused = browser.find("#confirm") and browser.driver.current_url
     browser.find("#confirm").click()  # the model was made for synthetic scans
+    browser.wait(lambda: browser.driver.current_url != refused, "a new case")
     browser.wait(lambda: browser.viewer("position"), "a viewer")
     browser.driver.refresh()  # in the middle
     browser.find(".sentence")
