@@ -241,7 +241,7 @@ def main() -> None:
     config = config_from(args).replace(language_model_adapters=None)
     reports, held_out_reports, questions = read_texts(args, config)
     language = known_language(reports)
-    args.grad_accumulation = 1
+    args.grad_accumulation, args.tracker = 1, None
     accelerator, output = start_run(args, config, "stage0")
     if accelerator.num_processes > 1:
         raise InputError("Stage 0 runs in one process: start it with python, not with accelerate launch")
