@@ -1,8 +1,8 @@
 """What a user has: 315 cases, an nnU-Net with one class, a language model that never read a report.
 
-    python docs/run_user_setting.py u1 --seed 1 --out outputs/u1_seed1
-    python docs/run_user_setting.py u3 --seed 1 --out outputs/u3_no_stage0 --no_stage0
-    python docs/run_user_setting.py u3 --seed 1 --out outputs/u3_measured --set findings_prompt=measured
+    python scripts/run_user_setting.py u1 --seed 1 --out outputs/u1_seed1
+    python scripts/run_user_setting.py u3 --seed 1 --out outputs/u3_no_stage0 --no_stage0
+    python scripts/run_user_setting.py u3 --seed 1 --out outputs/u3_measured --set findings_prompt=measured
 
 u1: one finding in each case; u3: one to three. The real scripts run one after the other: phantoms, a small nnU-Net on
 the masks of the training cases, Stage 0 on their reports, train.py, train_vlm.py, and the report card of 300 held-out
@@ -18,7 +18,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not docs/
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
 from config.files import write_text
 from engine import chain

@@ -9,7 +9,7 @@ import pytest
 
 from config.errors import InputError
 from config.schema import load_config
-from docs import run_user_setting
+from scripts import run_user_setting
 
 
 def plan(monkeypatch: pytest.MonkeyPatch, out: Path, *flags: str) -> dict[str, list[str]]:

@@ -18,7 +18,7 @@ from engine.benchmark import measure, suites
 from engine.benchmark.measure import SIZES, Report, measure_peak
 from engine.benchmark.models import CALLS, build_model, our_model, prompt, random_mamba
 
-SCRIPT = Path(__file__).resolve().parents[2] / "docs" / "benchmark.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
 TINY, CPU, MIB = SIZES["tiny"], torch.device("cpu"), 1 << 20
 SCAN = "forward_vs_transformers forward_backward_vs_transformers"
 NNUNET = "preprocessing_{0}_vs_nnunet_one_thread preprocessing_{0}_peak_memory_vs_nnunet"

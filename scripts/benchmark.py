@@ -1,6 +1,6 @@
 """Measure one part of the system beside baselines and beside what the machine can do at most.
 
-    python docs/benchmark.py decode --size 130m --out outputs/benchmark
+    python scripts/benchmark.py decode --size 130m --out outputs/benchmark
 
 Writes OUT/SUITE.json and OUT/SUITE.png. The language model has random weights. ``--size tiny`` only shows in seconds
 that a suite runs. Measured results: docs/benchmarks.md.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not docs/
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
 from engine.cli import Parser, run_main
 
