@@ -195,7 +195,7 @@ def finish(process: subprocess.Popen) -> str:
 @pytest.mark.slow
 def test_a_training_as_windows_runs_it_is_interrupted_and_resumed(windows_user):
     def train(name: str) -> subprocess.Popen:
-        command = powershell_command("run_train_5090.ps1", "-Epochs 2 -BatchSize 2 -Lr 5e-3")
+        command = powershell_command("run_train_5090.ps1", "-Epochs 6 -BatchSize 2 -Lr 5e-3")
         return start(windows_user, *command, "--output_dir", windows_user.root / name)
 
     printed = finish(train("whole"))
@@ -203,7 +203,7 @@ def test_a_training_as_windows_runs_it_is_interrupted_and_resumed(windows_user):
 
     stopped = train("stopped")
     for line in stopped.stdout:
-        if line.startswith("epoch 1/2"):  # the workers of both loaders run
+        if line.startswith("epoch 1/6"):  # the workers of both loaders run
             os.killpg(stopped.pid, signal.SIGINT)  # as a console does
             break
     _, errors = stopped.communicate(timeout=600)
@@ -225,6 +225,7 @@ def test_from_a_prepared_cache_to_a_report_card_as_windows_runs_it(windows_user)
     checkpoint = ["--checkpoint", root / "输出" / "vision_bridge_vlm_best_val.pt"]
     shutil.copy(windows_user.images / "0.nii.gz", root / "影像.nii.gz")
     check = ["scripts/check_image_to_text.py", *checkpoint, "--image", root / "影像.nii.gz", "--max_new_tokens", 4]
+    check += ["--question", "有无病变？"]
     assert "生成文本" in finish(start(windows_user, *check, "--force"))
     card = ["scripts/evaluate_reports.py", *checkpoint, "--csv", root / "table.csv", "--out", root / "评价"]
     assert "report card: " in finish(start(windows_user, *card, "--maps", 1, "--max_new_tokens", 4, "--force"))
