@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,43 +167,68 @@ def windows_user(small_training, tmp_path) -> SimpleNamespace:
         "import multiprocessing\nmultiprocessing.set_start_method('spawn', force=True)\n", encoding="utf-8"
     )
     environment = {**os.environ, "HOME": str(root), "PYTHONPATH": str(tmp_path), "PYTHONIOENCODING": "cp936"}
-    return SimpleNamespace(root=root, environment=environment | {"PYTHONUTF8": "0"})
+    return SimpleNamespace(root=root, images=small_training, environment=environment | {"PYTHONUTF8": "0"})
 
 
-def powershell_command(call: str) -> list[str]:
-    """What run_train_5090.ps1 starts for ``call``."""
-    from tests.scripts.test_powershell import STAGE1, TrainingScript, source_of
+def powershell_command(name: str, call: str) -> list[str]:
+    """What a PowerShell script starts for ``call``."""
+    from tests.scripts.test_powershell import TrainingScript, source_of
 
-    script = TrainingScript(source_of(STAGE1))
-    return [sys.executable, "-u", script.python_script, *script.command(call)]
+    script = TrainingScript(source_of(name))
+    return [script.python_script, *script.command(call)]
+
+
+def start(user: SimpleNamespace, *command: object) -> subprocess.Popen:
+    """A Python script as ``user`` starts it, with that configuration."""
+    words = [sys.executable, "-u", *map(str, command), "--config", str(user.root / "配置.yaml")]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    return subprocess.Popen(words, **streams, cwd=REPOSITORY, env=user.environment, start_new_session=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    """What a script that succeeds has printed."""
+    printed, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    return printed
 
 
 @pytest.mark.slow
 def test_a_training_as_windows_runs_it_is_interrupted_and_resumed(windows_user):
-    def train(name: str, *flags: str) -> subprocess.Popen:
-        folder = windows_user.root / name
-        command = powershell_command("-Epochs 3 -BatchSize 2 -Lr 5e-3")
-        command += ["--config", str(windows_user.root / "配置.yaml"), "--output_dir", str(folder), *flags]
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-        place = {"cwd": REPOSITORY, "env": windows_user.environment, "start_new_session": True}
-        return subprocess.Popen(command, **streams, **place)
+    def train(name: str) -> subprocess.Popen:
+        command = powershell_command("run_train_5090.ps1", "-Epochs 6 -BatchSize 2 -Lr 5e-3")
+        return start(windows_user, *command, "--output_dir", windows_user.root / name)
 
-    whole = train("whole")
-    printed, errors = whole.communicate(timeout=300)
-    assert whole.returncode == 0, errors
+    printed = finish(train("whole"))
     assert "val_loss" in printed and "用户" in printed
 
     stopped = train("stopped")
     for line in stopped.stdout:
-        if line.startswith("epoch 1/3"):  # the workers of both loaders run
+        if line.startswith("epoch 1/6"):  # the workers of both loaders run
             os.killpg(stopped.pid, signal.SIGINT)  # as a console does
             break
-    _, errors = stopped.communicate(timeout=300)
+    _, errors = stopped.communicate(timeout=600)
     assert stopped.returncode == 130 and "state saved at step" in errors, errors
     assert (windows_user.root / "stopped" / "stage1_state.pt").is_file()
-    resumed = train("stopped")
-    printed, errors = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0 and "resuming at epoch" in printed, errors
+    assert "resuming at epoch" in finish(train("stopped"))
     logs = [windows_user.root / name / "stage1_log.jsonl" for name in ("whole", "stopped")]
     whole_log, resumed_log = ([json.loads(line) for line in log.read_text("utf-8").splitlines()] for log in logs)
     assert resumed_log == whole_log
+
+
+@pytest.mark.slow
+def test_from_a_prepared_cache_to_a_report_card_as_windows_runs_it(windows_user):
+    root = windows_user.root
+    prepared = finish(start(windows_user, "scripts/prepare_data.py", "--workers", 2))
+    assert "prepared 4, already there 0, failed 0" in prepared
+    stage2 = powershell_command("run_stage2_train.ps1", "-Epochs 1 -BatchSize 2 -Lr 1e-3 -MaxVisualTokens 16")
+    assert "平均 caption_loss" in finish(start(windows_user, *stage2, "--from_scratch", "--output_dir", root / "输出"))
+    checkpoint = ["--checkpoint", root / "输出" / "vision_bridge_vlm_best_val.pt"]
+    shutil.copy(windows_user.images / "0.nii.gz", root / "影像.nii.gz")
+    check = ["scripts/check_image_to_text.py", *checkpoint, "--image", root / "影像.nii.gz", "--max_new_tokens", 4]
+    check += ["--question", "有无病变？"]
+    assert "生成文本" in finish(start(windows_user, *check, "--force"))
+    card = ["scripts/evaluate_reports.py", *checkpoint, "--csv", root / "table.csv", "--out", root / "评价"]
+    assert "report card: " in finish(start(windows_user, *card, "--maps", 1, "--max_new_tokens", 4, "--force"))
+    assert (root / "评价" / "report_card.html").is_file()
+    illegal = [path.name for path in root.rglob("*") if re.search(r'[<>:"\\|?*]|[. ]$', path.name)]
+    assert not illegal, "Windows has no such names"

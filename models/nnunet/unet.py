@@ -149,7 +149,9 @@ class SegmentationUNet(nn.Module):
     @classmethod
     def from_checkpoint(cls, checkpoint: NnUNetCheckpoint) -> SegmentationUNet:
         """The user's trained network. Raises InputError if weights and plans do not fit."""
-        network = cls(checkpoint.architecture)
+        # Scans are segmented once, so a run must not depend on whether these values, soon replaced, were drawn.
+        with torch.random.fork_rng(devices=[]):
+            network = cls(checkpoint.architecture)
         load_strictly(network, checkpoint.network_state, checkpoint.path)
         return network
 

@@ -178,3 +178,11 @@ def test_specks_are_dropped_from_the_views(tmp_path, checkpoint, scan):
     select = [ViewSelection(plan, (8,) * plan.dim, 1, "auto", min_lesion_mm3=least) for least in (0.0, 1e9)]
     assert select[0].lesions(volume) and not select[1].lesions(volume)
     assert not select[1].select(volume).roi.any()
+
+
+def test_segmenting_leaves_the_global_generator_alone(tmp_path, checkpoint, scan):
+    """Or a run that segments its scans would start from other weights than one that finds them segmented."""
+    cache = open_cache(configuration(tmp_path, checkpoint), plan_of(checkpoint))
+    before = torch.get_rng_state()
+    assert cache.ensure(scan)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -442,10 +442,9 @@ def test_with_the_real_training(small_training: Path, night: Night, monkeypatch:
     folder = night.folder(NAMES[1])
     log = (folder / "train.log").read_text(encoding="utf-8")
     assert log.count("---- ") == 3 and "resuming at epoch" in log
-    command = (
-        log.splitlines()[0].split(" ", 3)[3].replace(f"--output_dir {folder}", f"--output_dir {night.out / 'whole'}")
-    )
-    subprocess.run(shlex.split(command), check=True, cwd=REPOSITORY)
+    command = json.loads((folder / "stage1_run.json").read_text(encoding="utf-8"))["command"]
+    command[command.index("--output_dir") + 1] = str(night.out / "whole")
+    subprocess.run([sys.executable, *command], check=True, cwd=REPOSITORY)
     assert differing(folder / "vision_bridge_final.pt", night.out / "whole" / "vision_bridge_final.pt") == {}
     best = load_checkpoint(night.out / BEST)
     assert not best.collapsed and best.config.mamba_model == str(small_training / "lm")
