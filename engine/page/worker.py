@@ -137,6 +137,8 @@ class Worker:
             getattr(self, kind)(job)
         except InputError as error:
             line = in_users_words(str(error), Path(job["folder"]), names, job.get("name", "the scan"))
+            for value in filter(_is_path, self.config.to_dict().values()):  # of this machine, no user's business
+                line = line.replace(value, Path(value).name)
             self.send(case, {"kind": "error", "of": kind, "line": line, "confirm": confirmable(line)})
         except Exception as error:  # noqa: BLE001  one case must not take the process with it
             traceback.print_exc()

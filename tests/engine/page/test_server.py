@@ -155,7 +155,8 @@ def test_a_new_synthetic_scan_needs_no_file(page: Page) -> None:
 
 def test_the_demonstration_model_reads_a_scan_of_unknown_origin_only_when_told_to(page: Page) -> None:
     error = one(page.events(page.read({"a.nii.gz": PHANTOM.read_bytes()})), "error")
-    assert error["confirm"] == "accept_toy" and "a.nii.gz" in error["line"] and str(page.temporary) not in error["line"]
+    assert error["confirm"] == "accept_toy" and "a.nii.gz" in error["line"]
+    assert str(page.temporary) not in error["line"] and str(REPOSITORY) not in error["line"], error["line"]
 
 
 def test_a_dicom_scan_gets_its_report_in_its_own_study(page: Page, tmp_path: Path) -> None:
