@@ -173,7 +173,7 @@ def _run_block(block: MambaBlock, hidden: Tensor, window: Tensor, state: Tensor)
     out = hidden.new_empty(B, D, dtype=torch.float32 if block.residual_in_fp32 else None)
     weight, scale = mixer.in_proj.stored()
     bias, conv_bias, delta_bias = mixer.in_proj.bias, mixer.conv1d.bias, mixer.dt_proj.bias
-    rows, channels = _rows_at_once(2 * E, D), min(CHANNELS, _power(E))
+    rows, channels = _rows_at_once(2 * E, D, 8 if B == 1 else 2), min(CHANNELS, _power(E))
     with _on(hidden.device):
         kernels.enter_kernel[(2 * -(-E // rows),)](
             hidden, block.norm.weight, weight, *_or(gate, scale, bias), mixer.conv1d.weight, *_or(gate, conv_bias),
@@ -195,17 +195,19 @@ def _launch_rows(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, out: Tensor
 ) -> None:
     outputs, inputs = weight.shape
-    rows = _rows_at_once(outputs, inputs)
+    # Measured on an H200: walking over pieces, four rows of bfloat16 are fastest; int8 and tiles take fewer.
+    rows = _rows_at_once(outputs, inputs, 4 if len(x) == 1 and scale is None else 2)
     _kernels(x.device.type).rows_kernel[(-(-outputs // rows),)](
         x, weight, *_or(out, scale, bias, residual), out, len(x), I=inputs, O=outputs, HAS_SCALE=scale is not None,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ONE=len(x) == 1, ROWS=rows,
-        PIECE=_piece(inputs), COLUMNS=_power(inputs), num_warps=WARPS,
+        PIECE=_piece(inputs), COLUMNS=_power(inputs),
+        num_warps=2 * WARPS if outputs <= FEW else WARPS,
     )  # fmt: skip
 
 
-def _rows_at_once(outputs: int, inputs: int) -> int:
-    """Rows of a program; a matrix of few rows is spread over as many programs as it has rows."""
-    return 1 if outputs <= FEW else max(1, min(2, TILE // _power(inputs)))
+def _rows_at_once(outputs: int, inputs: int, most: int) -> int:
+    """Rows of a program, a power of two; a matrix of few rows is spread over as many programs as it has rows."""
+    return 1 if outputs <= FEW else most if most > 2 else max(1, min(most, TILE // _power(inputs)))
 
 
 def _piece(columns: int) -> int:
