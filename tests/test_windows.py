@@ -192,7 +192,7 @@ def finish(process: subprocess.Popen) -> str:
     return printed
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_a_training_as_windows_runs_it_is_interrupted_and_resumed(windows_user):
     def train(name: str) -> subprocess.Popen:
         command = powershell_command("run_train_5090.ps1", "-Epochs 6 -BatchSize 2 -Lr 5e-3")
@@ -215,7 +215,7 @@ def test_a_training_as_windows_runs_it_is_interrupted_and_resumed(windows_user):
     assert resumed_log == whole_log
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_from_a_prepared_cache_to_a_report_card_as_windows_runs_it(windows_user):
     root = windows_user.root
     prepared = finish(start(windows_user, "scripts/prepare_data.py", "--workers", 2))

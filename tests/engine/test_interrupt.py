@@ -188,14 +188,14 @@ def interrupted(tmp_path: Path, method: str, bare: bool = False) -> tuple[int, l
 
 
 @posix
-@pytest.mark.parametrize("method", ["spawn", pytest.param("fork", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["spawn", pytest.param("fork", marks=pytest.mark.minutes)])
 def test_data_workers_live_through_ctrl_c(tmp_path, method):
     status, lines, errors = interrupted(tmp_path, method)
     assert lines == ["workers start", "saved", "workers load", "saved"] and status == 0, errors
 
 
 @posix
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_without_these_options_spawned_workers_die_of_it(tmp_path):
     """The test above could not fail otherwise."""
     status, lines, errors = interrupted(tmp_path, "spawn", bare=True)

@@ -217,7 +217,7 @@ def test_an_empty_folder_and_a_missing_one_are_one_line(load, tmp_path):
         run(tmp_path / "nowhere", tmp_path / "out", load)
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_kill_9_loses_nothing(scans, load, demo_config, whole, tmp_path):
     out = tmp_path / "out"

@@ -1,6 +1,6 @@
 """Faults from outside, injected one by one: what happens, and that nothing is lost.
 
-The table of docs/nights.md is made of what these runs print:  UPDATE_DOCS=1 python -m pytest -m slow THIS_FILE
+The table of docs/nights.md is made of what these runs print:  UPDATE_DOCS=1 python -m pytest -m minutes THIS_FILE
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.engine.training.test_kills import FLAGS, Undisturbed, at_step, check_
 from tests.engine.training.test_processes import ONE
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.minutes,
     pytest.mark.skipif(sys.platform == "win32", reason="runs are forked"),
 ]
 PAGE = REPOSITORY / "docs" / "nights.md"

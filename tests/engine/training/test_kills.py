@@ -100,7 +100,7 @@ def test_killed_inside_a_save_and_between_two(
     assert check_killed(runs, undisturbed, script, folder, moments)
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("script", STAGES)
 def test_killed_at_random_instants(
@@ -116,7 +116,7 @@ def test_killed_at_random_instants(
     check_killed(runs, undisturbed, script, folder, [lambda: after(draw.uniform(0.2, 0.6) * span)])
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_of_two_processes_is_killed(runs: Runs, undisturbed: Undisturbed, tmp_path: Path, victim: int) -> None:
     """The other ends by itself, in one line."""
@@ -129,7 +129,7 @@ def test_one_of_two_processes_is_killed(runs: Runs, undisturbed: Undisturbed, tm
     check_equal(expected, folder, "train")
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.parametrize("asked", [0, 1])
 def test_a_stop_request_of_one_process_stops_both(
     runs: Runs, undisturbed: Undisturbed, tmp_path: Path, asked: int

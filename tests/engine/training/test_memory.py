@@ -118,7 +118,7 @@ def peak_of_a_step(tokens: int, width: int, cases: int, answer: object) -> None:
     answer.put((predicted, resident("VmHWM") - before))
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 @pytest.mark.parametrize(("tokens", "width", "cases"), [(512, 256, 4), (1024, 256, 8), (512, 256, 16)])
 def test_the_prediction_is_within_ten_per_cent_of_the_peak(tokens: int, width: int, cases: int) -> None:

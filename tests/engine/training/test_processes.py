@@ -20,7 +20,7 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("script", ["train", pytest.param("train_vlm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("script", ["train", pytest.param("train_vlm", marks=pytest.mark.minutes)])
 def test_two_processes_equal_one(runs: Runs, tmp_path: Path, script: str) -> None:
     stage, final, flags = STAGES[script]
     exact = "--config", str(runs.exact)
