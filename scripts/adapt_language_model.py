@@ -70,21 +70,32 @@ HELD_OUT = 64  # reports that the loss is measured on
 GENERATED = 20  # of them, reports written from their key points
 WITHOUT_KEY_POINTS = 0.1  # of the reports in training: the model is also to write what an image alone tells it
 STATED_WEIGHT = 4.0  # in the loss, of tokens that state a finding, its place or its size: few, and all that is copied
-PATIENCE = 5  # validations without a lower loss
+ALL_REPORTS = 0.6  # of the training, from which on any report is drawn
+PATIENCE = 5  # validations without a lower loss, once all reports are drawn
 EVERY = 60  # steps between validations
 Pair = tuple[str, str, str]  # key points, question, report
 
 
 class ReportPairs:
-    """Prompts and reports. Without key points: all where ``language`` is None, else those in another language."""
+    """Prompts and reports, those with the fewest key points first. Without key points: all where ``language`` is None,
+    else those in another language."""
 
     def __init__(self, reports: list[str], questions: list[str], language: str | None, seed: int) -> None:
-        self.reports, self.questions, self.language = reports, questions, language
+        self.questions, self.language = questions, language
         self.choose, self.rng = random.Random(seed), np.random.default_rng(seed)
+        self.reports = sorted(reports, key=self.points)
 
-    def draw(self) -> Pair:
-        """A report changed at random, after its key points or without them."""
-        report, question = self.choose.choice(self.reports), self.choose.choice(self.questions)
+    def points(self, report: str) -> int:
+        """How many key points a report has."""
+        return len(key_points_of(report, self.language)) if detect_language(report) == self.language else 0
+
+    def draw(self, done: float) -> Pair:
+        """A report changed at random, after its key points or without them. ``done``: fraction of the training. Early
+        on it is one of the third with the fewest key points: copying one is learnt sooner than copying three
+        (curriculum learning, Bengio et al. 2009)."""
+        reach = min(max((done - 0.1) / (ALL_REPORTS - 0.1), 1 / 3), 1.0)
+        pool = self.reports[: max(1, math.ceil(reach * len(self.reports)))]
+        report, question = self.choose.choice(pool), self.choose.choice(self.questions)
         if detect_language(report) == self.language:
             report = change_together(report, self.language, self.rng)
         without = self.choose.random() < WITHOUT_KEY_POINTS
@@ -192,7 +203,7 @@ def train(
     try:
         for step in bar:
             with accelerator.autocast():
-                loss = writer.loss([source.draw() for _ in range(args.batch_size)], source.language)
+                loss = writer.loss([source.draw(step / args.steps) for _ in range(args.batch_size)], source.language)
             value = require_finite(loss, step, args.lr)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(adapters.parameters(), 1.0)
@@ -207,7 +218,7 @@ def train(
             best, waited = (now, 0) if now < best else (best, waited + 1)
             if not waited:
                 keep()
-            if waited == PATIENCE:
+            if waited >= PATIENCE and step >= ALL_REPORTS * args.steps:
                 return f"stopped early at step {step}"
     except KeyboardInterrupt:
         if best == math.inf:

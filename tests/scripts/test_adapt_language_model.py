@@ -88,11 +88,11 @@ def test_ctrl_c_keeps_the_best_so_far(stage0, monkeypatch):
     monkeypatch.setattr(script, "EVERY", 1)
     draw, drawn = script.ReportPairs.draw, []
 
-    def interrupted(self: object) -> object:
+    def interrupted(self: object, done: float) -> object:
         drawn.append(1)
         if len(drawn) > 4:
             raise KeyboardInterrupt
-        return draw(self)
+        return draw(self, done)
 
     monkeypatch.setattr(script.ReportPairs, "draw", interrupted)
     with pytest.raises(script.Interrupted, match="best adapters so far"):
@@ -102,7 +102,7 @@ def test_ctrl_c_keeps_the_best_so_far(stage0, monkeypatch):
 def test_the_prompt_holds_the_key_points_of_the_changed_report(small_training):
     script = importlib.import_module("scripts.adapt_language_model")
     source = script.ReportPairs(reports(5), ["Q?"], "zh", 0)
-    pairs = [source.draw() for _ in range(100)]
+    pairs = [source.draw(1.0) for _ in range(100)]
     assert 2 <= sum(known == "" for known, _, _ in pairs) <= 25
     stated = [(known, text) for known, _, text in pairs if known]
     assert all(known == source.key_points(text) for known, text in stated)
@@ -120,3 +120,12 @@ def test_tokens_that_state_something_count_more(small_training):
     kinds = [1.0, script.STATED_WEIGHT, 1.0, script.STATED_WEIGHT, script.STATED_WEIGHT, 1.0]
     assert weights == [kind for count, kind in zip(letters, kinds, strict=True) for _ in range(count)]
     assert set(writer.weights(("", "Q?", report), None)) == {1.0}
+
+
+def test_reports_with_few_key_points_come_first(small_training):
+    script = importlib.import_module("scripts.adapt_language_model")
+    one, two = "所见：右上肺结节，直径约12mm。", "所见：右上肺结节，直径约12mm。左下肺空洞，直径约30mm。"
+    source = script.ReportPairs([two, one, two], ["Q?"], "zh", 0)
+    assert [source.points(report) for report in source.reports] == [1, 2, 2]
+    assert {source.points(source.draw(0.2)[2]) for _ in range(30)} == {1}
+    assert {source.points(source.draw(script.ALL_REPORTS)[2]) for _ in range(60)} == {1, 2}

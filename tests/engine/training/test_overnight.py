@@ -34,17 +34,17 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The runs in their order; each start of a run completes it."""
     names: list[str] = []
 
-    def train(command: list[str], log: Path) -> int:
+    def train(command: list[str], log: Path, stop: Callable[[], bool]) -> int:
         names.append(log.parent.name)
         log.write_text("trained", encoding="utf-8")
-        (log.parent / overnight.FINAL_FILE).touch()
+        (log.parent / overnight.STAGES[1].final_file).touch()
         return 0
 
     storage = optuna.storages.InMemoryStorage()  # faster than a database
     monkeypatch.setattr(overnight, "RDBStorage", lambda *args, **options: storage)
     monkeypatch.setattr(overnight, "train", train)
     monkeypatch.setattr(overnight, "training_processes", lambda folder: [])
-    monkeypatch.setattr(overnight, "read_result", lambda folder: RESULT)
+    monkeypatch.setattr(overnight, "read_result", lambda *_: RESULT)
     monkeypatch.setattr(Night, "show_progress", lambda *_: None)
     return names
 
@@ -54,6 +54,7 @@ def open_night(config: Config, trained: list[str]) -> Open:
     def build(lrs: tuple[float, ...] = (1e-4, 5e-5), batch_sizes: tuple[int, ...] = (2,)) -> Night:
         flags = {"objective": "align", "epochs": 3, "seed": 42, "config": None, "output_dir": None}
         flags |= {"mamba_model": None, "allow_toy_model": False, "force": False, "train_script": Path("train.py")}
+        flags |= {"stage": 1, "vision_checkpoint": None, "prune": False, "deadline": None, "train_flags": []}
         return Night(argparse.Namespace(lrs=lrs, batch_sizes=batch_sizes, **flags), config)
 
     return build
@@ -83,7 +84,7 @@ def test_no_point_is_lost_when_a_process_dies(
     night = open_night()
     night.search()
     assert sorted(set(trained)) == ["lr0.0001_bs2", "lr5e-05_bs2"] and len(trained) == 2
-    assert night.leaderboard()["state"].tolist() == ["finished"] * 2
+    assert night.report.leaderboard()["state"].tolist() == ["finished"] * 2
 
 
 def test_a_trial_without_heartbeats_is_queued_again_and_continues_in_its_folder(
@@ -106,22 +107,27 @@ def test_a_trial_without_heartbeats_is_queued_again_and_continues_in_its_folder(
 # ---------------------------------------------------------------- which runs are comparable
 
 
+def name_of(config: Config, objective: str, epochs: int, seed: int) -> str:
+    args = argparse.Namespace(objective=objective, epochs=epochs, seed=seed, stage=1, train_flags=[])
+    return study_name(args, config)
+
+
 def test_other_settings_are_another_study_and_the_place_of_the_data_is_no_setting(
     config: Config, tmp_path: Path
 ) -> None:
     moved = tmp_path / "moved.csv"
     moved.write_bytes((tmp_path / "train.csv").read_bytes())
     there = config.replace(caption_csv_train=str(moved), output_dir=str(tmp_path / "b"), cache_dir="c", num_workers=3)
-    assert study_name(config, "align", 3, 42) == study_name(there, "align", 3, 42)
-    names = {study_name(config, *others) for others in (("proxy_l2", 3, 42), ("align", 3, 42), ("align", 4, 42))}
-    names |= {study_name(config.replace(bridge_depth=3), "align", 3, 42), study_name(config, "align", 3, 43)}
-    names |= {study_name(config.replace(mamba_model="another/model"), "align", 3, 42)}
+    assert name_of(config, "align", 3, 42) == name_of(there, "align", 3, 42)
+    names = {name_of(config, *others) for others in (("proxy_l2", 3, 42), ("align", 3, 42), ("align", 4, 42))}
+    names |= {name_of(config.replace(bridge_depth=3), "align", 3, 42), name_of(config, "align", 3, 43)}
+    names |= {name_of(config.replace(mamba_model="another/model"), "align", 3, 42)}
     (tmp_path / "train.csv").write_text("one more row", encoding="utf-8")
-    assert len(names | {study_name(config, "align", 3, 42)}) == 7
+    assert len(names | {name_of(config, "align", 3, 42)}) == 7
 
 
 @pytest.mark.parametrize("missing", ["train.csv", "val.csv", "net.pth"])
 def test_missing_files_are_reported_before_the_night(config: Config, tmp_path: Path, missing: str) -> None:
     (tmp_path / missing).unlink()
     with pytest.raises(InputError, match=missing):
-        study_name(config, "align", 3, 42)
+        name_of(config, "align", 3, 42)
