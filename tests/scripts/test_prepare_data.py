@@ -145,6 +145,7 @@ def test_damaged_entries_are_found_and_made_again(folder, whole, tmp_path):
     assert f"prepared 1, already there {CASES - 1}" in thorough.stdout and content(cache) == whole
 
 
+@pytest.mark.minutes
 def test_two_processes_at_once_leave_one_whole_cache(folder, whole, tmp_path):
     for process in [begin(folder, tmp_path) for _ in range(2)]:
         done = finish(process)
@@ -152,8 +153,8 @@ def test_two_processes_at_once_leave_one_whole_cache(folder, whole, tmp_path):
     assert content(tmp_path) == whole and not list(tmp_path.glob(".tmp-*"))
 
 
+@pytest.mark.minutes
 @pytest.mark.skipif(os.name == "nt", reason="process groups and SIGKILL are POSIX's")
-@pytest.mark.slow
 def test_killed_at_ten_random_moments_the_cache_is_the_same(folder, whole, tmp_path):
     moments = random.Random(7)
     written: dict[str, int] = {}

@@ -424,7 +424,7 @@ def test_two_scripts_share_a_grid(night: Night, capsys: Capture) -> None:
     assert [row["state"] for row in night.board] == ["finished"] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_with_the_real_training(small_training: Path, night: Night, monkeypatch: Patch) -> None:
     """One run of train.py itself, killed twice, between two saves and in one, and continued: it ends as the run that
     nobody kills."""
