@@ -294,6 +294,7 @@ class DicomwebServer:
         user, password = (os.environ.get(f"DICOMWEB_{name}", "") for name in ("USER", "PASSWORD"))
         session = create_session_from_user_pass(user, password) if user else create_session()
         self.url, self.client = url, DICOMwebClient(url, session=session)
+        self.client.set_http_retry_params(max_attempts=2)  # five would say after half a minute that nobody is there
 
     def send(self, objects: Sequence[Dataset]) -> None:
         """Raises InputError: the server cannot be reached, or refuses one."""
