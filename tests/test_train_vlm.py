@@ -120,6 +120,7 @@ def test_continuing_keeps_the_best_and_appends_to_the_log(run_stage, tmp_path, c
     assert rows(tmp_path) == [("4", "2"), ("6", "3")]
 
 
+@pytest.mark.minutes
 def test_continuing_elsewhere_takes_the_start_as_the_best_so_far(run_stage, tmp_path):
     run_stage("train_vlm", "--output_dir", str(tmp_path / "a"), "--epochs", "1")
     start = ["--vision_checkpoint", str(tmp_path / "a" / FINAL), "--output_dir", str(tmp_path / "b")]

@@ -34,7 +34,12 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("suite", TARGETS)
+LONG = ("scan", "scaling", "decode", "train_step", "data")
+
+
+@pytest.mark.parametrize(
+    "suite", [pytest.param(suite, marks=pytest.mark.minutes) if suite in LONG else suite for suite in TARGETS]
+)
 def test_a_suite_writes_numbers_and_a_figure(suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), suite, "--size", "tiny", "--out", str(tmp_path / "a b")])
     monkeypatch.setattr("engine.benchmark.models.is_mambapy_available", lambda: False)

@@ -106,6 +106,7 @@ def test_training_finds_what_was_prepared_and_a_second_run_does_nothing(folder, 
     assert entries(folder / "whole") == before and content(folder / "whole") == whole
 
 
+@pytest.mark.minutes
 def test_shards_into_caches_of_their_own_are_the_whole_together(folder, whole, tmp_path):
     first, second = run(folder, tmp_path / "a", "--shard", "1/2"), run(folder, tmp_path / "b", RANK="1", WORLD_SIZE="2")
     assert "shard 1 of 2" in first.stdout and "shard 2 of 2" in second.stdout, (first, second)
@@ -134,6 +135,7 @@ def test_every_bad_volume_is_one_line_and_stops_no_other(folder, tmp_path):
     assert len(entries(tmp_path / "cache")) == 1
 
 
+@pytest.mark.minutes
 def test_damaged_entries_are_found_and_made_again(folder, whole, tmp_path):
     cache = tmp_path / "cache"
     run(folder, cache)

@@ -349,6 +349,7 @@ def meanwhile(act: Callable[[], object]) -> Iterator[None]:
         job.result()
 
 
+@pytest.mark.minutes
 def test_kill_of_script_and_run_goes_on_where_it_stood(night: Night) -> None:
     for number, name in enumerate(NAMES[:2]):
         night.plan(name, val_loss=0.1 * (number + 1), steps=50)

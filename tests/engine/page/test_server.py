@@ -126,7 +126,7 @@ def test_a_report_is_taken_along_as_text_word_and_json(page: Page, read_case: tu
     assert record["input"]["digest"] == one(events, "volume")["digest"] and record["seconds"]["vision"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_eight_users_at_once_get_their_own_reports(page: Page, read_case: tuple[str, list[Event]]) -> None:
     """Every second scan is mirrored: the sides of its report are, too."""
     image = nib.load(PHANTOM)

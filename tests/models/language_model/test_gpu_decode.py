@@ -49,8 +49,8 @@ def untried(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gpu_decode, "_rows_at_once", lambda *_: 16)
 
 
+@pytest.mark.minutes
 @plain
-@pytest.mark.slow
 def test_numbers_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "", str(Path(__file__))]
