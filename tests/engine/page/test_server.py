@@ -456,6 +456,7 @@ def browse(page: Page, tmp_path: Path) -> Iterator[Callable[..., Browser]]:
         browser.driver.quit()
 
 
+@pytest.mark.minutes
 def test_a_person_reads_a_scan_in_the_browser(browse: Callable[..., Browser], tmp_path: Path) -> None:
     """Wrong and too large files, upload, scrolling, window, a sentence and its map, a correction, a question, Word."""
     browser = browse(gl=True)

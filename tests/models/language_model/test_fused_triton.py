@@ -133,7 +133,7 @@ def test_trained_weights_take_the_plain_way(forced: None) -> None:
         assert hf_patch._fused(x, weight)
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 @compiling
 @pytest.mark.parametrize(
     ("chosen", "least"),

@@ -35,7 +35,7 @@ LEFT_OUT = "thread or fork or gradcheck or without or gpu or preference or annou
 pytestmark = pytest.mark.skipif(backend_triton.INTERPRETED, reason="TRITON_INTERPRET is set for this process")
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.parametrize(
     ("chosen", "least"),
     [("single_step", 5), pytest.param(f"not ({LEFT_OUT})", 15, marks=pytest.mark.minutes)],
