@@ -134,8 +134,9 @@ class ReportLikelihood:
     def lesion_falls(self) -> Tensor:
         """(M, tokens): how far they fall when a lesion is left out of the findings prompt."""
         features = self.features[None]
-        falls = [self(features) - self(features, batch) for batch in self.without_lesion]
-        return torch.cat([features.new_zeros(0, self.answer["answer_ids"].shape[1]), *falls])
+        if not self.without_lesion:
+            return features.new_zeros(0, self.answer["answer_ids"].shape[1])
+        return self(features) - torch.cat([self(features, batch) for batch in self.without_lesion])
 
     def __call__(self, features: Tensor, batch: Batch | None = None) -> Tensor:
         """(B, tokens) for features (B, K, C, T, T); ``batch``: with another findings prompt."""
@@ -172,14 +173,17 @@ def attribution_maps(
         return torch.zeros(0, K, T, U)
     chunk = report.model.lm.memory.rows_that_fit(report.length, CHUNK) if chunk is None else chunk
     baseline = baseline.to(report.features)
-    falls = torch.stack([report.lesion_falls()[:, list(positions)].sum(1) for positions in spans]).float().cpu()
+    of_tokens = report.lesion_falls()
+    falls = torch.stack([of_tokens[:, list(positions)].sum(1) for positions in spans]).float().cpu()
     lesions = falls.new_zeros(falls.shape[1], K, T, U) if lesions is None else lesions
+    falls = falls.clamp(min=0) if method == "evidence" else falls
+    by_lesion = torch.einsum("sm,mkij->skij", falls, lesions)
     if method == "occlusion":
-        return _occlusion(report, spans, baseline, chunk) + torch.einsum("sm,mkij->skij", falls, lesions)
+        return _occlusion(report, spans, baseline, chunk) + by_lesion
     gradients = _integrated(report, spans, baseline, steps, chunk)
     if method == "integrated":
-        return gradients.sum(2) + torch.einsum("sm,mkij->skij", falls, lesions)
-    evidence = gradients.clamp(min=0).sum(2) + torch.einsum("sm,mkij->skij", falls.clamp(min=0), lesions)
+        return gradients.sum(2) + by_lesion
+    evidence = gradients.clamp(min=0).sum(2) + by_lesion
     width = feature_width(report.model.vision.encoder, report.batch["images"], (T, U))
     return torch.stack([smoothed(heat, width) for heat in evidence])
 
