@@ -79,10 +79,9 @@ def map_case(
     cached = data.cache.get(caption.image_path, caption.mask_path)
     grid = FramedGrid.of(data.view_selection, cached, tuple(baseline[:, 0].shape))
     said = None if record["believed"] is None else [FindingRecord.from_dict(one) for one in record["believed"]]
-    lesions = [finding for finding in said or [] if finding.measured]
+    lesions, without = without_each_lesion(said or [])
     batch = passes.batch([data[row]])
-    prompts = [said, *([one for one in said if one is not lesion] for lesion in lesions)]
-    batches = [with_key_points(batch, writer.tokenizer, [prompt], passes.language) for prompt in prompts]
+    batches = [with_key_points(batch, writer.tokenizer, [prompt], passes.language) for prompt in (said, *without)]
     report = ReportLikelihood(writer.model, batches[0], record["ids"], batches[1:])
     maps = attribution_maps(report, tokens, baseline, method, lesion_cells(cached, grid, lesions)).numpy()
     volume = read_volume(caption.image_path)
@@ -186,6 +185,12 @@ def attribution_maps(
     evidence = gradients.clamp(min=0).sum(2) + by_lesion
     width = feature_width(report.model.vision.encoder, report.batch["images"], (T, U))
     return torch.stack([smoothed(heat, width) for heat in evidence])
+
+
+def without_each_lesion(said: Sequence[FindingRecord]) -> tuple[list[FindingRecord], list[list[FindingRecord]]]:
+    """The measured lesions of a findings prompt, and what it says without each of them."""
+    lesions = [finding for finding in said if finding.measured]
+    return lesions, [[one for one in said if one is not lesion] for lesion in lesions]
 
 
 def lesion_cells(cached: CachedVolume, grid: FramedGrid, lesions: Sequence[FindingRecord]) -> Tensor:

@@ -49,7 +49,7 @@ from engine.cli import force_utf8
 from engine.evaluation.confidence import agrees, split_sentences, touches
 from engine.evaluation.heat_maps import FramedGrid
 from engine.evaluation.report_writer import token_spans
-from engine.evaluation.saliency import ReportLikelihood, attribution_maps, lesion_cells
+from engine.evaluation.saliency import ReportLikelihood, attribution_maps, lesion_cells, without_each_lesion
 from engine.findings_prompt import doubtful
 from engine.page.uploads import arrange, check_size, in_users_words
 from engine.reporting import Reading, Reporter, Trust, WrittenReport, default_question, encode_questions
@@ -364,11 +364,8 @@ class Worker:
         spans = token_spans(self.lm.tokenizer, report.tokens.ids)
         tokens = [k for k, span in enumerate(spans) if touches(span, words)]
         grid = FramedGrid.of(self.reader.selection, reading.volume, tuple(read.features[:, 0].shape))
-        lesions = [finding for finding in records if finding.measured]
-        lines = [report.key_points]
-        for lesion in lesions:
-            rest = [finding for finding in records if finding is not lesion]
-            lines.append(write_key_points(rest, reading.language))
+        lesions, without = without_each_lesion(records)
+        lines = [report.key_points, *(write_key_points(rest, reading.language) for rest in without)]
         images, position, roi = (part[None].to(self.reader.device) for part in reading.view)
         shown = {"images": images, "slice_position": position, "roi": roi}
         batches = [shown | dict(self.reporter.batch([reading], [line])) for line in lines]
