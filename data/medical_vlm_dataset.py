@@ -178,8 +178,8 @@ class CaptionCollator:
         batch = self.images(samples)
         if self.tokenizer is not None:
             prompts = [encode_prompt(self.tokenizer, s.question, self.max_question_tokens) for s in samples]
-            told = (encode_answer(self.tokenizer, s.answer, self.max_answer_tokens)[0] for s in samples)
-            answers = [ids if sample.row != NO_ROW else [] for sample, ids in zip(samples, told, strict=True)]
+            encoded = (encode_answer(self.tokenizer, s.answer, self.max_answer_tokens)[0] for s in samples)
+            answers = [ids if sample.row != NO_ROW else [] for sample, ids in zip(samples, encoded, strict=True)]
             key_points = [encode_key_points(self.tokenizer, s.key_points) for s in samples]
             batch["key_point_ids"], batch["key_point_mask"] = pad_tokens(key_points)
             batch["question_ids"], batch["question_mask"] = pad_tokens(prompts)

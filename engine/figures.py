@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _IN_ONE_FIGURE = 12
 _COLOURS = {"error": "#b00020", "warning": "#b26a00", "note": "#666666"}
 _CJK_FONTS = ("Microsoft YaHei", "SimHei", "Noto Sans CJK SC", "Source Han Sans SC", "PingFang SC", "WenQuanYi Zen Hei",
-              "Noto Sans SC", "SimSun", "Droid Sans Fallback")  # fmt: skip
+              "WenQuanYi Micro Hei", "Noto Sans SC", "SimSun", "Droid Sans Fallback")  # fmt: skip
 _STYLE = """body{font:15px/1.5 sans-serif;margin:1.5em;max-width:1300px}img{max-width:100%}
 section{border-top:1px solid #bbb;padding:.8em 0}pre{white-space:pre-wrap;font:inherit;margin:.3em 0}"""
 

@@ -16,7 +16,6 @@ from config.files import atomic_path, write_text
 
 LOG_SUFFIX = "_log.jsonl"  # after the stage's name
 LOSS_NAMES = ("train_loss", "caption_loss")
-FONTS = ("DejaVu Sans", "Microsoft YaHei", "SimHei", "PingFang SC", "Noto Sans CJK SC", "WenQuanYi Micro Hei")
 TOKENS = ("token_std", "image_std", "effective_rank")
 _STYLE = """body{font:15px/1.5 sans-serif;margin:2em auto;max-width:1150px;padding:0 1em}svg{width:100%;height:auto}
 table{border-collapse:collapse}td,th{border:1px solid #bbb;padding:.25em .6em;text-align:right}td:first-child,
@@ -99,10 +98,10 @@ def draw_runs(runs: Sequence[Run], path: Path | None = None) -> str:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib import font_manager
 
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = {"font.family": [font for font in FONTS if font in installed], "svg.fonttype": "none"}
+    from engine.figures import cjk_font
+
+    fonts = {"font.family": list(filter(None, ("DejaVu Sans", cjk_font()))), "svg.fonttype": "none"}
     with plt.rc_context(fonts):
         figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), sharex=True, layout="constrained")
         colours = plt.get_cmap("tab20" if len(runs) > 10 else "tab10").colors
