@@ -37,7 +37,6 @@ from engine.training.train_state import Progress
 from models.language_model.mamba_lm import MambaLM
 
 ROOM = {"cpu": 0.75, "cuda": 0.92}  # of the free memory that a prediction may fill: allocators leave gaps
-MOST_PIECES = 64
 
 Counts = Callable[[Mapping[str, Any]], Tensor]
 
