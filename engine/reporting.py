@@ -50,7 +50,7 @@ from engine.evaluation.confidence import (
 )
 from engine.evaluation.report_writer import Report, ReportWriter, token_spans
 from engine.findings_prompt import believed
-from engine.run import limit_gpu_memory
+from engine.run import best_device, limit_gpu_memory
 from engine.scan_checks import check_new_scan, chosen_blindly, compare_described, describe_view, judge_features, notice
 from models.language_model.decoding import Decoding
 from models.language_model.embedding_table import load_embedding_table
@@ -61,10 +61,6 @@ from models.medical_vlm import MedicalVLM, VisionBridge, check_regions
 MAX_NEW_TOKENS = 300  # of a report, by default
 UNSURE = 0.5  # confidence below which a sentence is marked 待核实, by default
 STEPS = ("checks", "segmentation", "vision")  # of reading a scan; preprocessing is part of the checks
-
-
-def best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # ------------------------------------------------------------------ configuration of a run

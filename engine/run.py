@@ -41,6 +41,10 @@ def set_seeds(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def native_bf16() -> bool:
     """Whether the device computes in bfloat16 itself; where it is emulated it is slower than float32."""
     if torch.cuda.is_available():

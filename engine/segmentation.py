@@ -45,6 +45,7 @@ from data.report_language.terms import FINDINGS
 from data.segmentation_scores import ComparedCase, compare, scores
 from data.tables.caption_table import CaptionRow
 from engine.prepare import Files, fill_cache, unique_files
+from engine.run import best_device
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.sliding_window import labels_of, sliding_window
 from models.nnunet.unet import SegmentationUNet
@@ -203,7 +204,7 @@ def free_network() -> None:
 @lru_cache(maxsize=1)
 def _network(checkpoint: Path) -> Network:
     source = load_nnunet_checkpoint(checkpoint)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(best_device())
     labels = source.dataset_json.get("labels", {})
     regions = any(isinstance(label, list) for label in labels.values())
     names = {} if regions else {int(value): name for name, value in labels.items() if name in FINDINGS}

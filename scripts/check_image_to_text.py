@@ -101,13 +101,13 @@ from engine.checkpoint import Checkpoint, load_checkpoint
 from engine.reporting import (
     Reading,
     ScanReader,
-    best_device,
     check_models,
     default_question,
     encode_questions,
     load_lm,
     run_config,
 )
+from engine.run import best_device
 from models.language_model.decoding import INCOMPLETE, CharacterStream, Decoding, FirstTokenClock, StopRule
 from models.language_model.identity import lm_identity
 from models.language_model.mamba_lm import MambaLM

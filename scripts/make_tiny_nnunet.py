@@ -57,7 +57,7 @@ from data.segmentation_scores import SegmentationScores, choose_min_lesion, comp
 from data.tables.caption_table import CaptionRow, read_caption_table
 from data.view_selection import centred
 from engine.prepare import fill_cache
-from engine.run import native_bf16, set_seeds
+from engine.run import best_device, native_bf16, set_seeds
 from engine.segmentation import Network, segment
 from engine.training.optimization import build_optimizer, build_schedule, require_finite
 from models.nnunet.architecture import PLAIN, Architecture, Op, planned_architecture
@@ -230,7 +230,7 @@ def training_loss(
 
 def train(network: SegmentationUNet, sampler: SliceSampler, steps: int, lr: float) -> None:
     """Train all of ``network`` in the three phases, on a GPU where there is one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(best_device())
     classes = network.architecture.num_classes
     head = nn.Conv2d(network.architecture.features[-1], classes, 1)  # for training alone: nnU-Net has none there
     trained = nn.ModuleList([network, head]).to(device)

@@ -78,8 +78,9 @@ from tqdm import tqdm
 from config.files import write_text
 from data.cache import file_digest
 from data.imaging.reader import scans_below
-from engine.reporting import Reading, Reporter, Trust, WrittenReport, best_device
+from engine.reporting import Reading, Reporter, Trust, WrittenReport
 from engine.reports.files import CaseFolder, about_run, check_same_run, write_tables
+from engine.run import best_device
 
 SENT = "sent.json"  # of a case whose objects the server has
 
