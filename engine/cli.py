@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 from config.errors import InputError
@@ -147,6 +148,20 @@ def config_from(args: argparse.Namespace, **overrides: object) -> Config:
     config = load_config(args.config, output_dir=output_dir, mamba_model=args.mamba_model, **overrides)
     check_toy_models(config, (config.caption_csv_train, config.caption_csv_val), args.allow_toy_model)
     return config
+
+
+def leave_numba_out() -> None:
+    """For the demonstration, before the heavy imports: importing numba fails, and PyTorch's operations take its place.
+
+    Its model is so small that compiling numba's kernels takes longer than it saves: 20 of 28 s after a fresh
+    installation.
+    """
+
+    def find_spec(name: str, *_: object) -> None:
+        if name == "numba":
+            raise ImportError("left out of the demonstration, which is too small to gain by compiling")
+
+    sys.meta_path.insert(0, SimpleNamespace(find_spec=find_spec))
 
 
 def local_config(args: argparse.Namespace, trained: Config) -> Config:

@@ -24,6 +24,7 @@ from engine.cli import (
     add_model_flags,
     add_view_flag,
     find_checkpoint,
+    leave_numba_out,
     positive_int,
     run_main,
 )
@@ -73,8 +74,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-if __name__ == "__main__":
-    parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
+if __name__ == "__main__" and parse_args().demo:  # --help and a wrong flag are answered before the imports below
+    leave_numba_out()
 
 import contextlib
 import functools

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
 from config.errors import InputError
-from engine.cli import Parser, add_model_flags, add_view_flag, find_checkpoint, positive_int, run_main
+from engine.cli import Parser, add_model_flags, add_view_flag, find_checkpoint, leave_numba_out, positive_int, run_main
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,9 +46,7 @@ def parse_args() -> argparse.Namespace:
 def serve(settings: dict[str, Any], *given: object) -> None:
     """The reading process: torch is imported in it alone."""
     if settings["demo"]:
-        # The model of the demonstration is so small that compiling numba's kernels takes longer than it saves: 20 of
-        # 28 s after a fresh installation. This makes numba's import fail, and PyTorch's operations serve.
-        sys.modules["numba"] = None
+        leave_numba_out()
     from engine.page.worker import serve
 
     serve(settings, *given)

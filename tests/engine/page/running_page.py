@@ -37,7 +37,9 @@ class Page:
         command = [sys.executable, str(REPOSITORY / "scripts" / "report_page.py"), "--demo", "--port", "0", *flags]
         environment = {**os.environ, "TMPDIR": str(self.temporary), "TEMP": str(self.temporary), "PYTHONUTF8": "1"}
         self.log = (folder / "log.txt").open("w+", encoding="utf-8")
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, env=environment, text=True)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=self.log, env=environment, encoding="utf-8"
+        )
         line = next((line for line in self.process.stdout if line.startswith("report page: ")), "")
         assert line, Path(self.log.name).read_text(encoding="utf-8")
         self.address = line.split()[2]
