@@ -1,7 +1,7 @@
 """From the findings that reports state to what the findings head learns and what a findings prompt says in training.
 
 stated (report) ↔ measured (segmentation)   paired one to one: which finding each lesion is
-stated ↔ believed (held-out cases)          how prompts err: missed, false, another finding, side, zone or size
+stated ↔ believed (held-out cases)          how prompts err: missed, false, another finding, side or zone
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ DEPTHS = ("effusion", "pleural_thickening")  # their stated size is a thickness,
 LEVELS, SIDES = ("upper", "middle", "lower"), ("left", "right", "bilateral")
 UNKNOWN, TYPICAL_MM = -100, 15.0  # as models/findings_head.py has them
 _SIZE_RATIO = 2.5  # two sizes of one lesion differ by less
-_LEAST_ERROR = 0.03  # of each kind in training, whatever few held-out cases say
 _ENOUGH = 5  # pairs of one finding whose sizes say how its size is mistaken
+_SYSTEMATIC = 0.2  # least logarithm of the ratio of two sizes that are no estimates of one another
+_LEAST_ERROR = 0.03  # of each kind in training, whatever few held-out cases say
 
 
 def learnable(reports: Sequence[Sequence[FindingRecord]]) -> tuple[list[str], dict[str, int]]:
@@ -113,7 +114,8 @@ def descriptors(measured: Sequence[FindingRecord]) -> list[list[float]]:
 @dataclass
 class PromptErrors:
     """How prompts err on held-out cases, drawn again for training: a model that is shown the truth alone would repeat a
-    wrong prompt word for word, and one that is shown none would ignore it.
+    wrong prompt word for word, and one that is shown none would ignore it. Sizes err by their systematic part alone:
+    visual tokens know no better than what was measured, and a report is to state that.
 
     ``pairs``: (stated, believed) of held-out cases, from :func:`pair_findings`; ``cases``: their number.
     """
@@ -159,8 +161,8 @@ class PromptErrors:
                 near = [level for level in LEVELS if abs(LEVELS.index(level) - LEVELS.index(f.level)) == 1]
                 level = _one(self._mistaken("level", f.level) or near, rng)
                 changes |= {"zone": level, "lobe": None} if f.zone else {"lobe": level}
-            if f.size_mm:
-                changes["size_mm"] = max(1.0, round(f.size_mm * _one(self._ratios(f.finding), rng)))
+            if f.size_mm and (ratio := self._size_ratio(f.finding)):
+                changes["size_mm"] = float(round(f.size_mm * ratio) or 1)
             said.append(replace(f, **changes))
         false = [b for a, b in self.pairs if a is None] or [b for _, b in self.pairs if b is not None]
         return said + [_one(false, rng) for _ in range(rng.poisson(rates["false"]) if false else 0)]
@@ -175,17 +177,13 @@ class PromptErrors:
         names = {f.finding for pair in self.pairs for f in pair if f} | {f.finding for f in stated}
         return self._mistaken("finding", finding) or wrong or sorted(names - {finding}) or [finding]
 
-    def _ratios(self, finding: str) -> list[float]:
-        """Said over stated size, of this finding where there are enough: the depth of an effusion is stated, and its
-        diameter is measured."""
-        ratios = [(a.finding, r) for a, b in self.pairs if a and b and (r := _size_ratio(a, b))]
-        own = [ratio for name, ratio in ratios if name == finding]
-        return own if len(own) >= _ENOUGH else [ratio for _, ratio in ratios] or [0.9, 1.0, 1.1]
+    def _size_ratio(self, finding: str) -> float | None:
+        """Median of said over stated sizes where it is far from 1: of an effusion the depth is stated, and prompts of
+        measured lesions say its diameter."""
+        both = [(a, b) for a, b in self.pairs if a and b and a.size_mm and b.size_mm and a.finding == finding]
+        ratio = float(np.median([b.size_mm / a.size_mm for a, b in both])) if len(both) >= _ENOUGH else 1.0
+        return ratio if abs(math.log(ratio)) > _SYSTEMATIC else None
 
 
 def _one(values: Sequence[Any], rng: np.random.Generator) -> Any:
     return values[rng.integers(len(values))]
-
-
-def _size_ratio(a: FindingRecord, b: FindingRecord) -> float | None:
-    return b.size_mm / a.size_mm if a.size_mm and b.size_mm else None

@@ -5,14 +5,15 @@ before the question.
     predicted  the head's findings with their probability: of each measured lesion, and of the scan
     both       measured places, the head's names and sizes, and what the head alone is sure of
 
-A lesion that the head holds for a false one is not said. Reports are written from this line and the image; people can
-read it, and correct it.
+A lesion that the head holds for a false one is not said, and a lesion is not said twice: where one is measured, the
+head's findings of a kind that is segmented are that lesion. Reports are written from this line and the image; people
+can read it, and correct it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -141,7 +142,8 @@ def believed(
     if mode == "predicted":
         return scan
     real = [lesion for lesion in lesions if lesion is not None]
-    return real + [finding for finding in scan if finding.finding not in {lesion.finding for lesion in real}]
+    kinds = {name for name, segmented in zip(head.names, head.segmented.tolist(), strict=True) if segmented}
+    return real + [finding for finding in scan if not _measured(finding, real, kinds)]
 
 
 def doubtful(
@@ -177,6 +179,12 @@ def _of_scan(head: FindingsHead, said: Found, k: int) -> FindingRecord:
     size = float(said.size[0, k])
     record = FindingRecord(head.names[k], side=side, zone=zone, size_mm=size, source="predicted")
     return _placed(replace(record, probability=float(said.presence[0, k])))
+
+
+def _measured(finding: FindingRecord, lesions: Sequence[FindingRecord], segmented: Collection[str]) -> bool:
+    """Whether one of the lesions is this finding of the scan: it has its name, or its place and another name."""
+    at = [(one.side, one.level) for one in lesions if finding.finding in segmented and one.level]
+    return finding.finding in {one.finding for one in lesions} or (finding.side, finding.level) in at
 
 
 def _placed(record: FindingRecord) -> FindingRecord:

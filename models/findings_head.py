@@ -60,6 +60,8 @@ class FindingsHead(nn.Module):
         # Fitted on validation: a probability is what it says.
         self.register_buffer("presence_temperature", torch.ones(()))
         self.register_buffer("lesion_temperature", torch.ones(()))
+        # Findings (F,) that validation cases show as measured lesions, mostly: consolidation, and not emphysema.
+        self.register_buffer("segmented", torch.zeros(len(self.names), dtype=torch.bool))
 
     def forward(self, visual: Tensor, lesions: Tensor) -> Found:
         """``visual`` (B, L, D), ``lesions`` (B, M, P); logits without temperature."""
@@ -91,7 +93,11 @@ class FindingsHead(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, found: Found, target: Found) -> None:
-        """Set both temperatures to those of the least loss on held-out cases; one that nothing is known for stays."""
+        """Set both temperatures to those of the least loss on held-out cases; one that nothing is known for stays. And
+        which findings are mostly segmented."""
+        stated = target.presence == 1
+        measured = (target.lesion[..., None] == torch.arange(len(self.names), device=stated.device)).any(1)
+        self.segmented.copy_(2 * (stated & measured).sum(0) > stated.sum(0))
         for temperature, loss, logits, truth in (
             (self.presence_temperature, _presence_loss, found.presence, target.presence),
             (self.lesion_temperature, _class_loss, found.lesion, target.lesion),

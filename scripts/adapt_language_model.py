@@ -70,8 +70,9 @@ HELD_OUT = 64  # reports that the loss is measured on
 GENERATED = 20  # of them, reports written from their key points
 WITHOUT_KEY_POINTS = 0.1  # of the reports in training: the model is also to write what an image alone tells it
 STATED_WEIGHT = 4.0  # in the loss, of tokens that state a finding, its place or its size: few, and all that is copied
-ALL_REPORTS = 0.6  # of the training, from which on any report is drawn
+FEW_KEY_POINTS, ALL_REPORTS = 0.15, 0.5  # of the training, up to which the simplest are drawn, and from which on any
 PATIENCE = 5  # validations without a lower loss, once all reports are drawn
+BATCHES = 4  # that are drawn at once
 EVERY = 60  # steps between validations
 Pair = tuple[str, str, str]  # key points, question, report
 
@@ -84,16 +85,27 @@ class ReportPairs:
         self.questions, self.language = questions, language
         self.choose, self.rng = random.Random(seed), np.random.default_rng(seed)
         self.reports = sorted(reports, key=self.points)
+        self.drawn: list[list[Pair]] = []
 
     def points(self, report: str) -> int:
         """How many key points a report has."""
         return len(key_points_of(report, self.language)) if detect_language(report) == self.language else 0
 
+    def batch(self, done: float, size: int) -> list[Pair]:
+        """``size`` drawn pairs of about one length: several batches are drawn at once, so that a quarter less is padding.
+        ``done``: as for :meth:`draw`."""
+        if not self.drawn:
+            pairs = sorted((self.draw(done) for _ in range(BATCHES * size)), key=lambda pair: len(pair[2]))
+            self.drawn = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+            self.choose.shuffle(self.drawn)
+        return self.drawn.pop()
+
     def draw(self, done: float) -> Pair:
         """A report changed at random, after its key points or without them. ``done``: fraction of the training. Early
         on it is one of the third with the fewest key points: copying one is learnt sooner than copying three
         (curriculum learning, Bengio et al. 2009)."""
-        reach = min(max((done - 0.1) / (ALL_REPORTS - 0.1), 1 / 3), 1.0)
+        grown = min(max((done - FEW_KEY_POINTS) / (ALL_REPORTS - FEW_KEY_POINTS), 0.0), 1.0)
+        reach = 1 / 3 + grown * 2 / 3
         pool = self.reports[: max(1, math.ceil(reach * len(self.reports)))]
         report, question = self.choose.choice(pool), self.choose.choice(self.questions)
         if detect_language(report) == self.language:
@@ -203,7 +215,7 @@ def train(
     try:
         for step in bar:
             with accelerator.autocast():
-                loss = writer.loss([source.draw(step / args.steps) for _ in range(args.batch_size)], source.language)
+                loss = writer.loss(source.batch(step / args.steps, args.batch_size), source.language)
             value = require_finite(loss, step, args.lr)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(adapters.parameters(), 1.0)

@@ -100,6 +100,17 @@ def test_both_adds_what_the_head_alone_is_sure_of(head: FindingsHead) -> None:
     assert [f.finding for f in believed(head, says((0.9, 0.9)), None, "both")] == ["nodule", "effusion"]
 
 
+def test_a_lesion_is_not_said_twice() -> None:
+    """A finding that is mostly segmented, at the place of a lesion with another name; one like emphysema is said."""
+    head = FindingsHead(("nodule", "consolidation"), 8, DESCRIPTORS, width=16)
+    found = says((0.9, 0.1), lesions=((1, 0.6, 1.0),))
+    at, elsewhere = [lesion("left", "lower")], [lesion("left", "upper")]
+    assert [f.finding for f in believed(head, found, at, "both")] == ["consolidation", "nodule"]
+    head.segmented[0] = True
+    assert [f.finding for f in believed(head, found, at, "both")] == ["consolidation"]
+    assert [f.finding for f in believed(head, found, elsewhere, "both")] == ["consolidation", "nodule"]
+
+
 @pytest.mark.parametrize("mode", ["predicted", "both"])
 def test_an_effusion_has_no_level(head: FindingsHead, mode: str) -> None:
     found = says((0.01, 0.9), lesions=((1, 0.9, 1.0),))

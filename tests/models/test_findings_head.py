@@ -144,6 +144,15 @@ def test_calibration_lowers_the_loss_and_keeps_the_order(head: FindingsHead) -> 
     assert torch.equal(head.probabilities(found).presence.flatten().argsort(), order)
 
 
+def test_findings_that_are_mostly_measured_lesions_count_as_segmented(head: FindingsHead) -> None:
+    target = unknown()
+    target.presence[:] = torch.tensor([[1, 1], [1, 1], [1, 0]])
+    target.lesion[0, 0] = target.lesion[1, 1] = 0
+    target.lesion[1, 0] = 1
+    head.calibrate(head(visual(), lesions()), target)
+    assert head.segmented.tolist() == [True, False], "2 of 3 cases, and 1 of 2"
+
+
 def test_what_is_not_known_on_validation_is_not_calibrated(head: FindingsHead) -> None:
     target = unknown()
     target.presence[:] = torch.tensor([[0, 1]])

@@ -86,15 +86,15 @@ def test_a_language_the_labeller_does_not_know_is_said(stage0, capsys):
 def test_ctrl_c_keeps_the_best_so_far(stage0, monkeypatch):
     script = importlib.import_module("scripts.adapt_language_model")
     monkeypatch.setattr(script, "EVERY", 1)
-    draw, drawn = script.ReportPairs.draw, []
+    batch, drawn = script.ReportPairs.batch, []
 
-    def interrupted(self: object, done: float) -> object:
+    def interrupted(self: object, done: float, size: int) -> object:
         drawn.append(1)
         if len(drawn) > 4:
             raise KeyboardInterrupt
-        return draw(self, done)
+        return batch(self, done, size)
 
-    monkeypatch.setattr(script.ReportPairs, "draw", interrupted)
+    monkeypatch.setattr(script.ReportPairs, "batch", interrupted)
     with pytest.raises(script.Interrupted, match="best adapters so far"):
         stage0("--steps", "9")
 
@@ -107,6 +107,16 @@ def test_the_prompt_holds_the_key_points_of_the_changed_report(small_training):
     stated = [(known, text) for known, _, text in pairs if known]
     assert all(known == source.key_points(text) for known, text in stated)
     assert len({known for known, _ in stated}) > 40, "sides, zones and sizes change"
+
+
+def test_the_reports_of_a_batch_are_of_about_one_length(small_training):
+    script = importlib.import_module("scripts.adapt_language_model")
+    short, long = "所见：右上肺结节，直径约12mm。", "所见：右上肺结节，直径约12mm。左下肺空洞，直径约30mm。"
+    source = script.ReportPairs([short, long] * 4, ["Q?"], "zh", 0)
+    drawn = [sorted(source.points(text) for _, _, text in source.batch(1.0, 4)) for _ in range(2 * script.BATCHES)]
+    assert all(len(points) == 4 for points in drawn) and {points[0] for points in drawn} == {1, 2}
+    for round_ in (drawn[: script.BATCHES], drawn[script.BATCHES :]):
+        assert sum(points[0] != points[-1] for points in round_) <= 1
 
 
 def test_tokens_that_state_something_count_more(small_training):
@@ -127,5 +137,5 @@ def test_reports_with_few_key_points_come_first(small_training):
     one, two = "所见：右上肺结节，直径约12mm。", "所见：右上肺结节，直径约12mm。左下肺空洞，直径约30mm。"
     source = script.ReportPairs([two, one, two], ["Q?"], "zh", 0)
     assert [source.points(report) for report in source.reports] == [1, 2, 2]
-    assert {source.points(source.draw(0.2)[2]) for _ in range(30)} == {1}
+    assert {source.points(source.draw(script.FEW_KEY_POINTS)[2]) for _ in range(30)} == {1}
     assert {source.points(source.draw(script.ALL_REPORTS)[2]) for _ in range(60)} == {1, 2}
