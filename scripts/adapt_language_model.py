@@ -92,7 +92,7 @@ class ReportPairs:
         return len(key_points_of(report, self.language)) if detect_language(report) == self.language else 0
 
     def batch(self, done: float, size: int) -> list[Pair]:
-        """``size`` drawn pairs of about one length: several batches are drawn at once, which saves a quarter of padding.
+        """``size`` pairs of about one length: several batches are drawn at once, which saves a quarter of padding.
         ``done``: as for :meth:`draw`."""
         if not self.drawn:
             pairs = sorted((self.draw(done) for _ in range(BATCHES * size)), key=lambda pair: len(pair[2]))
