@@ -57,10 +57,9 @@ class FindingsHead(nn.Module):
         self.of_finding = nn.Linear(width, 1 + len(SIDES) + len(ZONES) + 1)
         self.of_lesion = nn.Linear(width, len(self.names) + 2)
         self.query._no_weight_decay = True
-        # Fitted on validation: a probability is what it says.
+        # Fitted on validation: a probability is what it says, and which findings (F,) are mostly measured lesions.
         self.register_buffer("presence_temperature", torch.ones(()))
         self.register_buffer("lesion_temperature", torch.ones(()))
-        # Findings (F,) that validation cases show as measured lesions, mostly: consolidation, and not emphysema.
         self.register_buffer("segmented", torch.zeros(len(self.names), dtype=torch.bool))
 
     def forward(self, visual: Tensor, lesions: Tensor) -> Found:
@@ -93,8 +92,7 @@ class FindingsHead(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, found: Found, target: Found) -> None:
-        """Set both temperatures to those of the least loss on held-out cases; one that nothing is known for stays. And
-        which findings are mostly segmented."""
+        """Set both temperatures to those of the least loss on held-out cases; one that nothing is known for stays."""
         stated = target.presence == 1
         measured = (target.lesion[..., None] == torch.arange(len(self.names), device=stated.device)).any(1)
         self.segmented.copy_(2 * (stated & measured).sum(0) > stated.sum(0))
