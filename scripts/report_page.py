@@ -60,6 +60,7 @@ def main() -> None:
             raise InputError("--demo brings its own checkpoint and configuration: leave out --checkpoint and --config")
         demo = Path(__file__).resolve().parents[1] / "assets" / "demo"
         settings |= {"checkpoint": demo / "vision_bridge_vlm.pt", "config": demo / "paths.yaml"}
+        settings["card"] = args.card or demo / "report_card.json"
     else:
         settings["checkpoint"] = args.checkpoint or find_checkpoint(args.config)
     settings["llm_device"] = None if args.llm_device == "auto" else "cpu"
