@@ -186,7 +186,7 @@ def test_a_training_prompt_is_the_reports_findings_and_now_and_then_absent(chine
     assert 0.2 < drawn.count("") / 200 < 0.4
     right = [line for line in drawn if line.startswith("已知：右肺上野结节1")]
     assert 100 < len(right) < 200 - drawn.count(""), "mostly the truth, never alone"
-    assert {"已知：右肺上野结节11mm。", "已知：右肺上野结节12mm。", "已知：右肺上野结节13mm。"} == set(right)
+    assert set(right) == {"已知：右肺上野结节12mm。"}, "the size as the report states it"
     torch.manual_seed(7)
     assert [cases[Draw(1, epoch)].key_points for epoch in range(200)] == drawn, "whatever else was drawn before"
     batch = CaptionCollator(tokenizer, 128, 1024)([sample((1, 1, 4, 4), "Q", "a", 0)] * 2)

@@ -23,7 +23,7 @@ def test_a_scan_is_read_in_steps_and_its_report_says_what_was_found(demo_reporte
     [lesion] = reading.measured
     [said] = reading.believed
     assert (lesion.side, lesion.zone) == ("right", "middle") and said.finding == "cavity" and reading.language == "zh"
-    assert reading.key_points == "已知：右肺中野空洞31mm。"
+    assert reading.key_points == "已知：右肺中野空洞32mm。"
     [written] = demo_reporter.write([reading])
     assert "空洞" in written.text and "右" in written.text and written.tokens.ended
     assert "".join(sentence.text for sentence in written.sentences) == written.text
