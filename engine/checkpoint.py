@@ -205,8 +205,9 @@ def checkpoint_of(content: dict[str, Any], path: Path) -> Checkpoint:
             reason = f"{key}: {value}, which is no longer a choice (it is always {kept})"
             raise InputError(f"{path} was trained with {reason}: train both stages again")
     fields["config"].setdefault("findings_prompt", "off")  # of a checkpoint from before there was one
-    if fields["findings"] is not None:
-        fields["model_state_dict"].setdefault("head.segmented", torch.zeros(len(fields["findings"]), dtype=torch.bool))
+    weights = fields["model_state_dict"]
+    if "head.query" in weights:  # a head from before it knew what is segmented
+        weights.setdefault("head.segmented", torch.zeros(len(weights["head.query"]), dtype=torch.bool))
     known = {key: value for key, value in fields["config"].items() if key in FIELDS}
     fields["config"] = build_config(known, origin=f"{path} (its configuration)")
     fields["preprocess_plan"] = PreprocessPlan.from_dict(fields["preprocess_plan"])

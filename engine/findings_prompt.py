@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ def believed(
     if mode == "predicted":
         return scan
     real = [lesion for lesion in lesions if lesion is not None]
-    kinds = {name for name, segmented in zip(head.names, head.segmented.tolist(), strict=True) if segmented}
+    kinds = set(compress(head.names, head.segmented.tolist()))
     return real + [finding for finding in scan if not _measured(finding, real, kinds)]
 
 

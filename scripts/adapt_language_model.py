@@ -96,7 +96,7 @@ class ReportPairs:
         ``done``: as for :meth:`draw`."""
         if not self.drawn:
             pairs = sorted((self.draw(done) for _ in range(BATCHES * size)), key=lambda pair: len(pair[2]))
-            self.drawn = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+            self.drawn = batches(pairs, size)
             self.choose.shuffle(self.drawn)
         return self.drawn.pop()
 
@@ -104,8 +104,7 @@ class ReportPairs:
         """A report changed at random, after its key points or without them. ``done``: fraction of the training. Early
         on it is one of the third with the fewest key points: copying one is learnt sooner than copying three
         (curriculum learning, Bengio et al. 2009)."""
-        grown = min(max((done - FEW_KEY_POINTS) / (ALL_REPORTS - FEW_KEY_POINTS), 0.0), 1.0)
-        reach = 1 / 3 + grown * 2 / 3
+        reach = np.interp(done, (FEW_KEY_POINTS, ALL_REPORTS), (1 / 3, 1.0))
         pool = self.reports[: max(1, math.ceil(reach * len(self.reports)))]
         report, question = self.choose.choice(pool), self.choose.choice(self.questions)
         if detect_language(report) == self.language:
@@ -121,6 +120,10 @@ class ReportPairs:
         if detect_language(report) != self.language:
             return ""
         return write_key_points(key_points_of(report, self.language), self.language)
+
+
+def batches(pairs: list[Pair], size: int) -> list[list[Pair]]:
+    return [pairs[start : start + size] for start in range(0, len(pairs), size)]
 
 
 class Writer:
@@ -166,8 +169,13 @@ class Writer:
         return [*found, 1.0][:count]
 
     @torch.no_grad()
+    def held_out_loss(self, pairs: list[Pair], language: str | None, batch_size: int) -> float:
+        """Mean of :meth:`loss` over the batches: wording is soon learnt by heart, while copying still gets better."""
+        return float(np.mean([float(self.loss(part, language)) for part in batches(pairs, batch_size)]))
+
+    @torch.no_grad()
     def nats_per_character(self, pairs: list[Pair], batch_size: int) -> float:
-        total = sum(float(self.log_probs(pairs[i : i + batch_size]).sum()) for i in range(0, len(pairs), batch_size))
+        total = sum(float(self.log_probs(part).sum()) for part in batches(pairs, batch_size))
         return -total / sum(len(pair[2]) for pair in pairs)
 
     @torch.no_grad()
@@ -224,11 +232,8 @@ def train(
             schedule.step()
             if step % EVERY and step < args.steps:
                 continue
-            # Of the loss that is trained: wording is soon learnt by heart, while copying still gets better.
-            batches = range(0, len(held_out), args.batch_size)
-            with torch.no_grad(), accelerator.autocast():
-                parts = [writer.loss(held_out[first : first + args.batch_size], source.language) for first in batches]
-            now = float(torch.stack(parts).mean())
+            with accelerator.autocast():
+                now = writer.held_out_loss(held_out, source.language, args.batch_size)
             print(f"step {step} loss {value:.4f} held-out {now:.4f}", flush=True)
             best, waited = (now, 0) if now < best else (best, waited + EVERY)
             if not waited:

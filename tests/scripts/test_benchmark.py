@@ -50,8 +50,8 @@ def test_a_suite_writes_numbers_and_a_figure(suite: str, tmp_path: Path, monkeyp
     assert found["versions"]["torch"] == torch.__version__
     for one in found["times"]:
         assert one["runs"] == len(one["seconds"]) > 0
-        least = 0 if suite == "end_to_end" else 1e-9  # the script prints hundredths of a second
-        assert least <= one["fastest"] <= one["median"] <= one["slowest"]
+        assert one["fastest"] > 0 or one["name"].endswith("first token")  # which the script prints in hundredths
+        assert 0 <= one["fastest"] <= one["median"] <= one["slowest"]
     assert all(isinstance(value, float | int) for value in found["ratios"].values())
     # A promised ratio is there, or one line says why not.
     assert set(found["targets"]) == set(TARGETS[suite].split())
