@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +26,15 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="os.kill ends the pro
 def send(number: int = signal.SIGINT) -> None:
     os.kill(os.getpid(), number)
     time.sleep(0.01)  # the handler runs between two instructions of the main thread
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """SIGHUP as a terminal has it, also where these tests run under nohup, which ignores it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL) if hasattr(signal, "SIGHUP") else None
+    yield
+    if before is not None:
+        signal.signal(signal.SIGHUP, before)
 
 
 @posix
