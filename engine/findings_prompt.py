@@ -13,10 +13,11 @@ can read it, and correct it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import compress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -26,16 +27,21 @@ from transformers import PreTrainedTokenizerBase
 
 from config.schema import FindingsPrompt
 from data.finding_targets import LEAST_POSITIVE, MOST_LESIONS, PromptErrors, Targets, learnable
-from data.findings import FindingRecord
+from data.findings import LESION, FindingRecord
 from data.medical_vlm_dataset import MedicalVLMDataset, encode_key_points, pad_tokens
-from data.report_language.key_points import OUTSIDE_LUNG, write_key_points
+from data.report_language.key_points import OUTSIDE_LUNG, key_points_of, write_key_points
 from engine.parallel import of_all
 from models.findings_head import SIDES, UNKNOWN, ZONES, FindingsHead, Found
+from models.language_model.decoding import INCOMPLETE, Varied
 from models.medical_vlm import VisionBridge
 
 SURE = 0.5  # calibrated probability from which a finding is said
 POSSIBLE = 0.1  # from which a person is asked
 PROMPT_DROPOUT = 0.3  # fraction of the training samples whose image must be read without a prompt
+SIZE_MM = 1.0  # a stated size is that of the prompt, rounded
+# Of a report that deviates from its prompt: how many more are written in a turn, how freely, and in how many turns.
+SAMPLES, TEMPERATURES, TURNS = 8, (0.4, 0.9), 2
+R = TypeVar("R")
 
 
 def set_up_findings(
@@ -220,3 +226,66 @@ def batch_believed(
     """:func:`believed` of each case of a batch."""
     cases = zip(rows_of(found, len(measured)), measured, strict=True)
     return [believed(head, one, lesions, mode) for one, lesions in cases]
+
+
+# ------------------------------------------------------------------ reports that say what their prompt says
+
+
+def states(mention: FindingRecord, point: FindingRecord) -> bool:
+    """Whether a mention says a point of the prompt: its finding, side, level and size, of what the point has."""
+    size = point.size_mm is None or (mention.size_mm is not None and abs(point.size_mm - mention.size_mm) <= SIZE_MM)
+    return (
+        point.finding in (LESION, mention.finding)
+        and point.side in (None, mention.side)
+        and (point.finding in OUTSIDE_LUNG or point.level in (None, mention.level))
+        and size
+    )
+
+
+def deviations(report: str, points: Sequence[FindingRecord], kinds: Collection[str], language: str) -> int:
+    """How many points of its findings prompt a report leaves out, and how many findings of ``kinds`` it has besides."""
+    left, missing = key_points_of(report, language), 0
+    for point in points:
+        match = next((mention for mention in left if states(mention, point)), None)
+        if match is None:
+            missing += 1
+        else:
+            left.remove(match)
+    return missing + sum(mention.finding in kinds for mention in left)
+
+
+def closest_reports(
+    reports: Sequence[R],
+    said: Sequence[Sequence[FindingRecord] | None],
+    kinds: Collection[str],
+    language: str | None,
+    text_of: Callable[[R], str],
+    write: Callable[[list[int], Varied], Sequence[R]],
+) -> list[R]:
+    """``reports``, where one that deviates from its findings prompt is replaced by the closest of several more.
+
+    They are written by sampling, some at a time, until one says what the prompt says: best of n by a verifier (Cobbe et
+    al. 2021, arXiv:2110.14168), here the labeller. A report is chosen, never changed; of equally close ones the first.
+
+    Args:
+        said: by the prompts; None without one.
+        kinds: findings that no report states unless its prompt does.
+        language: of the reports; None where the labeller does not know it, and nothing is done.
+        write: samples a report for each of these rows, which come in runs of :data:`SAMPLES`.
+    """
+    chosen = list(reports)
+    open_rows = [row for row, points in enumerate(said) if points is not None and language is not None]
+
+    def off(row: int, report: R) -> int:
+        text = text_of(report)
+        return deviations(text, said[row], kinds, language) + text.count(INCOMPLETE)
+
+    for turn in range(TURNS):
+        open_rows = [row for row in open_rows if off(row, chosen[row])]
+        if not open_rows:
+            break
+        written = write([row for row in open_rows for _ in range(SAMPLES)], Varied(SAMPLES, TEMPERATURES, turn))
+        for k, row in enumerate(open_rows):
+            more = written[k * SAMPLES : (k + 1) * SAMPLES]
+            chosen[row] = min([chosen[row], *more], key=partial(off, row))
+    return chosen

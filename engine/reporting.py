@@ -31,7 +31,7 @@ from data.cache import CachedVolume
 from data.finding_targets import descriptors
 from data.findings import FindingRecord
 from data.medical_vlm_dataset import encode_key_points, encode_prompt, pad_tokens
-from data.report_language.key_points import write_key_points
+from data.report_language.key_points import read_key_points, write_key_points
 from data.report_language.labeller import detect_language
 from data.report_language.sections import split_sections
 from data.tables.caption_table import CaptionRow, question_of, read_prompts
@@ -435,7 +435,7 @@ class Reporter:
 
         Args:
             key_points: findings prompts in place of the readings' own.
-            decoding: greedy by default.
+            decoding: by default greedy, and again where a report does not state its findings prompt.
             options: of ``MambaLM.generate``, such as ``streamer`` (one reading).
         """
         # transformers warns at length that its penalties apply to the answer alone; the manual says so.
@@ -443,7 +443,13 @@ class Reporter:
         prompts = [reading.key_points for reading in readings] if key_points is None else list(key_points)
         visual = torch.cat([reading.visuals[0] for reading in readings]).to(self.lm.model.device)
         started = time.perf_counter()
-        reports = self.writer.write(visual, self.batch(readings, prompts), decoding, **options)
+        batch = self.batch(readings, prompts)
+        if decoding is None:
+            [language] = {reading.language for reading in readings}
+            said = [read_key_points(line, language) if line else None for line in prompts]
+            reports = self.writer.write_prompted(visual, batch, said, language, **options)
+        else:
+            reports = self.writer.write(visual, batch, decoding, **options)
         seconds = (time.perf_counter() - started) / len(readings)
         return [self.assess(*pair, seconds) for pair in zip(readings, prompts, reports, strict=True)]
 

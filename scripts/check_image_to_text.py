@@ -83,7 +83,7 @@ import json
 import logging.handlers
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 
 import psutil
@@ -99,6 +99,7 @@ from data.tables.caption_table import CaptionRow, read_caption_table
 from engine import segmentation
 from engine.chain import SHIPPED_DEMO
 from engine.checkpoint import Checkpoint, load_checkpoint
+from engine.findings_prompt import closest_reports
 from engine.reporting import (
     Reading,
     ScanReader,
@@ -109,7 +110,7 @@ from engine.reporting import (
     run_config,
 )
 from engine.run import best_device
-from models.language_model.decoding import INCOMPLETE, CharacterStream, Decoding, FirstTokenClock, StopRule
+from models.language_model.decoding import INCOMPLETE, CharacterStream, Decoding, FirstTokenClock, StopRule, Varied
 from models.language_model.identity import lm_identity
 from models.language_model.mamba_lm import MambaLM
 from models.language_model.prefix_state import PrefixIdentity, PrefixState, answer_from_state, lm_size
@@ -140,13 +141,15 @@ def check_flags(args: argparse.Namespace) -> None:
             raise InputError(f"--prefix holds an image that was read before: leave out --{flag}, or --prefix")
 
 
+def decoding_of(args: argparse.Namespace) -> Decoding:
+    """Raises: InputError for a value out of range."""
+    return Decoding(args.temperature, args.top_p, args.num_beams, args.repetition_penalty, args.no_repeat_ngram_size)
+
+
 def writing_options(args: argparse.Namespace) -> dict[str, object]:
     """Keyword arguments of ``generate``. Raises: InputError for a value out of range."""
-    decoding = Decoding(
-        args.temperature, args.top_p, args.num_beams, args.repetition_penalty, args.no_repeat_ngram_size
-    )
     stop = StopRule([text.replace("\\n", "\n") for text in args.stop or []], at_restart=args.stop_at_restart)
-    return {**decoding.options(), "stop": stop}
+    return {**decoding_of(args).options(), "stop": stop}
 
 
 def check_findings(args: argparse.Namespace, checkpoint: Checkpoint, config: Config) -> None:
@@ -249,23 +252,59 @@ def read_once(
     return state, seconds
 
 
+Again = Callable[[list[int], Varied], list[str]]  # samples a text for each of these rows
+Chooser = Callable[[str, Again], str]
+
+
+def chooser(checkpoint: Checkpoint, case: Reading) -> Chooser:
+    """Of a first report and more of them, the closest to the findings prompt."""
+    said, kinds = [read_key_points(case.key_points, case.language)], checkpoint.findings or ()
+
+    def choose(first: str, again: Again) -> str:
+        [text] = closest_reports([first], said, kinds, case.language, str, again)
+        return text
+
+    return choose
+
+
 def answer(
-    lm: MambaLM, ids: Tensor, source: Tensor | PrefixState, args: argparse.Namespace, options: dict[str, object]
+    lm: MambaLM,
+    ids: Tensor,
+    source: Tensor | PrefixState,
+    args: argparse.Namespace,
+    options: dict[str, object],
+    choose: Chooser = lambda text, again: text,
 ) -> float:
-    """Print the answer to a question after visual tokens (1, L, D) or a state; returns seconds to the first token."""
+    """Print the answer to a question after visual tokens (1, L, D) or a state; returns seconds to the first token.
+
+    ``choose``: of the text and a function that samples more, the text to be shown.
+    """
     # transformers warns at length that its penalties apply to the answer alone; the manual says so.
     warnings.filterwarnings("ignore", message="Passing .* with `inputs_embeds`")
     torch.manual_seed(args.seed)  # for each question anew: its answer does not depend on those before
+    first, clock, source = options, FirstTokenClock(), source.to(lm.model.device)
     if args.stream:
         write = functools.partial(print, end="", flush=True)
-        options = {**options, "streamer": CharacterStream(lm.tokenizer, write, options["stop"])}
-    device = lm.model.device
-    batch = {"question_ids": ids[None].to(device), "question_mask": torch.ones_like(ids)[None].to(device)}
-    generate = answer_from_state if isinstance(source, PrefixState) else generate_reports
-    clock = FirstTokenClock()
+        first = {**options, "streamer": CharacterStream(lm.tokenizer, write, options["stop"])}
+
+    def generate(rows: list[int], **more: object) -> list[str]:
+        asked = ids.expand(len(rows), -1).to(lm.model.device)
+        batch = {"question_ids": asked, "question_mask": torch.ones_like(asked)}
+        if isinstance(source, PrefixState):
+            return answer_from_state(lm, source, batch, args.max_new_tokens, **more)
+        return generate_reports(lm, source[rows], batch, args.max_new_tokens, **more)
+
     with deferred_logs():
-        [text] = generate(lm, source.to(device), batch, args.max_new_tokens, **options, criteria=[clock])
-        print("" if args.stream else text, flush=True)
+        [written] = generate([0], **first, criteria=[clock])
+        text = written
+        if clock.tokens < args.max_new_tokens:  # one that was cut cannot state everything
+            text = choose(written, lambda rows, noise: generate(rows, **options, logits_processor=[noise]))
+        other = text != written
+        if other and args.stream:
+            print("\nnote: this text does not state its findings prompt; the closest of several more:", flush=True)
+        print(text if other or not args.stream else "", flush=True)
+        if other and not args.stream:
+            print("note: the first text did not state its findings prompt; this is the closest of several", flush=True)
     for finding in label_report(text, source="generated"):
         if finding.polarity != "absent":
             print(f"stated in the text: {finding.describe()}", flush=True)
@@ -343,7 +382,9 @@ def main() -> None:
             print(f"参考报告: {reference}", flush=True)
         print(f"生成文本: {case.notice}\n" if case.notice else "生成文本: ", end="", flush=True)
         source = case.visuals[min(number, len(case.visuals) - 1)] if state is None else state
-        seconds = answer(lm, ids, source, args, options)
+        asks_for_report = number == 0 and args.question is None and case.key_points
+        choose = [chooser(checkpoint, case)] if asks_for_report and Decoding() == decoding_of(args) else []
+        seconds = answer(lm, ids, source, args, options, *choose)
         print(f"time to first token: {seconds + reading:.2f} s ({origin})", flush=True)
         if reading:
             reading, origin = 0.0, "the image's state reused"

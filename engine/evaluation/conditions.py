@@ -44,7 +44,7 @@ from config.schema import FindingsPrompt
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset, Sample
 from data.tables.caption_table import CaptionRow
 from engine.evaluation.image_dependence import correct
-from engine.evaluation.report_writer import ReportWriter
+from engine.evaluation.report_writer import PROMPT_FIELDS, ReportWriter
 from engine.findings_prompt import batch_believed, with_key_points
 from models.language_model.decoding import Decoding
 
@@ -229,7 +229,7 @@ class ReportPasses:
             said = [asked for asked, _, _ in changes]
         batch = with_key_points(batch, self.writer.tokenizer, said, self.language)
         if condition == CORRECTED:
-            written = self.writer.write(visual, batch)
+            written = self.writer.write_prompted(visual, batch, said, self.language)
             return [
                 {"text": one.text, "asked": [f.to_dict() for f in asked], "kind": kind, "point": point.to_dict()}
                 for one, (asked, kind, point) in zip(written, changes, strict=True)
@@ -240,22 +240,24 @@ class ReportPasses:
         losses = [{"nats": nats, "tokens": tokens} for nats, tokens in self.writer.losses(visual, batch)]
         if condition in (BLANK, PRIOR):
             keys = [(condition, sample.question, tuple(sample.images.shape)) for sample in samples]
-            texts = [{"text": text} for text in self._shared_texts(visual, batch, keys)]
+            texts = [{"text": text} for text in self._shared_texts(visual, batch, said, keys)]
         else:
-            written = self.writer.write(visual, batch)
+            written = self.writer.write_prompted(visual, batch, said, self.language)
             texts = [asdict(one) if condition == OWN else {"text": one.text} for one in written]
             if condition == OWN:
                 known = [one and [finding.to_dict() for finding in one] for one in said]
                 texts = [text | {"believed": one} for text, one in zip(texts, known, strict=True)]
         return [text | loss for text, loss in zip(texts, losses, strict=True)]
 
-    def _shared_texts(self, visual: Tensor, batch: Mapping[str, Any], keys: Sequence[tuple]) -> list[str]:
+    def _shared_texts(
+        self, visual: Tensor, batch: Mapping[str, Any], said: Sequence, keys: Sequence[tuple]
+    ) -> list[str]:
         """Reports that depend on their key alone: each is generated once."""
         new = {key: b for b, key in enumerate(keys) if key not in self._answers}
         if new:
-            rows = torch.tensor(list(new.values()), device=visual.device)
-            part = {name: value[rows] for name, value in batch.items() if name.startswith(("question_", "key_point_"))}
-            written = self.writer.write(visual[rows], part)
+            rows = list(new.values())
+            part = {name: batch[name][rows] for name in PROMPT_FIELDS}
+            written = self.writer.write_prompted(visual[rows], part, [said[b] for b in rows], self.language)
             self._answers |= {key: one.text for key, one in zip(new, written, strict=True)}
         return [self._answers[key] for key in keys]
 

@@ -26,10 +26,10 @@ from engine.evaluation.baselines import BASELINES
 from engine.evaluation.bootstrap import Score, case_weights, hit_score, interval, mean_score, ratio_score
 from engine.evaluation.finding_metrics import Mentions, label_matrix, macro_f1, resampled_counts
 from engine.evaluation.localisation import described
+from engine.findings_prompt import states
 
 FEW_CASES = 20
 KINDS = ("side", "level", "size", "finding", "presence")
-_SIZE_MM = 1.0  # a stated size is that of the prompt, rounded
 _SAME = 0.95  # fraction of reports equal to the prior's from which the reports do not depend on the image
 _MIN_GAP = 0.01  # nats per token; a smaller loss gap does not count, even where its interval excludes 0
 VERDICTS = {
@@ -170,12 +170,12 @@ def follows(record: Mapping[str, Any], stated: Sequence[FindingRecord]) -> tuple
     left = list(described(stated))
     there = {}
     for one in asked:
-        match = next((m for m in left if _same(one, m)), None)
+        match = next((m for m in left if states(m, one)), None)
         there[id(one)] = match is not None
         if match is not None:
             left.remove(match)
     if record["kind"] == "presence" and point not in asked:
-        gone = not any(_same(point, m) for m in left)
+        gone = not any(states(m, point) for m in left)
         return gone, all(there.values()) and (not left or not gone)
     changed = next(one for one in asked if one == point)
     others = all(there[id(one)] for one in asked if one is not changed)
@@ -192,14 +192,3 @@ def correction_scores(records: Sequence[Mapping[str, Any]], mentions: Sequence[S
         "others": mean_score([rest for _, rest in results], "reports that state all other points, and nothing else"),
         "by_kind": {kind: {"n": len(hits), "changed": float(np.mean(hits))} for kind, hits in by_kind.items() if hits},
     }
-
-
-def _same(point: FindingRecord, stated: FindingRecord) -> bool:
-    """A statement says a point: its finding, side, level and size, of what the point has."""
-    size = point.size_mm is None or (stated.size_mm is not None and abs(point.size_mm - stated.size_mm) <= _SIZE_MM)
-    return (
-        point.finding == stated.finding
-        and point.side in (None, stated.side)
-        and (point.finding in OUTSIDE_LUNG or point.level in (None, stated.level))
-        and size
-    )

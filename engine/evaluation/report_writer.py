@@ -8,17 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
+from data.findings import FindingRecord
 from data.medical_vlm_dataset import pad_tokens
+from engine.findings_prompt import closest_reports
 from models.findings_head import Found
-from models.language_model.decoding import INCOMPLETE, Decoding, plain_text
+from models.language_model.decoding import INCOMPLETE, Decoding, Varied, plain_text
 from models.language_model.mamba_lm import MambaLM
 from models.medical_vlm import MedicalVLM, answer_inputs, generate_reports
+
+PROMPT_FIELDS = ("key_point_ids", "key_point_mask", "question_ids", "question_mask")
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,34 @@ class ReportWriter:
         ids, mask = (tensor.to(visual.device) for tensor in pad_tokens(rows))
         log_probs = answer_log_probs(lm, visual, {**batch, "answer_ids": ids, "answer_mask": mask})
         return list(map(Report, texts, rows, [values.tolist() for values in log_probs], ended))
+
+    @torch.no_grad()
+    def write_prompted(
+        self,
+        visual: Tensor,
+        batch: Mapping[str, Any],
+        said: Sequence[Sequence[FindingRecord] | None],
+        language: str | None,
+        **options: Any,
+    ) -> list[Report]:
+        """As :meth:`write`, greedily; of one that deviates from its findings prompt the closest of several more
+        (:func:`engine.findings_prompt.closest_reports`).
+
+        Args:
+            batch: with the findings prompts.
+            said: what they say; None for no prompt.
+            options: of the first writing.
+        """
+
+        def again(rows: list[int], noise: Varied) -> list[Report]:
+            prompts = {name: batch[name][rows] for name in PROMPT_FIELDS}
+            return self.write(visual[rows], prompts, logits_processor=[noise])
+
+        kinds = self.model.vision.head.names if self.model.vision.head else ()
+        reports = self.write(visual, batch, **options)
+        # One that was cut at the limit cannot state everything.
+        said = [points if one.ended else None for points, one in zip(said, reports, strict=True)]
+        return closest_reports(reports, said, kinds, language, attrgetter("text"), again)
 
     @torch.no_grad()
     def losses(self, visual: Tensor, batch: Mapping[str, Any]) -> list[tuple[float, int]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from config.errors import InputError
@@ -143,14 +143,38 @@ class StopAtText(StoppingCriteria):
         return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
 
 
+class Varied(LogitsProcessor):
+    """Makes greedy decoding sample ``count`` texts of each prompt, from the coolest to the warmest.
+
+    The largest of logits plus T times Gumbel noise is a sample at temperature T. The noise depends on ``seed``, on a
+    row's place among the ``count`` rows of its prompt, and on the token's place in the text: the texts are the same
+    each time, and whatever else is in the batch.
+    """
+
+    def __init__(self, count: int, temperatures: tuple[float, float], seed: int = 0) -> None:
+        self.count, self.seed = count, seed
+        self.temperatures = torch.linspace(*temperatures, count)[:, None]
+        self.random: torch.Generator | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.random is None:
+            self.random = torch.Generator(scores.device).manual_seed(self.seed)
+        uniform = torch.rand(self.count, scores.shape[1], generator=self.random, device=scores.device)
+        noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7))) * self.temperatures.to(scores.device)
+        return scores.float() + noise.repeat(len(scores) // self.count, 1)
+
+
 class FirstTokenClock(StoppingCriteria):
-    """Measures the seconds from its creation to the first token; stops nothing. Works with beams, unlike a streamer."""
+    """Measures the seconds from its creation to the first token, and counts the tokens; stops nothing. Works with
+    beams, unlike a streamer."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.seconds: float | None = None
+        self.tokens = 0
 
     def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
+        self.tokens = input_ids.shape[1]
         if self.seconds is None:
             input_ids[0, -1].item()  # waits for a GPU to have it
             self.seconds = time.perf_counter() - self.started

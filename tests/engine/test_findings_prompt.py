@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,21 @@ from torch import Tensor
 from data.finding_targets import LEAST_POSITIVE, MOST_LESIONS
 from data.findings import DESCRIPTORS, LESION, FindingRecord
 from data.medical_vlm_dataset import encode_prompt
-from engine.findings_prompt import batch_believed, believed, calibrate, learnt_findings, rows_of, with_key_points
+from engine.findings_prompt import (
+    SAMPLES,
+    TURNS,
+    batch_believed,
+    believed,
+    calibrate,
+    closest_reports,
+    deviations,
+    learnt_findings,
+    rows_of,
+    states,
+    with_key_points,
+)
 from models.findings_head import TYPICAL_MM, FindingsHead, Found
+from models.language_model.decoding import INCOMPLETE, Varied
 from models.medical_vlm import prompt_ids
 from tests.models.language_model.tiny import byte_tokenizer
 
@@ -189,3 +203,69 @@ def test_calibration_reads_all_batches(head: FindingsHead) -> None:
     calibrate(Accelerator(cpu=True), head, batches)
     sure = head.probabilities(says((0.9, 0.9))).presence[0, 0].item()
     assert sure == pytest.approx(0.75, abs=0.02), "three of four"
+
+
+# ------------------------------------------------------------------ reports that say what their prompt says
+
+NODULE = FindingRecord("nodule", side="right", zone="upper", size_mm=12.4)
+SAID = [NODULE, FindingRecord("effusion", side="left", size_mm=20.0)]
+RIGHT = "所见：右上肺野见结节，直径约12mm。左侧胸腔积液，深约20mm。结论：右肺上野结节，左侧胸腔积液。"
+
+
+@pytest.mark.parametrize(
+    ("report", "count"),
+    [
+        (RIGHT, 0),
+        (RIGHT.replace("12", "13"), 0),  # 12.4 is stated as 12, and read within a millimetre
+        (RIGHT.replace("12", "15"), 1 + 1),  # the nodule is missing, and another one is there
+        (RIGHT.replace("右上肺野", "左上肺野"), 1 + 2),  # on the left in the findings, on the right in the impression
+        ("所见：右上肺野见结节，直径约12mm。结论：右肺上野结节。", 1),
+        (RIGHT.replace("。结论", "。左下肺野见空洞，直径约9mm。结论"), 0),  # no kind that the prompt would have said
+        (RIGHT.replace("。结论", "。左下肺野见结节，直径约9mm。结论"), 1),
+        ("所见：两肺未见异常。结论：未见异常。", 2),
+        ("", 2),
+    ],
+)
+def test_deviations_are_points_left_out_and_findings_besides(report: str, count: int) -> None:
+    assert deviations(report, SAID, NAMES, "zh") == count
+
+
+def test_a_lesion_without_a_name_is_stated_by_any_finding_of_its_place_and_size() -> None:
+    point = FindingRecord(LESION, side="right", zone="upper", size_mm=12.0)
+    assert states(NODULE, point) and not states(replace(NODULE, zone="lower"), point)
+    assert not states(NODULE, replace(point, size_mm=14.0)) and states(NODULE, replace(point, size_mm=None))
+    assert states(NODULE, NODULE) and not states(NODULE, replace(NODULE, finding="mass"))
+
+
+class Pen:
+    """Gives reports from a list; ``asked``: rows and turns."""
+
+    def __init__(self, *turns: list[str]) -> None:
+        self.turns, self.asked = list(turns), []
+
+    def __call__(self, rows: list[int], noise: Varied) -> list[str]:
+        self.asked.append((rows, noise.seed, noise.count))
+        texts = self.turns.pop(0)
+        return texts + [""] * (len(rows) - len(texts))
+
+    def choose(self, first: list[str], said: list, language: str | None = "zh") -> list[str]:
+        return closest_reports(first, said, NAMES, language, str, self)
+
+
+def test_only_what_deviates_is_written_again_and_only_until_it_does_not() -> None:
+    wrong, near = "所见：未见异常。", "所见：右上肺野见结节，直径约12mm。"
+    pen = Pen([wrong, RIGHT, near])
+    assert pen.choose([RIGHT, wrong, wrong], [SAID, SAID, None]) == [RIGHT, RIGHT, wrong]
+    assert pen.asked == [([1] * SAMPLES, 0, SAMPLES)]
+    pen = Pen([wrong, near], [wrong])
+    assert pen.choose([wrong], [SAID]) == [near], "no turn brought it closer"
+    assert [seed for _, seed, _ in pen.asked] == list(range(TURNS)) == [0, 1]
+    assert Pen().choose([wrong], [SAID], language=None) == [wrong]
+
+
+def test_of_equally_close_reports_the_first_whole_one_is_chosen() -> None:
+    wrong, other = "所见：未见异常。", RIGHT.replace("见结节", "可见结节")
+    assert Pen([other, RIGHT]).choose([wrong], [SAID]) == [other]
+    broken = RIGHT.replace("直径", INCOMPLETE)
+    assert Pen([broken, RIGHT]).choose([wrong], [SAID]) == [RIGHT]
+    assert Pen([RIGHT]).choose([broken], [SAID]) == [RIGHT], "a broken character is written again too"

@@ -126,7 +126,7 @@ def test_maps_of_true_reports_are_written_in_the_space_of_the_scan(
     with data.test_csv.open(encoding="utf-8", newline="") as stream:
         reports = [row["answer"] for row in csv.DictReader(stream)]
 
-    def write(writer: ReportWriter, visual: torch.Tensor, batch: dict, decoding: object = None) -> list[Report]:
+    def write(writer: ReportWriter, visual: torch.Tensor, batch: dict, *_: object, **__: object) -> list[Report]:
         rows = batch["row"].tolist() if "row" in batch else [0] * len(visual)
         written = [(reports[row % len(reports)], writer.tokenizer.encode(reports[row % len(reports)])) for row in rows]
         return [Report(text, ids, [-0.01] * len(ids)) for text, ids in written]

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.evaluation.report_writer import ReportWriter, answer_log_probs, token_spans
-from models.language_model.decoding import Decoding
+from data.findings import FindingRecord
+from engine.evaluation.report_writer import PROMPT_FIELDS, ReportWriter, answer_log_probs, token_spans
+from engine.findings_prompt import SAMPLES, TEMPERATURES, TURNS, with_key_points
+from models.language_model.decoding import Decoding, Varied
 from models.medical_vlm import MedicalVLM
 
 
@@ -48,6 +50,24 @@ def test_log_probs_are_those_of_each_step(
             assert one.log_probs[k] == pytest.approx(float(expected[one.ids[k]]), abs=2e-3)
             if decoding is None:
                 assert int(expected.argmax()) == one.ids[k]
+
+
+def test_prompted_reports_are_of_those_written_and_the_same_alone(model: MedicalVLM, batch: dict[str, Tensor]) -> None:
+    """A random model never states its prompt: every report is written again, and one of them is chosen."""
+    writer, said = ReportWriter(model, 8), [[FindingRecord("nodule", side="left", size_mm=9.0)], None, []]
+    visual, _ = writer.visual(batch)
+    prompted = with_key_points(batch, model.lm.tokenizer, said, "zh")
+    plain, chosen = writer.write(visual, prompted), writer.write_prompted(visual, prompted, said, "zh")
+    assert chosen[1] == plain[1], "no prompt, nothing to state"
+    rows = {name: prompted[name][[0] * SAMPLES] for name in PROMPT_FIELDS}
+    turns = [
+        writer.write(visual[[0] * SAMPLES], rows, logits_processor=[Varied(SAMPLES, TEMPERATURES, turn)])
+        for turn in range(TURNS)
+    ]
+    assert chosen[0].text in [plain[0].text, *(one.text for turn in turns for one in turn)]
+    [alone] = writer.write_prompted(visual[:1], {n: v[:1] for n, v in prompted.items()}, said[:1], "zh")
+    assert alone.text == chosen[0].text and alone.ids == chosen[0].ids
+    assert writer.write_prompted(visual, prompted, said, None) == plain, "a language that the labeller does not know"
 
 
 def test_an_answer_of_no_token_has_no_probability(model: MedicalVLM, batch: dict[str, Tensor]) -> None:

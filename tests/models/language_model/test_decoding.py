@@ -10,7 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from config.errors import InputError
-from models.language_model.decoding import INCOMPLETE, CharacterStream, Decoding, FirstTokenClock, StopRule, plain_text
+from models.language_model.decoding import (
+    INCOMPLETE,
+    CharacterStream,
+    Decoding,
+    FirstTokenClock,
+    StopRule,
+    Varied,
+    plain_text,
+)
 from models.language_model.mamba_lm import MambaLM
 from tests.models.language_model.tiny import byte_tokenizer, sharp_lm
 
@@ -33,6 +41,35 @@ def prompt(seed: int, length: int = 7) -> Tensor:
 def generate_ids(lm: MambaLM, embeds: Tensor, count: int, **options: object) -> list[int]:
     options |= {"attention_mask": torch.ones(embeds.shape[:2], dtype=torch.long), "pad_token_id": 256}
     return lm.model.generate(inputs_embeds=embeds, max_new_tokens=count, **options)[0].tolist()
+
+
+# ------------------------------------------------------------------ sampling with noise of its own
+
+
+def test_varied_draws_each_token_with_its_probability() -> None:
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
+    noise = Varied(2000, (0.5, 0.5))
+    drawn = torch.cat([noise(None, logits.expand(2000, -1)).argmax(-1) for _ in range(10)])
+    expected = (logits / 0.5).softmax(-1)
+    assert torch.allclose(drawn.bincount(minlength=4) / len(drawn), expected, atol=0.015)
+
+
+def test_varied_rows_are_the_cooler_the_earlier() -> None:
+    noise = Varied(50, (0.01, 5.0))
+    likeliest = torch.stack([noise(None, torch.tensor([[0.0, 1.0]]).expand(50, -1)).argmax(-1) for _ in range(200)])
+    assert likeliest[:, 0].all() and 0.5 < likeliest[:, -1].float().mean() < 0.65
+
+
+def test_varied_texts_do_not_depend_on_what_else_is_in_the_batch(lm: MambaLM) -> None:
+    one, other = (prompt(seed).expand(4, -1, -1) for seed in (1, 2))
+    mask = torch.ones(4, 7, dtype=torch.long)
+
+    def write(embeds: Tensor, seed: int = 0) -> list[str]:
+        return lm.generate(embeds, mask.repeat(len(embeds) // 4, 1), 12, logits_processor=[Varied(4, (3.0, 3.0), seed)])
+
+    alone = write(one)
+    assert len(set(alone)) == 4 and write(one) == alone and write(one, seed=1) != alone
+    assert write(torch.cat([other, one]))[4:] == alone
 
 
 # ------------------------------------------------------------------ settings
