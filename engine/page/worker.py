@@ -323,10 +323,11 @@ class Worker:
         self.send(case, {"kind": "layer", "name": "lesions", "any": bool(lps.any())})
 
     def _write(self, case: str, read: ReadCase, key_points: str, records: list[FindingRecord]) -> None:
-        number, started, first = len(read.reports), time.perf_counter(), []
+        number, started, first, streamed = len(read.reports), time.perf_counter(), [], []
 
         def write(text: str) -> None:
             first.append(time.perf_counter() - started)
+            streamed.append(text)
             self.send(case, {"kind": "text", "report": number, "text": text})
 
         self.send(case, {"kind": "writing", "report": number, "key_points": key_points, "notice": read.reading.notice})
@@ -348,7 +349,8 @@ class Worker:
         event = {"kind": "report", "report": number, "text": report.text, "marked": report.full, **seconds}
         said = [record.to_dict() for record in records]
         self.send(case, event | {"sentences": sentences, "key_points": key_points, "findings": said,
-                                 "notice": report.notice, "cut": not report.tokens.ended})  # fmt: skip
+                                 "notice": report.notice, "cut": not report.tokens.ended,
+                                 "rewritten": "".join(streamed) != report.text})  # fmt: skip
 
     def _map(self, read: ReadCase, number: int, sentence: int) -> Event:
         """Evidence for the words of a sentence, beside the mean features of the training cases."""

@@ -21,9 +21,10 @@ from config.nnunet_plans import PreprocessPlan
 from config.schema import load_config
 from config.toy_models import STAMP
 from engine.checkpoint import Checkpoint, save_checkpoint
+from engine.findings_prompt import SAMPLES
 from engine.reporting import token_budget
 from engine.scan_checks import NOTICES
-from models.language_model.decoding import CharacterStream
+from models.language_model.decoding import CharacterStream, Varied
 from models.language_model.identity import lm_identity
 from models.language_model.mamba_lm import MambaLM
 from models.language_model.prefix_state import PrefixState
@@ -164,6 +165,38 @@ def test_a_corrected_findings_prompt_changes_the_text(desk, check, tmp_path):
     assert "findings prompt (both): 已知：左肺下野肿块30mm。" in kept and texts(kept) == texts(corrected)
     again = check("--prefix", str(state), "--findings", "右肺上野结节8mm", image=None)
     assert "corrected by --findings): 已知：右肺上野结节8mm。" in again and texts(again) != texts(corrected)
+
+
+@pytest.mark.parametrize("prefix", [False, True], ids=["image", "state"])
+def test_a_text_that_does_not_state_its_prompt_is_written_again(check, monkeypatch, tmp_path, prefix):
+    """The random model's text never states it, and ends only by a stop string."""
+    asked = ["--findings", "右肺上野结节8mm"]
+    [whole] = texts(check(*asked, "--save_prefix", str(tmp_path / "state")))
+    k = next(k for k in range(3, len(whole)) if whole[k].isalnum() and whole[k] not in whole[:k])
+    ends, calls = [*asked, "--stop", whole[k]], []
+
+    def closest(reports, said, kinds, language, text_of, write):
+        calls.append((reports, [point.finding for point in said[0]], language))
+        return write([0] * SAMPLES, Varied(SAMPLES, (9.0, 9.0)))[-1:]
+
+    monkeypatch.setattr("scripts.check_image_to_text.closest_reports", closest)
+    source = {"image": None} if prefix else {}
+    ends += ["--prefix", str(tmp_path / "state")] if prefix else []
+    printed = check(*ends, **source)
+    assert calls == [([whole[:k]], ["nodule"], "zh")]
+    assert "\nnote: the first text did not state its findings prompt; this is the closest of several\n" in printed
+    streamed = check(*ends, "--stream", **source)
+    note = "note: this text does not state its findings prompt; the closest of several more:"
+    first, again = streamed.split("生成文本: ")[1].split("time to first token")[0].split(f"\n{note}\n")
+    assert first == whole[:k] and again.startswith(printed.split("生成文本: ")[1].split("\nnote")[0])
+    for left in (
+        [*asked],
+        [*ends, "--question", "有无病变？"],
+        [*ends, "--temperature", "1"],
+        [*ends, "--num_beams", "2"],
+    ):
+        assert "did not state" not in check(*left, **({} if left == asked else source))
+    assert len(calls) == 2, "not where it was cut, nor for a question or a way of decoding of one's own"
 
 
 def test_a_findings_prompt_that_cannot_be_used_is_refused_in_one_line(desk, check, monkeypatch):

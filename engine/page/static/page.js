@@ -316,8 +316,9 @@ function drawReport() {
   const report = state.reports[state.shown];
   $("report-card").hidden = !report;
   if (!report) return;
-  $("notice").hidden = !report.notice;
-  $("notice").textContent = report.notice ?? "";
+  const notes = [report.notice, report.cut && t("cut"), report.rewritten && t("rewritten")].filter(Boolean);
+  $("notice").hidden = !notes.length;
+  $("notice").textContent = notes.join(" ");
   $("versions").replaceChildren(...(state.reports.length > 1 ? state.reports.map((_, number) => {
     const button = make("button", { type: "button", textContent: t("version", { n: number + 1 }), onclick: () => choose(number) });
     button.setAttribute("role", "tab");

@@ -72,6 +72,7 @@ def test_a_scan_is_read_step_by_step_and_its_report_is_streamed(page: Page, read
     assert done == ["reading", "checks", "segmentation", "vision", "writing"]
     report = one(events, "report")
     assert "".join(event["text"] for event in events if event["kind"] == "text") == report["text"]
+    assert not report["rewritten"] and not report["cut"]
     assert "右" in report["text"] and "空洞" in report["text"] and report["first_character"] < 2
     lesion = one(events, "findings")["findings"][0]
     assert (lesion["finding"], lesion["side"], lesion["zone"], lesion["on"]) == ("cavity", "right", "middle", True)
@@ -102,7 +103,9 @@ def test_a_corrected_finding_is_followed_by_the_report_and_by_the_answers(page: 
     case = page.read()
     [first, *_] = one(page.events(case), "findings")["findings"]
     moved = {**first, "finding": "effusion", "side": "left", "zone": None, "size_mm": 25}
-    report = one(page.do(case, "write", findings=[moved]), "report")
+    events = page.do(case, "write", findings=[moved])
+    report, streamed = one(events, "report"), "".join(event["text"] for event in events if event["kind"] == "text")
+    assert report["rewritten"] == (streamed != report["text"])
     assert "左侧胸腔积液25mm" in report["key_points"] and "积液" in report["text"] and "空洞" not in report["text"]
     assert all(sentence["place"] is None for sentence in report["sentences"]), "the lesion was moved away"
     assert "未见病灶" in one(page.do(case, "write", findings=[]), "report")["key_points"]
