@@ -41,6 +41,7 @@ PROMPT_DROPOUT = 0.3  # fraction of the training samples whose image must be rea
 SIZE_MM = 1.0  # a stated size is that of the prompt, rounded
 # Of a report that deviates from its prompt: how many more are written in a turn, how freely, and in how many turns.
 SAMPLES, TEMPERATURES, TURNS = 8, (0.4, 0.9), 2
+AT_ONCE = 4  # reports that are written again together: a large model reads the prompts of 32 rows at a time, not more
 R = TypeVar("R")
 
 
@@ -284,8 +285,10 @@ def closest_reports(
         open_rows = [row for row in open_rows if off(row, chosen[row])]
         if not open_rows:
             break
-        written = write([row for row in open_rows for _ in range(SAMPLES)], Varied(SAMPLES, TEMPERATURES, turn))
-        for k, row in enumerate(open_rows):
-            more = written[k * SAMPLES : (k + 1) * SAMPLES]
-            chosen[row] = min([chosen[row], *more], key=partial(off, row))
+        for start in range(0, len(open_rows), AT_ONCE):
+            part = open_rows[start : start + AT_ONCE]
+            written = write([row for row in part for _ in range(SAMPLES)], Varied(SAMPLES, TEMPERATURES, turn))
+            for k, row in enumerate(part):
+                more = written[k * SAMPLES : (k + 1) * SAMPLES]
+                chosen[row] = min([chosen[row], *more], key=partial(off, row))
     return chosen

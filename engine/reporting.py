@@ -445,8 +445,8 @@ class Reporter:
         started = time.perf_counter()
         batch = self.batch(readings, prompts)
         if decoding is None:
-            [language] = {reading.language for reading in readings}
-            said = [read_key_points(line, language) if line else None for line in prompts]
+            language = self.reader.known.get("language")
+            said = [read_key_points(line, language) if line and language else None for line in prompts]
             reports = self.writer.write_prompted(visual, batch, said, language, **options)
         else:
             reports = self.writer.write(visual, batch, decoding, **options)

@@ -15,6 +15,7 @@ from data.finding_targets import LEAST_POSITIVE, MOST_LESIONS
 from data.findings import DESCRIPTORS, LESION, FindingRecord
 from data.medical_vlm_dataset import encode_prompt
 from engine.findings_prompt import (
+    AT_ONCE,
     SAMPLES,
     TURNS,
     batch_believed,
@@ -261,6 +262,13 @@ def test_only_what_deviates_is_written_again_and_only_until_it_does_not() -> Non
     assert pen.choose([wrong], [SAID]) == [near], "no turn brought it closer"
     assert [seed for _, seed, _ in pen.asked] == list(range(TURNS)) == [0, 1]
     assert Pen().choose([wrong], [SAID], language=None) == [wrong]
+
+
+def test_a_few_prompts_are_written_again_at_a_time() -> None:
+    pen = Pen([], [RIGHT], [RIGHT], [])
+    assert pen.choose([""] * 5, [SAID] * 5) == [RIGHT, "", "", "", RIGHT], "the fifth in the first turn"
+    first, last = [row for row in range(AT_ONCE) for _ in range(SAMPLES)], [AT_ONCE] * SAMPLES
+    assert pen.asked == [(first, 0, SAMPLES), (last, 0, SAMPLES), (first, 1, SAMPLES)]
 
 
 def test_of_equally_close_reports_the_first_whole_one_is_chosen() -> None:
