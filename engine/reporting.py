@@ -48,7 +48,7 @@ from engine.evaluation.confidence import (
     split_sentences,
     statements,
 )
-from engine.evaluation.report_writer import Report, ReportWriter, token_spans
+from engine.evaluation.report_writer import PROMPT_FIELDS, Report, ReportWriter, token_spans
 from engine.findings_prompt import believed
 from engine.run import best_device, limit_gpu_memory
 from engine.scan_checks import check_new_scan, chosen_blindly, compare_described, describe_view, judge_features, notice
@@ -459,8 +459,7 @@ class Reporter:
         lines = [encode_key_points(tokenizer, line) for line in key_points]
         asked = encode_questions([reading.questions[0] for reading in readings], tokenizer, self.reader.config)
         parts = [*pad_tokens(lines), *pad_tokens([ids.tolist() for ids in asked])]
-        names = ("key_point_ids", "key_point_mask", "question_ids", "question_mask")
-        return {name: part.to(device) for name, part in zip(names, parts, strict=True)}
+        return {name: part.to(device) for name, part in zip(PROMPT_FIELDS, parts, strict=True)}
 
     def assess(self, reading: Reading, key_points: str, report: Report, seconds: float) -> WrittenReport:
         """A generated report with what it states, and how sure that is."""

@@ -110,7 +110,7 @@ from engine.reporting import (
     run_config,
 )
 from engine.run import best_device
-from models.language_model.decoding import INCOMPLETE, CharacterStream, Decoding, FirstTokenClock, StopRule, Varied
+from models.language_model.decoding import INCOMPLETE, CharacterStream, Decoding, FirstTokenClock, StopRule
 from models.language_model.identity import lm_identity
 from models.language_model.mamba_lm import MambaLM
 from models.language_model.prefix_state import PrefixIdentity, PrefixState, answer_from_state, lm_size
@@ -252,32 +252,17 @@ def read_once(
     return state, seconds
 
 
-Again = Callable[[list[int], Varied], list[str]]  # samples a text for each of these rows
-Chooser = Callable[[str, Again], str]
-
-
-def chooser(checkpoint: Checkpoint, case: Reading) -> Chooser:
-    """Of a first report and more of them, the closest to the findings prompt."""
-    said, kinds = [read_key_points(case.key_points, case.language)], checkpoint.findings or ()
-
-    def choose(first: str, again: Again) -> str:
-        [text] = closest_reports([first], said, kinds, case.language, str, again)
-        return text
-
-    return choose
-
-
 def answer(
     lm: MambaLM,
     ids: Tensor,
     source: Tensor | PrefixState,
     args: argparse.Namespace,
     options: dict[str, object],
-    choose: Chooser = lambda text, again: text,
+    closest: Callable[..., list[str]] | None = None,
 ) -> float:
     """Print the answer to a question after visual tokens (1, L, D) or a state; returns seconds to the first token.
 
-    ``choose``: of the text and a function that samples more, the text to be shown.
+    ``closest``: :func:`closest_reports` for the findings prompt, where the answer is to state it.
     """
     # transformers warns at length that its penalties apply to the answer alone; the manual says so.
     warnings.filterwarnings("ignore", message="Passing .* with `inputs_embeds`")
@@ -297,8 +282,8 @@ def answer(
     with deferred_logs():
         [written] = generate([0], **first, criteria=[clock])
         text = written
-        if clock.tokens < args.max_new_tokens:  # one that was cut cannot state everything
-            text = choose(written, lambda rows, noise: generate(rows, **options, logits_processor=[noise]))
+        if closest and clock.tokens < args.max_new_tokens:  # one that was cut cannot state everything
+            [text] = closest([written], write=lambda rows, noise: generate(rows, **options, logits_processor=[noise]))
         other = text != written
         if other and args.stream:
             print("\nnote: this text does not state its findings prompt; the closest of several more:", flush=True)
@@ -382,9 +367,11 @@ def main() -> None:
             print(f"参考报告: {reference}", flush=True)
         print(f"生成文本: {case.notice}\n" if case.notice else "生成文本: ", end="", flush=True)
         source = case.visuals[min(number, len(case.visuals) - 1)] if state is None else state
-        asks_for_report = number == 0 and args.question is None and case.key_points
-        choose = [chooser(checkpoint, case)] if asks_for_report and Decoding() == decoding_of(args) else []
-        seconds = answer(lm, ids, source, args, options, *choose)
+        closest, asks_for_report = None, number == 0 and args.question is None
+        if asks_for_report and case.key_points and decoding_of(args) == Decoding():
+            prompt = {"said": [read_key_points(case.key_points, case.language)], "kinds": checkpoint.findings or ()}
+            closest = functools.partial(closest_reports, **prompt, language=case.language, text_of=str)
+        seconds = answer(lm, ids, source, args, options, closest)
         print(f"time to first token: {seconds + reading:.2f} s ({origin})", flush=True)
         if reading:
             reading, origin = 0.0, "the image's state reused"

@@ -7,7 +7,7 @@ whatever the decoding was.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -85,14 +85,22 @@ class ReportWriter:
     ) -> list[Report]:
         """Reports for visual tokens (B, L, D); greedy unless ``decoding`` says otherwise. ``options``: further ones of
         ``generate``, such as ``streamer``."""
+        return self._scored(visual, batch, self._drafts(visual, batch, decoding, **options))
+
+    def _drafts(
+        self, visual: Tensor, batch: Mapping[str, Any], decoding: Decoding | None = None, **options: Any
+    ) -> list[Report]:
+        """Reports whose tokens have no probability yet."""
         lm, kept, end = self.model.lm, _KeepIds(), self.tokenizer.eos_token_id
         options |= decoding.options() if decoding else {}
         texts = generate_reports(lm, visual, batch, self.max_new_tokens, criteria=[kept], **options)
-        ended = [end in ids for ids in kept.ids.tolist()]
-        rows = [ids[: ids.index(end)] if end in ids else ids for ids in kept.ids.tolist()]
-        ids, mask = (tensor.to(visual.device) for tensor in pad_tokens(rows))
-        log_probs = answer_log_probs(lm, visual, {**batch, "answer_ids": ids, "answer_mask": mask})
-        return list(map(Report, texts, rows, [values.tolist() for values in log_probs], ended))
+        written = zip(texts, kept.ids.tolist(), strict=True)
+        return [Report(text, ids[: ids.index(end)] if end in ids else ids, [], end in ids) for text, ids in written]
+
+    def _scored(self, visual: Tensor, batch: Mapping[str, Any], drafts: Sequence[Report]) -> list[Report]:
+        ids, mask = (tensor.to(visual.device) for tensor in pad_tokens([one.ids for one in drafts]))
+        log_probs = answer_log_probs(self.model.lm, visual, {**batch, "answer_ids": ids, "answer_mask": mask})
+        return [replace(one, log_probs=values.tolist()) for one, values in zip(drafts, log_probs, strict=True)]
 
     @torch.no_grad()
     def write_prompted(
@@ -114,13 +122,13 @@ class ReportWriter:
 
         def again(rows: list[int], noise: Varied) -> list[Report]:
             prompts = {name: batch[name][rows] for name in PROMPT_FIELDS}
-            return self.write(visual[rows], prompts, logits_processor=[noise])
+            return self._drafts(visual[rows], prompts, logits_processor=[noise])
 
         kinds = self.model.vision.head.names if self.model.vision.head else ()
-        reports = self.write(visual, batch, **options)
+        drafts = self._drafts(visual, batch, **options)
         # One that was cut at the limit cannot state everything.
-        said = [points if one.ended else None for points, one in zip(said, reports, strict=True)]
-        return closest_reports(reports, said, kinds, language, attrgetter("text"), again)
+        said = [points if one.ended else None for points, one in zip(said, drafts, strict=True)]
+        return self._scored(visual, batch, closest_reports(drafts, said, kinds, language, attrgetter("text"), again))
 
     @torch.no_grad()
     def losses(self, visual: Tensor, batch: Mapping[str, Any]) -> list[tuple[float, int]]:

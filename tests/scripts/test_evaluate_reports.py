@@ -131,7 +131,7 @@ def test_maps_of_true_reports_are_written_in_the_space_of_the_scan(
         written = [(reports[row % len(reports)], writer.tokenizer.encode(reports[row % len(reports)])) for row in rows]
         return [Report(text, ids, [-0.01] * len(ids)) for text, ids in written]
 
-    monkeypatch.setattr(ReportWriter, "write", write)
+    monkeypatch.setattr(ReportWriter, "write_prompted", write)
     out = evaluate("true", "--mask_labels", *LABELS, "--same_finding", "miliary=tree_in_bud")
     card = read_card(out)
     assert card["findings"]["macro_f1"] == 1 and card["location_acc"] == 1 and card["size_within_3mm"] == 1

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from data.findings import FindingRecord
 from engine.evaluation.report_writer import PROMPT_FIELDS, ReportWriter, answer_log_probs, token_spans
-from engine.findings_prompt import SAMPLES, TEMPERATURES, TURNS, with_key_points
+from engine.findings_prompt import SAMPLES, TURNS, with_key_points
 from models.language_model.decoding import Decoding, Varied
 from models.medical_vlm import MedicalVLM
 
@@ -52,22 +54,36 @@ def test_log_probs_are_those_of_each_step(
                 assert int(expected.argmax()) == one.ids[k]
 
 
-def test_prompted_reports_are_of_those_written_and_the_same_alone(model: MedicalVLM, batch: dict[str, Tensor]) -> None:
-    """A random model never states its prompt: every report is written again, and one of them is chosen."""
+def test_a_sampled_report_is_chosen_with_its_probabilities_and_the_same_alone(
+    model: MedicalVLM, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a random model, whose reports are taken for ended; only the fourth of the second turn states the prompt."""
     writer, said = ReportWriter(model, 8), [[FindingRecord("nodule", side="left", size_mm=9.0)], None, []]
+    drafts = writer._drafts
+    monkeypatch.setattr(writer, "_drafts", lambda *a, **k: [replace(one, ended=True) for one in drafts(*a, **k)])
     visual, _ = writer.visual(batch)
     prompted = with_key_points(batch, model.lm.tokenizer, said, "zh")
-    plain, chosen = writer.write(visual, prompted), writer.write_prompted(visual, prompted, said, "zh")
+    plain, rows, warm = writer.write(visual, prompted), [0] * SAMPLES, (9.0, 9.0)
+    monkeypatch.setattr("engine.findings_prompt.TEMPERATURES", warm)  # its own are too cool for a model this sharp
+    fields = {name: prompted[name][rows] for name in PROMPT_FIELDS}
+    last = writer.write(visual[rows], fields, logits_processor=[Varied(SAMPLES, warm, TURNS - 1)])
+    wanted = last[3]
+    monkeypatch.setattr("engine.findings_prompt.deviations", lambda text, *_: 0 if text == wanted.text else 99)
+    chosen = writer.write_prompted(visual, prompted, said, "zh")
+    assert chosen[0].text == wanted.text != plain[0].text and chosen[0].ids == wanted.ids
+    assert chosen[0].log_probs == pytest.approx(wanted.log_probs, abs=2e-3)
     assert chosen[1] == plain[1], "no prompt, nothing to state"
-    rows = {name: prompted[name][[0] * SAMPLES] for name in PROMPT_FIELDS}
-    turns = [
-        writer.write(visual[[0] * SAMPLES], rows, logits_processor=[Varied(SAMPLES, TEMPERATURES, turn)])
-        for turn in range(TURNS)
-    ]
-    assert chosen[0].text in [plain[0].text, *(one.text for turn in turns for one in turn)]
     [alone] = writer.write_prompted(visual[:1], {n: v[:1] for n, v in prompted.items()}, said[:1], "zh")
     assert alone.text == chosen[0].text and alone.ids == chosen[0].ids
-    assert writer.write_prompted(visual, prompted, said, None) == plain, "a language that the labeller does not know"
+    assert [one.text for one in writer.write_prompted(visual, prompted, said, None)] == [one.text for one in plain]
+
+
+def test_a_report_that_was_cut_is_not_written_again(model: MedicalVLM, batch: dict[str, Tensor]) -> None:
+    writer, said = ReportWriter(model, 1), [[FindingRecord("nodule")]] * 3
+    visual, _ = writer.visual(batch)
+    prompted = with_key_points(batch, model.lm.tokenizer, said, "zh")
+    plain = writer.write(visual, prompted)
+    assert not any(one.ended for one in plain) and writer.write_prompted(visual, prompted, said, "zh") == plain
 
 
 def test_an_answer_of_no_token_has_no_probability(model: MedicalVLM, batch: dict[str, Tensor]) -> None:
