@@ -248,6 +248,8 @@ def write_config(config: Config, path: Path) -> None:
 
 def _checked(key: str, value: Any, origin: str) -> Any:
     expected = _TYPES[key]
+    if value is False and "off" in get_args(expected):
+        value = "off"  # which YAML 1.1 reads as false
     if not _matches(value, expected):
         raise InputError(f"{origin}: '{key}' is {value!r}, expected {_describe(expected)}")
     if isinstance(value, str) and any(character < " " for character in value.strip()):

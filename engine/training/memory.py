@@ -34,6 +34,7 @@ from engine.guards import size
 from engine.training.guards import Window
 from engine.training.optimization import accumulate
 from engine.training.train_state import Progress
+from models.language_model import hf_patch
 from models.language_model.mamba_lm import MambaLM
 
 ROOM = {"cpu": 0.75, "cuda": 0.92}  # of the free memory that a prediction may fill: allocators leave gaps
@@ -106,11 +107,7 @@ def peak_of(job: Callable[[], object], device: torch.device) -> int:
 
 def free_bytes(device: torch.device) -> int:
     """What this process may still allocate."""
-    if device.type == "cuda":
-        reserved, (free, total) = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)
-        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
-        return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available
+    return hf_patch.free_bytes(device) if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def measure(model: nn.Module, loader: DataLoader, loss_counts: Counts, accelerator: Accelerator) -> MemoryModel:

@@ -90,12 +90,13 @@ def blocks_to_recompute(blocks: int, tokens: int, kept: int, hidden: int, room: 
     return blocks - max(0, min(blocks, left // max(1, tokens * (kept - hidden))))
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes that this process can still allocate on a GPU, less a margin for fragmentation."""
-    free, total = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_allocated(device)
-    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - held
-    return min(free + torch.cuda.memory_reserved(device) - held, allowed) - int(MARGIN * total)
+def free_bytes(device: torch.device, margin: float = 0.0) -> int:
+    """Bytes that this process can still allocate on a GPU, less a ``margin`` of the card's memory."""
+    index = torch.cuda.current_device() if device.index is None else device.index  # "cuda" alone is not taken
+    free, total = torch.cuda.mem_get_info(index)
+    reserved, held = torch.cuda.memory_reserved(index), torch.cuda.memory_allocated(index)
+    allowed = torch.cuda.get_per_process_memory_fraction(index) * total
+    return int(min(free + reserved, allowed) - held - margin * total)
 
 
 class BlockMemory:
@@ -160,7 +161,7 @@ class BlockMemory:
 
     def _room(self) -> int:
         """Bytes for what the blocks keep: logits in the model's dtype and float32, and the gradients of both, aside."""
-        return free_bytes(self._model.device) - self._reserve - 4 * 4 * self._logits
+        return free_bytes(self._model.device, MARGIN) - self._reserve - 4 * 4 * self._logits
 
 
 def prefill_chunk(device: torch.device) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from config.schema import (
     FIELDS,
     REPOSITORY,
     Config,
+    FindingsPrompt,
     build_config,
     keys_with_role,
     load_config,
@@ -66,6 +68,15 @@ def test_commented_keys_load_once_uncommented(tmp_path):
         text = text.replace(f"# {key}:", f"{key}:")
     config = load_config(config_file(tmp_path, text))
     assert (config.roi_side, config.use_cmi) == (7, True) and config.cmi_compress_to is not None
+
+
+@pytest.mark.parametrize("mode", get_args(FindingsPrompt))
+def test_every_choice_is_read_without_quotes(tmp_path, mode):
+    """YAML 1.1 reads a bare off as false."""
+    path = config_file(tmp_path, f"findings_prompt: {mode}\n")
+    assert load_config(path).findings_prompt == mode
+    write_config(load_config(path), path)
+    assert load_config(path).findings_prompt == mode
 
 
 def test_shipped_values_of_the_network_are_the_defaults():

@@ -215,7 +215,7 @@ def test_on_a_gpu_blocks_are_chosen_by_the_memory_that_is_free(lm: MambaLM, monk
     lm.checkpointing("auto", reserve=1000)
     for blocks in (0, 1, 3):
         free = 1000 + logits + inputs + blocks * 200 * (memory.kept - 4 * 32)
-        monkeypatch.setattr(hf_patch, "free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr(hf_patch, "free_bytes", lambda _, margin, free=free: free)
         memory.choose(given)
     with torch.no_grad():
         memory.choose(given)
@@ -223,6 +223,20 @@ def test_on_a_gpu_blocks_are_chosen_by_the_memory_that_is_free(lm: MambaLM, monk
     memory.choose(given)
     assert chosen == [0, 3, 2, 0, 0], "the first and the last by checkpointing() itself"
     lm.checkpointing("auto")
+
+
+@pytest.mark.parametrize("name", ("cuda", "cuda:0"))
+def test_free_memory_is_asked_of_one_card(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's memory_fraction takes a number alone, and what accelerate calls the device of one process is "cuda"."""
+    values = {"mem_get_info": (60, 100), "memory_reserved": 30, "memory_allocated": 20}
+    values |= {"get_per_process_memory_fraction": 0.8, "current_device": 0}
+    for function, value in values.items():
+        if function == "current_device":
+            monkeypatch.setattr(torch.cuda, function, lambda value=value: value)
+        else:
+            monkeypatch.setattr(torch.cuda, function, lambda index, value=value: {0: value}[index])
+    assert hf_patch.free_bytes(torch.device(name)) == 60, "80 are allowed, 20 of them held"
+    assert hf_patch.free_bytes(torch.device(name), 0.1) == 50
 
 
 def test_loss_in_chunks_equals_the_loss_at_once(lm: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
