@@ -29,7 +29,7 @@ from config.schema import FindingsPrompt
 from data.finding_targets import LEAST_POSITIVE, MOST_LESIONS, PromptErrors, Targets, learnable
 from data.findings import LESION, FindingRecord
 from data.medical_vlm_dataset import MedicalVLMDataset, encode_key_points, pad_tokens
-from data.report_language.key_points import OUTSIDE_LUNG, key_points_of, write_key_points
+from data.report_language.key_points import OUTSIDE_LUNG, key_points_of, list_key_points, write_key_points
 from engine.parallel import of_all
 from models.findings_head import SIDES, UNKNOWN, ZONES, FindingsHead, Found
 from models.language_model.decoding import INCOMPLETE, Varied
@@ -42,6 +42,10 @@ SIZE_MM = 1.0  # a stated size is that of the prompt, rounded
 # Of a report that deviates from its prompt: how many more are written in a turn, how freely, and in how many turns.
 SAMPLES, TEMPERATURES, TURNS = 8, (0.4, 0.9), 2
 AT_ONCE = 4  # reports that are written again together: a large model reads the prompts of 32 rows at a time, not more
+DEVIATES = {  # points left out, findings besides
+    "zh": ("【系统提示】下文没有写出：{}。", "【系统提示】下文另写了征象提示之外的：{}。"),
+    "en": ("[System note] The text leaves out: {}.", "[System note] The text adds to the findings prompt: {}."),
+}
 R = TypeVar("R")
 
 
@@ -243,16 +247,32 @@ def states(mention: FindingRecord, point: FindingRecord) -> bool:
     )
 
 
-def deviations(report: str, points: Sequence[FindingRecord], kinds: Collection[str], language: str) -> int:
-    """How many points of its findings prompt a report leaves out, and how many findings of ``kinds`` it has besides."""
-    left, missing = key_points_of(report, language), 0
+def unmatched(
+    mentions: Sequence[FindingRecord], points: Sequence[FindingRecord]
+) -> tuple[list[FindingRecord], list[FindingRecord]]:
+    """Points that no mention states, and mentions that state no point; each mention states one."""
+    left, missing = list(mentions), []
     for point in points:
         match = next((mention for mention in left if states(mention, point)), None)
         if match is None:
-            missing += 1
+            missing.append(point)
         else:
             left.remove(match)
-    return missing + sum(mention.finding in kinds for mention in left)
+    return missing, left
+
+
+def deviations(
+    report: str, points: Sequence[FindingRecord], kinds: Collection[str], language: str
+) -> tuple[list[FindingRecord], list[FindingRecord]]:
+    """Points of its findings prompt that a report leaves out, and findings of ``kinds`` that it has besides."""
+    missing, left = unmatched(key_points_of(report, language), points)
+    return missing, [mention for mention in left if mention.finding in kinds]
+
+
+def deviation_notice(report: str, points: Sequence[FindingRecord], kinds: Collection[str], language: str) -> str:
+    """What a reader must know of a report that does not say what its prompt says; empty where it does."""
+    found = zip(DEVIATES[language], deviations(report, points, kinds, language), strict=True)
+    return " ".join(line.format(list_key_points(part, language)) for line, part in found if part)
 
 
 def closest_reports(
@@ -279,7 +299,7 @@ def closest_reports(
 
     def off(row: int, report: R) -> int:
         text = text_of(report)
-        return deviations(text, said[row], kinds, language) + text.count(INCOMPLETE)
+        return sum(map(len, deviations(text, said[row], kinds, language))) + text.count(INCOMPLETE)
 
     for turn in range(TURNS):
         open_rows = [row for row in open_rows if off(row, chosen[row])]

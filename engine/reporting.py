@@ -49,7 +49,7 @@ from engine.evaluation.confidence import (
     statements,
 )
 from engine.evaluation.report_writer import PROMPT_FIELDS, Report, ReportWriter, token_spans
-from engine.findings_prompt import believed
+from engine.findings_prompt import believed, deviation_notice
 from engine.run import best_device, limit_gpu_memory
 from engine.scan_checks import check_new_scan, chosen_blindly, compare_described, describe_view, judge_features, notice
 from models.language_model.decoding import Decoding
@@ -146,6 +146,7 @@ class Reading:
 
     Attributes:
         questions: about the scan; the first is that of the report.
+        own_question: whether a person asked it: the answer need not be a report, nor state the findings prompt.
         facts: lines for people on the scan, its lesions, the slices read and what is believed.
         notices: kinds of sentences that stand before the report (engine/scan_checks.py).
         language: of the reports, "zh" or "en".
@@ -161,6 +162,7 @@ class Reading:
     image: Path
     mask: Path | None
     questions: list[str]
+    own_question: bool = False
     facts: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     language: str = "zh"
@@ -219,6 +221,7 @@ class ScanReader:
         mask: Path | None = None,
         questions: Sequence[str] = (),
         *,
+        own_question: bool = False,
         force: bool = False,
         begin: Callable[[str], object] = lambda name: None,
     ) -> Reading:
@@ -227,6 +230,7 @@ class ScanReader:
         Args:
             mask: lesion mask, for a checkpoint whose slices follow masks.
             questions: by default one of the prompt file.
+            own_question: see :class:`Reading`.
             force: go on with a scan that cannot be a chest CT.
             begin: called with the name of each step before it.
 
@@ -238,7 +242,7 @@ class ScanReader:
             questions = [default_question(CaptionRow(1, image, "", "", None), self.config, 0)]
         remedy = "use a checkpoint that was trained with your own models"
         check_toy_models(self.config, [image], self.allow_toy_model, remedy)
-        reading = Reading(image, mask, list(questions))
+        reading = Reading(image, mask, list(questions), own_question)
         reading.language = self.known.get("language") or detect_language(reading.questions[0])
         with reading.step("checks", begin):
             network = getattr(self.cache, "network", None)
@@ -298,7 +302,8 @@ class Sentence:
 
 @dataclass(frozen=True)
 class WrittenReport:
-    """``text``: as generated; ``notice``: the system's sentences before it; ``key_points``: the findings prompt that
+    """``text``: as generated; ``notice``: the system's sentences before it, also on points of the prompt that it does
+    not state; ``key_points``: the findings prompt that
     it was written from; ``marked``: the text with 待核实 behind each unsure sentence; ``tokens``: what was generated;
     ``seconds``: of its batch, divided by the batch's size."""
 
@@ -421,7 +426,8 @@ class Reporter:
         self, image: Path | str, question: str = "", *, mask: Path | None = None, force: bool = False
     ) -> WrittenReport:
         """The report of one scan; see :meth:`ScanReader.read` and :meth:`write`."""
-        [written] = self.write([self.reader.read(image, mask, [question] if question else [], force=force)])
+        asked = {"questions": [question] if question else [], "own_question": bool(question)}
+        [written] = self.write([self.reader.read(image, mask, **asked, force=force)])
         return written
 
     def write(
@@ -445,9 +451,8 @@ class Reporter:
         started = time.perf_counter()
         batch = self.batch(readings, prompts)
         if decoding is None:
-            language = self.reader.known.get("language")
-            said = [read_key_points(line, language) if line and language else None for line in prompts]
-            reports = self.writer.write_prompted(visual, batch, said, language, **options)
+            said = [self._said(*pair) for pair in zip(readings, prompts, strict=True)]
+            reports = self.writer.write_prompted(visual, batch, said, self.reader.known.get("language"), **options)
         else:
             reports = self.writer.write(visual, batch, decoding, **options)
         seconds = (time.perf_counter() - started) / len(readings)
@@ -462,7 +467,10 @@ class Reporter:
         return {name: part.to(device) for name, part in zip(PROMPT_FIELDS, parts, strict=True)}
 
     def assess(self, reading: Reading, key_points: str, report: Report, seconds: float) -> WrittenReport:
-        """A generated report with what it states, and how sure that is."""
+        """A generated report with what it states, how sure that is, and where it deviates from its findings prompt."""
+        notices, said = [reading.notice], self._said(reading, key_points)
+        if said is not None:
+            notices.append(deviation_notice(report.text, said, self.writer.kinds, reading.language))
         label, spans = Labeller(reading.language), token_spans(self.lm.tokenizer, report.ids)
         stated = statements(report.text, label, spans, report.log_probs)
         sure = self.trust(stated)
@@ -474,4 +482,10 @@ class Reporter:
             sentences.append(Sentence(piece, mentions, least, least is not None and least < self.trust.threshold))
         marked = mark_unsure(report.text, stated, sure, self.trust.threshold, reading.language)
         parts = (marked, tuple(sentences), tuple(stated), tuple(sure), report, seconds)
-        return WrittenReport(report.text, reading.notice, key_points, *parts)
+        return WrittenReport(report.text, " ".join(filter(None, notices)), key_points, *parts)
+
+    def _said(self, reading: Reading, key_points: str) -> list[FindingRecord] | None:
+        """What a report must state; None without a prompt, for a person's own question, and in a language that the
+        labeller does not know."""
+        language = self.reader.known.get("language")
+        return read_key_points(key_points, language) if key_points and language and not reading.own_question else None

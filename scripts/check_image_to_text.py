@@ -83,7 +83,7 @@ import json
 import logging.handlers
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 
 import psutil
@@ -92,6 +92,7 @@ from torch import Tensor
 
 from config.schema import Config
 from data.cache import file_digest
+from data.findings import FindingRecord
 from data.medical_vlm_dataset import encode_key_points
 from data.report_language.key_points import read_key_points, write_key_points
 from data.report_language.labeller import label_report
@@ -99,7 +100,7 @@ from data.tables.caption_table import CaptionRow, read_caption_table
 from engine import segmentation
 from engine.chain import SHIPPED_DEMO
 from engine.checkpoint import Checkpoint, load_checkpoint
-from engine.findings_prompt import closest_reports
+from engine.findings_prompt import closest_reports, deviation_notice
 from engine.reporting import (
     Reading,
     ScanReader,
@@ -258,11 +259,11 @@ def answer(
     source: Tensor | PrefixState,
     args: argparse.Namespace,
     options: dict[str, object],
-    closest: Callable[..., list[str]] | None = None,
+    prompt: tuple[list[FindingRecord], Sequence[str], str] | None = None,
 ) -> float:
     """Print the answer to a question after visual tokens (1, L, D) or a state; returns seconds to the first token.
 
-    ``closest``: :func:`closest_reports` for the findings prompt, where the answer is to state it.
+    ``prompt``: points, kinds and language of :func:`deviation_notice`, where the answer is to state a findings prompt.
     """
     # transformers warns at length that its penalties apply to the answer alone; the manual says so.
     warnings.filterwarnings("ignore", message="Passing .* with `inputs_embeds`")
@@ -282,14 +283,21 @@ def answer(
     with deferred_logs():
         [written] = generate([0], **first, criteria=[clock])
         text = written
-        if closest and clock.tokens < args.max_new_tokens:  # one that was cut cannot state everything
-            [text] = closest([written], write=lambda rows, noise: generate(rows, **options, logits_processor=[noise]))
+        # One that was cut cannot state everything, and a decoding that was asked for stays.
+        if prompt and clock.tokens < args.max_new_tokens and decoding_of(args) == Decoding():
+            points, *known = prompt
+            again = functools.partial(generate, **options)
+            [text] = closest_reports(
+                [written], [points], *known, str, lambda rows, noise: again(rows, logits_processor=[noise])
+            )
         other = text != written
         if other and args.stream:
             print("\nnote: this text does not state its findings prompt; the closest of several more:", flush=True)
         print(text if other or not args.stream else "", flush=True)
         if other and not args.stream:
             print("note: the first text did not state its findings prompt; this is the closest of several", flush=True)
+        if prompt and (notice := deviation_notice(text, *prompt)):
+            print(notice, flush=True)
     for finding in label_report(text, source="generated"):
         if finding.polarity != "absent":
             print(f"stated in the text: {finding.describe()}", flush=True)
@@ -367,11 +375,10 @@ def main() -> None:
             print(f"参考报告: {reference}", flush=True)
         print(f"生成文本: {case.notice}\n" if case.notice else "生成文本: ", end="", flush=True)
         source = case.visuals[min(number, len(case.visuals) - 1)] if state is None else state
-        closest, asks_for_report = None, number == 0 and args.question is None
-        if asks_for_report and case.key_points and decoding_of(args) == Decoding():
-            prompt = {"said": [read_key_points(case.key_points, case.language)], "kinds": checkpoint.findings or ()}
-            closest = functools.partial(closest_reports, **prompt, language=case.language, text_of=str)
-        seconds = answer(lm, ids, source, args, options, closest)
+        prompt, asks_for_report = None, number == 0 and args.question is None
+        if asks_for_report and case.key_points:
+            prompt = read_key_points(case.key_points, case.language), checkpoint.findings or (), case.language
+        seconds = answer(lm, ids, source, args, options, prompt)
         print(f"time to first token: {seconds + reading:.2f} s ({origin})", flush=True)
         if reading:
             reading, origin = 0.0, "the image's state reused"

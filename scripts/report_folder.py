@@ -183,7 +183,8 @@ class FolderRun:
             if case.scan.problem:
                 raise InputError(case.scan.problem)
             asked = [self.args.question] if self.args.question else []
-            return self.reporter.reader.read(case.scan.path, None, asked, force=self.args.force)
+            flags = {"own_question": bool(asked), "force": self.args.force}
+            return self.reporter.reader.read(case.scan.path, None, asked, **flags)
         except (InputError, MemoryError) as error:
             self._fail(case, error)
             return None

@@ -19,7 +19,8 @@ from data.report_language.key_point_words import OUTSIDE_LUNG, WORDS, Words
 from data.report_language.labeller import PREAMBLE, detect_language, label_report
 from data.report_language.report_changes import change_together, grouped, read, stated_words
 
-__all__ = ["change_together", "key_points_of", "point_key", "read_key_points", "stated_words", "write_key_points"]
+__all__ = ["change_together", "key_points_of", "list_key_points", "point_key", "read_key_points", "stated_words"]
+__all__ += ["write_key_points"]
 STATED_IN = (PREAMBLE, "findings", "impression")  # advice and tendency state no findings
 
 
@@ -29,7 +30,13 @@ def write_key_points(findings: Sequence[FindingRecord], language: str) -> str:
     Raises InputError: the language is not "zh" or "en".
     """
     w = _words(language)
-    return w.opening + (w.joint.join(_point(w, f) for f in findings) or w.none) + w.stop
+    return w.opening + (list_key_points(findings, language) or w.none) + w.stop
+
+
+def list_key_points(findings: Sequence[FindingRecord], language: str) -> str:
+    """The findings as :func:`write_key_points` says them, to stand in a sentence; empty for none."""
+    w = _words(language)
+    return w.joint.join(_point(w, f) for f in findings)
 
 
 def read_key_points(text: str, language: str) -> list[FindingRecord]:

@@ -26,7 +26,7 @@ from engine.evaluation.baselines import BASELINES
 from engine.evaluation.bootstrap import Score, case_weights, hit_score, interval, mean_score, ratio_score
 from engine.evaluation.finding_metrics import Mentions, label_matrix, macro_f1, resampled_counts
 from engine.evaluation.localisation import described
-from engine.findings_prompt import states
+from engine.findings_prompt import states, unmatched
 
 FEW_CASES = 20
 KINDS = ("side", "level", "size", "finding", "presence")
@@ -167,19 +167,13 @@ def follows(record: Mapping[str, Any], stated: Sequence[FindingRecord]) -> tuple
     ``record``: "asked", the corrected prompt's points, "kind", "point"; ``stated``: mentions of the report.
     """
     asked, point = [FindingRecord.from_dict(one) for one in record["asked"]], FindingRecord.from_dict(record["point"])
-    left = list(described(stated))
-    there = {}
-    for one in asked:
-        match = next((m for m in left if states(m, one)), None)
-        there[id(one)] = match is not None
-        if match is not None:
-            left.remove(match)
+    missing, left = unmatched(described(stated), asked)
     if record["kind"] == "presence" and point not in asked:
-        gone = not any(states(m, point) for m in left)
-        return gone, all(there.values()) and (not left or not gone)
+        gone = not any(states(mention, point) for mention in left)
+        return gone, not missing and (not left or not gone)
     changed = next(one for one in asked if one == point)
-    others = all(there[id(one)] for one in asked if one is not changed)
-    return there[id(changed)], others and len(left) <= (not there[id(changed)])
+    hit = all(one is not changed for one in missing)
+    return hit, all(one is changed for one in missing) and len(left) <= (not hit)
 
 
 def correction_scores(records: Sequence[Mapping[str, Any]], mentions: Sequence[Sequence[FindingRecord]]) -> dict:

@@ -52,6 +52,11 @@ class ReportWriter:
     def device(self) -> torch.device:
         return next(self.model.vision.parameters()).device
 
+    @property
+    def kinds(self) -> Sequence[str]:
+        """Findings that no report states unless its prompt does."""
+        return self.model.vision.head.names if self.model.vision.head else ()
+
     @torch.no_grad()
     def visual(self, batch: Mapping[str, Any]) -> tuple[Tensor, Found | None]:
         """Visual tokens (B, L, D), and what the findings head says."""
@@ -124,11 +129,12 @@ class ReportWriter:
             prompts = {name: batch[name][rows] for name in PROMPT_FIELDS}
             return self._drafts(visual[rows], prompts, logits_processor=[noise])
 
-        kinds = self.model.vision.head.names if self.model.vision.head else ()
         drafts = self._drafts(visual, batch, **options)
         # One that was cut at the limit cannot state everything.
         said = [points if one.ended else None for points, one in zip(said, drafts, strict=True)]
-        return self._scored(visual, batch, closest_reports(drafts, said, kinds, language, attrgetter("text"), again))
+        return self._scored(
+            visual, batch, closest_reports(drafts, said, self.kinds, language, attrgetter("text"), again)
+        )
 
     @torch.no_grad()
     def losses(self, visual: Tensor, batch: Mapping[str, Any]) -> list[tuple[float, int]]:

@@ -167,7 +167,8 @@ class Worker:
         config = self.config.replace(cache_dir=str(folder / "cache"))  # nothing of a patient outlives the case
         self.reader.cache = segmentation.open_cache(config, self.reader.checkpoint.preprocess_plan)
         questions = [question] if question else []
-        reading = self.reader.read(image, mask, questions, force=bool(job["force"]), begin=begin)
+        flags = {"own_question": bool(job["question"]), "force": bool(job["force"])}
+        reading = self.reader.read(image, mask, questions, **flags, begin=begin)
         read = ReadCase(folder, reading, self._features(reading))
         self.cases[case] = read
         while len(self.cases) > KEPT:

@@ -22,6 +22,7 @@ from engine.findings_prompt import (
     believed,
     calibrate,
     closest_reports,
+    deviation_notice,
     deviations,
     learnt_findings,
     rows_of,
@@ -214,21 +215,37 @@ RIGHT = "所见：右上肺野见结节，直径约12mm。左侧胸腔积液，�
 
 
 @pytest.mark.parametrize(
-    ("report", "count"),
+    ("report", "left_out", "besides"),
     [
-        (RIGHT, 0),
-        (RIGHT.replace("12", "13"), 0),  # 12.4 is stated as 12, and read within a millimetre
-        (RIGHT.replace("12", "15"), 1 + 1),  # the nodule is missing, and another one is there
-        (RIGHT.replace("右上肺野", "左上肺野"), 1 + 2),  # on the left in the findings, on the right in the impression
-        ("所见：右上肺野见结节，直径约12mm。结论：右肺上野结节。", 1),
-        (RIGHT.replace("。结论", "。左下肺野见空洞，直径约9mm。结论"), 0),  # no kind that the prompt would have said
-        (RIGHT.replace("。结论", "。左下肺野见结节，直径约9mm。结论"), 1),
-        ("所见：两肺未见异常。结论：未见异常。", 2),
-        ("", 2),
+        (RIGHT, 0, 0),
+        (RIGHT.replace("12", "13"), 0, 0),  # 12.4 is stated as 12, and read within a millimetre
+        (RIGHT.replace("12", "15"), 1, 1),  # the nodule is missing, and another one is there
+        (RIGHT.replace("右上肺野", "左上肺野"), 1, 2),  # on the left in the findings, on the right in the impression
+        ("所见：右上肺野见结节，直径约12mm。结论：右肺上野结节。", 1, 0),
+        (RIGHT.replace("。结论", "。左下肺野见空洞，直径约9mm。结论"), 0, 0),  # no kind that the prompt would have said
+        (RIGHT.replace("。结论", "。左下肺野见结节，直径约9mm。结论"), 0, 1),
+        ("所见：两肺未见异常。结论：未见异常。", 2, 0),
+        ("", 2, 0),
     ],
 )
-def test_deviations_are_points_left_out_and_findings_besides(report: str, count: int) -> None:
-    assert deviations(report, SAID, NAMES, "zh") == count
+def test_deviations_are_points_left_out_and_findings_besides(report: str, left_out: int, besides: int) -> None:
+    missing, more = deviations(report, SAID, NAMES, "zh")
+    assert (len(missing), len(more)) == (left_out, besides)
+    assert all(point in SAID for point in missing)
+    notice = deviation_notice(report, SAID, NAMES, "zh")
+    assert notice.count("【系统提示】") == bool(left_out) + bool(besides)
+
+
+def test_a_notice_names_what_deviates() -> None:
+    """In the report's language, and the point by its place and size: the impression repeats the left one as right."""
+    other = RIGHT.replace("右上肺野", "左上肺野")
+    left_out = "【系统提示】下文没有写出：右肺上野结节12mm。"
+    besides = "【系统提示】下文另写了征象提示之外的：左肺上野结节12mm；右肺上野结节。"
+    assert deviation_notice(other, SAID, NAMES, "zh") == f"{left_out} {besides}"
+    english = "Findings: normal lungs. Impression: normal."
+    assert deviation_notice(english, [NODULE], NAMES, "en") == (
+        "[System note] The text leaves out: right upper zone nodule 12 mm."
+    )
 
 
 def test_a_lesion_without_a_name_is_stated_by_any_finding_of_its_place_and_size() -> None:

@@ -11,6 +11,7 @@ import pytest
 from config.errors import InputError
 from config.schema import REPOSITORY
 from engine.chain import SHIPPED_DEMO
+from engine.evaluation.report_writer import Report
 from engine.reporting import STEPS, Trust
 
 SCAN = SHIPPED_DEMO / "data" / "images" / "val_0000.nii.gz"
@@ -39,6 +40,19 @@ def test_reports_written_together_are_those_written_alone(demo_reporter):
     lines = [reading.key_points, "已知：未见病灶。"]
     together = demo_reporter.write([reading, reading], lines)
     assert [one.text for one in together] == [demo_reporter.write([reading], [line])[0].text for line in lines]
+
+
+def test_a_report_that_does_not_say_its_prompt_says_so(demo_reporter):
+    """Before the text, wherever it is shown; the answer to a person's own question need not be a report."""
+    reading, text = demo_reporter.reader.read(SCAN), "所见：左侧胸腔积液，深约20mm。\n结论：左侧胸腔积液。"
+    ids = demo_reporter.lm.tokenizer(text).input_ids
+    report = Report(text, ids, [-0.1] * len(ids))
+    written = demo_reporter.assess(reading, reading.key_points, report, 0.0)
+    assert "下文没有写出：右肺中野空洞32mm" in written.notice and "左侧胸腔积液20mm" in written.notice
+    assert written.full.startswith(written.notice) and written.text == text
+    assert demo_reporter.assess(reading, "已知：左侧胸腔积液20mm。", report, 0.0).notice == reading.notice == ""
+    reading.own_question = True
+    assert demo_reporter.assess(reading, reading.key_points, report, 0.0).notice == ""
 
 
 def test_a_report_card_calibrates_the_confidence(demo_reporter, tmp_path):

@@ -72,9 +72,10 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
         inputs = (inputs / steps).round().to(torch.int16)
     inputs = torch.nn.functional.pad(inputs, (0, 0, 0, -rows % len(X_ROWS)))
     out = np.empty((len(inputs), len(weight)), np.float32)
+    threads = gemv.threads_for(weight.nbytes * rows // FEWEST_ROWS)
     gemv.together(
-        product_kernel, array(weight), vector(scale, len(weight), 1), inputs.numpy(), out, gemv.counters(1),
-        torch.get_num_threads(),
+        threads, product_kernel, array(weight), vector(scale, len(weight), 1), inputs.numpy(), out, gemv.counters(1),
+        threads,
     )  # fmt: skip
     found = torch.from_numpy(out[:rows])
     return found if steps is None else found.mul_(steps)

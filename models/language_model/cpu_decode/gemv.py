@@ -41,6 +41,7 @@ VECTOR, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
 PAIR = 2 * LANES  # bfloat16 values in one vector of 32-bit words
 ITEM = 32  # rows of W in one item of work
 TAKES = 8  # a thread takes its items in so many portions: an atomic operation interrupts the stream of memory
+LEAST_BYTES = 2**20  # of weights that a further thread is worth
 SLOT = 8  # int64 between two counters: a cache line of 64 bytes each
 # Rows of W in a tile with one or two, four, and eight rows of x; independent sums of a tile.
 ONE_ROW, FOUR, EIGHT = ((0,), (0, 0, 0, 0), (0, 0)) if WIDE else ((0,), (0, 0), (0,))
@@ -259,9 +260,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None
     kind = torch.bfloat16 if weight.dtype is torch.bfloat16 else torch.float32
     inputs = array(padded_rows(x.reshape(rows, -1).to(kind)))
     out = np.empty((len(inputs), weight.shape[0]), np.float32)
+    threads = threads_for(weight.nbytes)
     together(
-        product_kernel, array(weight), vector(scale, len(weight), 1), vector(bias, len(weight), 0), inputs, out,
-        counters(1), torch.get_num_threads(), (0,) * len(inputs),
+        threads, product_kernel, array(weight), vector(scale, len(weight), 1), vector(bias, len(weight), 0), inputs,
+        out, counters(1), threads, (0,) * len(inputs),
     )  # fmt: skip
     return torch.from_numpy(out[:rows]).to(x.dtype).reshape(*x.shape[:-1], len(weight))
 
@@ -290,17 +292,23 @@ _work: SimpleQueue = SimpleQueue()
 _helpers: list[threading.Thread] = []
 
 
-def together(kernel: Callable[..., None], *args: object) -> None:
-    """Run ``kernel(*args)`` here and in torch.get_num_threads() - 1 other threads; back when the work is done.
+def threads_for(nbytes: int) -> int:
+    """How many threads share the reading of a matrix, or of all of a block's: few for a small one. On two cores a block
+    of 0.5 MB takes two threads as long as one, and 60 times as long where another program takes a core: a thread that
+    has begun an item and waits for a core holds up the others at the end of each phase."""
+    return max(1, min(torch.get_num_threads(), nbytes // LEAST_BYTES))
+
+
+def together(threads: int, kernel: Callable[..., None], *args: object) -> None:
+    """Run ``kernel(*args)`` here and in ``threads`` - 1 other threads; back when the work is done.
 
     The kernel itself ends only then. Threads that are late find nothing left, so nobody waits for them; an executor's
     futures would cost more than a small layer.
     """
-    wanted = torch.get_num_threads() - 1
-    while len(_helpers) < wanted:
+    while len(_helpers) < threads - 1:
         _helpers.append(threading.Thread(target=_help, name=f"gemv-{len(_helpers)}", daemon=True))
         _helpers[-1].start()
-    for _ in range(wanted):
+    for _ in range(threads - 1):
         _work.put((kernel, args))
     kernel(*args)
 

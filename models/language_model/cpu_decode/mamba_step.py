@@ -305,9 +305,10 @@ def _run_block(block: MambaBlock, plan: StepPlan, hidden: Tensor, window: Tensor
     shared = (*(np.zeros((rows, W.shape[1]), W.dtype if W.itemsize > 1 else np.float32) for W in plan.projections),
               np.empty((rows, E), np.float32))  # fmt: skip
     BC = np.zeros((2, rows, -(-N // LANES) * LANES), np.float32)
+    threads = gemv.threads_for(sum(weight.nbytes for weight in plan.projections))
     gemv.together(
-        block_kernel, inputs, *plan.weights, array(window), array(state), shared, BC, out, gemv.counters(PHASES),
-        torch.get_num_threads(), (0,) * rows,
+        threads, block_kernel, inputs, *plan.weights, array(window), array(state), shared, BC, out,
+        gemv.counters(PHASES), threads, (0,) * rows,
     )  # fmt: skip
     dtype = torch.float32 if block.residual_in_fp32 else hidden.dtype
     return torch.from_numpy(out)[:, None].to(dtype)

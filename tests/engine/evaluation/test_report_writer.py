@@ -68,7 +68,7 @@ def test_a_sampled_report_is_chosen_with_its_probabilities_and_the_same_alone(
     fields = {name: prompted[name][rows] for name in PROMPT_FIELDS}
     last = writer.write(visual[rows], fields, logits_processor=[Varied(SAMPLES, warm, TURNS - 1)])
     wanted = last[3]
-    monkeypatch.setattr("engine.findings_prompt.deviations", lambda text, *_: 0 if text == wanted.text else 99)
+    monkeypatch.setattr("engine.findings_prompt.deviations", lambda text, *_: ([0] * 99 * (text != wanted.text), []))
     chosen = writer.write_prompted(visual, prompted, said, "zh")
     assert chosen[0].text == wanted.text != plain[0].text and chosen[0].ids == wanted.ids
     assert chosen[0].log_probs == pytest.approx(wanted.log_probs, abs=2e-3)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -19,21 +18,12 @@ from transformers.models.mamba.modeling_mamba import MambaBlock
 pytest.importorskip("numba", reason="numba has no build for this platform")
 
 from models.language_model import cpu_decode
-from models.language_model.cpu_decode import FrozenLinear, frozen_linear, mamba_step
+from models.language_model.cpu_decode import FrozenLinear, frozen_linear, gemv, mamba_step
 from models.language_model.cpu_decode.gemv import MOST_ROWS, few_rows, product
 from models.language_model.cuda_graph_decode import _states
 from models.language_model.hf_patch import use_our_scan
 from models.language_model.quantisation import quantise_int8
 from tests.models.language_model.tiny import random_mamba
-
-
-@pytest.fixture
-def three_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
-
 
 # ------------------------------------------------------------------ products
 
@@ -201,6 +191,17 @@ def test_results_do_not_depend_on_the_threads() -> None:
         logits.append(decode(model, copy.deepcopy(cache)))
     torch.set_num_threads(before)
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_a_small_block_is_read_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mamba-2.8B's block, 79 MB in bfloat16, by all; one of 0.5 MB by one, which nothing holds up."""
+    monkeypatch.setattr(gemv, "LEAST_BYTES", 2**20)
+    assert [gemv.threads_for(nbytes) for nbytes in (0, 2**19, 2**21, 79 * 10**6)] == [1, 1, 2, 3]
+    model, given = small_mamba(), []
+    monkeypatch.setattr(gemv, "together", lambda threads, *_: given.append(threads))
+    decode(model, after_prompt(model, 1), tokens=1)
+    assert given and set(given) == {1}
 
 
 @pytest.mark.usefixtures("three_threads")

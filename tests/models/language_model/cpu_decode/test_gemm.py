@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,14 +12,6 @@ from models.language_model.cpu_decode import FrozenLinear, frozen_linear, gemm, 
 from models.language_model.quantisation import Int8Linear
 
 pytestmark = pytest.mark.skipif(not gemm.HAS_INT8, reason="needs AVX2")
-
-
-@pytest.fixture
-def three_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
