@@ -20,7 +20,8 @@ from engine.training.optimization import StepResult
 MOST_SKIPPED = 5  # steps in a row
 SLOW = 0.3  # fraction of an epoch spent waiting for data, above which it is said
 SLOW_SECONDS = 20.0  # of waiting in an epoch, below which it is not
-DIVERGED = 1.5  # factor to the lowest mean loss so far
+DIVERGED = 1.5  # factor to the lowest running mean of the loss so far
+NEWEST = 0.2  # weight of the last logged steps in the running mean: twenty cases alone vary by more than the factor
 MOST_COLLAPSED = 2  # epochs in a row
 _NAMED = 16  # cases of a skipped step
 
@@ -117,15 +118,19 @@ class Alarms:
     """Warnings while there is time to act: a loss that rises, tokens that stay collapsed."""
 
     def __init__(self, lr: float) -> None:
-        self.lr, self.lowest, self.collapsed = lr, math.inf, 0
+        self.lr, self.running, self.lowest, self.collapsed = lr, math.nan, math.inf, 0
 
     def loss(self, mean: float, name: str) -> str:
-        """``mean`` of the last logged steps; a warning where it is far above the lowest so far."""
-        lowest, self.lowest = self.lowest, min(self.lowest, mean)
-        if mean <= DIVERGED * lowest + 1e-3 or not math.isfinite(lowest):
+        """``mean`` of the last logged steps; a warning where their running mean is far above its lowest so far."""
+        if math.isnan(mean):
+            return ""  # every step of them was skipped, which is said elsewhere
+        before = self.running if math.isfinite(self.running) else mean
+        self.running = running = (1 - NEWEST) * before + NEWEST * mean
+        lowest, self.lowest = self.lowest, min(self.lowest, running)
+        if running <= DIVERGED * lowest + 1e-3 or not math.isfinite(lowest):
             return ""
-        self.lowest = mean  # said once for each rise
-        return f"warning: {name} rises, from {lowest:.4f} to {mean:.4f}: lower --lr (now {self.lr:g}) if it goes on"
+        self.lowest = running  # said once for each rise
+        return f"warning: {name} rises, from {lowest:.4f} to {running:.4f}: lower --lr (now {self.lr:g}) if it goes on"
 
     def epoch(self, collapsed: bool) -> str:
         """A warning where several epochs in a row are collapsed."""
