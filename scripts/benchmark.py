@@ -18,7 +18,7 @@ from engine.cli import Parser, run_main
 
 def main() -> None:
     parser = Parser(description="Benchmarks beside baselines and the machine's own limits")
-    suites = ("scan", "prefill", "decode", "train_step", "scaling", "memory", "data", "end_to_end")
+    suites = ("scan", "prefill", "decode", "train_step", "scaling", "memory", "data", "end_to_end", "saving")
     parser.add_argument("suite", choices=suites)
     parser.add_argument("--size", choices=("2.8b", "130m", "tiny"), default="2.8b", help="of the language model")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"), help="folder for the results")

@@ -34,6 +34,7 @@ from engine.benchmark import models
 from engine.benchmark.end_to_end import end_to_end
 from engine.benchmark.measure import Report, measure_peak
 from engine.benchmark.models import CALLS, STATE, our_model
+from engine.benchmark.saving import saving
 from engine.prepare import fill_cache
 from models.language_model.mamba_lm import MambaLM
 from models.language_model.prefix_state import PrefixState, seconds_to_first_token
@@ -328,4 +329,5 @@ def nnunet_baseline(image: Path, mask: Path, network: str, configuration: str) -
     return json.loads(done.stdout.splitlines()[-1])
 
 
-SUITES = {suite.__name__: suite for suite in (scan, prefill, decode, train_step, scaling, memory, data, end_to_end)}
+_ALL = scan, prefill, decode, train_step, scaling, memory, data, end_to_end, saving
+SUITES = {suite.__name__: suite for suite in _ALL}

@@ -17,6 +17,7 @@ import torch
 from engine.benchmark import measure, suites
 from engine.benchmark.measure import SIZES, Report, measure_peak
 from engine.benchmark.models import CALLS, build_model, our_model, prompt, random_mamba
+from engine.benchmark.saving import add_shares, timed
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
 TINY, CPU, MIB = SIZES["tiny"], torch.device("cpu"), 1 << 20
@@ -30,11 +31,12 @@ TARGETS = {
     "scaling": "time_784_to_12544_vs_linear peak_memory_784_to_12544",
     "memory": "",
     "end_to_end": "seconds_float32 first_token_seconds_float32 seconds_kept_int8 first_token_seconds_kept_int8",
+    "saving": "saving_share_stage1 saving_share_stage2",
     "data": f"{NNUNET.format('2d')} {NNUNET.format('3d_fullres')} cached_samples_per_s cached_epoch_vs_nifti",
 }
 
 
-LONG = ("scan", "scaling", "decode", "train_step", "data")
+LONG = ("scan", "scaling", "decode", "train_step", "data", "saving")
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,19 @@ def test_seconds_of_tokens_count_from_the_first_one(who: str, monkeypatch: pytes
     monkeypatch.setattr(suites, "time", SimpleNamespace(perf_counter=lambda: next(stamps)))
     model = build_model(who, TINY, CPU, 2)
     assert suites.token_seconds(model, prompt(TINY, 8, CPU), 2) == [0.5, 1.0]
+
+
+def test_the_share_of_saving_is_of_the_epochs_that_it_is_part_of() -> None:
+    found = Report("saving", TINY, CPU)
+    add_shares(found, "stage1", {"state": [0.5, 0.7], "checkpoints": [0.8], "checks": []}, 100.0)
+    assert found.results["ratios"] == {"saving_share_stage1": pytest.approx(0.02)}
+    owner = SimpleNamespace(call=lambda fails: 1 / (not fails))
+    real = owner.call
+    with timed(owner, "call") as seconds:
+        assert owner.call(False) == 1
+        with pytest.raises(ZeroDivisionError):
+            owner.call(True)
+    assert len(seconds) == 2 and owner.call is real
 
 
 # ------------------------------------------------------------------ memory
