@@ -28,7 +28,6 @@ CONFIG_KEYS = {
     "bridge_width": 192,
     "max_visual_tokens": 16,
 }
-BATCH = 16
 CHECKPOINT = "vision_bridge_vlm_best_val.pt"
 
 
@@ -42,7 +41,8 @@ class Step(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """Sizes of a synthetic data set, and how long it is trained on; ``stage0_steps``: at most."""
+    """Sizes of a synthetic data set, and how it is trained on; ``stage0_steps``: at most; ``batches``, ``rates``: batch
+    size and learning rate of Stage 1 and of Stage 2."""
 
     train: int
     val: int
@@ -52,9 +52,11 @@ class Setting(NamedTuple):
     align_epochs: int
     caption_epochs: int
     max_new_tokens: int = 160
+    batches: tuple[int, int] = (16, 16)
+    rates: tuple[str, str] = ("4e-3", "1.5e-3")
 
-    def steps(self, epochs: int) -> int:
-        return epochs * -(-self.train // BATCH)
+    def steps(self, epochs: int, batch: int) -> int:
+        return epochs * -(-self.train // batch)
 
 
 class Models(NamedTuple):
@@ -120,14 +122,14 @@ def stage0(setting: Setting, out: Path, seed: int) -> Step:
 
 def training(setting: Setting, out: Path, seed: int, lora_rank: int = 0) -> list[Step]:
     """Both stages."""
-    common = ["--config", out / "paths.yaml", "--batch_size", BATCH]
-    align = ["--objective", "align", "--epochs", setting.align_epochs, "--lr", "4e-3", "--resume", "auto"]
+    config, (batch1, batch2), (rate1, rate2) = ["--config", out / "paths.yaml"], setting.batches, setting.rates
+    align = ["--objective", "align", "--epochs", setting.align_epochs, "--batch_size", batch1, "--lr", rate1]
     caption = ["--vision_checkpoint", out / "vision_bridge_best_val.pt", "--epochs", setting.caption_epochs]
-    caption += ["--lr", "1.5e-3", *(["--lora_rank", lora_rank] if lora_rank else [])]
-    first = step("stage1", "Stage 1: vision and bridge", seed, "train.py", *common, *align,
-                 steps=setting.steps(setting.align_epochs))  # fmt: skip
-    second = step("stage2", "Stage 2: through the frozen language model", seed, "train_vlm.py", *common, *caption,
-                  steps=setting.steps(setting.caption_epochs))  # fmt: skip
+    caption += ["--batch_size", batch2, "--lr", rate2, *(["--lora_rank", lora_rank] if lora_rank else [])]
+    first = step("stage1", "Stage 1: vision and bridge", seed, "train.py", *config, *align, "--resume", "auto",
+                 steps=setting.steps(setting.align_epochs, batch1))  # fmt: skip
+    second = step("stage2", "Stage 2: through the frozen language model", seed, "train_vlm.py", *config, *caption,
+                  steps=setting.steps(setting.caption_epochs, batch2))  # fmt: skip
     return [first, second]
 
 

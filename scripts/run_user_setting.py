@@ -5,9 +5,10 @@
     python scripts/run_user_setting.py u3 --seed 1 --out outputs/u3_measured --set findings_prompt=measured
 
 u1: one finding in each case; u3: one to three. The real scripts run one after the other: phantoms, a small nnU-Net on
-the masks of the training cases, Stage 0 on their reports, train.py, train_vlm.py, and the report card of 300 held-out
-cases without masks; then the pointing game, and the segmentation of some of them beside their masks. Writes
-OUT/summary.json. Started again, it goes on where it stopped. The language model is made once, beside OUT.
+the masks of the training cases, Stage 0 on their reports, train.py and train_vlm.py as README has them for one's own
+data, and the report card of 300 held-out cases without masks; then the pointing game, and the segmentation of some of
+them beside their masks. Writes OUT/summary.json. Started again, it goes on where it stopped. The language model is made
+once, beside OUT.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from engine import chain
 from engine.cli import Parser, positive_int, run_main
 
 _LENGTHS = {"stage0_steps": 1600, "align_epochs": 30, "caption_epochs": 15}
+_README = {"batches": (4, 1), "rates": ("1e-4", "2e-5")}  # its commands for one's own data
 SETTINGS = {
-    "u1": chain.Setting(315, 64, 300, max_findings=1, **_LENGTHS),
+    "u1": chain.Setting(315, 64, 300, max_findings=1, **_LENGTHS, **_README),
     # Copying three findings is learnt later than copying one.
-    "u3": chain.Setting(315, 64, 300, max_findings=3, **_LENGTHS | {"stage0_steps": 4000}, max_new_tokens=300),
+    "u3": chain.Setting(315, 64, 300, 3, **_LENGTHS | {"stage0_steps": 4000}, max_new_tokens=300, **_README),
 }
 LANGUAGE_MODEL_SEED = 42  # one language model for all seeds of a setting
 CORRECTED_CASES = 200

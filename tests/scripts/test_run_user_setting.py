@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from config.errors import InputError
-from config.schema import load_config
+from config.schema import REPOSITORY, load_config
 from scripts import run_user_setting
 
 
@@ -25,6 +25,17 @@ def test_every_command_has_flags_that_exist_and_no_mask_reaches_the_scored_cases
     assert str(tmp_path / "data" / "test_no_masks.csv") in commands["scores"]
     assert "--one_class" in commands["segmentation"]
     assert load_config(tmp_path / "paths.yaml").language_model_adapters
+
+
+def test_both_stages_are_trained_as_the_readme_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parse) -> None:
+    """Its commands for one's own data are those of the measured scores."""
+    commands, readme = plan(monkeypatch, tmp_path), (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    section = readme[readme.index("## Training and checking") :]
+    for stage, script in (("stage1", "train.py"), ("stage2", "train_vlm.py")):
+        line = next(line for line in section.splitlines() if line.startswith(f"python {script} "))
+        wanted, found = parse(line.split()[1:]), parse(commands[stage])
+        for flag in ("epochs", "batch_size", "lr", "objective", "lora_rank", "warmup_ratio"):
+            assert getattr(found, flag, None) == getattr(wanted, flag, None), flag
 
 
 def test_flags_of_an_ablation_reach_the_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
