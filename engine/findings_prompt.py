@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import compress
+from itertools import accumulate, compress
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +30,7 @@ from data.finding_targets import LEAST_POSITIVE, MOST_LESIONS, PromptErrors, Tar
 from data.findings import LESION, FindingRecord
 from data.medical_vlm_dataset import MedicalVLMDataset, encode_key_points, pad_tokens
 from data.report_language.key_points import OUTSIDE_LUNG, key_points_of, list_key_points, write_key_points
+from data.report_language.sections import PREAMBLE, split_sections, split_sentences
 from engine.parallel import of_all
 from models.findings_head import SIDES, UNKNOWN, ZONES, FindingsHead, Found
 from models.language_model.decoding import INCOMPLETE, Varied
@@ -40,7 +41,7 @@ POSSIBLE = 0.1  # from which a person is asked
 PROMPT_DROPOUT = 0.3  # fraction of the training samples whose image must be read without a prompt
 SIZE_MM = 1.0  # a stated size is that of the prompt, rounded
 # Of a report that deviates from its prompt: how many more are written in a turn, how freely, and in how many turns.
-SAMPLES, TEMPERATURES, TURNS = 8, (0.4, 0.9), 2
+SAMPLES, TEMPERATURES, TURNS = 8, (0.4, 0.9), 4
 AT_ONCE = 4  # reports that are written again together: a large model reads the prompts of 32 rows at a time, not more
 DEVIATES = {  # points left out, findings besides
     "zh": ("【系统提示】下文没有写出：{}。", "【系统提示】下文另写了征象提示之外的：{}。"),
@@ -275,40 +276,66 @@ def deviation_notice(report: str, points: Sequence[FindingRecord], kinds: Collec
     return " ".join(line.format(list_key_points(part, language)) for line, part in found if part)
 
 
+def right_beginning(report: str, points: Sequence[FindingRecord], kinds: Collection[str], language: str) -> str:
+    """The sentences of a report up to the first that adds a finding to its prompt, or up to its impression where the
+    findings leave out a point."""
+    pieces = split_sentences(report)
+    later = [section.start for section in split_sections(report) if section.name not in (PREAMBLE, "findings")]
+    concluded, right = min(later, default=len(report)), ""
+    for end in accumulate(map(len, pieces)):
+        beginning = report[:end].rstrip()  # a blank belongs to the word behind it
+        missing, besides = deviations(beginning, points, kinds, language)
+        if besides or INCOMPLETE in beginning or (end > concluded and deviations(right, points, kinds, language)[0]):
+            return right
+        right = beginning
+    return ""
+
+
 def closest_reports(
     reports: Sequence[R],
     said: Sequence[Sequence[FindingRecord] | None],
     kinds: Collection[str],
     language: str | None,
     text_of: Callable[[R], str],
-    write: Callable[[list[int], Varied], Sequence[R]],
+    write: Callable[[list[int], Varied, list[str]], Sequence[R]],
 ) -> list[R]:
     """``reports``, where one that deviates from its findings prompt is replaced by the closest of several more.
 
-    They are written by sampling, some at a time, until one says what the prompt says: best of n by a verifier (Cobbe et
-    al. 2021, arXiv:2110.14168), here the labeller. A report is chosen, never changed; of equally close ones the first.
+    They go on by sampling from where the report was right, some at a time, until one says what the prompt says: best of
+    n by a verifier (Cobbe et al. 2021, arXiv:2110.14168), here the labeller, in steps. Every word is the model's; of
+    equally close reports the first is taken.
 
     Args:
         said: by the prompts; None without one.
         kinds: findings that no report states unless its prompt does.
         language: of the reports; None where the labeller does not know it, and nothing is done.
-        write: samples a report for each of these rows, which come in runs of :data:`SAMPLES`.
+        write: samples a report for each of these rows, which come in runs of :data:`SAMPLES`, from its beginning on.
     """
-    chosen = list(reports)
-    open_rows = [row for row, points in enumerate(said) if points is not None and language is not None]
+    chosen, begun = list(reports), [""] * len(reports)
 
     def off(row: int, report: R) -> int:
         text = text_of(report)
         return sum(map(len, deviations(text, said[row], kinds, language))) + text.count(INCOMPLETE)
 
+    def progress(row: int, beginning: str) -> tuple[int, int]:
+        """Points that it states; of equal ones the shortest, which denies least."""
+        return -len(deviations(beginning, said[row], kinds, language)[0]), -len(beginning)
+
+    def take(row: int, candidates: Sequence[R]) -> None:
+        chosen[row] = min(candidates, key=partial(off, row))
+        right = (right_beginning(text_of(one), said[row], kinds, language) for one in candidates)
+        begun[row] = max([begun[row], *right], key=partial(progress, row))
+
+    known = [row for row, points in enumerate(said) if points is not None and language is not None]
+    open_rows = [row for row in known if off(row, chosen[row])]
+    for row in open_rows:
+        take(row, [chosen[row]])
     for turn in range(TURNS):
-        open_rows = [row for row in open_rows if off(row, chosen[row])]
-        if not open_rows:
-            break
         for start in range(0, len(open_rows), AT_ONCE):
             part = open_rows[start : start + AT_ONCE]
-            written = write([row for row in part for _ in range(SAMPLES)], Varied(SAMPLES, TEMPERATURES, turn))
+            rows = [row for row in part for _ in range(SAMPLES)]
+            written = write(rows, Varied(SAMPLES, TEMPERATURES, turn), [begun[row] for row in rows])
             for k, row in enumerate(part):
-                more = written[k * SAMPLES : (k + 1) * SAMPLES]
-                chosen[row] = min([chosen[row], *more], key=partial(off, row))
+                take(row, [chosen[row], *written[k * SAMPLES : (k + 1) * SAMPLES]])
+        open_rows = [row for row in open_rows if off(row, chosen[row])]
     return chosen

@@ -33,7 +33,7 @@ from data.findings import FindingRecord
 from data.medical_vlm_dataset import encode_key_points, encode_prompt, pad_tokens
 from data.report_language.key_points import read_key_points, write_key_points
 from data.report_language.labeller import detect_language
-from data.report_language.sections import split_sections
+from data.report_language.sections import split_sections, split_sentences
 from data.tables.caption_table import CaptionRow, question_of, read_prompts
 from data.view_selection import View, ViewSelection
 from engine import segmentation
@@ -45,7 +45,6 @@ from engine.evaluation.confidence import (
     Logistic,
     Statement,
     mark_unsure,
-    split_sentences,
     statements,
 )
 from engine.evaluation.report_writer import PROMPT_FIELDS, Report, ReportWriter, token_spans

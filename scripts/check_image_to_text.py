@@ -93,7 +93,7 @@ from torch import Tensor
 from config.schema import Config
 from data.cache import file_digest
 from data.findings import FindingRecord
-from data.medical_vlm_dataset import encode_key_points
+from data.medical_vlm_dataset import encode_key_points, pad_tokens
 from data.report_language.key_points import read_key_points, write_key_points
 from data.report_language.labeller import label_report
 from data.tables.caption_table import CaptionRow, read_caption_table
@@ -111,7 +111,7 @@ from engine.reporting import (
     run_config,
 )
 from engine.run import best_device
-from models.language_model.decoding import INCOMPLETE, CharacterStream, Decoding, FirstTokenClock, StopRule
+from models.language_model.decoding import INCOMPLETE, CharacterStream, Decoding, FirstTokenClock, StopRule, Varied
 from models.language_model.identity import lm_identity
 from models.language_model.mamba_lm import MambaLM
 from models.language_model.prefix_state import PrefixIdentity, PrefixState, answer_from_state, lm_size
@@ -273,23 +273,27 @@ def answer(
         write = functools.partial(print, end="", flush=True)
         first = {**options, "streamer": CharacterStream(lm.tokenizer, write, options["stop"])}
 
-    def generate(rows: list[int], **more: object) -> list[str]:
-        asked = ids.expand(len(rows), -1).to(lm.model.device)
-        batch = {"question_ids": asked, "question_mask": torch.ones_like(asked)}
+    def generate(beginnings: list[str], **more: object) -> list[str]:
+        known = [[*ids.tolist(), *lm.tokenizer.encode(text, add_special_tokens=False)] for text in beginnings]
+        parts = zip(("question_ids", "question_mask"), pad_tokens(known), strict=True)
+        batch = {name: part.to(lm.model.device) for name, part in parts}
         if isinstance(source, PrefixState):
-            return answer_from_state(lm, source, batch, args.max_new_tokens, **more)
-        return generate_reports(lm, source[rows], batch, args.max_new_tokens, **more)
+            texts = answer_from_state(lm, source, batch, args.max_new_tokens, **more)
+        else:
+            texts = generate_reports(lm, source.expand(len(known), -1, -1), batch, args.max_new_tokens, **more)
+        return [beginning + text for beginning, text in zip(beginnings, texts, strict=True)]
 
     with deferred_logs():
-        [written] = generate([0], **first, criteria=[clock])
+        [written] = generate([""], **first, criteria=[clock])
         text = written
         # One that was cut cannot state everything, and a decoding that was asked for stays.
         if prompt and clock.tokens < args.max_new_tokens and decoding_of(args) == Decoding():
             points, *known = prompt
-            again = functools.partial(generate, **options)
-            [text] = closest_reports(
-                [written], [points], *known, str, lambda rows, noise: again(rows, logits_processor=[noise])
-            )
+
+            def again(rows: list[int], noise: Varied, beginnings: list[str]) -> list[str]:
+                return generate(beginnings, **options, logits_processor=[noise])
+
+            [text] = closest_reports([written], [points], *known, str, again)
         other = text != written
         if other and args.stream:
             print("\nnote: this text does not state its findings prompt; the closest of several more:", flush=True)

@@ -40,6 +40,7 @@ _HEADINGS = {
 }  # fmt: skip
 _NAME_OF = {word.lower(): name for name, words in _HEADINGS.items() for word in words}
 _WORDS = "|".join(re.escape(word) for word in sorted(_NAME_OF, key=len, reverse=True))
+_SENTENCE = re.compile(r"[^。；;!！\n.]*(?:\.(?=\d)[^。；;!！\n.]*)*(?:[。；;!！\n.]+|$)")
 _HEADING = re.compile(
     rf"(?:(?<=[。；;.!！?？\n\s])|^)[ \t　]*(?:[【\[]\s*(?P<a>{_WORDS})\s*[】\]]\s*[:：]?|(?P<b>{_WORDS})\s*[:：])",
     re.IGNORECASE,
@@ -87,3 +88,8 @@ def section_shares(texts: Sequence[str]) -> dict[str, float]:
 def _trimmed(text: str, name: str, start: int, end: int) -> Section:
     body = text[start:end]
     return Section(name, start + len(body) - len(body.lstrip()), max(start, start + len(body.rstrip())))
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences of a text, each with its stop and the line ends behind it; joined they are the text."""
+    return [piece for piece in _SENTENCE.findall(text) if piece]

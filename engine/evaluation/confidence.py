@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -22,6 +21,7 @@ from config.errors import InputError
 from data.findings import FindingRecord
 from data.report_language.labeller import LANGUAGES, label_report
 from data.report_language.lexer import Lexer, Token, normal_form, sentences
+from data.report_language.sections import split_sentences
 from data.report_language.terms import FINDINGS
 from data.tables.caption_table import CaptionRow
 from engine.evaluation.bootstrap import ratio
@@ -29,7 +29,6 @@ from engine.evaluation.finding_metrics import DIAGNOSTIC_SECTIONS, STATED
 from engine.evaluation.localisation import sizes_agree
 
 TO_CHECK = {"zh": "【待核实】", "en": "[to be verified]"}
-_SENTENCE = re.compile(r"[^。；;!！\n.]*(?:\.(?=\d)[^。；;!！\n.]*)*(?:[。；;!！\n.]+|$)")
 _MAYBE = ("maybe", "maybe_before", "maybe_after")
 _CONTENT = ("term", "head", "organ", "place", "size", "count", "negate", "denied", *_MAYBE)
 _LEAST = math.log(1e-6)
@@ -170,11 +169,6 @@ def agrees(one: FindingRecord, other: FindingRecord, size: bool = True) -> bool:
         return False
     both = size and one.size_mm is not None and other.size_mm is not None
     return not both or sizes_agree(one.size_mm, other.size_mm)
-
-
-def split_sentences(text: str) -> list[str]:
-    """Sentences of a text, each with its stop and the line ends behind it; joined they are the text."""
-    return [piece for piece in _SENTENCE.findall(text) if piece]
 
 
 def mark_unsure(

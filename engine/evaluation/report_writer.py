@@ -125,9 +125,12 @@ class ReportWriter:
             options: of the first writing.
         """
 
-        def again(rows: list[int], noise: Varied) -> list[Report]:
-            prompts = {name: batch[name][rows] for name in PROMPT_FIELDS}
-            return self._drafts(visual[rows], prompts, logits_processor=[noise])
+        def again(rows: list[int], noise: Varied, beginnings: list[str]) -> list[Report]:
+            known = [self.tokenizer.encode(text, add_special_tokens=False) for text in beginnings]
+            prompts = begun({name: batch[name][rows] for name in PROMPT_FIELDS}, known)
+            drafts = self._drafts(visual[rows], prompts, logits_processor=[noise])
+            parts = zip(drafts, beginnings, known, strict=True)
+            return [replace(one, text=text + one.text, ids=[*ids, *one.ids]) for one, text, ids in parts]
 
         drafts = self._drafts(visual, batch, **options)
         # One that was cut at the limit cannot state everything.
@@ -141,6 +144,14 @@ class ReportWriter:
         """Of each case's own answer: its loss in nats, and its number of tokens (end-of-text included)."""
         log_probs = answer_log_probs(self.model.lm, visual, batch)
         return [(-float(values.sum()), len(values)) for values in log_probs]
+
+
+def begun(prompts: Mapping[str, Tensor], beginnings: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """``prompts`` (:data:`PROMPT_FIELDS`), the first tokens of each answer behind its question."""
+    pairs = zip(prompts["question_ids"], prompts["question_mask"], beginnings, strict=True)
+    ids, mask = pad_tokens([[*asked[known.bool()].tolist(), *begun] for asked, known, begun in pairs])
+    device = prompts["question_ids"].device
+    return {**prompts, "question_ids": ids.to(device), "question_mask": mask.to(device)}
 
 
 def answer_log_probs(lm: MambaLM, visual: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:

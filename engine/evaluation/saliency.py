@@ -34,8 +34,9 @@ from torch import Tensor
 from data.cache import CachedVolume
 from data.findings import FindingRecord
 from data.imaging.reader import read_mask, read_volume
+from data.report_language.sections import split_sentences
 from engine.evaluation.conditions import OWN, ReportPasses
-from engine.evaluation.confidence import Statement, split_sentences, touches
+from engine.evaluation.confidence import Statement, touches
 from engine.evaluation.heat_maps import FramedGrid, draw_heat, turned, write_heat
 from engine.evaluation.localisation import MaskedCase, agreement
 from engine.evaluation.report_writer import answer_log_probs, token_spans

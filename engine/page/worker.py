@@ -41,12 +41,13 @@ from data.imaging.dicom import is_dicom
 from data.imaging.reader import read_header, read_volume
 from data.medical_vlm_dataset import encode_key_points
 from data.report_language.key_points import write_key_points
+from data.report_language.sections import split_sentences
 from data.report_language.terms import FINDINGS
 from data.tables.caption_table import CaptionRow, read_caption_table
 from engine import segmentation
 from engine.chain import REPOSITORY
 from engine.cli import force_utf8
-from engine.evaluation.confidence import agrees, split_sentences, touches
+from engine.evaluation.confidence import agrees, touches
 from engine.evaluation.heat_maps import FramedGrid
 from engine.evaluation.report_writer import token_spans
 from engine.evaluation.saliency import ReportLikelihood, attribution_maps, lesion_cells, without_each_lesion

@@ -25,6 +25,7 @@ from engine.findings_prompt import (
     deviation_notice,
     deviations,
     learnt_findings,
+    right_beginning,
     rows_of,
     states,
     with_key_points,
@@ -256,14 +257,16 @@ def test_a_lesion_without_a_name_is_stated_by_any_finding_of_its_place_and_size(
 
 
 class Pen:
-    """Gives reports from a list; ``asked``: rows and turns."""
+    """Gives reports from a list; ``asked``: rows and turns; ``begun``: the beginning of each prompt's first row."""
 
     def __init__(self, *turns: list[str]) -> None:
-        self.turns, self.asked = list(turns), []
+        self.turns, self.asked, self.begun = list(turns), [], []
 
-    def __call__(self, rows: list[int], noise: Varied) -> list[str]:
+    def __call__(self, rows: list[int], noise: Varied, beginnings: list[str]) -> list[str]:
         self.asked.append((rows, noise.seed, noise.count))
-        texts = self.turns.pop(0)
+        self.begun.append(beginnings[::SAMPLES])
+        assert beginnings == [one for one in self.begun[-1] for _ in range(SAMPLES)]
+        texts = self.turns.pop(0) if self.turns else []
         return texts + [""] * (len(rows) - len(texts))
 
     def choose(self, first: list[str], said: list, language: str | None = "zh") -> list[str]:
@@ -276,16 +279,41 @@ def test_only_what_deviates_is_written_again_and_only_until_it_does_not() -> Non
     assert pen.choose([RIGHT, wrong, wrong], [SAID, SAID, None]) == [RIGHT, RIGHT, wrong]
     assert pen.asked == [([1] * SAMPLES, 0, SAMPLES)]
     pen = Pen([wrong, near], [wrong])
-    assert pen.choose([wrong], [SAID]) == [near], "no turn brought it closer"
-    assert [seed for _, seed, _ in pen.asked] == list(range(TURNS)) == [0, 1]
+    assert pen.choose([wrong], [SAID]) == [near], "no later turn brought it closer"
+    assert [seed for _, seed, _ in pen.asked] == list(range(TURNS))
     assert Pen().choose([wrong], [SAID], language=None) == [wrong]
+
+
+def test_a_report_is_gone_on_from_where_one_was_right_furthest() -> None:
+    """Also from a text whose end makes it no better than the chosen one; a denial is no way forward."""
+    first, second = RIGHT.split("左侧")[0], RIGHT.split("结论")[0]
+    wrong = f"{first}右下肺野见结节，直径约9mm。右下肺野见结节，直径约7mm。右下肺野见结节，直径约5mm。"
+    pen = Pen([wrong], [f"{second}结论：左肺结节。", wrong], [RIGHT])
+    assert pen.choose(["所见：两肺未见异常。"], [SAID]) == [RIGHT]
+    assert pen.begun == [[""], [first], [second]]
+
+
+@pytest.mark.parametrize(
+    ("report", "right"),
+    [
+        (RIGHT.replace("。结论：", "。左下肺野见结节，直径约9mm。结论："), RIGHT.split("结论")[0]),
+        (RIGHT.replace("结论：右", "结论：左"), RIGHT.split("结论")[0]),
+        (RIGHT.replace("左侧胸腔积液，深约20mm。结论", "结论"), RIGHT.split("左侧")[0]),  # it concludes too early
+        (RIGHT.replace("深约", INCOMPLETE), RIGHT.split("左侧")[0]),
+        ("右上肺野见结节，直径约12mm。", ""),  # nothing is wrong in it but what is missing, and it has no impression
+        ("Findings: right upper zone nodule, 9 mm. Impression: nodule.", ""),
+    ],
+)
+def test_the_right_beginning_of_a_report(report: str, right: str) -> None:
+    assert right_beginning(report, SAID, NAMES, "en" if report.isascii() else "zh") == right
 
 
 def test_a_few_prompts_are_written_again_at_a_time() -> None:
     pen = Pen([], [RIGHT], [RIGHT], [])
     assert pen.choose([""] * 5, [SAID] * 5) == [RIGHT, "", "", "", RIGHT], "the fifth in the first turn"
     first, last = [row for row in range(AT_ONCE) for _ in range(SAMPLES)], [AT_ONCE] * SAMPLES
-    assert pen.asked == [(first, 0, SAMPLES), (last, 0, SAMPLES), (first, 1, SAMPLES)]
+    assert pen.asked[:3] == [(first, 0, SAMPLES), (last, 0, SAMPLES), (first, 1, SAMPLES)]
+    assert pen.asked[3:] == [(first[SAMPLES:], turn, SAMPLES) for turn in range(2, TURNS)]
 
 
 def test_of_equally_close_reports_the_first_whole_one_is_chosen() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.special import expit
 
 from config.errors import InputError
+from data.report_language.sections import split_sentences
 from engine.evaluation.confidence import (
     TO_CHECK,
     Labeller,
@@ -25,7 +26,6 @@ from engine.evaluation.confidence import (
     mark_unsure,
     reliability,
     risk_coverage,
-    split_sentences,
     statements,
 )
 

@@ -78,6 +78,27 @@ def test_a_sampled_report_is_chosen_with_its_probabilities_and_the_same_alone(
     assert [one.text for one in writer.write_prompted(visual, prompted, said, None)] == [one.text for one in plain]
 
 
+def test_a_report_is_gone_on_from_its_beginning(
+    model: MedicalVLM, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if its words were the end of the question; they are the first words of the report, with their probability."""
+    writer, said, tokenizer = ReportWriter(model, 6), [[FindingRecord("nodule")]], model.lm.tokenizer
+    one = {name: value[:1] for name, value in batch.items()}
+    visual, _ = writer.visual(one)
+    prompted, drafts, ids = with_key_points(one, tokenizer, said, "zh"), writer._drafts, tokenizer.encode("AB")
+    monkeypatch.setattr(writer, "_drafts", lambda *a, **k: [replace(one, ended=True) for one in drafts(*a, **k)])
+    monkeypatch.setattr("engine.findings_prompt.right_beginning", lambda *_: "AB")
+    monkeypatch.setattr("engine.findings_prompt.TEMPERATURES", (1e-6, 1e-6))  # as if greedily
+    begins = lambda text, *_: ([0] * (1 if text.startswith("AB") else 99), [])  # noqa: E731
+    monkeypatch.setattr("engine.findings_prompt.deviations", begins)
+    [chosen] = writer.write_prompted(visual, prompted, said, "zh")
+    asked = prompted["question_ids"][0, prompted["question_mask"][0].bool()].tolist()
+    longer = {**prompted, "question_ids": torch.tensor([asked + ids]), "question_mask": torch.ones(1, len(asked + ids))}
+    [rest] = writer.write(visual, longer)
+    assert chosen.text == "AB" + rest.text and chosen.ids == ids + rest.ids
+    assert chosen.log_probs[len(ids) :] == pytest.approx(rest.log_probs, abs=1e-4)
+
+
 def test_a_report_that_was_cut_is_not_written_again(model: MedicalVLM, batch: dict[str, Tensor]) -> None:
     writer, said = ReportWriter(model, 1), [[FindingRecord("nodule")]] * 3
     visual, _ = writer.visual(batch)
