@@ -177,7 +177,9 @@ def test_a_text_that_does_not_state_its_prompt_is_written_again(check, monkeypat
 
     def closest(reports, said, kinds, language, text_of, write):
         calls.append((reports, [point.finding for point in said[0]], language))
-        return write([0] * SAMPLES, Varied(SAMPLES, (9.0, 9.0)))[-1:]
+        again = write([0] * SAMPLES, Varied(SAMPLES, (9.0, 9.0)), ["所见："] * SAMPLES)
+        assert all(text.startswith("所见：") for text in again)
+        return again[-1:]
 
     monkeypatch.setattr("scripts.check_image_to_text.closest_reports", closest)
     source = {"image": None} if prefix else {}
