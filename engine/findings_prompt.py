@@ -41,7 +41,7 @@ POSSIBLE = 0.1  # from which a person is asked
 PROMPT_DROPOUT = 0.3  # fraction of the training samples whose image must be read without a prompt
 SIZE_MM = 1.0  # a stated size is that of the prompt, rounded
 # Of a report that deviates from its prompt: how many more are written in a turn, how freely, and in how many turns.
-SAMPLES, TEMPERATURES, TURNS = 8, (0.4, 0.9), 4
+SAMPLES, TEMPERATURES, TURNS = 8, (0.4, 1.2), 4
 AT_ONCE = 4  # reports that are written again together: a large model reads the prompts of 32 rows at a time, not more
 DEVIATES = {  # points left out, findings besides
     "zh": ("【系统提示】下文没有写出：{}。", "【系统提示】下文另写了征象提示之外的：{}。"),
@@ -313,9 +313,10 @@ def closest_reports(
     """
     chosen, begun = list(reports), [""] * len(reports)
 
-    def off(row: int, report: R) -> int:
+    def off(row: int, report: R) -> tuple[int, int]:
+        """Broken characters, and deviations."""
         text = text_of(report)
-        return sum(map(len, deviations(text, said[row], kinds, language))) + text.count(INCOMPLETE)
+        return text.count(INCOMPLETE), sum(map(len, deviations(text, said[row], kinds, language)))
 
     def progress(row: int, beginning: str) -> tuple[int, int]:
         """Points that it states; of equal ones the shortest, which denies least."""
@@ -327,7 +328,7 @@ def closest_reports(
         begun[row] = max([begun[row], *right], key=partial(progress, row))
 
     known = [row for row, points in enumerate(said) if points is not None and language is not None]
-    open_rows = [row for row in known if off(row, chosen[row])]
+    open_rows = [row for row in known if any(off(row, chosen[row]))]
     for row in open_rows:
         take(row, [chosen[row]])
     for turn in range(TURNS):
@@ -337,5 +338,5 @@ def closest_reports(
             written = write(rows, Varied(SAMPLES, TEMPERATURES, turn), [begun[row] for row in rows])
             for k, row in enumerate(part):
                 take(row, [chosen[row], *written[k * SAMPLES : (k + 1) * SAMPLES]])
-        open_rows = [row for row in open_rows if off(row, chosen[row])]
+        open_rows = [row for row in open_rows if any(off(row, chosen[row]))]
     return chosen

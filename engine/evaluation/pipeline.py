@@ -271,7 +271,7 @@ def generated_from(args: argparse.Namespace, config: Config, lm: MambaLM) -> dic
         "max_new_tokens": args.max_new_tokens,
         **({} if config.findings_prompt == "off" else {"findings_prompt": config.findings_prompt}),
         "seed": args.seed,
-        "format": 6,  # raise it when the same checkpoint would be shown something else, or a record has other keys
+        "format": 7,  # raise it when the same checkpoint would be shown something else, or a record has other keys
     }
 
 

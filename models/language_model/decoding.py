@@ -6,6 +6,7 @@ stop strings on decoded text, and a stream of whole characters (a byte-level BPE
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from config.errors import InputError
 
+LEAST_LIKELY = 0.05  # a sampled token's probability by the likeliest one's
 INCOMPLETE = "\ufffd"  # what a decoder shows for bytes that are no whole character
 OPENING_LENGTH = 20  # characters within which a report's opening ("所见：", "Findings:") ends
 _SENTENCE_END = "。.!！?？;；\n"
@@ -146,7 +148,8 @@ class StopAtText(StoppingCriteria):
 class Varied(LogitsProcessor):
     """Makes greedy decoding sample ``count`` texts of each prompt, from the coolest to the warmest.
 
-    The largest of logits plus T times Gumbel noise is a sample at temperature T. The noise depends on ``seed``, on a
+    The largest of logits plus T times Gumbel noise is a sample at temperature T, here of the tokens that are not far less
+    likely than the likeliest (min-p, Nguyen et al. 2024, arXiv:2407.01082). The noise depends on ``seed``, on a
     row's place among the ``count`` rows of its prompt, and on the token's place in the text: the texts are the same
     each time, and whatever else is in the batch.
     """
@@ -161,7 +164,8 @@ class Varied(LogitsProcessor):
             self.random = torch.Generator(scores.device).manual_seed(self.seed)
         uniform = torch.rand(self.count, scores.shape[1], generator=self.random, device=scores.device)
         noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7))) * self.temperatures.to(scores.device)
-        return scores.float() + noise.repeat(len(scores) // self.count, 1)
+        likely = scores > scores.amax(1, keepdim=True) + math.log(LEAST_LIKELY)
+        return (scores.float() + noise.repeat(len(scores) // self.count, 1)).masked_fill(~likely, -math.inf)
 
 
 class FirstTokenClock(StoppingCriteria):
