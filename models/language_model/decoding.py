@@ -148,8 +148,8 @@ class StopAtText(StoppingCriteria):
 class Varied(LogitsProcessor):
     """Makes greedy decoding sample ``count`` texts of each prompt, from the coolest to the warmest.
 
-    The largest of logits plus T times Gumbel noise is a sample at temperature T, here of the tokens that are not far less
-    likely than the likeliest (min-p, Nguyen et al. 2024, arXiv:2407.01082). The noise depends on ``seed``, on a
+    The largest of logits plus T times Gumbel noise is a sample at temperature T, here of the tokens that are not far
+    less likely than the likeliest (min-p, Nguyen et al. 2024, arXiv:2407.01082). The noise depends on ``seed``, on a
     row's place among the ``count`` rows of its prompt, and on the token's place in the text: the texts are the same
     each time, and whatever else is in the batch.
     """

@@ -64,6 +64,7 @@ def test_a_sampled_report_is_chosen_with_its_probabilities_and_the_same_alone(
     visual, _ = writer.visual(batch)
     prompted = with_key_points(batch, model.lm.tokenizer, said, "zh")
     plain, rows, warm = writer.write(visual, prompted), [0] * SAMPLES, (9.0, 9.0)
+    monkeypatch.setattr("engine.findings_prompt.INCOMPLETE", "no report of a random model is whole")
     monkeypatch.setattr("engine.findings_prompt.TEMPERATURES", warm)  # its own are too cool for a model this sharp
     fields = {name: prompted[name][rows] for name in PROMPT_FIELDS}
     last = writer.write(visual[rows], fields, logits_processor=[Varied(SAMPLES, warm, TURNS - 1)])
@@ -89,6 +90,7 @@ def test_a_report_is_gone_on_from_its_beginning(
     monkeypatch.setattr(writer, "_drafts", lambda *a, **k: [replace(one, ended=True) for one in drafts(*a, **k)])
     monkeypatch.setattr("engine.findings_prompt.right_beginning", lambda *_: "AB")
     monkeypatch.setattr("engine.findings_prompt.TEMPERATURES", (1e-6, 1e-6))  # as if greedily
+    monkeypatch.setattr("engine.findings_prompt.INCOMPLETE", "no report of a random model is whole")
     begins = lambda text, *_: ([0] * (1 if text.startswith("AB") else 99), [])  # noqa: E731
     monkeypatch.setattr("engine.findings_prompt.deviations", begins)
     [chosen] = writer.write_prompted(visual, prompted, said, "zh")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,13 @@ def test_varied_rows_are_the_cooler_the_earlier() -> None:
     noise = Varied(50, (0.01, 5.0))
     likeliest = torch.stack([noise(None, torch.tensor([[0.0, 1.0]]).expand(50, -1)).argmax(-1) for _ in range(200)])
     assert likeliest[:, 0].all() and 0.5 < likeliest[:, -1].float().mean() < 0.65
+
+
+def test_varied_draws_no_token_that_is_far_less_likely_than_the_likeliest() -> None:
+    """The warmest noise takes one of 0.06 times its probability, and never one of 0.04 times."""
+    noise, logits = Varied(1000, (9.0, 9.0)), torch.tensor([0.0, math.log(0.06), math.log(0.04)])
+    drawn = noise(None, logits.expand(1000, -1)).argmax(-1).bincount(minlength=3)
+    assert drawn[1] > 300 and drawn[2] == 0
 
 
 def test_varied_texts_do_not_depend_on_what_else_is_in_the_batch(lm: MambaLM) -> None:
