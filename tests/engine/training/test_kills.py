@@ -49,14 +49,13 @@ def inside_a_save(folder: Path) -> Callable[[], bool]:
 
 
 def at_step(folder: Path, stage: str, step: int) -> Callable[[], bool]:
-    log = folder / f"{stage}_log.jsonl"
-    return lambda: log.is_file() and any(record["step"] >= step for record in _whole_records(folder, stage))
+    return lambda: any(record["step"] >= step for record in _whole_records(folder, stage))
 
 
 def _whole_records(folder: Path, stage: str) -> list[dict]:
     try:
         return history(folder, stage)
-    except ValueError:  # a line is being written
+    except (ValueError, FileNotFoundError):  # a line is being written, or the log of a run without a state removed
         return []
 
 
