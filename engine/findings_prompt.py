@@ -279,15 +279,14 @@ def deviation_notice(report: str, points: Sequence[FindingRecord], kinds: Collec
 def right_beginning(report: str, points: Sequence[FindingRecord], kinds: Collection[str], language: str) -> str:
     """The sentences of a report up to the first that adds a finding to its prompt, or up to its impression where the
     findings leave out a point."""
-    pieces = split_sentences(report)
     later = [section.start for section in split_sections(report) if section.name not in (PREAMBLE, "findings")]
-    concluded, right = min(later, default=len(report)), ""
-    for end in accumulate(map(len, pieces)):
+    concluded, right, left_out = min(later, default=len(report)), "", points
+    for end in accumulate(map(len, split_sentences(report))):
         beginning = report[:end].rstrip()  # a blank belongs to the word behind it
         missing, besides = deviations(beginning, points, kinds, language)
-        if besides or INCOMPLETE in beginning or (end > concluded and deviations(right, points, kinds, language)[0]):
+        if besides or INCOMPLETE in beginning or (end > concluded and left_out):
             return right
-        right = beginning
+        right, left_out = beginning, missing
     return ""
 
 
@@ -323,7 +322,7 @@ def closest_reports(
         return -len(deviations(beginning, said[row], kinds, language)[0]), -len(beginning)
 
     def take(row: int, candidates: Sequence[R]) -> None:
-        chosen[row] = min(candidates, key=partial(off, row))
+        chosen[row] = min([chosen[row], *candidates], key=partial(off, row))
         right = (right_beginning(text_of(one), said[row], kinds, language) for one in candidates)
         begun[row] = max([begun[row], *right], key=partial(progress, row))
 
@@ -337,6 +336,6 @@ def closest_reports(
             rows = [row for row in part for _ in range(SAMPLES)]
             written = write(rows, Varied(SAMPLES, TEMPERATURES, turn), [begun[row] for row in rows])
             for k, row in enumerate(part):
-                take(row, [chosen[row], *written[k * SAMPLES : (k + 1) * SAMPLES]])
+                take(row, written[k * SAMPLES : (k + 1) * SAMPLES])
         open_rows = [row for row in open_rows if any(off(row, chosen[row]))]
     return chosen

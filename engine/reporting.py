@@ -302,9 +302,8 @@ class Sentence:
 @dataclass(frozen=True)
 class WrittenReport:
     """``text``: as generated; ``notice``: the system's sentences before it, also on points of the prompt that it does
-    not state; ``key_points``: the findings prompt that
-    it was written from; ``marked``: the text with 待核实 behind each unsure sentence; ``tokens``: what was generated;
-    ``seconds``: of its batch, divided by the batch's size."""
+    not state; ``key_points``: the findings prompt that it was written from; ``marked``: the text with 待核实 behind
+    each unsure sentence; ``tokens``: what was generated; ``seconds``: of its batch, divided by the batch's size."""
 
     text: str
     notice: str

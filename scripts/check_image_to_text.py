@@ -281,7 +281,8 @@ def answer(
             texts = answer_from_state(lm, source, batch, args.max_new_tokens, **more)
         else:
             texts = generate_reports(lm, source.expand(len(known), -1, -1), batch, args.max_new_tokens, **more)
-        return [beginning + text for beginning, text in zip(beginnings, texts, strict=True)]
+        # A restart is one of the whole text's opening, which an ending alone does not have.
+        return [options["stop"].cut(beginning + text) for beginning, text in zip(beginnings, texts, strict=True)]
 
     with deferred_logs():
         [written] = generate([""], **first, criteria=[clock])

@@ -19,8 +19,15 @@ from data.report_language.key_point_words import OUTSIDE_LUNG, WORDS, Words
 from data.report_language.labeller import PREAMBLE, detect_language, label_report
 from data.report_language.report_changes import change_together, grouped, read, stated_words
 
-__all__ = ["change_together", "key_points_of", "list_key_points", "point_key", "read_key_points", "stated_words"]
-__all__ += ["write_key_points"]
+__all__ = [
+    "change_together",
+    "key_points_of",
+    "list_key_points",
+    "point_key",
+    "read_key_points",
+    "stated_words",
+    "write_key_points",
+]
 STATED_IN = (PREAMBLE, "findings", "impression")  # advice and tendency state no findings
 
 

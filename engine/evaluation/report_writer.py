@@ -148,8 +148,8 @@ class ReportWriter:
 
 def begun(prompts: Mapping[str, Tensor], beginnings: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """``prompts`` (:data:`PROMPT_FIELDS`), the first tokens of each answer behind its question."""
-    pairs = zip(prompts["question_ids"], prompts["question_mask"], beginnings, strict=True)
-    ids, mask = pad_tokens([[*asked[known.bool()].tolist(), *begun] for asked, known, begun in pairs])
+    rows = zip(prompts["question_ids"], prompts["question_mask"], beginnings, strict=True)
+    ids, mask = pad_tokens([[*asked[there.bool()].tolist(), *first] for asked, there, first in rows])
     device = prompts["question_ids"].device
     return {**prompts, "question_ids": ids.to(device), "question_mask": mask.to(device)}
 

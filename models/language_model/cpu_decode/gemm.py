@@ -72,7 +72,7 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
         inputs = (inputs / steps).round().to(torch.int16)
     inputs = torch.nn.functional.pad(inputs, (0, 0, 0, -rows % len(X_ROWS)))
     out = np.empty((len(inputs), len(weight)), np.float32)
-    threads = gemv.threads_for(weight.nbytes * rows // FEWEST_ROWS)
+    threads = gemv.threads_for(weight.nbytes * rows // FEWEST_ROWS)  # as much work as reading so much
     gemv.together(
         threads, product_kernel, array(weight), vector(scale, len(weight), 1), inputs.numpy(), out, gemv.counters(1),
         threads,
