@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from config.errors import InputError
 from config.schema import Config
-from data.cache import VolumeCache
+from data.cache import CaseCache, VolumeCache
 from data.imaging.reader import read_header
 from data.tables.caption_table import NAMED_BY, CaptionRow, scan_caption_table
 from engine.cli import force_utf8
@@ -89,11 +89,20 @@ def fill_cache(cache: VolumeCache, rows: Sequence[CaptionRow], threads: int | No
     """
     files = unique_files(rows)
     require_room(cache.root, bytes_needed(cache, files), "the preprocessed volumes")
-    threads = threads or min(os.cpu_count() or 1, PREPARING_THREADS)
-    with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
+    with threadpool_limits(1):
+        ensure_all(cache, files, threads or preparing_threads(), "preparing volumes")
+
+
+def preparing_threads() -> int:
+    return min(os.cpu_count() or 1, PREPARING_THREADS)
+
+
+def ensure_all(cache: CaseCache, files: Iterable[Files], threads: int, label: str) -> None:
+    """Make the entry of each case in ``threads`` threads, with a progress bar. The first bad file stops all."""
+    with ThreadPoolExecutor(threads) as pool:
         jobs = [pool.submit(cache.ensure, image, mask) for image, mask in files]
         try:
-            for job in tqdm(jobs, desc="preparing volumes", unit="case", dynamic_ncols=True, disable=None):
+            for job in tqdm(jobs, desc=label, unit="case", dynamic_ncols=True, disable=None):
                 job.result()
         except BaseException:  # Ctrl-C too: no further case is started
             pool.shutdown(wait=False, cancel_futures=True)

@@ -14,6 +14,7 @@ import gc
 import json
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import lru_cache
 from hashlib import blake2b
@@ -22,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from config.errors import InputError
 from config.nnunet_plans import PreprocessPlan
@@ -44,7 +44,7 @@ from data.lesions import measure_scan
 from data.report_language.terms import FINDINGS
 from data.segmentation_scores import ComparedCase, compare, scores
 from data.tables.caption_table import CaptionRow
-from engine.prepare import Files, fill_cache, unique_files
+from engine.prepare import Files, ensure_all, fill_cache, preparing_threads, unique_files
 from engine.run import best_device
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.sliding_window import labels_of, sliding_window
@@ -52,7 +52,7 @@ from models.nnunet.unet import SegmentationUNet
 
 VERSION = 5  # raise it when the same network would give other labels, or other things are noted of them
 _SLICES = 8
-_ONE_AT_A_TIME = threading.Lock()  # of threads that prepare cases: a network fills the device by itself
+_ONE_AT_A_TIME = threading.Lock()  # of threads that prepare cases, see Network.shares_device
 
 
 class Network(NamedTuple):
@@ -62,6 +62,11 @@ class Network(NamedTuple):
     device: torch.device
     regions: bool
     names: dict[int, str]
+
+    @property
+    def shares_device(self) -> bool:
+        """Several scans at a time: slices on a CPU. One fills a GPU, and a block network takes a volume's memory."""
+        return self.device.type == "cpu" and self.unet.architecture.dim == 2
 
 
 class SegmentedCache(CaseCache):
@@ -89,9 +94,8 @@ class SegmentedCache(CaseCache):
     def _prepare(self, entry: Path, image_path: Path, mask_path: Path | None) -> None:
         volume = self.volumes.get(image_path, mask_path)
         with _ONE_AT_A_TIME:
-            if entry.exists():
-                return
             network = _network(self.checkpoint)
+        with nullcontext() if network.shares_device else _ONE_AT_A_TIME:
             labels = segment(network, volume, self.plan.patch_size)
         findings = measure(labels, volume, image_path, self.plan, network.names)
 
@@ -160,10 +164,17 @@ def prepare_cases(cache: CaseCache, rows: Sequence[CaptionRow]) -> None:
 
 
 def segment_all(cache: SegmentedCache, files: Sequence[Files]) -> int:
-    """Segment what is not segmented yet, with a progress bar; how many were. The cases must have been prepared."""
+    """Segment what is not segmented yet, with a progress bar; how many were. The cases must have been prepared.
+
+    One scan is measured while another is in the network. On a CPU the threads share the cores.
+    """
     missing = {entry: pair for pair in files if not (entry := cache.entry(*pair)).exists()}
-    for pair in tqdm(missing.values(), desc="segmenting volumes", unit="case", dynamic_ncols=True, disable=None):
-        cache.ensure(*pair)
+    threads, cores = preparing_threads(), torch.get_num_threads()
+    torch.set_num_threads(max(1, cores // threads))
+    try:
+        ensure_all(cache, missing.values(), threads, "segmenting volumes")
+    finally:
+        torch.set_num_threads(cores)
     return len(missing)
 
 
@@ -208,4 +219,6 @@ def _network(checkpoint: Path) -> Network:
     labels = source.dataset_json.get("labels", {})
     regions = any(isinstance(label, list) for label in labels.values())
     names = {} if regions else {int(value): name for name, value in labels.items() if name in FINDINGS}
-    return Network(SegmentationUNet.from_checkpoint(source).to(device).eval(), device, regions, names)
+    unet = SegmentationUNet.from_checkpoint(source).eval()
+    layout = torch.channels_last if unet.architecture.dim == 2 else torch.channels_last_3d
+    return Network(unet.to(device, memory_format=layout), device, regions, names)

@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder that make_phantoms.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for plans.json and fold_0/")
     parser.add_argument("--cache_dir", type=Path, help="preprocessed volumes (default: OUT/../cache)")
-    parser.add_argument("--steps", type=positive_int, default=4000)
+    parser.add_argument("--steps", type=positive_int, default=12000)
     # High for Adam: batch norm makes the convolutions' scale free.
     parser.add_argument("--lr", type=positive_float, default=1e-2)
     parser.add_argument("--features", type=positive_int, nargs=4, default=(8, 24, 48, 96), help="channels per stage")

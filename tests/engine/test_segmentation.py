@@ -116,6 +116,21 @@ def test_another_network_or_image_is_another_segmentation(tmp_path, checkpoint, 
     assert other.entry(scan).is_dir() and len(list((cache.root / "segmentation").iterdir())) == 2
 
 
+def test_several_scans_at_once_get_the_labels_of_one_after_the_other(tmp_path, checkpoint, scan):
+    scans, rng = [scan], np.random.default_rng(4)
+    for number in range(4):
+        scans.append(tmp_path / f"scan_{number}.nii.gz")
+        hu = np.clip(rng.normal(-600, 400, (16, 60, 66)), -1000, 600).astype(np.int16)
+        write_volume(scans[-1], hu, (3.0, 1.2, 1.2))
+    together = open_cache(configuration(tmp_path / "together", checkpoint), plan_of(checkpoint))
+    alone = open_cache(configuration(tmp_path / "alone", checkpoint), plan_of(checkpoint))
+    threads = torch.get_num_threads()
+    assert segment_all(together, [(path, None) for path in scans]) == 5 and torch.get_num_threads() == threads
+    for path in scans:
+        one, other = together.get(path), alone.get(path)
+        assert (np.asarray(one.mask) != np.asarray(other.mask)).mean() < 1e-3 and np.asarray(one.mask).any()
+
+
 @pytest.mark.parametrize("damage", ["labels", "meta", "cut"])
 def test_damaged_labels_are_made_again(tmp_path, checkpoint, scan, damage, caplog):
     cache = open_cache(configuration(tmp_path, checkpoint), plan_of(checkpoint))
