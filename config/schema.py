@@ -54,12 +54,12 @@ class Config:
     nnunet_encoder_checkpoint: str | None = _key(None, "your nnU-Net checkpoint_best.pth", "path")
     image_axis_order: Literal["canonical", "file"] = _key(
         "canonical",
-        "canonical: volumes are turned to LPS; file: they keep the axis order of their file, as nnU-Net's SimpleITKIO "
-        "and NibabelIO read them (for a network that was trained on files of another order)",
+        "canonical: volumes are turned to the order of the plans' reader; file: they keep their file's axis order, "
+        "as nnU-Net's SimpleITKIO and NibabelIO read them (for a network that was trained on files of another order)",
         "arch",
     )
     encoder_output_stage: int | None = _key(None, "encoder stage (empty: deepest that fills the token grid)", "arch", 0)
-    encoder_target_spatial: int = _key(28, "side of the token grid: 28 -> 784 tokens", "arch", 1)
+    encoder_target_spatial: int = _key(28, "side of the grid of features: 28 -> 784 of each slice", "arch", 1)
     train_encoder: bool = _key(True, "false keeps the nnU-Net encoder as it was trained", "run")
     slices: int | None = _key(
         None,

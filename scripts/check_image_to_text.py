@@ -4,7 +4,7 @@
     python scripts/check_image_to_text.py --image scan.nii.gz
     python scripts/check_image_to_text.py --checkpoint outputs/vision_bridge_best_val.pt --max_visual_tokens 64
 
-Without --checkpoint the newest stage's checkpoint in outputs/ is used, without --image a case of the validation table.
+Without --checkpoint the latest stage's checkpoint in outputs/ is used, without --image a case of the validation table.
 Several questions read the image once: the language model's state after the image is kept, and can be saved
 (--save_prefix) and used again later (--prefix). The vision part is freed before the language model is loaded.
 """

@@ -1,7 +1,8 @@
 """Evaluate the reports of a checkpoint: quality, dependence on the image, confidence of each sentence, saliency maps.
 
-    python scripts/evaluate_reports.py --checkpoint outputs/vision_bridge_vlm_final.pt --csv test.csv --out outputs/card
-    accelerate launch scripts/evaluate_reports.py --checkpoint outputs/vision_bridge_vlm_final.pt --csv test.csv \\
+    python scripts/evaluate_reports.py --checkpoint outputs/vision_bridge_vlm_best_val.pt --csv test.csv \\
+        --out outputs/card
+    accelerate launch scripts/evaluate_reports.py --checkpoint outputs/vision_bridge_vlm_best_val.pt --csv test.csv \\
         --out outputs/card
 
 Writes OUT/report_card.json, report_card.md, report_card.html (with its figures embedded), reports.csv, maps/*.png and

@@ -1,11 +1,11 @@
 """A local web page: load a scan, see it, read its report as it is written, correct the findings, ask, export.
 
     python scripts/report_page.py --demo
-    python scripts/report_page.py --checkpoint outputs/vision_bridge_vlm_final.pt
+    python scripts/report_page.py --checkpoint outputs/vision_bridge_vlm_best_val.pt
     python scripts/report_page.py --host 0.0.0.0 --password a-long-one
 
 It answers on 127.0.0.1 alone, works without a network, and needs no editor. What is sent to it lies in a temporary
-folder, which is removed at the end. Without --checkpoint the newest stage's checkpoint in output_dir is used.
+folder, which is removed at the end. Without --checkpoint the latest stage's checkpoint in output_dir is used.
 """
 
 from __future__ import annotations
