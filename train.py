@@ -9,6 +9,7 @@ Writes OUTPUT/vision_bridge_best_val.pt (never from a collapsed epoch) and OUTPU
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from engine.cli import Parser, add_training_flags, config_from, run_main
@@ -30,21 +31,18 @@ if __name__ == "__main__":
     parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
 
 import torch
-from accelerate import Accelerator
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 
 from config.errors import InputError
 from config.schema import Config, write_config
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from engine.checkpoint import save_checkpoint
-from engine.findings_prompt import calibrate, learnt_findings
+from engine.findings_prompt import learnt_findings
 from engine.loaders import build_loaders, check_tables, load_encoder, prepare_data
-from engine.parallel import sum_of_all
 from engine.run import start_run
 from engine.scan_checks import ScanChecks
-from engine.training.diagnostics import TokenStatistics, first_tokens, statistics_of_all
-from engine.training.loop import Stage, train
+from engine.training.loop import Stage, train, validate
+from models.findings_head import Found
 from models.language_model.embedding_table import load_embedding_table
 from models.language_model.identity import lm_identity, read_lm_config, read_tokenizer
 from models.language_model.report_embedding import embed_reports, report_frequencies
@@ -72,28 +70,6 @@ def build_objectives(
         for part in (train, val)
     ]
     return objectives[0], objectives[1], output_std
-
-
-@torch.no_grad()
-def validate(
-    accelerator: Accelerator, stage: Stage1, objective: nn.Module, loader: DataLoader
-) -> tuple[float, TokenStatistics]:
-    """Mean validation loss per image, and the statistics of the visual tokens."""
-    stage.eval()
-    head, heads, tokens = stage.vision.head, [], {}
-    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    for batch in loader:
-        with accelerator.autocast():
-            visual, said = stage.read(batch)
-            total += objective(visual, batch["row"]).double() * len(batch["row"])
-        if said is not None:
-            heads.append((batch["row"], said, batch["targets"]))
-        tokens |= first_tokens(batch["row"], visual)
-    if head is not None:
-        calibrate(accelerator, head, heads)
-    stage.train()
-    statistics = statistics_of_all(accelerator, tokens, stage.vision.bridge.spec.output_std)
-    return sum_of_all(total).item() / len(loader.dataset), statistics
 
 
 def main() -> None:
@@ -141,13 +117,18 @@ def main() -> None:
             output / name, vision, stage="vision", config=config, diagnostics=diagnostics, **parts, **position
         )
 
+    def read(batch: Mapping[str, Any]) -> tuple[Tensor, Found | None, Tensor, Tensor]:
+        visual, found = model.read(batch)
+        count = torch.tensor(len(batch["row"]), device=visual.device)
+        return visual, found, val_objective(visual, batch["row"]).double() * count, count
+
     stage = Stage(
         name="stage1",
         title=f"Stage 1, {args.objective}",
         model=model,
         trained=model,
         loss_counts=stage1_counts,
-        validate=lambda: validate(accelerator, model, val_objective, val_loader),
+        validate=lambda: validate(accelerator, model, val_loader, read),
         validate_first=True,
         save=save,
         best_file="vision_bridge_best_val.pt",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +36,18 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
 
-import torch
-from accelerate import Accelerator
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 
 from config.files import write_text
-from config.schema import FindingsPrompt, write_config
+from config.schema import write_config
 from data.medical_vlm_dataset import CaptionCollator
 from engine.checkpoint import check_agreement, save_checkpoint
-from engine.findings_prompt import batch_believed, calibrate, set_up_findings, with_key_points
+from engine.findings_prompt import batch_believed, set_up_findings, with_key_points
 from engine.loaders import build_loaders, check_tables, prepare_data, report_truncation, with_decisions
-from engine.parallel import sum_of_all
-from engine.run import jsonable, start_run
+from engine.run import start_run
 from engine.scan_checks import ScanChecks
-from engine.training.diagnostics import TokenStatistics, check_loss_mask, first_tokens, statistics_of_all
-from engine.training.loop import Stage, train
+from engine.training.diagnostics import TokenStatistics, check_loss_mask
+from engine.training.loop import Stage, train, validate
 from engine.training.start import (
     BEST_FILE,
     FINAL_FILE,
@@ -61,36 +58,11 @@ from engine.training.start import (
     validate_best,
 )
 from engine.training.text_loss import far_above, text_loss
+from models.findings_head import Found
 from models.language_model.mamba_lm import MambaLM
 from models.medical_vlm import MedicalVLM, check_regions, loss_counts
 
 RECENT_EPOCHS = 5
-
-
-@torch.no_grad()
-def validate(
-    accelerator: Accelerator, model: MedicalVLM, loader: DataLoader, mode: FindingsPrompt
-) -> tuple[float, TokenStatistics]:
-    """Mean caption loss per answer token (nats) under the prompts of new cases, and the statistics of the visual
-    tokens; the findings head is calibrated."""
-    model.eval()
-    heads, head, data, tokens = [], model.vision.head, loader.dataset, {}
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    for batch in loader:
-        with accelerator.autocast():
-            visual, found = model.read(batch)
-            said = batch_believed(head, found, [data.measured(row) for row in batch["row"].tolist()], mode)
-            prompted = with_key_points(batch, model.lm.tokenizer, said, data.language)
-            loss, count = model.caption_loss(visual, prompted)
-        if found is not None:
-            heads.append((batch["row"], found, batch["targets"]))
-        tokens |= first_tokens(batch["row"], visual)
-        total += torch.stack([loss.double(), count.double()])
-    if head is not None:
-        calibrate(accelerator, head, heads)
-    model.train()
-    total = sum_of_all(total)
-    return (total[0] / total[1]).item(), statistics_of_all(accelerator, tokens, model.vision.bridge.spec.output_std)
 
 
 def main() -> None:
@@ -139,8 +111,8 @@ def main() -> None:
     say(check_loss_mask(model, train_loader, accelerator.device), flush=True)
     if accelerator.is_main_process:
         summary = {"max_visual_tokens": config.max_visual_tokens, "mamba_model": config.mamba_model}
-        summary |= {"flags": jsonable(vars(args)), "config": config.to_dict(), "llm": lm.identity.to_dict()}
-        write_text(output / "stage2_config.json", json.dumps(summary, ensure_ascii=False, indent=1))
+        summary |= {"flags": vars(args), "config": config.to_dict(), "llm": lm.identity.to_dict()}
+        write_text(output / "stage2_config.json", json.dumps(summary, ensure_ascii=False, indent=1, default=str))
 
     # ---------------------------------------------------------------- training
     checks = ScanChecks(vision, train_loader.dataset, val_loader.dataset)
@@ -150,7 +122,16 @@ def main() -> None:
         save_checkpoint(output / name, vision, stage="vlm", config=config, scan_checks=checks(), **parts, **position)
 
     def evaluate(model: MedicalVLM) -> tuple[float, TokenStatistics]:
-        return validate(accelerator, model, val_loader, mode)
+        """The caption loss per answer token (nats) under the prompts of new cases."""
+        data = val_loader.dataset
+
+        def read(batch: Mapping[str, Any]) -> tuple[Tensor, Found | None, Tensor, Tensor]:
+            visual, found = model.read(batch)
+            said = batch_believed(model.vision.head, found, [data.measured(row) for row in batch["row"].tolist()], mode)
+            prompted = with_key_points(batch, lm.tokenizer, said, data.language)
+            return visual, found, *model.caption_loss(visual, prompted)
+
+        return validate(accelerator, model, val_loader, read)
 
     def best_so_far() -> float:
         parts = plan, lm, adapters, evaluate, save

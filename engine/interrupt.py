@@ -70,11 +70,6 @@ def handle_stop(act: Callable[[int, FrameType | None], object]) -> dict[int, Any
     return {number: signal.signal(number, handle) for number in numbers}
 
 
-def interrupt_on_stop() -> None:
-    """From now on every stop signal raises KeyboardInterrupt, as Ctrl-C does."""
-    handle_stop(signal.default_int_handler)
-
-
 def on_console_close(wait: Callable[[], object]) -> Callable[[], None]:
     """Call ``wait`` when a Windows console is closed. Returns what removes the handler; elsewhere nothing happens.
 

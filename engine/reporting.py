@@ -59,7 +59,6 @@ from models.medical_vlm import MedicalVLM, VisionBridge, check_regions
 
 MAX_NEW_TOKENS = 300  # of a report, by default
 UNSURE = 0.5  # confidence below which a sentence is marked 待核实, by default
-STEPS = ("checks", "segmentation", "vision")  # of reading a scan; preprocessing is part of the checks
 
 
 # ------------------------------------------------------------------ configuration of a run
@@ -155,7 +154,7 @@ class Reading:
         measured: lesions of the segmentation, largest first; None where nobody looked.
         believed: findings of the prompt: measured lesions with the head's names, and what it alone is sure of; None
             without a prompt.
-        seconds: of each of :data:`STEPS`.
+        seconds: of checks (with the preprocessing), segmentation and vision.
     """
 
     image: Path

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -101,13 +100,14 @@ def start_run(args: argparse.Namespace, config: Config, name: str) -> tuple[Acce
     on_main(accelerator, lambda: hold_folder(output))
     if accelerator.is_main_process:
         write_config(config, output / f"{name}_config.yaml")
-        record = {"command": sys.argv, "flags": jsonable(vars(args)), "config": config.to_dict(), **environment()}
-        (output / f"{name}_run.json").write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+        record = {"command": sys.argv, "flags": vars(args), "config": config.to_dict(), **environment()}
+        text = json.dumps(record, ensure_ascii=False, indent=1, default=str)
+        (output / f"{name}_run.json").write_text(text, encoding="utf-8")
         device = f"device {accelerator.device}, {counted(accelerator.num_processes, 'process')}"
         run = f"precision {accelerator.mixed_precision}, seed {args.seed}, output {output}"
         print(f"{name}: {device}, {run}", flush=True)
     if args.tracker:
-        settings = config.to_dict() | jsonable(vars(args))
+        settings = config.to_dict() | vars(args)
         plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in settings.items()}
         accelerator.init_trackers(f"mamba-ct-{name}", plain)
     return accelerator, output
@@ -124,12 +124,6 @@ def environment() -> dict[str, str]:
     versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
     return {"python": platform.python_version(), **versions, "platform": platform.platform(), "device": device}
-
-
-def jsonable(values: dict[str, Any]) -> dict[str, Any]:
-    """Values for JSON: paths, and those in a list, as text."""
-    plain = {key: list(map(str, value)) if isinstance(value, list) else value for key, value in values.items()}
-    return {key: str(value) if isinstance(value, Path) else value for key, value in plain.items()}
 
 
 class EpochBatches(Sampler[list[Draw]]):

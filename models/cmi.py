@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.selective_scan import selective_scan
+from models.vim_mixer import init_step_size
 
 
 class CMI(nn.Module):
@@ -48,18 +49,11 @@ class CMI(nn.Module):
         self.A_log = nn.Parameter(torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(width, 1))
         self.D = nn.Parameter(torch.ones(width))
         self.out_proj = nn.Linear(width, width, bias=False)
-        self._init_delta(dt_min, dt_max, rank)
+        init_step_size(self.dt_proj, dt_min, dt_max)
         # A small start keeps the visual tokens of Stage 1 nearly as they are, and still passes gradient.
         nn.init.normal_(self.out_proj.weight, std=0.02 / math.sqrt(width))
         for parameter in (self.A_log, self.D, self.dt_proj.bias):
             parameter._no_weight_decay = True
-
-    @torch.no_grad()
-    def _init_delta(self, dt_min: float, dt_max: float, rank: int) -> None:
-        nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
-        log_dt = torch.empty_like(self.dt_proj.bias).uniform_(math.log(dt_min), math.log(dt_max))
-        dt = log_dt.exp()
-        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
 
     def forward(self, visual: Tensor, question: Tensor, question_mask: Tensor) -> Tensor:
         """

@@ -102,33 +102,10 @@ class VisionBridge(nn.Module):
         B, K = images.shape[:2]
         return self.encoder(images.flatten(0, 1)).unflatten(0, (B, K))
 
-    def forward(
-        self,
-        images: Images,
-        slice_position: Tensor,
-        question: Tensor | None = None,
-        question_mask: Tensor | None = None,
-        *,
-        roi: Tensor | None = None,
-    ) -> Tensor:
-        """Visual tokens (B, L', D). ``question`` embeddings (B, Lq, D) are for CMI, ``roi`` (B, K, 4) for a bridge with
-        tokens around lesions."""
-        return self.tokens(self.features(images), slice_position, question, question_mask, roi=roi)
-
-    def tokens(
-        self,
-        features: Tensor,
-        slice_position: Tensor,
-        question: Tensor | None = None,
-        question_mask: Tensor | None = None,
-        *,
-        roi: Tensor | None = None,
-    ) -> Tensor:
-        """As :meth:`forward`, from the encoder's features (B, K, C, T, T), by which saliency maps differentiate."""
-        return self.steer(self.look(features, slice_position, roi), question, question_mask)
-
     def look(self, features: Tensor, slice_position: Tensor, roi: Tensor | None = None) -> Tensor:
-        """The bridge's tokens (B, L, D), which do not depend on the question; the findings head reads them."""
+        """The bridge's tokens (B, L, D), which do not depend on the question; the findings head reads them.
+
+        ``roi`` (B, K, 4) is for a bridge with tokens around lesions."""
         corner = (0, 0)
         if self.centre_crop is not None:
             B, K = features.shape[:2]
@@ -143,11 +120,9 @@ class VisionBridge(nn.Module):
         seen = self.look(features, batch["slice_position"], batch["roi"])
         return seen, self.head(seen, batch["lesions"]) if self.head is not None else None
 
-    def steer(self, visual: Tensor, question: Tensor | None, question_mask: Tensor | None) -> Tensor:
-        """CMI, where the model has it."""
+    def steer(self, visual: Tensor, question: Tensor, question_mask: Tensor) -> Tensor:
+        """CMI of tokens (B, L, D) with the question's embeddings (B, Lq, D), where the model has it."""
         if self.cmi is not None:
-            if question is None or question_mask is None:
-                raise ValueError("CMI is part of this model: the question's embeddings are needed")
             visual = self.cmi(visual, question, question_mask)
         return visual
 
@@ -201,11 +176,6 @@ class MedicalVLM(nn.Module, Pretrained):
         """The caption loss of :meth:`forward`, from the visual tokens (B, L, D)."""
         inputs, labels = answer_inputs(self.lm, visual, batch)
         return self.lm.answer_loss(inputs, labels)
-
-    @torch.no_grad()
-    def generate(self, batch: Mapping[str, Any], max_new_tokens: int, **options: object) -> list[str]:
-        """Reports for a batch; the prompt is padded on the left, where Mamba's mask is exact."""
-        return generate_reports(self.lm, self.visual_tokens(batch), batch, max_new_tokens, **options)
 
 
 def loss_counts(batch: Mapping[str, Any]) -> Tensor:

@@ -1,6 +1,6 @@
 """The Vision Mamba mixer (Vim v2): one selective scan from each end of the sequence, summed.
 
-Letters: B batch, L tokens, D width, E inner width (expand · D), N state, R rank of the step-size projection.
+Letters: B batch, L tokens, D width, E inner width (2 · D), N state, R rank of the step-size projection.
 
   x [B, L, D] → in_proj → x, z [B, E, L] each
   per direction:  x → causal depthwise conv → SiLU → Δ (rank R), B, C → scan → + D·x → · SiLU(z)
@@ -15,7 +15,6 @@ Parameter names are the official ones. One difference: there only ``dt_proj`` st
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,33 +22,28 @@ from torch import Tensor, nn
 
 from models.selective_scan import selective_scan
 
+EXPAND, TAPS = 2, 4  # E / D, and of the depthwise convolution: those of Mamba and Vim
+
 
 class VimMixer(nn.Module):
     """Bidirectional selective-scan mixer, [B, L, D] -> [B, L, D].
 
     Args:
-        d_model: D. d_state: N. d_conv: taps of the depthwise convolution. expand: E / D.
-        dt_rank: R, "auto" for ceil(D / 16).
+        d_model: D; E is twice as wide, and the rank R of the step size is D / 16, rounded up. d_state: N.
         if_divide_out: halve the sum of the two directions, as Vision Mamba does.
-        dt_min, dt_max, dt_init_floor: step sizes at the start are log-uniform in [dt_min, dt_max], not below
-            the floor.
+        dt_min, dt_max: step sizes at the start are log-uniform between them.
     """
 
     def __init__(
         self,
         d_model: int,
         d_state: int = 16,
-        d_conv: int = 4,
-        expand: int = 2,
-        dt_rank: int | Literal["auto"] = "auto",
         if_divide_out: bool = True,
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
-        dt_init_floor: float = 1e-4,
     ) -> None:
         super().__init__()
-        inner = expand * d_model
-        rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        inner, rank = EXPAND * d_model, math.ceil(d_model / 16)
         self.d_state, self.dt_rank = d_state, rank
         self.if_divide_out = if_divide_out
 
@@ -57,8 +51,8 @@ class VimMixer(nn.Module):
         for suffix in ("", "_b"):
             log_A = torch.log(torch.arange(1.0, d_state + 1)).repeat(inner, 1)
             dt_proj = nn.Linear(rank, inner)
-            _init_step_size(dt_proj, dt_min, dt_max, dt_init_floor)
-            setattr(self, f"conv1d{suffix}", nn.Conv1d(inner, inner, d_conv, groups=inner))
+            init_step_size(dt_proj, dt_min, dt_max)
+            setattr(self, f"conv1d{suffix}", nn.Conv1d(inner, inner, TAPS, groups=inner))
             setattr(self, f"x_proj{suffix}", nn.Linear(inner, rank + 2 * d_state, bias=False))
             setattr(self, f"dt_proj{suffix}", dt_proj)
             setattr(self, f"A{suffix}_log", nn.Parameter(log_A))
@@ -109,9 +103,9 @@ class VimBlock(nn.Module):
     The caller adds the last ``hidden`` to the last ``residual``.
     """
 
-    def __init__(self, d_model: int, norm_eps: float = 1e-5) -> None:
+    def __init__(self, d_model: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.norm = nn.RMSNorm(d_model, eps=1e-5)
         self.norm.weight._no_weight_decay = True
         self.mixer = VimMixer(d_model)
 
@@ -122,12 +116,12 @@ class VimBlock(nn.Module):
         return self.mixer(normed), residual
 
 
-def _init_step_size(dt_proj: nn.Linear, dt_min: float, dt_max: float, floor: float) -> None:
+def init_step_size(dt_proj: nn.Linear, dt_min: float, dt_max: float) -> None:
     """Start with softplus(bias) log-uniform in [dt_min, dt_max] and weights uniform in ±1/√R."""
     bound = dt_proj.in_features**-0.5
     nn.init.uniform_(dt_proj.weight, -bound, bound)
     low, high = math.log(dt_min), math.log(dt_max)
-    dt = torch.exp(low + (high - low) * torch.rand(dt_proj.out_features)).clamp(min=floor)
+    dt = torch.exp(low + (high - low) * torch.rand(dt_proj.out_features))
     with torch.no_grad():
         # The inverse of softplus; expm1 keeps small steps exact.
         dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))

@@ -54,8 +54,9 @@ from tqdm import tqdm
 from config.errors import InputError, counted
 from config.schema import Config
 from data.medical_vlm_dataset import encode_answer, encode_prompt, pad_tokens
-from data.report_language.key_points import change_together, key_points_of, point_key, stated_words, write_key_points
+from data.report_language.key_points import key_points_of, point_key, write_key_points
 from data.report_language.labeller import detect_language, known_language
+from data.report_language.report_changes import change_together, stated_words
 from data.report_language.sections import split_sections
 from data.tables.caption_table import question_of, read_caption_table, read_prompts, read_reports
 from engine.run import start_run

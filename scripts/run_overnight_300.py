@@ -16,6 +16,7 @@ lower val_loss, are kept; the names of the new ones then end in the epochs: _100
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ from engine.cli import (
     positive_int,
     run_main,
 )
-from engine.interrupt import interrupt_on_stop
+from engine.interrupt import handle_stop
 
 EPOCHS = {1: 300, 2: 20}
 LRS, BATCH_SIZES = {1: (1e-4, 5e-5, 2e-5), 2: (5e-5, 2e-5, 1e-5)}, {1: (2, 4), 2: (1, 2)}
@@ -113,7 +114,7 @@ def main() -> int:
     from engine.training.overnight import Night
 
     night = Night(args, config)
-    interrupt_on_stop()
+    handle_stop(signal.default_int_handler)
     try:
         night.search()
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from scipy import ndimage
 from config.errors import InputError
 from data.phantom.canvas import Canvas, Grid, blend, soft
 
-AIR, LUNG, FAT, MUSCLE, WATER, BLOOD, LIVER = -1000.0, -865.0, -95.0, 50.0, 8.0, 42.0, 58.0
+AIR, LUNG, FAT, MUSCLE, BLOOD, LIVER = -1000.0, -865.0, -95.0, 50.0, 42.0, 58.0
 SIGN = {"right": -1.0, "left": 1.0}
 _BIFURCATIONS = 6  # along each vessel
 MIN_EXTENT = (200.0, 240.0, 300.0)  # z, y, x in mm: less does not hold a chest

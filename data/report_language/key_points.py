@@ -3,8 +3,9 @@
     已知：右肺上野结节12mm；左侧胸腔积液25mm。
     Known: right upper zone nodule 12 mm; left pleural effusion 25 mm.
 
-:func:`key_points_of` takes them from a report, :func:`change_together` changes sizes and places in a report wherever
-they stand. Both read by :mod:`data.report_language.labeller`; a change that the labeller does not read is not made.
+:func:`key_points_of` takes them from a report, ``change_together`` of ``report_changes.py`` changes sizes and places
+in a report wherever they stand. Both read by :mod:`data.report_language.labeller`; a change that the labeller does
+not read is not made.
 """
 
 from __future__ import annotations
@@ -17,17 +18,8 @@ from config.errors import InputError
 from data.findings import LESION, FindingRecord
 from data.report_language.key_point_words import OUTSIDE_LUNG, WORDS, Words
 from data.report_language.labeller import PREAMBLE, detect_language, label_report
-from data.report_language.report_changes import change_together, grouped, read, stated_words
+from data.report_language.report_changes import grouped, read
 
-__all__ = [
-    "change_together",
-    "key_points_of",
-    "list_key_points",
-    "point_key",
-    "read_key_points",
-    "stated_words",
-    "write_key_points",
-]
 STATED_IN = (PREAMBLE, "findings", "impression")  # advice and tendency state no findings
 
 

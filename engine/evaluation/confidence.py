@@ -19,8 +19,8 @@ from scipy.special import expit
 
 from config.errors import InputError
 from data.findings import FindingRecord
-from data.report_language.labeller import LANGUAGES, label_report
-from data.report_language.lexer import Lexer, Token, normal_form, sentences
+from data.report_language.labeller import label_report, lexer
+from data.report_language.lexer import Token, normal_form, sentences
 from data.report_language.sections import split_sentences
 from data.report_language.terms import FINDINGS
 from data.tables.caption_table import CaptionRow
@@ -127,7 +127,7 @@ def content_words(text: str, language: str) -> list[list[Token]]:
     found: list[list[Token]] = []
     for start, end in sentences(normal, 0, len(normal)):
         clauses: list[list[Token]] = [[]]
-        for token in _lexer(language).read(normal, start, end):
+        for token in lexer(language).read(normal, start, end):
             if token.kind == "comma":
                 clauses.append([])
             elif token.kind in _CONTENT:
@@ -145,10 +145,6 @@ def content_words(text: str, language: str) -> list[list[Token]]:
 
 
 @functools.cache
-def _lexer(language: str) -> Lexer:
-    return Lexer(LANGUAGES[language].rules)
-
-
 def is_right(mention: FindingRecord, truth: Sequence[FindingRecord]) -> bool:
     """Whether a reference confirms a statement: the finding with its place and size, or for a denial its absence."""
     stated = [m for m in truth if m.polarity in STATED and m.section in DIAGNOSTIC_SECTIONS]

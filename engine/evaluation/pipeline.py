@@ -54,7 +54,7 @@ from engine.evaluation.report_card import TableResults, marked_reports, plain, r
 from engine.evaluation.report_writer import ReportWriter, token_spans
 from engine.evaluation.saliency import map_case
 from engine.parallel import start_accelerator
-from engine.run import environment, jsonable, limit_gpu_memory, set_seeds
+from engine.run import environment, limit_gpu_memory, set_seeds
 from engine.scan_checks import check_scans, chosen_blindly, notice
 from engine.segmentation import free_network, open_cache, prepare_cases
 from models.language_model.mamba_lm import MambaLM
@@ -370,8 +370,8 @@ def write_card(job: Job) -> dict[str, Any]:
         print(
             f"warning: the slices of {blind} of {len(passes)} cases were chosen without knowing of a lesion", flush=True
         )
-    card |= {"run": {"flags": jsonable(vars(args)), **environment()}}
-    write_text(args.out / "report_card.json", json.dumps(card, ensure_ascii=False, indent=1))
+    card |= {"run": {"flags": vars(args), **environment()}}
+    write_text(args.out / "report_card.json", json.dumps(card, ensure_ascii=False, indent=1, default=str))
     marked = [
         f"{notice(kinds, job.label.language)}{text}"
         for kinds, text in zip(job.notices, marked_reports(results), strict=True)

@@ -144,9 +144,9 @@ class ReportLikelihood:
         names = [name for name in _READ if name in case]
         copies = {name: case[name].expand(len(features), *case[name].shape[1:]) for name in names}
         question = self.model.lm.embed(copies["question_ids"]).float()
-        visual = self.model.vision.tokens(
-            features, copies["slice_position"], question, copies["question_mask"], roi=copies["roi"]
-        )
+        vision = self.model.vision
+        seen = vision.look(features, copies["slice_position"], copies["roi"])
+        visual = vision.steer(seen, question, copies["question_mask"])
         return torch.stack(answer_log_probs(self.model.lm, visual, copies))
 
 

@@ -125,9 +125,9 @@ class Guard:
         return None
 
 
-def refuse(status: int, line: str, **more: object) -> JSONResponse:
+def refuse(status: int, line: str) -> JSONResponse:
     """An error as the page shows it: one line."""
-    return JSONResponse({"error": line, **more}, status)
+    return JSONResponse({"error": line}, status)
 
 
 def is_own_host(host: str, names: frozenset[str]) -> bool:

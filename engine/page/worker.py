@@ -64,7 +64,6 @@ from models.selective_scan import backend_name
 PHANTOM = "phantom"  # in place of a sample's number
 MAKE_PHANTOMS = REPOSITORY / "scripts" / "make_phantoms.py"
 KEPT = 16  # cases whose state stays in memory, the latest ones
-MOST_FINDINGS = 30
 ANSWER_TOKENS = 200
 SIDES, ZONES = ("left", "right", "bilateral"), ("upper", "middle", "lower")
 Event = dict[str, Any]
@@ -479,7 +478,6 @@ def serve(settings: Mapping[str, Any], connection: Connection, root: Path) -> No
         connection.send((case, event))
 
     try:
-        torch.set_num_threads(max(1, torch.get_num_threads()))
         worker = Worker(settings, send)
         send(None, worker.panel())
         while True:

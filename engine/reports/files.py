@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from openpyxl import Workbook
@@ -281,7 +282,7 @@ def _section(case: CaseFolder, record: Mapping[str, Any] | None) -> str:
     title = f"<h2>{html.escape(case.scan.name)}</h2>"
     if record is None:
         return f"<section class='failed'>{title}<p>{html.escape(_reason(case) or 'not read yet')}</p></section>"
-    folder = "/".join(["cases", *map(_quoted, case.scan.name.split("/"))])
+    folder = f"cases/{quote(case.scan.name)}"
     text = html.escape(f"{record['notice']}\n{record['marked']}".strip())
     text = re.sub("|".join(map(re.escape, TO_CHECK.values())), r"<mark>\g<0></mark>", text)
     remarks = "".join(f"<li>{html.escape(remark)}</li>" for remark in record["remarks"])
@@ -291,9 +292,3 @@ def _section(case: CaseFolder, record: Mapping[str, Any] | None) -> str:
         f"<details><summary><small>what was measured and checked; {links}</small></summary><ul>{remarks}</ul></details>"
         "</section>"
     )
-
-
-def _quoted(name: str) -> str:
-    from urllib.parse import quote
-
-    return quote(name, safe="")

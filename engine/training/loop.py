@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -19,15 +20,18 @@ from torch.utils.data import DataLoader
 from config.files import keep_previous
 from config.schema import Config
 from engine.cli import Interrupted
+from engine.findings_prompt import calibrate
 from engine.guards import release_folder
 from engine.interrupt import StopRequest
+from engine.parallel import sum_of_all
 from engine.run import EpochBatches, warn_of_spilling
-from engine.training.diagnostics import TokenStatistics
+from engine.training.diagnostics import TokenStatistics, first_tokens, statistics_of_all
 from engine.training.guards import Alarms, NonFinite, Reader, one_line_errors
 from engine.training.memory import MemoryGuard
 from engine.training.optimization import build_optimizer, build_schedule, optimizer_step
 from engine.training.run_log import CsvLog, RunLog, plot_losses, progress_bar
 from engine.training.train_state import Progress, TrainState, fingerprint
+from models.findings_head import Found
 
 
 @dataclass
@@ -215,3 +219,32 @@ class _Run:
             plot_losses(self.output / f"{self.stage.name}_loss.png", curves, self.stage.title)
         self.state.finish()
         release_folder(self.output)
+
+
+@torch.no_grad()
+def validate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: DataLoader,
+    read: Callable[[Mapping[str, Any]], tuple[Tensor, Found | None, Tensor, Tensor]],
+) -> tuple[float, TokenStatistics]:
+    """Mean loss over ``loader``, and the statistics of the visual tokens; the findings head is calibrated.
+
+    ``model``: with the ``vision`` part. ``read``: a batch → visual tokens (B, L, D), what the head says of it, and its
+    loss as a sum and what that is of.
+    """
+    model.eval()
+    vision, heads, tokens = model.vision, [], {}
+    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    for batch in loader:
+        with accelerator.autocast():
+            visual, found, loss, count = read(batch)
+        if found is not None:
+            heads.append((batch["row"], found, batch["targets"]))
+        tokens |= first_tokens(batch["row"], visual)
+        total += torch.stack([loss.double(), count.double()])
+    if vision.head is not None:
+        calibrate(accelerator, vision.head, heads)
+    model.train()
+    total = sum_of_all(total)
+    return (total[0] / total[1]).item(), statistics_of_all(accelerator, tokens, vision.bridge.spec.output_std)

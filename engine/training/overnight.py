@@ -181,13 +181,10 @@ class Night:
         print(f"{line}; the same command goes on with the others", flush=True)
         return False
 
-    def run_folder(self, lr: float, batch_size: int) -> Path:
-        return self.report.run_folder(lr, batch_size)
-
     def objective(self, trial: Trial) -> float | None:
         """Train one grid point. Returns its validation loss, or None for a failed run, which fails the trial."""
         point = {name: trial.suggest_categorical(name, values) for name, values in self.grid.items()}
-        folder, stage = self.run_folder(**point), self.stage
+        folder, stage = self.report.run_folder(**point), self.stage
         log = folder / "train.log"
         # A retried trial brings the attributes of the failed one.
         for name, value in {"reason": UNFINISHED, "whole": False, "pruned": False}.items():

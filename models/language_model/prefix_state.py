@@ -9,7 +9,6 @@ continues from a copy of it: no vision pass, no prefill of the visual tokens.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -210,20 +209,6 @@ def _level(lm: MambaLM, state: PrefixState, questions: list[Tensor]) -> tuple[Pr
             after = PrefixState.of_cache(cache, state.visual_tokens)
         conv[:, rows], recurrent[:, rows] = after.conv, after.recurrent
     return PrefixState(conv, recurrent, state.visual_tokens), [question[-1:] for question in questions]
-
-
-def seconds_to_first_token(
-    lm: MambaLM, question_ids: Tensor, *, visual: Tensor | None = None, state: PrefixState | None = None
-) -> float:
-    """Wall time until the first token of an answer to (Lq,) ids, from visual tokens (1, L, D) or their state."""
-    started = time.perf_counter()
-    if state is not None:
-        batch = {"question_ids": question_ids[None], "question_mask": torch.ones_like(question_ids)[None]}
-        answer_from_state(lm, state, batch, 1)
-    else:
-        embeds = torch.cat([visual.to(lm.model.get_input_embeddings().weight.dtype), lm.embed(question_ids[None])], 1)
-        lm.generate(embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device), 1)
-    return time.perf_counter() - started  # the text was decoded, so a GPU has finished too
 
 
 def lm_size(identity: LMIdentity) -> str:

@@ -130,12 +130,14 @@ def test_build_vision_gives_the_same_tokens_bit_for_bit(tmp_path, source, with_c
     vision = vision_of(source, config, with_cmi=with_cmi)
     path = save(tmp_path / "a.pt", vision, source[1], config.replace(nnunet_encoder_checkpoint="/nowhere/best.pth"))
     images = torch.randn(2, config.slices, 1, *source[1].patch_size)
-    inputs = (images, torch.rand(2, config.slices), torch.randn(2, 3, LLM_WIDTH), torch.ones(2, 3))
-    roi = torch.rand(2, config.slices, 4)
+    position, roi = torch.rand(2, config.slices), torch.rand(2, config.slices, 4)
+    question = torch.randn(2, 3, LLM_WIDTH), torch.ones(2, 3)
     torch.manual_seed(99)  # nothing of the random start may show
     rebuilt = load_checkpoint(path).build_vision().eval()
     with torch.no_grad():
-        assert torch.equal(rebuilt(*inputs, roi=roi), vision(*inputs, roi=roi))
+        looks = (part.look(part.features(images), position, roi) for part in (rebuilt, vision))
+        one, other = (part.steer(seen, *question) for part, seen in zip((rebuilt, vision), looks, strict=True))
+    assert torch.equal(one, other)
     assert rebuilt.bridge.spec == vision.bridge.spec
 
 

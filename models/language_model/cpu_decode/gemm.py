@@ -16,7 +16,6 @@ first-level cache while a group of rows of W passes, which stays in the second-l
 from __future__ import annotations
 
 import platform
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +27,8 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from models.language_model.cpu_decode import gemv
-from models.language_model.cpu_decode.gemv import array, portion, vector, widen, work
-from models.selective_scan.kernels_numba import CONTRACT
+from models.language_model.cpu_decode.gemv import LONG, address, array, load, portion, vector, widen, work
+from models.selective_scan.kernels_numba import CONTRACT, FLOAT, sum_lanes
 
 GROUP = 48  # rows of W in one item of work
 SPAN = 2560  # columns: 2560 / 16 · 2 · 32767 · 127 < 2**31
@@ -40,8 +39,7 @@ STEP = 2 * PAIR  # columns at a time
 W_ROWS, X_ROWS = (0, 0, 0), (0, 0, 0, 0)
 LAST_ROW = (0,)
 FEWEST_ROWS, MOST_ROWS = 3, 128  # the latter of bfloat16
-_LONG, _FLOAT = ir.IntType(64), ir.FloatType()
-_VECTOR, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(ir.IntType(32), LANES)
+_VECTOR, _INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(ir.IntType(32), LANES)
 _SHORTS, _BYTES = ir.VectorType(ir.IntType(16), PAIR), ir.VectorType(ir.IntType(8), PAIR)
 _HALVES = ir.VectorType(ir.IntType(16), LANES)
 
@@ -118,48 +116,39 @@ def tile(typing_context, W, row, x, x_row, out, at, first, last, rows, batch):
         def pointers(place: int, start: int, count: int) -> list[ir.Value]:
             kind, places = (
                 signature.args[place],
-                [builder.add(args[start], ir.Constant(_LONG, n)) for n in range(count)],
+                [builder.add(args[start], ir.Constant(LONG, n)) for n in range(count)],
             )
-            return [_address(context, builder, kind, args[place], one) for one in places]
+            return [address(context, builder, kind, args[place], one) for one in places]
 
         weights, inputs, outputs = pointers(0, 1, R), pointers(2, 3, B), pointers(4, 3, B)
         sums = _INTS if exact else _VECTOR
         cells = [[cgutils.alloca_once(builder, sums) for _ in range(B)] for _ in range(R)]
         for cell in (cell for line in cells for cell in line):
             builder.store(ir.Constant(sums, [0] * LANES), cell)
-        with cgutils.for_range_slice(builder, args[6], args[7], ir.Constant(_LONG, STEP), _LONG) as (column, _):
+        with cgutils.for_range_slice(builder, args[6], args[7], ir.Constant(LONG, STEP), LONG) as (column, _):
             for piece in range(0, STEP, PAIR if exact else LANES):
-                here = builder.add(column, ir.Constant(_LONG, piece))
+                here = builder.add(column, ir.Constant(LONG, piece))
                 matrix = [_weights(builder, builder.gep(pointer, [here]), exact) for pointer in weights]
                 for k in range(B):
-                    value = _load(builder, builder.gep(inputs[k], [here]), _SHORTS if exact else _VECTOR)
+                    value = load(builder, builder.gep(inputs[k], [here]), _SHORTS if exact else _VECTOR, 1)
                     for r in range(R):
                         _add_product(builder, cells[r][k], matrix[r], value, exact)
         for k in range(B):
             for r in range(R):
                 total = builder.load(cells[r][k])
                 total = builder.sitofp(total, _VECTOR) if exact else total
-                target = builder.gep(outputs[k], [builder.add(args[5], ir.Constant(_LONG, r))])
-                builder.store(builder.fadd(builder.load(target), _sum(builder, total)), target)
+                target = builder.gep(outputs[k], [builder.add(args[5], ir.Constant(LONG, r))])
+                builder.store(builder.fadd(builder.load(target), sum_lanes(builder, total)), target)
         return context.get_dummy_value()
 
     return types.void(W, types.intp, x, types.intp, out, types.intp, types.intp, types.intp, rows, batch), codegen
 
 
-def _address(context: Any, builder: ir.IRBuilder, array_type: types.Array, array: ir.Value, row: ir.Value) -> ir.Value:
-    proxy = cgutils.create_struct_proxy(array_type)(context, builder, value=array)
-    return builder.gep(proxy.data, [builder.mul(row, builder.extract_value(proxy.shape, 1))])
-
-
-def _load(builder: ir.IRBuilder, pointer: ir.Value, vector: ir.VectorType) -> ir.Value:
-    return builder.load(builder.bitcast(pointer, vector.as_pointer()), align=1)
-
-
 def _weights(builder: ir.IRBuilder, pointer: ir.Value, exact: bool) -> ir.Value:
     """The next 16 int8 as int16, or the next 8 bfloat16 as float32."""
     if exact:
-        return builder.sext(_load(builder, pointer, _BYTES), _SHORTS)
-    words = builder.zext(_load(builder, pointer, _HALVES), _INTS)
+        return builder.sext(load(builder, pointer, _BYTES, 1), _SHORTS)
+    words = builder.zext(load(builder, pointer, _HALVES, 1), _INTS)
     return builder.bitcast(builder.shl(words, ir.Constant(_INTS, [16] * LANES)), _VECTOR)
 
 
@@ -171,9 +160,3 @@ def _add_product(builder: ir.IRBuilder, cell: ir.Value, weights: ir.Value, input
     else:
         product = builder.fmul(weights, inputs, flags=CONTRACT)
         builder.store(builder.fadd(builder.load(cell), product, flags=CONTRACT), cell)
-
-
-def _sum(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    kind = ir.FunctionType(_FLOAT, [_FLOAT, _VECTOR])
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32")
-    return builder.call(function, [ir.Constant(_FLOAT, -0.0), value], fastmath=("reassoc",))

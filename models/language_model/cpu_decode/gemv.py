@@ -47,32 +47,32 @@ SLOT = 8  # int64 between two counters: a cache line of 64 bytes each
 ONE_ROW, FOUR, EIGHT = ((0,), (0, 0, 0, 0), (0, 0)) if WIDE else ((0,), (0, 0), (0,))
 SUMS = 8 if WIDE else 4
 
-_LONG = ir.IntType(64)
+LONG = ir.IntType(64)
 
 
 def _long(value: int) -> ir.Constant:
-    return ir.Constant(_LONG, value)
+    return ir.Constant(LONG, value)
 
 
-def _address(context: Any, builder: ir.IRBuilder, array_type: types.Array, array: ir.Value, row: ir.Value) -> ir.Value:
+def address(context: Any, builder: ir.IRBuilder, array_type: types.Array, array: ir.Value, row: ir.Value) -> ir.Value:
     """Pointer to ``array[row, 0]``; C-contiguous."""
     proxy = cgutils.create_struct_proxy(array_type)(context, builder, value=array)
     columns = builder.extract_value(proxy.shape, 1)
     return builder.gep(proxy.data, [builder.mul(row, columns)])
 
 
-def _load(builder: ir.IRBuilder, pointer: ir.Value, vector: ir.VectorType, align: int) -> ir.Value:
+def load(builder: ir.IRBuilder, pointer: ir.Value, vector: ir.VectorType, align: int) -> ir.Value:
     return builder.load(builder.bitcast(pointer, vector.as_pointer()), align=align)
 
 
 def _widened(builder: ir.IRBuilder, pointer: ir.Value, kind: str) -> list[ir.Value]:
     """The next 16 values as one vector, or the next 32 bfloat16 ones as two: even places, odd places."""
     if kind == "float32":
-        return [_load(builder, pointer, VECTOR, 4)]
+        return [load(builder, pointer, VECTOR, 4)]
     if kind == "int8":
-        small = _load(builder, pointer, ir.VectorType(ir.IntType(8), LANES), 1)
+        small = load(builder, pointer, ir.VectorType(ir.IntType(8), LANES), 1)
         return [builder.sitofp(builder.sext(small, INTS), VECTOR)]
-    words = _load(builder, pointer, INTS, 2)
+    words = load(builder, pointer, INTS, 2)
     even = builder.shl(words, ir.Constant(INTS, [16] * LANES))
     odd = builder.and_(words, ir.Constant(INTS, [0xFFFF0000] * LANES))
     return [builder.bitcast(even, VECTOR), builder.bitcast(odd, VECTOR)]
@@ -88,8 +88,8 @@ def dot(typing_context, W, row, x, out, at, rows, batch):
 
     def codegen(context, builder, signature, args):
         W_type, _, x_type, out_type, _, _, _ = signature.args
-        weights = [_address(context, builder, W_type, args[0], builder.add(args[1], _long(r))) for r in range(R)]
-        inputs = [_address(context, builder, x_type, args[2], _long(k)) for k in range(B)]
+        weights = [address(context, builder, W_type, args[0], builder.add(args[1], _long(r))) for r in range(R)]
+        inputs = [address(context, builder, x_type, args[2], _long(k)) for k in range(B)]
         zero = ir.Constant(VECTOR, [0.0] * LANES)
         cells = [cgutils.alloca_once_value(builder, zero) for _ in range(R * B * chains)]
         parts = [[cells[(r * B + k) * chains :][:chains] for k in range(B)] for r in range(R)]
@@ -105,14 +105,14 @@ def dot(typing_context, W, row, x, out, at, rows, batch):
 
         columns = builder.extract_value(cgutils.create_struct_proxy(W_type)(context, builder, value=args[0]).shape, 1)
         unrolled, whole = builder.and_(columns, _long(-step * unroll)), builder.and_(columns, _long(-step))
-        with cgutils.for_range_slice(builder, _long(0), unrolled, _long(step * unroll), _LONG) as (start, _):
+        with cgutils.for_range_slice(builder, _long(0), unrolled, _long(step * unroll), LONG) as (start, _):
             for piece in range(unroll):
                 add(builder.add(start, _long(piece * step)), piece)
-        with cgutils.for_range_slice(builder, unrolled, whole, _long(step), _LONG) as (start, _):
+        with cgutils.for_range_slice(builder, unrolled, whole, _long(step), LONG) as (start, _):
             add(start, 0)
 
         for k in range(B):
-            target = builder.gep(_address(context, builder, out_type, args[3], _long(k)), [args[4]])
+            target = builder.gep(address(context, builder, out_type, args[3], _long(k)), [args[4]])
             for r in range(R):
                 total = builder.load(parts[r][k][0])
                 for part in parts[r][k][1:]:

@@ -12,7 +12,8 @@ from config.errors import InputError
 from data.findings import LESION, FindingRecord
 from data.phantom.finding import LESION_TYPES, SIDES, ZONES, Finding
 from data.phantom.report import write_report
-from data.report_language.key_points import change_together, key_points_of, point_key, read_key_points, write_key_points
+from data.report_language.key_points import key_points_of, point_key, read_key_points, write_key_points
+from data.report_language.report_changes import change_together
 from data.report_language.terms import FINDINGS
 
 LANGUAGES = ("zh", "en")

@@ -12,7 +12,7 @@ from data.findings import FindingRecord
 from engine.evaluation.report_writer import PROMPT_FIELDS, ReportWriter, answer_log_probs, token_spans
 from engine.findings_prompt import SAMPLES, TURNS, with_key_points
 from models.language_model.decoding import Decoding, Varied
-from models.medical_vlm import MedicalVLM
+from models.medical_vlm import MedicalVLM, generate_reports
 
 
 def test_losses_are_the_training_loss(model: MedicalVLM, batch: dict[str, Tensor]) -> None:
@@ -40,7 +40,7 @@ def test_log_probs_are_those_of_each_step(
     torch.manual_seed(4)
     written = writer.write(visual, batch, decoding)
     if decoding is None:
-        assert [one.text for one in written] == model.generate(batch, 6)
+        assert [one.text for one in written] == generate_reports(model.lm, visual, batch, 6)
     lm, table = model.lm, model.lm.model.get_input_embeddings()
     for b, one in enumerate(written):
         assert 0 < len(one.ids) == len(one.log_probs) <= 6

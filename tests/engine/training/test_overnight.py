@@ -101,7 +101,7 @@ def test_a_trial_without_heartbeats_is_queued_again_and_continues_in_its_folder(
     dead, *_ = trials = night.study.trials
     (again,) = [trial for trial in trials if trial.system_attrs.get("retry_history") == [dead.number]]
     assert (dead.state.name, again.state.name) == ("FAIL", "COMPLETE") and again.params == dead.params
-    assert trained[0] == night.run_folder(**dead.params).name and len(trained) == 2, "the queued one comes first"
+    assert trained[0] == night.report.run_folder(**dead.params).name and len(trained) == 2, "the queued one comes first"
 
 
 # ---------------------------------------------------------------- which runs are comparable

@@ -13,7 +13,7 @@ from config.errors import InputError
 from models.language_model import prefix_state
 from models.language_model.decoding import Decoding
 from models.language_model.mamba_lm import MambaLM
-from models.language_model.prefix_state import PrefixIdentity, PrefixState, answer_from_state, seconds_to_first_token
+from models.language_model.prefix_state import PrefixIdentity, PrefixState, answer_from_state
 from models.medical_vlm import generate_reports
 from tests.models.language_model.tiny import sharp_lm
 
@@ -162,9 +162,3 @@ def test_files_that_are_no_state(lm: MambaLM, visual: Tensor, tmp_path: Path) ->
     path.write_bytes(whole.replace(b"mamba-ct-image-state", b"some-other-tensors.."))
     with pytest.raises(InputError, match="no image state"):
         PrefixState.load(path)
-
-
-def test_time_to_first_token_is_measured_for_either_way(lm: MambaLM, visual: Tensor) -> None:
-    question = torch.tensor(lm.tokenizer.encode(QUESTIONS[0]))
-    assert seconds_to_first_token(lm, question, visual=visual) > 0
-    assert seconds_to_first_token(lm, question, state=PrefixState.read(lm, visual)) > 0
