@@ -161,6 +161,8 @@ class CaseCache(ABC):
 
     plan: PreprocessPlan
     root: Path
+    network: str | None
+    volumes: VolumeCache
     _own_arrays: tuple[str, ...] = ("image", "mask")  # of an entry, read by ``ensure(verify=True)``
     _damage = "cache entry of %s is damaged and prepared again: %s"
 
@@ -225,6 +227,13 @@ class CaseCache(ABC):
 
 class VolumeCache(CaseCache):
     """Preprocessed volumes."""
+
+    network: str | None = None  # digest of what segments them
+
+    @property
+    def volumes(self) -> VolumeCache:
+        """As of a cache of segmented cases."""
+        return self
 
     def __init__(self, root: Path | str, plan: PreprocessPlan) -> None:
         self.root, self.plan = Path(root), plan

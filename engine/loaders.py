@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
 from collections import Counter
 from collections.abc import Sequence
 
@@ -79,11 +77,10 @@ def prepare_data(
     accelerator.wait_for_everyone()
     prepare_cases(cache, rows)  # what the others prepared is there, unless their cache is on another machine
     free_network()
-    with contextlib.redirect_stdout(sys.stdout if accelerator.is_main_process else None):
-        check_scans(cache, tables, problems, force=force)
-        config = resolve_views(config, cache, tables)
-        sizes = f"{len(tables['train'])} training cases, {len(tables['val'])} validation cases"
-        print(f"data: {sizes}, cache {config.cache_dir}", flush=True)
+    check_scans(cache, tables, problems, force=force)
+    config = resolve_views(config, cache, tables)
+    sizes = f"{len(tables['train'])} training cases, {len(tables['val'])} validation cases"
+    print(f"data: {sizes}, cache {config.cache_dir}", flush=True)
     return config, cache
 
 

@@ -243,7 +243,7 @@ class ScanReader:
         reading = Reading(image, mask, list(questions), own_question)
         reading.language = self.known.get("language") or detect_language(reading.questions[0])
         with reading.step("checks", begin):
-            network = getattr(self.cache, "network", None)
+            network = self.cache.network
             if network and self.known.get("segmentation_network") not in (None, network):
                 other = "lesions are not segmented by the nnU-Net that the checkpoint was trained with"
                 reading.facts.append(f"warning: {other}")

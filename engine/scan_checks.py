@@ -113,8 +113,7 @@ def check_new_scan(cache: CaseCache, image: Path, mask: Path | None, *, force: b
 
     Raises InputError where it cannot be a chest CT, and not ``force``.
     """
-    volumes = getattr(cache, "volumes", cache)  # before it is segmented
-    problems = [*check_header(read_header(image)), *volumes.read(image, mask, lambda volume: volume.problems)]
+    problems = [*check_header(read_header(image)), *cache.volumes.read(image, mask, lambda volume: volume.problems)]
     problems = [problem for problem in problems if problem.level != "note"]
     if not force:
         for problem in problems:
@@ -279,10 +278,9 @@ class ScanChecks:
         self._ranges = {key: [min(c[key] for c in cases), max(c[key] for c in cases)] for key in cases[0]}
 
     def __call__(self) -> dict[str, Any]:
-        network = getattr(self.tables[0].cache, "network", None)
         return {
             "feature_distance": self._feature_distance(),
-            "segmentation_network": network,
+            "segmentation_network": self.tables[0].cache.network,
             "described": self._ranges,
             "language": language_of([row.answer for row in self.tables[0].rows]),
         }

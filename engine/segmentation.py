@@ -157,9 +157,8 @@ def describe_segmentation(compared: Sequence[ComparedCase], min_lesion_mm3: floa
 
 def prepare_cases(cache: CaseCache, rows: Sequence[CaptionRow]) -> None:
     """Fill the cache before the first step, and segment where the policy wants it. Raises InputError for a bad file."""
-    segmented = isinstance(cache, SegmentedCache)
-    fill_cache(cache.volumes if segmented else cache, rows)  # a thread for each volume; the network then has all
-    if segmented:
+    fill_cache(cache.volumes, rows)
+    if isinstance(cache, SegmentedCache):
         segment_all(cache, unique_files(rows))
 
 

@@ -95,7 +95,7 @@ def main() -> int:
     from engine.segmentation import SegmentedCache, open_cache, segment_all  # torch, which the workers do without
 
     cache = open_cache(config, load_plan(config))
-    volumes = cache.volumes if isinstance(cache, SegmentedCache) else cache
+    volumes = cache.volumes
     require_room(volumes.root, bytes_needed(volumes, files), "the preprocessed volumes")
     part = f", shard {index} of {count}" if count > 1 else ""
     print(f"{len(files)} of {len(work.files)} volumes{part}, {workers} workers, cache {cache.root}", flush=True)

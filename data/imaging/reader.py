@@ -11,7 +11,7 @@ import numpy as np
 
 from config.errors import InputError
 from data.imaging import dicom, itk_image, nifti
-from data.imaging.volume import ImageHeader, Volume, to_mask, to_volume
+from data.imaging.volume import ImageHeader, Volume, as_stored, to_mask, to_volume
 
 SUFFIXES = (*nifti.SUFFIXES, *itk_image.SUFFIXES, *dicom.DICOM_SUFFIXES)
 
@@ -102,3 +102,12 @@ def _format_of(path: Path | str) -> ModuleType:
         f"{path}: expected .nii.gz, .nii, .hdr + .img, .mha, .mhd + .raw, .nrrd, or the folder of a DICOM series; "
         "of a .raw file name the .mhd; pictures and text are no CT"
     )
+
+
+def write_on_grid(path: Path, array: np.ndarray, image: Path, axcodes: str = "LPS") -> None:
+    """Write (z, y, x), whose axes run to ``axcodes``, as NIfTI on the grid of the file ``image``.
+
+    Shape, axes and affine are those that the file has, so that viewers lay one over the other.
+    """
+    header = read_header(image)
+    nifti.write_volume(path, as_stored(array, header, axcodes), tuple(header.zooms[::-1]), header.affine)

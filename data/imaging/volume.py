@@ -164,15 +164,21 @@ def turned_to_lps(volume: Volume, labels: np.ndarray | None = None) -> tuple[Vol
     """``volume`` and ``labels`` on its grid, turned to LPS from the axis order of their file."""
     if volume.axcodes == "LPS":
         return volume, labels
-    turn = orientations.ornt_transform(orientations.axcodes2ornt(volume.axcodes), orientations.axcodes2ornt("LPS"))
-
-    def turned(array: np.ndarray) -> np.ndarray:
-        return orientations.apply_orientation(array.transpose(2, 1, 0), turn).transpose(2, 1, 0)
-
+    turn = _turn(volume.axcodes, "LPS")
     affine = volume.affine @ orientations.inv_ornt_aff(turn, volume.array.shape[::-1])
     spacing = tuple(np.array(volume.spacing[::-1])[np.argsort(turn[:, 0])][::-1].tolist())
-    lps = Volume(turned(volume.array), spacing, affine, "LPS", volume.path, "LPS")
-    return lps, None if labels is None else turned(labels)
+    array = turned(volume.array, volume.axcodes, "LPS")
+    lps = Volume(array, spacing, affine, "LPS", volume.path, "LPS")
+    return lps, None if labels is None else turned(labels, volume.axcodes, "LPS")
+
+
+def turned(array: np.ndarray, there: str, here: str) -> np.ndarray:
+    """(z, y, x) in one orientation of the same axes (``RAS``, ``LPS``) as (z, y, x) in another."""
+    return orientations.apply_orientation(array.transpose(2, 1, 0), _turn(there, here)).transpose(2, 1, 0)
+
+
+def _turn(there: str, here: str) -> np.ndarray:
+    return orientations.ornt_transform(orientations.axcodes2ornt(there), orientations.axcodes2ornt(here))
 
 
 def as_stored(array: np.ndarray, header: ImageHeader, axcodes: str = "LPS") -> np.ndarray:

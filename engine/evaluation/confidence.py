@@ -7,7 +7,6 @@ ways. A logistic regression on its features, fitted on other cases, gives the ca
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -144,7 +143,6 @@ def content_words(text: str, language: str) -> list[list[Token]]:
     return found
 
 
-@functools.cache
 def is_right(mention: FindingRecord, truth: Sequence[FindingRecord]) -> bool:
     """Whether a reference confirms a statement: the finding with its place and size, or for a denial its absence."""
     stated = [m for m in truth if m.polarity in STATED and m.section in DIAGNOSTIC_SECTIONS]

@@ -13,12 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
 
 from data.cache import CachedVolume
-from data.imaging.nifti import write_volume
-from data.imaging.reader import read_header
-from data.imaging.volume import LUNG_WINDOW_HU, Volume, as_stored
+from data.imaging.volume import LUNG_WINDOW_HU, Volume, turned
 from data.nnunet_preprocess import VoxelMap
 from data.view_selection import ViewSelection
 
@@ -77,22 +74,6 @@ class FramedGrid:
         # Copies of one slice hold the same voxels.
         alike = (self.weights[0][:, :, None] == self.weights[0][:, None]).all(axis=0)  # (K, K)
         return np.einsum("kj,jyx->kyx", alike, found)
-
-
-def turned(array: np.ndarray, there: str, here: str) -> np.ndarray:
-    """(z, y, x) in one orientation of the same axes (``RAS``, ``LPS``) as (z, y, x) in another."""
-    turn = ornt_transform(axcodes2ornt(there), axcodes2ornt(here))
-    return apply_orientation(array.transpose(2, 1, 0), turn).transpose(2, 1, 0)
-
-
-def write_heat(path: Path, heat: np.ndarray, volume: Volume) -> None:
-    """Write float32 (z, y, x) on the canonical grid of ``volume`` as NIfTI on the grid of the file it came from.
-
-    Shape, axes and affine are those that the image file has, so that viewers lay one over the other.
-    """
-    header = read_header(volume.path)
-    stored = as_stored(heat, header, volume.orientation).astype(np.float32)
-    write_volume(path, stored, tuple(header.zooms[::-1]), header.affine)
 
 
 def draw_heat(

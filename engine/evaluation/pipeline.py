@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -219,14 +217,13 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
             shuffled_order(patients_of(data.rows), args.seed)
         with accelerator.main_process_first():
             prepare_cases(data.cache, data.rows)
-        with contextlib.redirect_stdout(sys.stdout if accelerator.is_main_process else None):
-            check_scans(data.cache, {path.name: data.rows}, force=args.force)
+        check_scans(data.cache, {path.name: data.rows}, force=args.force)
         return data
 
     tables, other = {args.csv: load(args.csv, args.limit)}, calibration_csv(args, config)
     tables |= {other: load(other)} if other else {}
-    cache, main = open_cache(config, checkpoint.preprocess_plan), accelerator.is_main_process
-    with accelerator.main_process_first(), contextlib.redirect_stdout(sys.stdout if main else None):
+    cache = open_cache(config, checkpoint.preprocess_plan)
+    with accelerator.main_process_first():
         copied = training_cases(config, cache, vision.encoder, tables[args.csv].rows)
     free_network()
     weights = {"stage0": config.language_model_adapters, "adapters": checkpoint.adapters}

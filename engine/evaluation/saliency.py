@@ -33,11 +33,12 @@ from torch import Tensor
 
 from data.cache import CachedVolume
 from data.findings import FindingRecord
-from data.imaging.reader import read_mask, read_volume
+from data.imaging.reader import read_mask, read_volume, write_on_grid
+from data.imaging.volume import turned
 from data.report_language.sections import split_sentences
 from engine.evaluation.conditions import OWN, ReportPasses
 from engine.evaluation.confidence import Statement, touches
-from engine.evaluation.heat_maps import FramedGrid, draw_heat, turned, write_heat
+from engine.evaluation.heat_maps import FramedGrid, draw_heat
 from engine.evaluation.localisation import MaskedCase, agreement
 from engine.evaluation.report_writer import answer_log_probs, token_spans
 from engine.findings_prompt import with_key_points
@@ -95,7 +96,8 @@ def map_case(
         return {"sentences": sentences, "figure": None}
     name, heats = f"case{row:04d}", [grid.lay_over(heat) for heat in maps]
     for number, heat in enumerate(heats, 1):
-        write_heat(out / f"{name}_sentence{number}.nii.gz", heat, volume)
+        file = out / f"{name}_sentence{number}.nii.gz"
+        write_on_grid(file, heat.astype(np.float32), volume.path, volume.orientation)
     pieces, marks = split_sentences(record["text"]), {True: "hit", False: "miss", None: "not played"}
     titles = [f"{pieces[one['sentence']].strip()[:24]}\n{marks[one['hit']]}" for one in sentences]
     draw_heat(out / f"{name}.png", volume, heats, titles, labels)

@@ -63,7 +63,8 @@ _HEADINGS = {  # of the sections of a report: heading (CID 7001), and what stand
     "tendency": (("121076", "Conclusions"), ("121077", "Conclusion")),
     PREAMBLE: (("121070", "Findings"), ("121071", "Finding")),
 }
-_LANGUAGES = {"zh": ("zh", "Chinese"), "en": ("en", "English")}
+_LANGUAGES = {"zh": "Chinese", "en": "English"}
+_DRAFT = {"is_complete": True, "is_final": False, "specific_character_set": CHARACTERS}
 
 
 def source_slices(image: Path) -> list[Dataset] | None:
@@ -159,18 +160,13 @@ class _Maker:
         observer = hd.sr.ObserverContext(observer_type=codes.DCM.Device, observer_identifying_attributes=device)
         return hd.sr.ObservationContext(observer_device_context=observer)
 
-    @property
-    def language(self) -> hd.sr.LanguageOfContentItemAndDescendants:
-        code, meaning = _LANGUAGES[self.reading.language]
-        return hd.sr.LanguageOfContentItemAndDescendants(CodedConcept(code, "RFC5646", meaning))
-
     def text(self) -> hd.sr.EnhancedSR:
         """The report as a Basic Text SR after TID 2000. highdicom has no class for it; the content of an Enhanced SR of
         containers and texts is that of a Basic Text SR."""
         root = hd.sr.ContainerContentItem(
             CodedConcept("18748-4", "LN", "Diagnostic imaging report"), template_id="2000"
         )
-        root.ContentSequence = hd.sr.ContentSequence([*self.language, *self.context])
+        root.ContentSequence = hd.sr.ContentSequence([*_language(self.reading.language), *self.context])
         for item in root.ContentSequence:
             item.RelationshipType = item.get("RelationshipType") or "HAS OBS CONTEXT"
         parts = [(PREAMBLE, self.report.notice)] if self.report.notice else []
@@ -180,9 +176,7 @@ class _Maker:
             if body.strip():
                 root.ContentSequence.append(_section(name, body))
         common = self.equipment(0, "AI report, unverified")
-        document = hd.sr.EnhancedSR(
-            self.slices, root, **common, is_complete=True, is_final=False, specific_character_set=CHARACTERS
-        )
+        document = hd.sr.EnhancedSR(self.slices, root, **common, **_DRAFT)
         document.SOPClassUID = document.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage
         return document
 
@@ -194,18 +188,14 @@ class _Maker:
             procedure_reported=CodedConcept("24627-2", "LN", "CT Chest"),
             imaging_measurements=groups,
             title=codes.DCM.ImagingMeasurementReport,
-            language_of_content_item_and_descendants=hd.sr.LanguageOfContentItemAndDescendants(
-                CodedConcept("en", "RFC5646", "English")
-            ),
+            language_of_content_item_and_descendants=_language("en"),
         )
         common = self.equipment(1, "AI measurements, unverified")
         return hd.sr.Comprehensive3DSR(
             [*self.slices, segmentation],
             content,
             **common,
-            is_complete=True,
-            is_final=False,
-            specific_character_set=CHARACTERS,
+            **_DRAFT,
         )
 
     def _group(
@@ -309,3 +299,7 @@ class DicomwebServer:
             raise InputError(
                 f"{self.url} refused {len(failed)} objects: failure reason {failed[0].get('FailureReason')}"
             )
+
+
+def _language(code: str) -> hd.sr.LanguageOfContentItemAndDescendants:
+    return hd.sr.LanguageOfContentItemAndDescendants(CodedConcept(code, "RFC5646", _LANGUAGES[code]))

@@ -33,12 +33,10 @@ from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 from config.errors import InputError
 from config.files import atomic_path, write_text
 from data.cache import file_digest, publish
-from data.imaging.nifti import write_volume
-from data.imaging.reader import FoundScan, files_of, read_header, read_volume
-from data.imaging.volume import as_stored
+from data.imaging.reader import FoundScan, files_of, read_header, read_volume, write_on_grid
+from data.imaging.volume import turned
 from data.lesions import lesion_numbers
 from engine.evaluation.confidence import TO_CHECK
-from engine.evaluation.heat_maps import turned
 from engine.figures import draw_case
 from engine.reporting import Reading, Reporter, WrittenReport
 from engine.run import environment
@@ -112,9 +110,7 @@ class CaseFolder:
 
         def fill(folder: Path) -> None:
             write_text(folder / "report.txt", report.full + "\n")
-            header = read_header(reading.image)
-            stored = as_stored(labels, header)
-            write_volume(folder / "overlay.nii.gz", stored, tuple(header.zooms[::-1]), header.affine)
+            write_on_grid(folder / "overlay.nii.gz", labels, reading.image)
             draw_case(folder / "figure.png", volume, labels)
             if more is not None:
                 more(folder, labels)
@@ -198,7 +194,7 @@ def about_run(reporter: Reporter) -> dict[str, Any]:
         "step": checkpoint.step,
         "language_model": Path(reader.config.mamba_model).name,
         "language_model_weights": weights_fingerprint(reporter.lm.model),
-        "segmentation_network": getattr(reader.cache, "network", None),
+        "segmentation_network": reader.cache.network,
         "visual_tokens": reader.config.max_visual_tokens,
         "slice_policy": reader.config.slice_policy,
         "confidence_calibrated": reporter.trust.calibrator is not None,

@@ -8,9 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data.report_language.key_points import change_together, key_points_of, point_key
+from data.report_language.key_points import key_points_of, point_key
 from data.report_language.labeller import label_report
-from data.report_language.report_changes import change_attributes, exchange_findings
+from data.report_language.report_changes import change_attributes, change_together, exchange_findings
 from tests.data.report_language.test_key_points import LANGUAGES, drawn, write_report
 
 CHINESE = (

@@ -13,10 +13,10 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 
 from config.nnunet_plans import PreprocessPlan
 from data.cache import CachedVolume, VolumeCache
-from data.imaging.reader import read_mask, read_volume
+from data.imaging.reader import read_mask, read_volume, write_on_grid
 from data.imaging.volume import Volume
 from data.view_selection import ViewSelection
-from engine.evaluation.heat_maps import FramedGrid, draw_heat, write_heat
+from engine.evaluation.heat_maps import FramedGrid, draw_heat
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 
 SHAPE = (60, 66, 24)  # x, y, z where the file stores them in that order
@@ -82,7 +82,7 @@ def test_a_marked_voxel_lands_where_it_was(
     heat = np.where(shown.numpy() > 0.5 * float(shown.max()), 1.0, 0.0)
     heat[np.unravel_index(int(shown.argmax()), shown.shape)] += 1e-6
     volume = read_volume(image)
-    write_heat(tmp_path / "heat.nii.gz", grid.lay_over(heat), volume)
+    write_on_grid(tmp_path / "heat.nii.gz", grid.lay_over(heat).astype(np.float32), volume.path, volume.orientation)
     source, written = nib.load(image), nib.load(tmp_path / "heat.nii.gz")
     assert written.shape == source.shape
     np.testing.assert_allclose(written.affine, source.affine, atol=1e-4)
