@@ -112,6 +112,16 @@ def add_view_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slice_policy", choices=choices, help=words)
 
 
+def add_reading_flags(parser: argparse.ArgumentParser, *, llm_device: str) -> None:
+    """Flags of every script that writes a report of a new scan."""
+    add = parser.add_argument
+    add("--checkpoint", type=Path, help="default: the latest stage's in output_dir")
+    add("--config", type=Path, help="take tables, model folder and cache from here instead of the checkpoint")
+    add("--llm_device", choices=("auto", "cpu"), default=llm_device, help="auto: the GPU where there is one")
+    add_view_flag(parser)
+    add_model_flags(parser)
+
+
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of every script that trains."""
     parser.add_argument("--config", type=Path, help="configuration file (default: config/paths.yaml)")

@@ -21,8 +21,7 @@ from config.errors import InputError
 from engine.cli import (
     Parser,
     add_force_flag,
-    add_model_flags,
-    add_view_flag,
+    add_reading_flags,
     find_checkpoint,
     leave_numba_out,
     positive_int,
@@ -36,10 +35,7 @@ DEMO_TOKENS = 200  # its tokenizer knows few Chinese characters whole
 def parse_args() -> argparse.Namespace:
     parser = Parser(description="One image to text")
     parser.add_argument("--demo", action="store_true", help="the checkpoint and the synthetic scan of assets/demo")
-    parser.add_argument("--checkpoint", type=Path, help="default: the latest stage's in output_dir")
-    parser.add_argument(
-        "--config", type=Path, help="take tables, model folder and cache from here instead of the checkpoint"
-    )
+    add_reading_flags(parser, llm_device="cpu")
     parser.add_argument("--image", type=Path, help="any chest CT (NIfTI, DICOM, ...); default: a validation case")
     parser.add_argument("--mask", type=Path, help="lesion mask of --image, for a checkpoint whose slices follow masks")
     parser.add_argument("--index", type=int, default=0, help="which validation case, counted from 0")
@@ -47,11 +43,10 @@ def parse_args() -> argparse.Namespace:
         "--question", action="append", help="may be repeated; default: the case's own, or one of the prompt file"
     )
     parser.add_argument(
-        "--findings", metavar="TEXT", help="corrected findings prompt, e.g. 右肺上野结节12mm; '' for no lesion"
+        "--findings", metavar="TEXT", help="corrected findings prompt, e.g. 右肺上野结节12mm; --findings= for no lesion"
     )
     parser.add_argument("--max_visual_tokens", type=positive_int, help="default: as in training")
     parser.add_argument("--max_new_tokens", type=positive_int, default=80, help="a text is cut there")
-    parser.add_argument("--llm_device", choices=("auto", "cpu"), default="cpu", help="auto: the GPU where there is one")
     parser.add_argument("--llm_8bit", action="store_true", help="int8 weights through bitsandbytes (GPU)")
     parser.add_argument("--llm_int8", action="store_true", help="int8 weights by our own layers (CPU and GPU)")
     parser.add_argument(
@@ -68,9 +63,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--no_repeat_ngram_size", type=int, default=0, help="no run of so many tokens twice")
     parser.add_argument("--stop", action="append", metavar="TEXT", help=r"end before this text (\n: a new line)")
     parser.add_argument("--stop_at_restart", action="store_true", help="end where the report begins once more")
-    add_view_flag(parser)
     add_force_flag(parser)
-    add_model_flags(parser)
     return parser.parse_args()
 
 

@@ -24,8 +24,7 @@ from engine.cli import (
     Interrupted,
     Parser,
     add_force_flag,
-    add_model_flags,
-    add_view_flag,
+    add_reading_flags,
     find_checkpoint,
     positive_int,
     run_main,
@@ -40,25 +39,17 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(description="A report for every scan of a folder")
     parser.add_argument("folder", type=Path, metavar="IN", help="folder of scans")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the reports")
-    parser.add_argument("--checkpoint", type=Path, help="default: the latest stage's in output_dir")
-    parser.add_argument(
-        "--config", type=Path, help="take tables, model folder and cache from here instead of the checkpoint"
-    )
+    add_reading_flags(parser, llm_device="auto")
     parser.add_argument("--question", help="default: one of the prompt file")
     parser.add_argument("--batch_size", type=positive_int, default=4, help="reports written together")
     parser.add_argument("--max_new_tokens", type=positive_int, default=300, help="a report is cut there")
-    parser.add_argument(
-        "--llm_device", choices=("auto", "cpu"), default="auto", help="auto: the GPU where there is one"
-    )
     parser.add_argument("--llm_int8", action="store_true", help="int8 weights of the language model")
     parser.add_argument("--card", type=Path, help="report_card.json of this checkpoint: it calibrates the confidence")
     parser.add_argument("--mark_below", type=float, default=0.5, help="less sure sentences are marked to be verified")
     parser.add_argument("--shard", type=shard, metavar="I/N", help="the I-th of N parts (default: RANK, WORLD_SIZE)")
     parser.add_argument("--dicom", action="store_true", help="for DICOM input, write SR and SEG objects too")
     parser.add_argument("--stow", metavar="URL", help="send them to this DICOMweb server")
-    add_view_flag(parser)
     add_force_flag(parser)
-    add_model_flags(parser)
     return parser.parse_args()
 
 

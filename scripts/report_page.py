@@ -18,16 +18,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
 from config.errors import InputError
-from engine.cli import Parser, add_model_flags, add_view_flag, find_checkpoint, leave_numba_out, positive_int, run_main
+from engine.cli import Parser, add_reading_flags, find_checkpoint, leave_numba_out, positive_int, run_main
 
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(description="A local web page for reports")
     parser.add_argument("--demo", action="store_true", help="the checkpoint and the synthetic scan of assets/demo")
-    parser.add_argument("--checkpoint", type=Path, help="default: the latest stage's in output_dir")
-    parser.add_argument(
-        "--config", type=Path, help="take tables, model folder and cache from here instead of the checkpoint"
-    )
+    add_reading_flags(parser, llm_device="auto")
     parser.add_argument("--card", type=Path, help="report_card.json of the checkpoint: its verdict and calibration")
     parser.add_argument("--host", default="127.0.0.1", help="address to answer on; another one needs --password")
     parser.add_argument("--port", type=int, default=8350, help="0: any free one")
@@ -35,11 +32,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--max_upload_mb", type=positive_int, default=2048, help="of one scan")
     parser.add_argument("--max_new_tokens", type=positive_int, default=300, help="a report is cut there")
-    parser.add_argument(
-        "--llm_device", choices=("auto", "cpu"), default="auto", help="auto: the GPU where there is one"
-    )
-    add_view_flag(parser)
-    add_model_flags(parser)
     return parser.parse_args()
 
 
