@@ -89,9 +89,9 @@ def resolve_views(config: Config, cache: CaseCache, tables: dict[str, Sequence[C
     cases = {name: [cache.get(row.image_path, row.mask_path) for row in rows] for name, rows in tables.items()}
     least = config.min_lesion_mm3
     if isinstance(cache, SegmentedCache):
-        compared = [case.compared for case in cases["val"] if case.compared is not None]
+        known, compared = ([case.compared for case in cases[name] if case.compared] for name in ("train", "val"))
         least = choose_min_lesion(compared) if least is None else least
-        print(describe_segmentation(compared, least), flush=True)
+        print(describe_segmentation(compared, least, known), flush=True)
         config = config.replace(min_lesion_mm3=least)
         if not any(case.findings for case in cases["train"]):
             print("warning: the segmentation finds no lesion in any training case: check nnunet_encoder_checkpoint")

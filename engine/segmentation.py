@@ -51,6 +51,7 @@ from models.nnunet.sliding_window import labels_of, sliding_window
 from models.nnunet.unet import SegmentationUNet
 
 VERSION = 5  # raise it when the same network would give other labels, or other things are noted of them
+KNOWN_ERRORS = 2.5  # standard errors by which training cases must be segmented better to be called known
 _SLICES = 8
 _ONE_AT_A_TIME = threading.Lock()  # of threads that prepare cases, see Network.shares_device
 
@@ -143,8 +144,13 @@ def open_cache(config: Config, plan: PreprocessPlan) -> CaseCache:
     return volumes
 
 
-def describe_segmentation(compared: Sequence[ComparedCase], min_lesion_mm3: float) -> str:
-    """A line with the scores of the segmentation beside masks, and a warning where it cannot carry a report."""
+def describe_segmentation(
+    compared: Sequence[ComparedCase], min_lesion_mm3: float, training: Sequence[ComparedCase] = ()
+) -> str:
+    """A line with the scores of the segmentation beside masks, and a warning where it cannot carry a report.
+
+    ``training``: cases of the training table, which nnU-Net may have learnt by heart.
+    """
     if not compared:
         return (
             f"segmentation: no mask to compare it with; lesions below {min_lesion_mm3:g} mm3 are dropped "
@@ -152,7 +158,22 @@ def describe_segmentation(compared: Sequence[ComparedCase], min_lesion_mm3: floa
         )
     result = scores(compared, min_lesion_mm3)
     weak = "\nwarning: this segmentation cannot carry a report: train the nnU-Net longer, or set slice_policy: mask"
-    return f"segmentation: {result}{weak if result.weak else ''}"
+    line = f"segmentation: {result}{weak if result.weak else ''}"
+    if knows(training, compared):
+        line += (
+            f"\nnote: Dice {scores(training, min_lesion_mm3).dice:.2f} on the training cases: this nnU-Net knows them, "
+            "and segments new ones worse; the findings head learns better from cases that it has not seen"
+        )
+    return line
+
+
+def knows(training: Sequence[ComparedCase], others: Sequence[ComparedCase]) -> bool:
+    """Whether the Dice of training cases is above that of others by more than chance explains."""
+    known, new = ([case.dice for case in cases if case.dice is not None] for cases in (training, others))
+    if min(len(known), len(new)) < 2:
+        return False
+    error = np.sqrt(np.var(known) / len(known) + np.var(new) / len(new))
+    return bool(np.mean(known) - np.mean(new) > KNOWN_ERRORS * error)
 
 
 def prepare_cases(cache: CaseCache, rows: Sequence[CaptionRow]) -> None:

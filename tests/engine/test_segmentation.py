@@ -16,10 +16,11 @@ from config.nnunet_plans import PreprocessPlan
 from config.schema import Config, build_config
 from data.cache import CachedVolume, VolumeCache
 from data.imaging.nifti import write_volume
+from data.segmentation_scores import ComparedCase
 from data.tables.caption_table import CaptionRow
 from data.view_selection import ViewSelection
 from engine import segmentation
-from engine.segmentation import SegmentedCache, open_cache, prepare_cases, segment_all
+from engine.segmentation import SegmentedCache, describe_segmentation, open_cache, prepare_cases, segment_all
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.sliding_window import sliding_window
 from models.nnunet.unet import SegmentationUNet
@@ -201,3 +202,16 @@ def test_segmenting_leaves_the_global_generator_alone(tmp_path, checkpoint, scan
     before = torch.get_rng_state()
     assert cache.ensure(scan)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_network_that_knows_the_training_cases_is_told():
+    def cases(*dice: float) -> list[ComparedCase]:
+        return [ComparedCase(value, (), ((100.0, 100.0),)) for value in dice]
+
+    new = cases(0.7, 0.8, 0.9, 0.8)
+    assert "Dice 0.96 on the training cases: this nnU-Net knows them" in describe_segmentation(
+        new, 0, cases(0.95, 0.96, 0.97)
+    )
+    for training in (cases(0.8, 0.9, 0.7), cases(0.99), []):
+        assert "knows" not in describe_segmentation(new, 0, training)
+    assert "knows" not in describe_segmentation(cases(0.8), 0, cases(0.95, 0.96, 0.97)), "one case proves nothing"
