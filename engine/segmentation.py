@@ -239,6 +239,7 @@ def _network(checkpoint: Path) -> Network:
     labels = source.dataset_json.get("labels", {})
     regions = any(isinstance(label, list) for label in labels.values())
     names = {} if regions else {int(value): name for name, value in labels.items() if name in FINDINGS}
-    unet = SegmentationUNet.from_checkpoint(source).eval()
-    layout = torch.channels_last if unet.architecture.dim == 2 else torch.channels_last_3d
-    return Network(unet.to(device, memory_format=layout), device, regions, names)
+    network = Network(SegmentationUNet.from_checkpoint(source).to(device).eval(), device, regions, names)
+    if network.shares_device:
+        network.unet.to(memory_format=torch.channels_last)  # convolutions on a CPU take 1.5 times as long without
+    return network
