@@ -120,9 +120,11 @@ class VisionBridge(nn.Module):
         seen = self.look(features, batch["slice_position"], batch["roi"])
         return seen, self.head(seen, batch["lesions"]) if self.head is not None else None
 
-    def steer(self, visual: Tensor, question: Tensor, question_mask: Tensor) -> Tensor:
+    def steer(self, visual: Tensor, question: Tensor | None, question_mask: Tensor | None) -> Tensor:
         """CMI of tokens (B, L, D) with the question's embeddings (B, Lq, D), where the model has it."""
         if self.cmi is not None:
+            if question is None or question_mask is None:
+                raise ValueError("CMI is part of this model: the question's embeddings are needed")
             visual = self.cmi(visual, question, question_mask)
         return visual
 

@@ -59,6 +59,13 @@ def test_cases_of_different_size_give_what_each_gives_alone(assets):
             torch.testing.assert_close(together[case : case + 1], alone, rtol=1e-4, atol=1e-6)
 
 
+def test_cmi_without_a_question_is_a_defect_and_says_so(assets):
+    vision = vision_of(assets / "nnunet_tiny" / "2d_plain", with_cmi=True)
+    seen = vision.look(vision.features(torch.randn(1, 1, 1, 64, 64)), torch.rand(1, 1))
+    with pytest.raises(ValueError, match="question"):
+        vision.steer(seen, None, None)
+
+
 def test_a_frozen_encoder_stays_in_evaluation_mode(assets):
     """Or the statistics of a user's batch norms would move with every batch."""
     vision = vision_of(assets / "nnunet_tiny" / "2d_plain", with_cmi=False)
