@@ -91,6 +91,8 @@ def resolve_views(config: Config, cache: CaseCache, tables: dict[str, Sequence[C
     if isinstance(cache, SegmentedCache):
         known, compared = ([case.compared for case in cases[name] if case.compared] for name in ("train", "val"))
         least = choose_min_lesion(compared) if least is None else least
+        if other := sum(cache.network_of(row.image_path) != cache.checkpoint for row in tables["train"]):
+            print(f"segmentation: {other} training cases by the fold of the nnU-Net that held them out", flush=True)
         print(describe_segmentation(compared, least, known), flush=True)
         config = config.replace(min_lesion_mm3=least)
         if not any(case.findings for case in cases["train"]):

@@ -6,6 +6,9 @@
 
 The key is a digest of the case's cache entry and of the nnU-Net file, so another network segments anew. The network is
 as nnU-Net trained it, also where the encoder is trained further: views do not change during training.
+
+A nnU-Net segments the cases that it was trained on better than new ones. Where the other folds of its
+cross-validation lie beside it, a case is segmented by the fold that held it out (:func:`held_out_by`).
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import lru_cache
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +42,7 @@ from data.cache import (
     write_slices,
 )
 from data.findings import FindingRecord
-from data.imaging.reader import read_volume
+from data.imaging.reader import name_of, read_volume
 from data.lesions import measure_scan
 from data.report_language.terms import FINDINGS
 from data.segmentation_scores import ComparedCase, compare, scores
@@ -81,6 +84,12 @@ class SegmentedCache(CaseCache):
         self.volumes, self.plan, self.root = volumes, volumes.plan, volumes.root
         self.checkpoint = checkpoint
         self.network = file_digest(checkpoint, self.root / "files").hex()
+        self.held_out = held_out_by(checkpoint)
+
+    def network_of(self, image_path: Path) -> Path:
+        """The nnU-Net file that segments this case. nnU-Net's own images are named ``CASE_0000``."""
+        name = name_of(image_path)
+        return self.held_out.get(name) or self.held_out.get(name.removesuffix("_0000"), self.checkpoint)
 
     def ensure(self, image_path: Path, mask_path: Path | None = None, *, verify: bool = False) -> bool:
         prepared = self.volumes.ensure(image_path, mask_path, verify=verify)
@@ -89,13 +98,14 @@ class SegmentedCache(CaseCache):
     def entry(self, image_path: Path, mask_path: Path | None = None) -> Path:
         """Where the labels of this case are, or will be."""
         case = self.volumes.entry(image_path, mask_path).name
-        key = blake2b(f"{VERSION}\n{case}\n{self.network}".encode(), digest_size=20).hexdigest()
+        network = file_digest(self.network_of(image_path), self.root / "files").hex()
+        key = blake2b(f"{VERSION}\n{case}\n{network}".encode(), digest_size=20).hexdigest()
         return self.root / "segmentation" / key
 
     def _prepare(self, entry: Path, image_path: Path, mask_path: Path | None) -> None:
         volume = self.volumes.get(image_path, mask_path)
         with _ONE_AT_A_TIME:
-            network = _network(self.checkpoint)
+            network = _network(self.network_of(image_path))
         with nullcontext() if network.shares_device else _ONE_AT_A_TIME:
             labels = segment(network, volume, self.plan.patch_size)
         findings = measure(labels, volume, image_path, self.plan, network.names)
@@ -116,6 +126,17 @@ class SegmentedCache(CaseCache):
         known["findings"] = tuple(map(FindingRecord.from_dict, meta["findings"]))
         compared = ComparedCase(**meta["compared"]) if "compared" in meta else None
         return replace(volume, compared=compared, **known)
+
+
+def held_out_by(checkpoint: Path) -> dict[str, Path]:
+    """Names of the cases that a fold of this nnU-Net has not learnt from → that fold's file, named as ``checkpoint``.
+
+    At the end of its training each fold of nnU-Net segments them into ``fold_K/validation``; ``fold_all`` holds none
+    out. What several folds hold out goes to the fold of ``checkpoint``, where it is one of them.
+    """
+    folds = sorted(checkpoint.parent.parent.glob("fold_[0-9]*"), key=lambda fold: (fold == checkpoint.parent, fold))
+    files = [file for fold in folds if (file := fold / checkpoint.name).is_file()]
+    return {name_of(case): file for file in files for case in (file.parent / "validation").glob("*")}
 
 
 def open_cache(config: Config, plan: PreprocessPlan) -> CaseCache:
@@ -162,7 +183,8 @@ def describe_segmentation(
     if knows(training, compared):
         line += (
             f"\nnote: Dice {scores(training, min_lesion_mm3).dice:.2f} on the training cases: this nnU-Net knows them, "
-            "and segments new ones worse; the findings head learns better from cases that it has not seen"
+            "and segments new ones worse; the findings head learns better where nnU-Net's other folds lie beside "
+            "this one: they segment the cases that they held out"
         )
     return line
 
@@ -232,7 +254,7 @@ def free_network() -> None:
     torch.cuda.empty_cache()
 
 
-@lru_cache(maxsize=1)
+@cache  # each fold's, until free_network
 def _network(checkpoint: Path) -> Network:
     source = load_nnunet_checkpoint(checkpoint)
     device = torch.device(best_device())

@@ -2,8 +2,9 @@
 
     python scripts/make_tiny_nnunet.py --data outputs/quickstart/data --out outputs/quickstart/nnunet
 
-It stands in for a user's network: OUT has nnU-Net 2's own layout, and nnU-Net's predictor runs on it. At the end its
-segmentation of DATA/val.csv is scored.
+It stands in for a user's network: OUT has nnU-Net 2's own layout, and nnU-Net's predictor runs on it. fold_0 learns
+from all of DATA/train.csv; --fold K leaves a third of it out, and the network then segments that third into
+fold_K/validation/, as nnU-Net does. At the end its segmentation of DATA/val.csv is scored.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 from engine.cli import positive_float, positive_int, run_main
 
+FOLDS = 3
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a small segmentation U-Net in nnU-Net's format")
@@ -33,6 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=positive_float, default=1e-2)
     parser.add_argument("--features", type=positive_int, nargs=4, default=(8, 24, 48, 96), help="channels per stage")
     parser.add_argument("--one_class", action="store_true", help="one label, lesion, instead of one for each type")
+    parser.add_argument("--fold", type=int, choices=range(1, FOLDS + 1), help="leave out this third of the cases")
     parser.add_argument("--half", action="store_true", help="save the weights in half precision")
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
@@ -51,7 +55,7 @@ from tqdm import tqdm
 from config.nnunet_plans import PreprocessPlan
 from config.toy_models import STAMP
 from data.cache import CachedVolume, VolumeCache
-from data.imaging.reader import read_mask, read_volume
+from data.imaging.reader import read_mask, read_volume, write_on_grid
 from data.phantom.finding import LESION_TYPES
 from data.segmentation_scores import SegmentationScores, choose_min_lesion, compare, scores
 from data.tables.caption_table import CaptionRow, read_caption_table
@@ -282,6 +286,15 @@ def score(unet: SegmentationUNet, cache: VolumeCache, rows: list[CaptionRow]) ->
     return scores(compared, choose_min_lesion(compared))
 
 
+def segment_held_out(unet: SegmentationUNet, cache: VolumeCache, rows: list[CaptionRow], folder: Path) -> None:
+    """Write the segmentation of each case into ``folder``, under the name of its image and on its grid."""
+    network = Network(unet.eval(), torch.device("cpu"), False, {})
+    for row in tqdm(rows, desc="validation", unit="case", dynamic_ncols=True, disable=None):
+        volume = cache.get(row.image_path, row.mask_path)
+        labels = volume.voxel_map.labels_to_original(segment(network, volume, (PATCH, PATCH)))
+        write_on_grid(folder / row.image_path.name, labels, row.image_path, cache.plan.orientation)
+
+
 def main() -> None:
     args = parse_args()
     set_seeds(args.seed)
@@ -291,24 +304,27 @@ def main() -> None:
     plans = make_plans(intensity, spacing, args.features)
     names = ("background", "lesion") if args.one_class else ("background", *LESION_TYPES)
     dataset = {"channel_names": {"0": "CT"}, "labels": {name: value for value, name in enumerate(names)}}
+    held_out = rows[args.fold - 1 :: FOLDS] if args.fold else []
+    learnt = [row for row in rows if row not in held_out]
     dataset |= {"numTraining": len(rows), "file_ending": ".nii.gz", STAMP: True}
     cache = VolumeCache(args.cache_dir or args.out.parent / "cache", PreprocessPlan.from_nnunet(plans, "2d"))
     fill_cache(cache, rows)
-    sampler = SliceSampler([cache.get(row.image_path, row.mask_path) for row in rows], rng)
+    sampler = SliceSampler([cache.get(row.image_path, row.mask_path) for row in learnt], rng)
 
     planned = Architecture.from_plans(plans, "2d", in_channels=1, num_classes=len(names))
     network = network_to_train(planned)
     train(network, sampler, args.steps, args.lr)
     fold_norms(network)
-    target = args.out / "fold_0" / "checkpoint_best.pth"
+    target = args.out / f"fold_{args.fold or 0}" / "checkpoint_best.pth"
     stored = network.half() if args.half else network
     save_nnunet_checkpoint(target, stored.state_dict_nnunet(), plans, "2d", dataset)
     network.float()  # what was saved is scored
     for name, content in (("plans.json", plans), ("dataset.json", dataset)):
         (args.out / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
     print(f"segmentation: saved in {args.out}", flush=True)
-    held_out = args.data / "val.csv"
-    if held_out.is_file() and (rows := read_caption_table(held_out)[:SCORED_CASES]):
+    segment_held_out(network, cache, held_out, target.parent / "validation")
+    table = args.data / "val.csv"
+    if table.is_file() and (rows := read_caption_table(table)[:SCORED_CASES]):
         print(f"segmentation of {len(rows)} held-out cases: {score(network, cache, rows)}", flush=True)
 
 

@@ -34,6 +34,12 @@ def read_header(path: Path | str) -> ImageHeader:
     return _format_of(path).read_header(Path(path))
 
 
+def name_of(path: Path) -> str:
+    """The name of an image file without the ending of its format; of a folder, its whole name."""
+    ending = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
+    return path.name.removesuffix(path.name[len(path.name) - len(ending) :])
+
+
 def files_of(path: Path) -> list[Path]:
     """Every file whose content decides the image, in a fixed order: of a series, all files of its folder."""
     if path.is_dir():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from config.schema import resolve_path
 from data.imaging.dicom import DICOM_SUFFIXES
-from data.imaging.reader import SUFFIXES
+from data.imaging.reader import SUFFIXES, name_of
 
 _MASK = re.compile(r"(.*[_\-. ])?(masks?|labels?|labelst[rs]|seg|segs|segmentations?)", re.IGNORECASE)
 _FILES = tuple(suffix for suffix in SUFFIXES if suffix not in (".img", ".img.gz", *DICOM_SUFFIXES))  # .hdr: its pair
@@ -53,8 +53,7 @@ class ImageIndex:
                 images.add(path)
         stems: dict[str, list[tuple[str, Path]]] = {}
         for path in sorted(images - {self.root}):
-            suffix = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
-            below = path.relative_to(self.root).parent / path.name[: len(path.name) - len(suffix)]
+            below = path.relative_to(self.root).parent / name_of(path)
             if not any(_MASK.fullmatch(part) for part in below.parts):
                 stems.setdefault(below.name.casefold(), []).append((below.as_posix().casefold(), path))
         return stems

@@ -215,3 +215,31 @@ def test_a_network_that_knows_the_training_cases_is_told():
     for training in (cases(0.8, 0.9, 0.7), cases(0.99), []):
         assert "knows" not in describe_segmentation(new, 0, training)
     assert "knows" not in describe_segmentation(cases(0.8), 0, cases(0.95, 0.96, 0.97)), "one case proves nothing"
+
+
+def test_a_case_is_segmented_by_the_fold_that_held_it_out(tmp_path, checkpoint, scan, monkeypatch):
+    """Five folds as nnU-Net leaves them; ``fold_all`` predicts its own training cases."""
+    folds = {name: tmp_path / "nnunet" / name / "checkpoint_final.pth" for name in ("fold_0", "fold_1", "fold_all")}
+    content = torch.load(checkpoint, weights_only=False)
+    for number, (name, file) in enumerate(folds.items()):
+        (file.parent / "validation").mkdir(parents=True)
+        shutil.copy(scan, file.parent / "validation" / f"{name}_case.1.nii.gz")
+        (file.parent / "validation" / "summary.json").write_text("{}", encoding="utf-8")
+        torch.save(content | {"current_epoch": number}, file)
+    images = {name: tmp_path / f"{name}_case.1_0000.nii.gz" for name in (*folds, "new")}
+    for image in images.values():
+        shutil.copy(scan, image)
+    cache = open_cache(configuration(tmp_path, folds["fold_0"]), plan_of(checkpoint))
+    by = {name: cache.network_of(image).parent.name for name, image in images.items()}
+    assert by == {"fold_0": "fold_0", "fold_1": "fold_1", "fold_all": "fold_0", "new": "fold_0"}
+    assert cache.network_of(Path("fold_1_case.1.mha")) == folds["fold_1"], "other names and formats of the same case"
+    assert cache.entry(images["fold_1"]) != cache.entry(images["fold_0"]) == cache.entry(images["new"])
+    used, labels_of = [], segmentation.segment
+
+    def noted(network: segmentation.Network, *rest: object) -> np.ndarray:
+        used.append(network.unet)
+        return labels_of(network, *rest)
+
+    monkeypatch.setattr(segmentation, "segment", noted)
+    assert segment_all(cache, [(image, None) for image in images.values()]) == 2
+    assert len(used) == 2 and used[0] is not used[1]
