@@ -51,6 +51,7 @@ from engine.evaluation.report_writer import PROMPT_FIELDS, Report, ReportWriter,
 from engine.findings_prompt import believed, deviation_notice
 from engine.run import best_device, limit_gpu_memory
 from engine.scan_checks import check_new_scan, chosen_blindly, compare_described, describe_view, judge_features, notice
+from models.findings_head import Found
 from models.language_model.decoding import Decoding
 from models.language_model.embedding_table import load_embedding_table
 from models.language_model.identity import read_tokenizer
@@ -150,6 +151,7 @@ class Reading:
         language: of the reports, "zh" or "en".
         key_points: the findings prompt, empty for none; edit it, or set ``key_points`` of :meth:`Reporter.write`.
         visuals: visual tokens (1, L, D) on the CPU: one for all questions, with CMI one for each.
+        features, found: of the encoder (K, C, T, T), and of the findings head, where they were computed.
         volume, view: the preprocessed case, and what the encoder got of it.
         measured: lesions of the segmentation, largest first; None where nobody looked.
         believed: findings of the prompt: measured lesions with the head's names, and what it alone is sure of; None
@@ -166,6 +168,8 @@ class Reading:
     language: str = "zh"
     key_points: str = ""
     visuals: list[Tensor] = field(default_factory=list)
+    features: Tensor | None = None
+    found: Found | None = None
     volume: CachedVolume | None = None
     view: View | None = None
     measured: list[FindingRecord] | None = None
@@ -268,10 +272,10 @@ class ScanReader:
         unfamiliar, line = judge_features(self.known.get("feature_distance"), features)
         reading.facts += [*unusual, line]
         reading.notices = ["unfamiliar"] * (unfamiliar or bool(unusual))
-        found, measured = None, reading.measured
+        measured, reading.features = reading.measured, features[0]
         if self.vision.head is not None:
-            found = self.vision.head(seen, torch.tensor([descriptors(measured or [])], device=self.device))
-        said = believed(self.vision.head, found, measured, self.config.findings_prompt)
+            reading.found = self.vision.head(seen, torch.tensor([descriptors(measured or [])], device=self.device))
+        said = believed(self.vision.head, reading.found, measured, self.config.findings_prompt)
         if said is not None and self.known.get("language"):
             reading.facts += [f"believed: {finding.describe()}" for finding in said]
             reading.believed, reading.key_points = said, write_key_points(said, reading.language)

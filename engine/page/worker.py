@@ -35,7 +35,6 @@ import torch
 from config.errors import InputError, first_line
 from config.files import atomic_path
 from data.cache import file_digest
-from data.finding_targets import descriptors
 from data.findings import LESION, FindingRecord
 from data.imaging.dicom import is_dicom
 from data.imaging.reader import read_header, read_volume
@@ -76,7 +75,6 @@ class ReadCase:
 
     folder: Path
     reading: Reading
-    features: torch.Tensor
     findings: list[FindingRecord] = field(default_factory=list)
     reports: list[tuple[WrittenReport, list[FindingRecord]]] = field(default_factory=list)
     state: PrefixState | None = None
@@ -169,7 +167,7 @@ class Worker:
         questions = [question] if question else []
         flags = {"own_question": bool(job["question"]), "force": bool(job["force"])}
         reading = self.reader.read(image, mask, questions, **flags, begin=begin)
-        read = ReadCase(folder, reading, self._features(reading))
+        read = ReadCase(folder, reading)
         self.cases[case] = read
         while len(self.cases) > KEPT:
             self.cases.popitem(last=False)
@@ -291,29 +289,21 @@ class Worker:
         return begin, end
 
     @torch.no_grad()
-    def _features(self, reading: Reading) -> torch.Tensor:
-        """(K, C, T, T) on the reader's device."""
-        return self.reader.vision.features(reading.view.images[None].to(self.reader.device))[0]
-
-    @torch.no_grad()
     def _steered(self, read: ReadCase, question: torch.Tensor) -> torch.Tensor:
         """Visual tokens (1, L', D) that CMI makes for the ids (Lq,) of a question."""
         vision, device = self.reader.vision, self.reader.device
         position, roi = (part[None].to(device) for part in read.reading.view[1:])
         asked = self.lm.embed(question[None].to(self.lm.model.device)).float().to(device)
         mask = torch.ones_like(question)[None].to(device)
-        seen = vision.look(read.features[None], position, roi)
+        seen = vision.look(read.reading.features[None], position, roi)
         return vision.steer(seen, asked, mask).to(self.lm.model.device)
 
-    @torch.no_grad()
     def _doubtful(self, reading: Reading) -> list[FindingRecord]:
         """What the findings head holds for possible and the report does not say."""
-        head, cmi = self.reader.vision.head, self.reader.vision.cmi
-        if head is None or cmi is not None or reading.believed is None:
+        head = self.reader.vision.head
+        if head is None or reading.found is None or reading.believed is None:
             return []
-        lesions = torch.tensor([descriptors(reading.measured or [])], device=self.reader.device)
-        found = head(reading.visuals[0].to(self.reader.device), lesions)
-        return doubtful(head, found, reading.measured or [], reading.believed)
+        return doubtful(head, reading.found, reading.measured or [], reading.believed)
 
     def _save_lesions(self, case: str, read: ReadCase) -> None:
         volume = read.reading.volume
@@ -366,7 +356,7 @@ class Worker:
         words = words or [(start, start + len(pieces[sentence].rstrip()))]
         spans = token_spans(self.lm.tokenizer, report.tokens.ids)
         tokens = [k for k, span in enumerate(spans) if touches(span, words)]
-        grid = FramedGrid.of(self.reader.selection, reading.volume, tuple(read.features[:, 0].shape))
+        grid = FramedGrid.of(self.reader.selection, reading.volume, tuple(reading.features[:, 0].shape))
         lesions, without = without_each_lesion(records)
         lines = [report.key_points, *(write_key_points(rest, reading.language) for rest in without)]
         images, position, roi = (part[None].to(self.reader.device) for part in reading.view)
@@ -374,7 +364,7 @@ class Worker:
         batches = [shown | dict(self.reporter.batch([reading], [line])) for line in lines]
         likelihood = ReportLikelihood(self.reporter.writer.model, batches[0], report.tokens.ids, batches[1:])
         cells = lesion_cells(reading.volume, grid, lesions)
-        heat = attribution_maps(likelihood, [tokens], self._baseline(read.features), "evidence", cells)[0].numpy()
+        heat = attribution_maps(likelihood, [tokens], self._baseline(reading.features), "evidence", cells)[0].numpy()
         laid = grid.lay_over(heat)
         strongest = float(laid.max())
         name = f"map-{number}-{sentence}"
