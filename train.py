@@ -1,4 +1,4 @@
-"""Stage 1: train the vision part (nnU-Net encoder and Vision-Mamba bridge), without the language model.
+"""Stage 1: train the vision part (nnU-Net encoder and Vision-Mamba bridge). The language model does not run.
 
     python train.py --epochs 3 --batch_size 4 --lr 1e-4
     python train.py --objective proxy_l2 --epochs 3

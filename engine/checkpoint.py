@@ -257,19 +257,18 @@ def check_agreement(checkpoint: Checkpoint, config: Config) -> list[str]:
         free.remove("slices")  # a 3-D encoder pools its volume to this many planes
     if trained.roi_policy == config.roi_policy == "centre":
         free.append("roi_side")  # the centre crop has no parameters
-    notes = []
-    for key in keys_with_role("arch") + keys_with_role("tokens"):
-        there, here = getattr(trained, key), getattr(config, key)
-        if there == here:
-            continue
-        if key not in free:
-            raise InputError(
-                f"{checkpoint.path} was trained with {yaml_line(key, there)}, the configuration says {here}; "
-                f"set {yaml_line(key, there)}, or retrain Stage 1 with the new value and name its checkpoint "
-                "(--vision_checkpoint)"
-            )
-        notes.append(f"note: {yaml_line(key, there)} in {checkpoint.path.name}, now {yaml_line(key, here)}")
-    return notes
+    differ = {
+        key: (yaml_line(key, there), yaml_line(key, here))
+        for key in keys_with_role("arch") + keys_with_role("tokens")
+        if (there := getattr(trained, key)) != (here := getattr(config, key))
+    }
+    if bound := [pair for key, pair in differ.items() if key not in free]:
+        there, here = map(" and ".join, zip(*bound, strict=True))
+        raise InputError(
+            f"{checkpoint.path} was trained with {there}, the configuration says {here}; set {there}, or retrain "
+            "Stage 1 with the new values and name its checkpoint (--vision_checkpoint)"
+        )
+    return [f"note: {there} in {checkpoint.path.name}, now {here}" for there, here in differ.values()]
 
 
 def check_language_model(checkpoint: Checkpoint, config: Config) -> None:

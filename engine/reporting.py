@@ -48,10 +48,9 @@ from engine.evaluation.confidence import (
     statements,
 )
 from engine.evaluation.report_writer import PROMPT_FIELDS, Report, ReportWriter, token_spans
-from engine.findings_prompt import believed, deviation_notice
+from engine.findings_prompt import believed, deviation_notice, doubtful
 from engine.run import best_device, limit_gpu_memory
 from engine.scan_checks import check_new_scan, chosen_blindly, compare_described, describe_view, judge_features, notice
-from models.findings_head import Found
 from models.language_model.decoding import Decoding
 from models.language_model.embedding_table import load_embedding_table
 from models.language_model.identity import read_tokenizer
@@ -151,11 +150,12 @@ class Reading:
         language: of the reports, "zh" or "en".
         key_points: the findings prompt, empty for none; edit it, or set ``key_points`` of :meth:`Reporter.write`.
         visuals: visual tokens (1, L, D) on the CPU: one for all questions, with CMI one for each.
-        features, found: of the encoder (K, C, T, T), and of the findings head, where they were computed.
+        features: of the encoder, (K, C, T, T) on the CPU.
         volume, view: the preprocessed case, and what the encoder got of it.
         measured: lesions of the segmentation, largest first; None where nobody looked.
         believed: findings of the prompt: measured lesions with the head's names, and what it alone is sure of; None
             without a prompt.
+        doubtful: what the prompt leaves out and a person may know better, where there is a prompt.
         seconds: of checks (with the preprocessing), segmentation and vision.
     """
 
@@ -169,11 +169,11 @@ class Reading:
     key_points: str = ""
     visuals: list[Tensor] = field(default_factory=list)
     features: Tensor | None = None
-    found: Found | None = None
     volume: CachedVolume | None = None
     view: View | None = None
     measured: list[FindingRecord] | None = None
     believed: list[FindingRecord] | None = None
+    doubtful: list[FindingRecord] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -258,27 +258,30 @@ class ScanReader:
             reading.facts += describe_view(volume, self.selection)
             reading.volume, reading.view, reading.measured = volume, view, self.selection.measured(volume)
         with reading.step("vision", begin):
-            self._look(reading)
+            self._read_view(reading)
         forced, blind = any(problem.fatal for problem in problems), chosen_blindly(volume, self.selection)
         reading.notices = ["forced"] * forced + ["blind"] * blind + reading.notices
         return reading
 
-    def _look(self, reading: Reading) -> None:
+    def _read_view(self, reading: Reading) -> None:
         """Visual tokens and findings of a selected view."""
         images, position, roi = (part[None].to(self.device) for part in reading.view)
         features = self.vision.features(images)
-        seen = self.vision.look(features, position, roi)
+        seen = self.vision.visual_tokens(features, position, roi)
         unusual = compare_described(self.known.get("described"), reading.volume)
         unfamiliar, line = judge_features(self.known.get("feature_distance"), features)
         reading.facts += [*unusual, line]
         reading.notices = ["unfamiliar"] * (unfamiliar or bool(unusual))
-        measured, reading.features = reading.measured, features[0]
+        reading.features = features[0].cpu()
+        found, measured = None, reading.measured
         if self.vision.head is not None:
-            reading.found = self.vision.head(seen, torch.tensor([descriptors(measured or [])], device=self.device))
-        said = believed(self.vision.head, reading.found, measured, self.config.findings_prompt)
+            found = self.vision.head(seen, torch.tensor([descriptors(measured or [])], device=self.device))
+        said = believed(self.vision.head, found, measured, self.config.findings_prompt)
         if said is not None and self.known.get("language"):
             reading.facts += [f"believed: {finding.describe()}" for finding in said]
             reading.believed, reading.key_points = said, write_key_points(said, reading.language)
+            if found is not None:
+                reading.doubtful = doubtful(self.vision.head, found, measured or [], said)
         if self.vision.cmi is None:
             reading.visuals = [seen.cpu()]
             return
@@ -452,7 +455,7 @@ class Reporter:
         started = time.perf_counter()
         batch = self.batch(readings, prompts)
         if decoding is None:
-            said = [self._said(*pair) for pair in zip(readings, prompts, strict=True)]
+            said = [self._prompted(*pair) for pair in zip(readings, prompts, strict=True)]
             reports = self.writer.write_prompted(visual, batch, said, self.reader.known.get("language"), **options)
         else:
             reports = self.writer.write(visual, batch, decoding, **options)
@@ -469,7 +472,7 @@ class Reporter:
 
     def assess(self, reading: Reading, key_points: str, report: Report, seconds: float) -> WrittenReport:
         """A generated report with what it states, how sure that is, and where it deviates from its findings prompt."""
-        notices, said = [reading.notice], self._said(reading, key_points)
+        notices, said = [reading.notice], self._prompted(reading, key_points)
         if said is not None:
             notices.append(deviation_notice(report.text, said, self.writer.kinds, reading.language))
         label, spans = Labeller(reading.language), token_spans(self.lm.tokenizer, report.ids)
@@ -485,7 +488,7 @@ class Reporter:
         parts = (marked, tuple(sentences), tuple(stated), tuple(sure), report, seconds)
         return WrittenReport(report.text, " ".join(filter(None, notices)), key_points, *parts)
 
-    def _said(self, reading: Reading, key_points: str) -> list[FindingRecord] | None:
+    def _prompted(self, reading: Reading, key_points: str) -> list[FindingRecord] | None:
         """What a report must state; None without a prompt, for a person's own question, and in a language that the
         labeller does not know."""
         language = self.reader.known.get("language")

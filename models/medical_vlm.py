@@ -102,7 +102,7 @@ class VisionBridge(nn.Module):
         B, K = images.shape[:2]
         return self.encoder(images.flatten(0, 1)).unflatten(0, (B, K))
 
-    def look(self, features: Tensor, slice_position: Tensor, roi: Tensor | None = None) -> Tensor:
+    def visual_tokens(self, features: Tensor, slice_position: Tensor, roi: Tensor | None = None) -> Tensor:
         """The bridge's tokens (B, L, D), which do not depend on the question; the findings head reads them.
 
         ``roi`` (B, K, 4) is for a bridge with tokens around lesions."""
@@ -114,10 +114,10 @@ class VisionBridge(nn.Module):
         return self.bridge(features, slice_position, corner, roi)
 
     def read(self, batch: Mapping[str, Any], features: Tensor | None = None) -> tuple[Tensor, Found | None]:
-        """:meth:`look` at a batch's ``images`` (or their ``features``), and what the findings head says, with
+        """:meth:`visual_tokens` at a batch's ``images`` (or their ``features``), and what the findings head says, with
         ``lesions``."""
         features = self.features(batch["images"]) if features is None else features
-        seen = self.look(features, batch["slice_position"], batch["roi"])
+        seen = self.visual_tokens(features, batch["slice_position"], batch["roi"])
         return seen, self.head(seen, batch["lesions"]) if self.head is not None else None
 
     def steer(self, visual: Tensor, question: Tensor | None, question_mask: Tensor | None) -> Tensor:

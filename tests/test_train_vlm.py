@@ -145,7 +145,7 @@ def test_roi_and_cmi_that_do_not_fit_are_refused_at_once(run_stage, small_traini
     run_stage("train_vlm", *flags, config=config_with(small_training, tmp_path, use_cmi=True))
     for stage, changes, words in (
         ("train_vlm", {}, "was trained with CMI, .* set use_cmi: true"),
-        ("train_vlm", {"roi_side": 1, "use_cmi": True}, "trained with roi_side: 2, the configuration says 1"),
+        ("train_vlm", {"roi_side": 1, "use_cmi": True}, "trained with roi_side: 2, the configuration says roi_side: 1"),
         ("train_vlm", {"max_visual_tokens": 9}, "max_visual_tokens 9 is less than slices 2 need"),
         ("train", {"roi_side": 7}, "roi_side 7 is larger than the 6 x 6 features: lower roi_side, or raise"),
     ):

@@ -65,6 +65,15 @@ def sibling(path: Path, name: str) -> Path:
     return next((file for file in path.parent.iterdir() if file.name.lower() == name.lower()), beside)
 
 
+def nifti_image(array: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
+    """``array`` (z, y, x) on the grid that ``affine`` maps from (x, y, z) indices to RAS+ mm."""
+    image = nib.Nifti1Image(array.transpose(2, 1, 0), affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, code="scanner")
+    image.set_qform(affine, code="scanner")
+    return image
+
+
 def write_volume(path: Path | str, array: np.ndarray, spacing: Triple, affine: np.ndarray | None = None) -> None:
     """Write ``array`` (z, y, x), int16, uint8 or float32, as ``.nii.gz`` or ``.nii``, atomically.
 
@@ -77,12 +86,8 @@ def write_volume(path: Path | str, array: np.ndarray, spacing: Triple, affine: n
         affine = np.diag([-spacing[2], -spacing[1], spacing[0], 1.0])
     elif not np.allclose(nib.affines.voxel_sizes(affine)[::-1], spacing, rtol=1e-3):
         raise ValueError(f"spacing {spacing} (z, y, x) contradicts the affine {affine.tolist()}")
-    image = nib.Nifti1Image(array.transpose(2, 1, 0), affine)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(affine, code="scanner")
-    image.set_qform(affine, code="scanner")
     with atomic_path(Path(path)) as part:
-        nib.save(image, part)
+        nib.save(nifti_image(array, affine), part)
 
 
 def _open(path: Path) -> tuple[Nifti1Pair, ImageHeader]:

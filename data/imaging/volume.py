@@ -228,7 +228,7 @@ def check_affine(path: Path, affine: np.ndarray) -> np.ndarray:
     cosines = 1 / np.linalg.norm(np.linalg.inv(axes), axis=1)
     tilt = float(np.degrees(np.arccos(np.clip(cosines.min(), -1, 1))))
     if tilt > _TILT_DEGREES:
-        remedy = "straighten the series (dcm2niix does) and use its .nii.gz"
+        remedy = "straighten the DICOM series (dcm2niix does, into ..._Tilt_1.nii.gz) and use that file"
         raise InputError(f"{path}: the gantry was tilted by {tilt:.1f} degrees, slices are shifted; {remedy}")
     return sizes
 

@@ -147,7 +147,7 @@ class ReportLikelihood:
         copies = {name: case[name].expand(len(features), *case[name].shape[1:]) for name in names}
         question = self.model.lm.embed(copies["question_ids"]).float()
         vision = self.model.vision
-        seen = vision.look(features, copies["slice_position"], copies["roi"])
+        seen = vision.visual_tokens(features, copies["slice_position"], copies["roi"])
         visual = vision.steer(seen, question, copies["question_mask"])
         return torch.stack(answer_log_probs(self.model.lm, visual, copies))
 

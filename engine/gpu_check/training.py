@@ -258,7 +258,9 @@ def stage1(context: Context) -> Iterator[Line]:
 
     def step() -> None:
         with torch.autocast(context.device.type, torch.bfloat16, enabled=context.cuda):
-            loss = objective(vision.look(vision.features(images), position), torch.arange(4, device=context.device))
+            loss = objective(
+                vision.visual_tokens(vision.features(images), position), torch.arange(4, device=context.device)
+            )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

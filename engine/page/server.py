@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-import nibabel as nib
 import numpy as np
 import uvicorn
 from starlette.applications import Starlette
@@ -39,6 +38,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from config.errors import InputError
+from data.imaging.nifti import nifti_image
 from data.report_language.key_point_words import WORDS
 from engine.page.desk import Busy, Case, Desk
 from engine.page.exports import FORMATS, export
@@ -283,7 +283,7 @@ class Page:
 
         def encode() -> bytes:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-            return nib.Nifti1Image(array.transpose(2, 1, 0), affine).to_bytes()
+            return nifti_image(array, affine).to_bytes()
 
         return Response(await run_in_threadpool(encode), media_type="application/octet-stream")
 

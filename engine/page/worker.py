@@ -50,7 +50,6 @@ from engine.evaluation.confidence import agrees, touches
 from engine.evaluation.heat_maps import FramedGrid
 from engine.evaluation.report_writer import token_spans
 from engine.evaluation.saliency import ReportLikelihood, attribution_maps, lesion_cells, without_each_lesion
-from engine.findings_prompt import doubtful
 from engine.page.uploads import arrange, check_size, in_users_words
 from engine.reporting import Reading, Reporter, Trust, WrittenReport, default_question, encode_questions
 from engine.reports.files import lesion_labels
@@ -172,7 +171,7 @@ class Worker:
         while len(self.cases) > KEPT:
             self.cases.popitem(last=False)
         self._save_lesions(case, read)
-        read.findings = [*(reading.believed or []), *self._doubtful(reading)]
+        read.findings = [*(reading.believed or []), *reading.doubtful]
         ticked = len(reading.believed or [])
         listed = [describe(k, finding, k < ticked) for k, finding in enumerate(read.findings)]
         editable = self.config.findings_prompt != "off" and reading.believed is not None
@@ -295,15 +294,8 @@ class Worker:
         position, roi = (part[None].to(device) for part in read.reading.view[1:])
         asked = self.lm.embed(question[None].to(self.lm.model.device)).float().to(device)
         mask = torch.ones_like(question)[None].to(device)
-        seen = vision.look(read.reading.features[None], position, roi)
+        seen = vision.visual_tokens(read.reading.features[None].to(device), position, roi)
         return vision.steer(seen, asked, mask).to(self.lm.model.device)
-
-    def _doubtful(self, reading: Reading) -> list[FindingRecord]:
-        """What the findings head holds for possible and the report does not say."""
-        head = self.reader.vision.head
-        if head is None or reading.found is None or reading.believed is None:
-            return []
-        return doubtful(head, reading.found, reading.measured or [], reading.believed)
 
     def _save_lesions(self, case: str, read: ReadCase) -> None:
         volume = read.reading.volume
@@ -364,7 +356,9 @@ class Worker:
         batches = [shown | dict(self.reporter.batch([reading], [line])) for line in lines]
         likelihood = ReportLikelihood(self.reporter.writer.model, batches[0], report.tokens.ids, batches[1:])
         cells = lesion_cells(reading.volume, grid, lesions)
-        heat = attribution_maps(likelihood, [tokens], self._baseline(reading.features), "evidence", cells)[0].numpy()
+        heat = attribution_maps(
+            likelihood, [tokens], self._baseline(reading.features.to(self.reader.device)), "evidence", cells
+        )[0].numpy()
         laid = grid.lay_over(heat)
         strongest = float(laid.max())
         name = f"map-{number}-{sentence}"

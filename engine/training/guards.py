@@ -139,7 +139,7 @@ class Alarms:
             return ""
         return (
             f"warning: {counted(self.collapsed, 'epoch')} in a row collapsed: the tokens say nothing about the image; "
-            "stop it (Ctrl-C) and start with --objective align, or with a lower --lr"
+            "stop it (Ctrl-C) and start with a lower --lr, Stage 1 also with --objective align"
         )
 
 

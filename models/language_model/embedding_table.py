@@ -1,6 +1,6 @@
 """The language model's embedding table alone, without loading the language model.
 
-Stage 1 aligns images with reports in this space: 0.26 GB for Mamba-2.8B in bfloat16, not 5.6 GB.
+Stage 1 aligns images with reports in this space: 0.26 GB for Mamba-2.8B in bfloat16, not 5.5 GB.
 """
 
 from __future__ import annotations

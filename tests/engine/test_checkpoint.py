@@ -135,7 +135,7 @@ def test_build_vision_gives_the_same_tokens_bit_for_bit(tmp_path, source, with_c
     torch.manual_seed(99)  # nothing of the random start may show
     rebuilt = load_checkpoint(path).build_vision().eval()
     with torch.no_grad():
-        looks = (part.look(part.features(images), position, roi) for part in (rebuilt, vision))
+        looks = (part.visual_tokens(part.features(images), position, roi) for part in (rebuilt, vision))
         one, other = (part.steer(seen, *question) for part, seen in zip((rebuilt, vision), looks, strict=True))
     assert torch.equal(one, other)
     assert rebuilt.bridge.spec == vision.bridge.spec
@@ -295,9 +295,17 @@ MUST_AGREE = {"encoder_output_stage": 1, "encoder_target_spatial": 14, "bridge_d
 def test_setting_that_must_agree_is_named_with_both_values(saved, key, value):
     loaded = load_checkpoint(saved)
     there = yaml.safe_dump({key: getattr(loaded.config, key)}).strip()
-    with pytest.raises(InputError, match=f"trained with {there}, the configuration says {value}; set {there}, or"):
+    words = f"trained with {there}, the configuration says {key}: {value}; set {there}, or"
+    with pytest.raises(InputError, match=words):
         check_agreement(loaded, configuration(**{key: value}))
     assert build_config(yaml.safe_load(there), "the advice")
+
+
+def test_all_settings_that_must_agree_are_named_at_once(saved):
+    """``roi_side`` may change only between two centre crops: a remedy that names one key alone would be refused."""
+    words = "says roi_side: 2 and roi_policy: lesion; set roi_side: null and roi_policy: centre, or"
+    with pytest.raises(InputError, match=words):
+        check_agreement(load_checkpoint(saved), configuration(roi_side=2, roi_policy="lesion"))
 
 
 def test_setting_that_may_differ_is_said(saved):
@@ -326,7 +334,7 @@ def test_stage_0_adapters_are_part_of_a_stage_2_checkpoint(saved, monkeypatch):
 def test_slices_of_a_3d_encoder_are_part_of_the_network(saved):
     loaded = load_checkpoint(saved)
     plan = replace(loaded.preprocess_plan, dim=3, patch_size=(8, 16, 16), spacing=(1.0, 1.0, 1.0))
-    with pytest.raises(InputError, match="slices: 1, the configuration says 2"):
+    with pytest.raises(InputError, match="slices: 1, the configuration says slices: 2"):
         check_agreement(replace(loaded, preprocess_plan=plan), configuration(slices=2))
 
 

@@ -39,7 +39,7 @@ def test_every_trained_parameter_gets_a_gradient(assets, kind, keys, train_encod
     patch = vision.encoder.patch_size
     images = torch.randn(2, 1, *patch) if vision.encoder.dim == 3 else torch.randn(2, 1, 1, *patch)
     roi = torch.rand(2, 1, 4)
-    seen = vision.look(vision.features(images), torch.rand(2, 1), roi)
+    seen = vision.visual_tokens(vision.features(images), torch.rand(2, 1), roi)
     visual = vision.steer(seen, torch.randn(2, 3, WIDTH), torch.ones(2, 3))
     visual.pow(3).sum().backward()
     trained = {name for name, parameter in vision.named_parameters() if parameter.requires_grad}
@@ -53,15 +53,15 @@ def test_cases_of_different_size_give_what_each_gives_alone(assets):
     vision = vision_of(assets / "nnunet_tiny" / "2d_plain", with_cmi=False).eval()
     images = [torch.randn(1, 1, 64, 64), torch.randn(1, 1, 64, 128)]
     with torch.no_grad():
-        together = vision.look(vision.features(images), torch.full((2, 1), 0.5))
+        together = vision.visual_tokens(vision.features(images), torch.full((2, 1), 0.5))
         for case, image in enumerate(images):
-            alone = vision.look(vision.features(image[None]), torch.full((1, 1), 0.5))
+            alone = vision.visual_tokens(vision.features(image[None]), torch.full((1, 1), 0.5))
             torch.testing.assert_close(together[case : case + 1], alone, rtol=1e-4, atol=1e-6)
 
 
 def test_cmi_without_a_question_is_a_defect_and_says_so(assets):
     vision = vision_of(assets / "nnunet_tiny" / "2d_plain", with_cmi=True)
-    seen = vision.look(vision.features(torch.randn(1, 1, 1, 64, 64)), torch.rand(1, 1))
+    seen = vision.visual_tokens(vision.features(torch.randn(1, 1, 1, 64, 64)), torch.rand(1, 1))
     with pytest.raises(ValueError, match="question"):
         vision.steer(seen, None, None)
 

@@ -151,7 +151,7 @@ def test_stage1_passes_images_positions_and_rows():
         def features(self, images: Tensor) -> Tensor:
             return images
 
-        def look(self, features: Tensor, slice_position: Tensor, roi: Tensor) -> Tensor:
+        def visual_tokens(self, features: Tensor, slice_position: Tensor, roi: Tensor) -> Tensor:
             return features + slice_position[:, :, None] + roi
 
     batch = {"images": torch.ones(2, 3, 4), "slice_position": torch.ones(2, 3), "roi": torch.ones(2, 3, 4)}
