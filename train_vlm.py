@@ -43,7 +43,7 @@ from config.schema import write_config
 from data.medical_vlm_dataset import CaptionCollator
 from engine.checkpoint import check_agreement, save_checkpoint
 from engine.findings_prompt import batch_believed, set_up_findings, with_key_points
-from engine.loaders import build_loaders, check_tables, prepare_data, report_truncation, with_decisions
+from engine.loaders import build_loaders, check_tables, load_plan, prepare_data, report_truncation, with_decisions
 from engine.run import start_run
 from engine.scan_checks import ScanChecks
 from engine.training.diagnostics import TokenStatistics, check_loss_mask
@@ -59,6 +59,7 @@ from engine.training.start import (
 )
 from engine.training.text_loss import far_above, text_loss
 from models.findings_head import Found
+from models.language_model.identity import read_lm_config
 from models.language_model.mamba_lm import MambaLM
 from models.medical_vlm import MedicalVLM, check_regions, loss_counts
 
@@ -80,13 +81,15 @@ def main() -> None:
     say = accelerator.print
 
     # ---------------------------------------------------------------- model and data
+    read_lm_config(config.mamba_model)  # a wrong name is answered before any volume is read
+    plan = start.preprocess_plan if start is not None else load_plan(config)
+    config, cache = prepare_data(config, plan, accelerator, problems, force=args.force)  # nnU-Net has the GPU alone
     weights = {"stage0": config.language_model_adapters, "int8": args.llm_int8}
     lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=accelerator.device, **weights)
-    vision, plan, lines = build_vision(config, start, lm)
+    vision, _, lines = build_vision(config, start, lm)
     vision.to(accelerator.device)
     say("\n".join(lines), flush=True)
     collator = CaptionCollator(lm.tokenizer, config.max_question_tokens, config.max_answer_tokens)
-    config, cache = prepare_data(config, plan, accelerator, problems, force=args.force)
     if accelerator.is_main_process:
         write_config(config, output / "stage2_config.yaml")
     train_loader, val_loader, order = build_loaders(args, config, cache, vision.encoder, collator, accelerator)

@@ -37,6 +37,7 @@ import numpy as np
 from numcodecs import Blosc
 
 from config.errors import InputError
+from config.files import replace as replace_file
 from config.files import write_text
 from config.nnunet_plans import PreprocessPlan
 from data.checks.image_checks import check_volume, describe_scan, voxel_digest
@@ -355,7 +356,7 @@ def _discard(entry: Path) -> None:
     """Renamed first: a folder that is half deleted must not look like an entry."""
     aside = entry.with_name(f".tmp-{uuid.uuid4().hex}")
     with suppress(FileNotFoundError):  # another process discarded it
-        entry.rename(aside)
+        replace_file(entry, aside)  # on Windows another one may read it at the moment
     shutil.rmtree(aside, ignore_errors=True)
 
 

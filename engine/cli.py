@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -47,7 +48,8 @@ def force_utf8() -> None:
 
 
 def use_ascii_cache() -> None:
-    """On Windows, keep compiled Triton kernels outside a home folder with other letters than ASCII.
+    """On Windows, keep compiled Triton kernels, and the files that its compilers read, outside a home folder with other
+    letters than ASCII.
 
     The C compiler and ptxas open their files by names in the system's code page, which may lack those letters.
     """
@@ -56,6 +58,9 @@ def use_ascii_cache() -> None:
         owner = hashlib.sha256(home.encode()).hexdigest()[:8]  # the next folder is shared by all users
         folder = Path(os.environ.get("PROGRAMDATA", "C:/ProgramData"), "mamba-ct-report", f"triton-{owner}")
         os.environ.setdefault("TRITON_CACHE_DIR", str(folder))
+        if not tempfile.gettempdir().isascii():
+            (folder / "temporary").mkdir(parents=True, exist_ok=True)
+            os.environ["TEMP"] = os.environ["TMP"] = tempfile.tempdir = str(folder / "temporary")
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -85,7 +90,11 @@ def run_main(main: Callable[[], int | None]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Names a flag's default in its help, unless it has none or the text names it."""
+    """Names a flag's default in its help, unless it has none or the text names it; the help is printed as UTF-8."""
+
+    def __init__(self, **options: Any) -> None:
+        force_utf8()
+        super().__init__(**options)
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         text, default = options.get("help", ""), options.get("default")

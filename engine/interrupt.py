@@ -18,6 +18,7 @@ from typing import Any
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
 CLOSE_EVENTS = (2, 5, 6)  # Windows: console closed, user logs off, shutdown
 CLOSE_SECONDS = 5.0  # Windows ends the process then, whatever it does
+_CALLBACKS: list[Any] = []  # Windows keeps their addresses alone
 
 
 class StopRequest:
@@ -87,6 +88,7 @@ def on_console_close(wait: Callable[[], object]) -> Callable[[], None]:
         return 1
 
     kernel, callback = ctypes.windll.kernel32, ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint)(handle)
+    _CALLBACKS.append(callback)
     kernel.SetConsoleCtrlHandler(callback, 1)
     return lambda: kernel.SetConsoleCtrlHandler(callback, 0)
 

@@ -30,7 +30,7 @@ from models.language_model.cpu_decode import is_native
 logger = logging.getLogger(__name__)
 
 WINDOWS_FRACTION = 0.95  # of the GPU's memory
-_SPILLED: set[torch.device] = set()
+_FREE: dict[int, int] = {}  # bytes of each card that other programs had left when this one began
 
 
 def set_seeds(seed: int) -> None:
@@ -47,36 +47,44 @@ def best_device() -> str:
 def native_bf16() -> bool:
     """Whether the device computes in bfloat16 itself; where it is emulated it is slower than float32."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return is_native(torch.bfloat16)
 
 
 def limit_gpu_memory(fraction: float | None) -> None:
-    """Let this process take no more than a fraction of the GPU's memory (``gpu_memory_fraction``).
+    """Let this process take no more than a fraction of the current GPU's memory (``gpu_memory_fraction``); on Windows
+    by default .95 of it, less where other programs hold more than the rest.
 
     Windows' driver moves what does not fit into the computer's memory, without an error and ten times slower; within
     the limit torch says that the memory is full. Raises InputError: not above 0 and up to 1.
     """
     if fraction is not None and not 0 < fraction <= 1:
         raise InputError(f"gpu_memory_fraction is {fraction:g}, expected above 0, up to 1; empty: 0.95 on Windows")
+    if not torch.cuda.is_available():
+        return
+    card = torch.cuda.current_device()
+    free, total = torch.cuda.mem_get_info(card)
+    _FREE[card] = free + torch.cuda.memory_reserved(card)
     if fraction is None and os.name == "nt":
-        fraction = WINDOWS_FRACTION
-    if fraction is not None and torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(fraction)
+        fraction = min(WINDOWS_FRACTION, _FREE[card] / total)
+    if fraction is not None:
+        torch.cuda.set_per_process_memory_fraction(fraction, card)
 
 
 def warn_of_spilling(device: torch.device) -> None:
-    """Log once that torch has reserved more than the GPU has: the driver keeps that in the computer's memory."""
-    if device.type != "cuda" or device in _SPILLED:
+    """Log once on Windows that torch has reserved more than other programs had left, as a ``gpu_memory_fraction`` of
+    one's own allows: the driver keeps that in the computer's memory."""
+    if device.type != "cuda" or os.name != "nt":
         return
-    reserved, total = torch.cuda.memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
-    if reserved > total:
-        _SPILLED.add(device)
+    card = torch.cuda.current_device() if device.index is None else device.index
+    reserved, free = torch.cuda.memory_reserved(card), _FREE.get(card)
+    if free is not None and reserved > free:
+        del _FREE[card]
         logger.warning(
-            "%.1f GiB are reserved on a card of %.1f GiB: the driver keeps the rest in the computer's memory, which is "
-            "ten times slower; lower --batch_size or max_visual_tokens, or set gpu_memory_fraction",
+            "%.1f GiB are reserved on a card that had %.1f GiB free: the driver keeps the rest in the computer's "
+            "memory, which is ten times slower; lower --batch_size or max_visual_tokens, or empty gpu_memory_fraction",
             reserved / 2**30,
-            total / 2**30,
+            free / 2**30,
         )
 
 
@@ -87,7 +95,6 @@ def start_run(args: argparse.Namespace, config: Config, name: str) -> tuple[Acce
     flags, the versions and the machine.
     """
     set_seeds(args.seed)
-    limit_gpu_memory(config.gpu_memory_fraction)
     check_tracker(args.tracker)
     automatic = "bf16" if native_bf16() else "no"
     output = config.resolved("output_dir")
@@ -96,6 +103,7 @@ def start_run(args: argparse.Namespace, config: Config, name: str) -> tuple[Acce
         log_with=args.tracker,
         project_config=ProjectConfiguration(logging_dir=str(output / "tracker")),
     )
+    limit_gpu_memory(config.gpu_memory_fraction)  # of the card that accelerate has chosen for this process
     torch.backends.cudnn.benchmark = True  # the sizes of a run's images are fixed
     on_main(accelerator, lambda: hold_folder(output))
     if accelerator.is_main_process:

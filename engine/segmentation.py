@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 from config.errors import InputError
 from config.nnunet_plans import PreprocessPlan
@@ -257,7 +258,8 @@ def free_network() -> None:
 @cache  # each fold's, until free_network
 def _network(checkpoint: Path) -> Network:
     source = load_nnunet_checkpoint(checkpoint)
-    device = torch.device(best_device())
+    # A worker of a loader, which meets a damaged entry, must not open the GPU beside its parent.
+    device = torch.device("cpu" if get_worker_info() else best_device())
     labels = source.dataset_json.get("labels", {})
     regions = any(isinstance(label, list) for label in labels.values())
     names = {} if regions else {int(value): name for name, value in labels.items() if name in FINDINGS}

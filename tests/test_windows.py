@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -133,15 +133,20 @@ def test_the_night_leaves_ctrl_c_to_the_console(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("home", "moved"), [("/home/张三", True), ("/home/zhang", False)])
-def test_compiled_kernels_stay_out_of_a_home_folder_with_chinese_letters(home, moved, monkeypatch):
-    environment = {"PROGRAMDATA": "C:/ProgramData"}
+def test_compiled_kernels_stay_out_of_a_home_folder_with_chinese_letters(home, moved, monkeypatch, tmp_path):
+    """Triton's own files too: it writes what ptxas and the C compiler read into the temporary folder, below home."""
+    environment = {"PROGRAMDATA": str(tmp_path)}
+    temporary = SimpleNamespace(gettempdir=lambda: f"{home}/AppData/Local/Temp", tempdir=None)
+    monkeypatch.setattr(cli, "tempfile", temporary)
     monkeypatch.setattr(cli, "os", windows_os(environ=environment))
     monkeypatch.setattr(Path, "home", classmethod(lambda _: Path(home)))
     cli.use_ascii_cache()
     folder = environment.get("TRITON_CACHE_DIR")
-    assert (folder is not None) == moved
+    assert (folder is not None) == (temporary.tempdir is not None) == moved
     if moved:
-        assert folder.isascii() and PureWindowsPath(folder).is_relative_to("C:/ProgramData")
+        assert folder.isascii() and Path(folder).is_relative_to(tmp_path)
+        assert Path(temporary.tempdir).is_dir() and Path(temporary.tempdir).is_relative_to(folder)
+        assert environment["TEMP"] == environment["TMP"] == temporary.tempdir
         environment["TRITON_CACHE_DIR"] = "D:/mine"
         cli.use_ascii_cache()
         assert environment["TRITON_CACHE_DIR"] == "D:/mine", "the user's own choice counts"

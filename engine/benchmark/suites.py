@@ -144,6 +144,7 @@ def decode(report: Report) -> None:
     report.add("shares", f"reading the weights, ours {kind}", wide_limit / ours)
     report.add("shares", "reading the weights, ours int8", int8_limit / int8)
     report.add_ratio("decode_bf16_vs_bandwidth_limit", wide_limit, ours, "≥ 0.85")
+    report.add_ratio("decode_int8_vs_bandwidth_limit", int8_limit, int8, "≥ 0.85")
     report.add_ratio("decode_bf16_vs_transformers", plain, ours)
     report.add_ratio("decode_int8_vs_transformers_bf16", plain, int8, "≥ 1.6")
     report.add_ratio("decode_int8_vs_ours_bf16", ours, int8)

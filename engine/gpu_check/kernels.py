@@ -59,7 +59,9 @@ def machine(context: Context) -> Iterator[Line]:
         facts += "" if known else f"; this torch is built for {', '.join(built)}"
         yield context.verdict("card", known, facts)
         yield context.verdict("memory", free > 0.5 * total, f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB")
-        yield context.verdict("bfloat16", torch.cuda.is_bf16_supported(), "computed by the card")
+        yield context.verdict(
+            "bfloat16", torch.cuda.is_bf16_supported(including_emulation=False), "computed by the card"
+        )
     n = 8192 if context.cuda else 256
     a, b = (torch.randn(n, n, device=context.device).bfloat16() for _ in range(2))
     rate = 2 * n**3 / context.seconds(lambda: a @ b)

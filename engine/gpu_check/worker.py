@@ -15,6 +15,7 @@ import torch
 
 from config.errors import first_line
 from engine.gpu_check.context import FAIL, SKIPPED, Check, Context, Line, OutOfTime
+from engine.run import limit_gpu_memory
 
 GRACE = 10  # seconds in which a check that has no more time ends by itself
 
@@ -81,6 +82,7 @@ def serve(connection: Connection, device: str, out: Path) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    limit_gpu_memory(None)
     context = Context(torch.device(device), out)
     while (wanted := connection.recv()) is not None:
         context.number, context.end, context.shared, check = wanted

@@ -243,3 +243,13 @@ def test_a_case_is_segmented_by_the_fold_that_held_it_out(tmp_path, checkpoint, 
     monkeypatch.setattr(segmentation, "segment", noted)
     assert segment_all(cache, [(image, None) for image in images.values()]) == 2
     assert len(used) == 2 and used[0] is not used[1]
+
+
+def test_a_worker_of_a_loader_leaves_the_gpu_to_its_parent(checkpoint, monkeypatch):
+    """It meets a damaged entry: in a forked process CUDA cannot start, a spawned one would keep a second context."""
+    monkeypatch.setattr(segmentation, "best_device", lambda: "meta")
+    assert segmentation._network(checkpoint).device.type == "meta"
+    segmentation._network.cache_clear()
+    monkeypatch.setattr(segmentation, "get_worker_info", lambda: "worker 1 of 2")
+    assert segmentation._network(checkpoint).device.type == "cpu"
+    segmentation._network.cache_clear()

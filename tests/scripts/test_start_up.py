@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,9 +26,12 @@ runpy.run_path({script!r}, run_name="__main__")
 
 
 def start(script: Path, flags: list[str], version: str = "sys.version_info") -> tuple[int, list[str]]:
-    """Status, and the lines of the error output; the last one names the heavy packages that were imported."""
+    """Status, and the lines of the error output; the last one names the heavy packages that were imported. The output
+    goes into a pipe whose code page, as on a Western Windows, has no Chinese."""
     code = RUN.format(heavy=HEAVY, version=version, folder=str(script.parent), script=str(script), flags=flags)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"}
+    options = {"capture_output": True, "encoding": "utf-8", "env": environment, "check": False}
+    done = subprocess.run([sys.executable, "-c", code], **options)
     return done.returncode, done.stderr.splitlines()
 
 

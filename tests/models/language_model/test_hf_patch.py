@@ -225,6 +225,19 @@ def test_on_a_gpu_blocks_are_chosen_by_the_memory_that_is_free(lm: MambaLM, monk
     lm.checkpointing("auto")
 
 
+def test_attribution_takes_as_many_rows_as_fit(lm: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backward pass over eight copies of a long report would take tens of GB of a large model."""
+    memory = lm.memory
+    assert memory.rows_that_fit(1000, 8) == 8, "a CPU pages"
+    row = 1000 * (memory._blocks * 4 * lm.model.config.hidden_size + hf_patch.TRANSIENT * memory.kept)
+    logits = 4 * 4 * mamba_lm.LOSS_CHUNK * lm.model.config.vocab_size
+    monkeypatch.setattr(type(lm.model), "device", torch.device("cuda"))
+    lm.checkpointing("auto")
+    for room, rows in ((0, 1), (row - 1, 1), (3 * row, 3), (99 * row, 8)):
+        monkeypatch.setattr(hf_patch, "free_bytes", lambda _, margin, room=room: room + logits)
+        assert memory.rows_that_fit(1000, 8) == rows
+
+
 @pytest.mark.parametrize("name", ("cuda", "cuda:0"))
 def test_free_memory_is_asked_of_one_card(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's memory_fraction takes a number alone, and what accelerate calls the device of one process is "cuda"."""
