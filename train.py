@@ -78,7 +78,7 @@ def main() -> None:
     config = config_from(args)
     check_regions(config)
     accelerator, output = start_run(args, config, "stage1")
-    problems = check_tables(config, "error" if args.objective == "align" else "warning")
+    problems = check_tables(config, "error" if args.objective == "align" else "warning", toys=args.allow_toy_model)
     if config.use_cmi:
         accelerator.print("note: CMI reads the question and is trained in Stage 2; here encoder and bridge are trained")
 

@@ -77,7 +77,7 @@ def main() -> None:
         config = with_decisions(config, start.config)
         check_agreement(start, config)
     accelerator, output = start_run(args, config, "stage2")
-    problems = check_tables(config)
+    problems = check_tables(config, toys=args.allow_toy_model)
     say = accelerator.print
 
     # ---------------------------------------------------------------- model and data

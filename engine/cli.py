@@ -106,6 +106,11 @@ class Parser(argparse.ArgumentParser):
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of every script that loads the language model."""
     parser.add_argument("--mamba_model", metavar="NAME", help="hub name or folder; overrides the configuration")
+    add_toy_flag(parser)
+
+
+def add_toy_flag(parser: argparse.ArgumentParser) -> None:
+    """For scripts that load the language model or segment scans."""
     toy = "use the quick start's models with data that is not synthetic"
     parser.add_argument("--allow_toy_model", action="store_true", help=toy)
 

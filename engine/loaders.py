@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from config.nnunet_plans import PreprocessPlan
 from config.schema import Config
+from config.toy_models import check_toy_models
 from data.cache import CaseCache
 from data.checks.data_check import check_validation, quick_check
 from data.checks.problems import Level, Problem, raise_errors
@@ -158,15 +159,18 @@ def report_truncation(
         )
 
 
-def check_tables(config: Config, validation: Level = "warning") -> list[Problem]:
+def check_tables(config: Config, validation: Level = "warning", *, toys: bool = False) -> list[Problem]:
     """Check both tables and the header of every image, in seconds, before a model is loaded. Returns the warnings.
 
-    ``validation``: the level of a validation table whose loss says nothing (:func:`check_validation`).
+    ``validation``: the level of a validation table whose loss says nothing. ``toys``: --allow_toy_model.
 
-    Raises InputError: as :func:`read_caption_table` and :func:`quick_check` do, or for that validation table.
+    Raises InputError: as :func:`read_caption_table` and :func:`quick_check` do, for that validation table, or for toy
+    models with own images, which the quick start's table names.
     """
     tables = (config.resolved("caption_csv_train"), config.resolved("caption_csv_val"))
     train, val = (read_caption_table(t, image_root=config.table_root, path_map=config.path_map) for t in tables)
+    if not toys:
+        check_toy_models(config, [row.image_path for row in (*train, *val)], allow=False)
     found = quick_check(train=train, val=val)
     problems = check_validation(val, validation)
     raise_errors(problems, config.caption_csv_val)

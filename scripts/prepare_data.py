@@ -22,7 +22,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 from config.processes import pool_size
 from config.schema import Config, load_config
-from engine.cli import Interrupted, Parser, add_force_flag, positive_int, run_main, shard, shard_of_environment
+from config.toy_models import check_toy_models
+from engine.cli import (
+    Interrupted,
+    Parser,
+    add_force_flag,
+    add_toy_flag,
+    positive_int,
+    run_main,
+    shard,
+    shard_of_environment,
+)
 
 if TYPE_CHECKING:
     from data.cache import VolumeCache
@@ -42,6 +52,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--shard", type=shard, metavar="I/N", help="the I-th of N parts (default: RANK, WORLD_SIZE)")
     parser.add_argument("--verify", action="store_true", help="also read every slice of finished entries")
     add_force_flag(parser)
+    add_toy_flag(parser)
     return parser.parse_args()
 
 
@@ -86,6 +97,7 @@ def main() -> int:
     tables = args.csv or [config.resolved("caption_csv_train")]
     if not args.csv and config.caption_csv_val:
         tables.append(Path(config.caption_csv_val))
+    check_toy_models(config.replace(mamba_model=""), tables, args.allow_toy_model)  # no language model is needed here
     work = read_work(tables, config, *(["--csv"] if args.csv else []))
     index, count = args.shard or shard_of_environment()
     files = work.files[index - 1 :: count]

@@ -118,6 +118,11 @@ def test_continuing_keeps_the_best_and_appends_to_the_log(run_stage, tmp_path, c
     final = load_checkpoint(tmp_path / FINAL)
     assert (final.step, final.epoch) == (6, 3) and final.val_loss > first.val_loss
     assert rows(tmp_path) == [("4", "2"), ("6", "3")]
+    capsys.readouterr()
+    run_stage("train_vlm", *folder, "--epochs", "1", "--vision_checkpoint", str(tmp_path / BEST))
+    assert "stage2_train_log.csv goes on from step " in capsys.readouterr().out
+    kept = (tmp_path / "stage2_train_log.previous.csv").read_text(encoding="utf-8")
+    assert [line.split(",")[0] for line in kept.splitlines()] == ["step", "4", "6"], "an epoch that is left out is kept"
 
 
 @pytest.mark.minutes

@@ -29,7 +29,7 @@ from engine.training.diagnostics import TokenStatistics, first_tokens, statistic
 from engine.training.guards import Alarms, NonFinite, Reader, one_line_errors
 from engine.training.memory import MemoryGuard
 from engine.training.optimization import build_optimizer, build_schedule, optimizer_step
-from engine.training.run_log import CsvLog, RunLog, plot_losses, progress_bar
+from engine.training.run_log import CsvLog, RunLog, keep_later_rows, plot_losses, progress_bar
 from engine.training.train_state import Progress, TrainState, fingerprint
 from models.findings_head import Found
 
@@ -139,12 +139,14 @@ class _Run:
         self.resumed = self.state.resume(args.resume)
         first_step, self.first_epoch = stage.start
         going_on = self.resumed or first_step > 0
+        table = [output / stage.table] if stage.table else []
         if not going_on and self.active:
-            names = [stage.best_file, stage.final_file, *([stage.table] if stage.table else [])]
-            for path in filter(Path.is_file, (output / name for name in names)):
+            for path in filter(Path.is_file, (output / stage.best_file, output / stage.final_file, *table)):
                 print(f"note: {path.name} of an earlier training is kept as {keep_previous(path).name}", flush=True)
         last = (self.step, self.first_epoch + self.progress.epoch) if going_on else None
         log = output / f"{stage.name}_log.jsonl"
+        if going_on and not self.resumed and self.active:
+            keep_later_rows([log, *table], self.step)  # the checkpoint need not be the latest
         self.log = RunLog(log, active=self.active, resumed=last, track=accelerator.log)
         self.reader = Reader(loader, self.state.save_alone)
         self.non_finite = NonFinite(loader.dataset, args.lr, self.log.say, self.state.save)
@@ -153,7 +155,7 @@ class _Run:
         self.table = None
         if stage.table:
             columns = ("step", "epoch", stage.loss_name)
-            self.table = CsvLog(output / stage.table, columns, active=self.active, resumed_step=last and last[0])
+            self.table = CsvLog(*table, columns, active=self.active, resumed_step=last and last[0])
         if self.resumed:
             self.log.say(f"resuming at epoch {self.progress.epoch + 1}, step {self.progress.step}")
 

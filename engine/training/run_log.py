@@ -1,9 +1,10 @@
-"""What a run tells: lines for people, a CSV and a JSON-lines file for programs, a picture at the end."""
+"""What a run reports: lines for people, a CSV and a JSON-lines file for programs, a figure at the end."""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,17 @@ class CsvLog:
                 tqdm.write(f"note: {self.path} is open in another program; its lines follow when it is closed")
             return
         self._waiting.clear()
+
+
+def keep_later_rows(paths: Sequence[Path], step: int) -> None:
+    """Copies of the logs whose last rows are later than the step that a run goes on from, which drops them."""
+    for path in filter(Path.is_file, paths):
+        text = path.read_text(encoding="utf-8")
+        steps = re.findall(r'^(\d+),|"step": (\d+)', text, flags=re.MULTILINE)
+        if any(int(of_csv or of_json) > step for of_csv, of_json in steps):
+            kept = path.with_stem(f"{path.stem}.previous")
+            write_text(kept, text)
+            print(f"note: {path.name} goes on from step {step}; its later rows are kept in {kept.name}", flush=True)
 
 
 def progress_bar(total: int, done: int, description: str, *, active: bool) -> tqdm:
