@@ -152,10 +152,8 @@ class _Run:
         self.non_finite = NonFinite(loader.dataset, args.lr, self.log.say, self.state.save)
         self.alarms = Alarms(args.lr)
         self.memory = MemoryGuard(accelerator, args, config, self.progress, self.log.say, self.state.save_alone)
-        self.table = None
-        if stage.table:
-            columns = ("step", "epoch", stage.loss_name)
-            self.table = CsvLog(*table, columns, active=self.active, resumed_step=last and last[0])
+        options = {"columns": ("step", "epoch", stage.loss_name), "active": self.active}
+        self.table = CsvLog(*table, **options, resumed_step=last and last[0]) if table else None
         if self.resumed:
             self.log.say(f"resuming at epoch {self.progress.epoch + 1}, step {self.progress.step}")
 
