@@ -94,7 +94,7 @@ def model_view(config: Config) -> Callable[[CheckedImage], ModelView] | None:
     from engine.segmentation import open_cache
 
     encoder, plan = load_encoder(config)
-    framing = ViewSelection.from_config(config, plan, encoder)
+    selection = ViewSelection.from_config(config, plan, encoder)
     cache = open_cache(config, plan)
     intensity, grey = plan.intensity[0], (-2.0, 2.0)
     if intensity is not None and plan.normalization_schemes[0] == "CTNormalization":
@@ -103,7 +103,7 @@ def model_view(config: Config) -> Callable[[CheckedImage], ModelView] | None:
 
     def view(checked: CheckedImage) -> ModelView:
         cached = cache.get(checked.row.image_path, checked.row.mask_path)
-        images, position, _ = framing.select(cached)
+        images, position, _ = selection.select(cached)
         depth = len(checked.volume.array)
         planes = images[:, 0] if encoder.dim == 2 else images[0, [images.shape[1] // 2]]
         slices = [min(max(round(float(p) * depth - 0.5), 0), depth - 1) for p in position]

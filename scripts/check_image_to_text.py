@@ -208,9 +208,9 @@ def read_image(args: argparse.Namespace, checkpoint: Checkpoint, config: Config)
 
 def _sources(checkpoint: Checkpoint, config: Config) -> dict[str, str]:
     """Digests of what turns an image into visual tokens."""
-    framing = [checkpoint.preprocess_plan.to_dict(), config.slices, config.slice_policy]
-    framing += [config.min_lesion_mm3] * (config.min_lesion_mm3 is not None)
-    preprocessing = blake2b(json.dumps(framing, sort_keys=True).encode(), digest_size=20).hexdigest()
+    settings = [checkpoint.preprocess_plan.to_dict(), config.slices, config.slice_policy]
+    settings += [config.min_lesion_mm3] * (config.min_lesion_mm3 is not None)
+    preprocessing = blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=20).hexdigest()
     return {"vision": file_digest(checkpoint.path).hex(), "preprocessing": preprocessing}
 
 

@@ -18,7 +18,9 @@ from types import ModuleType
 
 import pytest
 
-from config.schema import FIELDS, Config
+from config.schema import FIELDS, Config, keys_with_role
+from engine.training.start import FINAL_FILE
+from engine.training.train_state import fingerprint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MANUALS = ("README.md", "README.zh-CN.md", "ARCHITECTURE.md")
@@ -354,3 +356,37 @@ def test_every_flag_is_in_the_chinese_manual_with_its_default(script: str) -> No
 @pytest.mark.parametrize("promise", SHOWN_TO_USERS)
 def test_promised_strings_are_in_the_chinese_manual(promise: str) -> None:
     assert promise in read(CHINESE)
+
+
+def code_of(text: str) -> set[str]:
+    return set(re.findall("`([^`]+)`", text))
+
+
+def test_what_must_agree_with_a_checkpoint_is_listed() -> None:
+    """Section 7, and the keys' roles. Slices and the crop's side are in both lists, for 2-D and 3-D, or by policy."""
+    [line] = [line for line in section("7 第二阶段").splitlines() if "必须与检查点一致" in line]
+    must, may = line.split("编码器结构与预处理取自检查点；")[1].split("必须与检查点一致，否则报错；")
+    both, policies = {"slices", "roi_side"}, {"roi_policy: lesion", "roi_policy: centre"}
+    assert code_of(must) - policies == {*keys_with_role("arch"), *both}
+    assert code_of(may.split("可以不同")[0]) - policies == {*keys_with_role("tokens"), *both}
+
+
+def test_what_a_resumed_run_may_change_is_listed() -> None:
+    flags = {"epochs", "lr", "seed", "warmup_ratio", "weight_decay", "max_grad_norm", "batch_size", "grad_accumulation"}
+    compared = fingerprint(argparse.Namespace(**dict.fromkeys(flags, 1)), Config())
+    [listed] = re.findall("配置中除 (.*?) 之外的键", section("10 续训与中断"))
+    assert code_of(listed) == FIELDS.keys() - compared.keys()
+
+
+def test_messages_that_the_manual_explains_are_the_codes() -> None:
+    code = "\n".join(read(name) for name in tracked() if name.endswith(".py") and not name.startswith("tests/"))
+    headings = re.findall(r"^\*\*(`.*?)\*\*", section("13 常见问题"), flags=re.MULTILINE)
+    explained = [part.strip(" ,") for heading in headings for text in code_of(heading) for part in text.split("...")]
+    assert len(explained) > 8
+    for part in explained:
+        assert part in code, f"no code says: {part}"
+
+
+def test_the_checkpoint_that_stage_2_continues_from_is_named() -> None:
+    assert f"continues from `outputs/{FINAL_FILE}`" in read("README.md")
+    assert f"从 `outputs/{FINAL_FILE}` 继续" in section("7 第二阶段")

@@ -242,8 +242,8 @@ def fit_logistic(features: np.ndarray, right: np.ndarray) -> Logistic:
     right = np.asarray(right, float)
     good, bad = right.sum(), len(right) - right.sum()
     target = np.where(right > 0, (good + 1) / (good + 2), 1 / (bad + 2))
-    mean, deviation = features.mean(0), features.std(0)
-    scale = np.where(deviation > 0, deviation, np.inf)
+    mean, std = features.mean(0), features.std(0)
+    scale = np.where(std > 0, std, np.inf)
     z = (features - mean) / scale
 
     def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:

@@ -21,7 +21,7 @@ from data.view_selection import ViewSelection
 
 
 @dataclass(frozen=True)
-class FramedGrid:
+class ViewGrid:
     """Where the cells of a feature map lie in the scan.
 
     Attributes:
@@ -36,7 +36,7 @@ class FramedGrid:
     orientation: str
 
     @classmethod
-    def of(cls, selection: ViewSelection, cached: CachedVolume, grid: tuple[int, int, int]) -> FramedGrid:
+    def of(cls, selection: ViewSelection, cached: CachedVolume, grid: tuple[int, int, int]) -> ViewGrid:
         """The grid (K, T, T) of the views that ``selection`` takes of a preprocessed case."""
         voxel_map = cached.voxel_map
         starts, sizes = selection.box(cached)

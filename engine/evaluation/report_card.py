@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data.findings import FindingRecord
-from data.report_language.sections import PREAMBLE, SECTIONS, section_shares, section_text
+from data.report_language.sections import PREAMBLE, SECTIONS, section_fractions, section_text
 from engine.evaluation import image_dependence as audit
 from engine.evaluation.baselines import CopiedReports
 from engine.evaluation.bootstrap import Score, difference, hit_score, mean_score
@@ -189,7 +189,7 @@ def _mask(results: TableResults) -> dict[str, Any]:
 
 def _sections(results: TableResults) -> dict[str, Any]:
     """Fraction of reports with each section, and language scores of its text where the reference has it."""
-    generated, wanted = section_shares(results.texts()), section_shares(results.references)
+    generated, wanted = section_fractions(results.texts()), section_fractions(results.references)
     found: dict[str, Any] = {}
     for name in SECTIONS:
         pairs = [

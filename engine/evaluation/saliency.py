@@ -38,7 +38,7 @@ from data.imaging.volume import turned
 from data.report_language.sections import split_sentences
 from engine.evaluation.conditions import OWN, ReportPasses
 from engine.evaluation.confidence import Statement, touches
-from engine.evaluation.heat_maps import FramedGrid, draw_heat
+from engine.evaluation.heat_maps import ViewGrid, draw_heat
 from engine.evaluation.localisation import MaskedCase, agreement
 from engine.evaluation.report_writer import answer_log_probs, token_spans
 from engine.findings_prompt import with_key_points
@@ -79,7 +79,7 @@ def map_case(
     spans = token_spans(writer.tokenizer, record["ids"])
     tokens = [[k for k, span in enumerate(spans) if touches(span, w)] for w in words]
     cached = data.cache.get(caption.image_path, caption.mask_path)
-    grid = FramedGrid.of(data.view_selection, cached, tuple(baseline[:, 0].shape))
+    grid = ViewGrid.of(data.view_selection, cached, tuple(baseline[:, 0].shape))
     said = None if record["believed"] is None else [FindingRecord.from_dict(one) for one in record["believed"]]
     lesions, without = without_each_lesion(said or [])
     batch = passes.batch([data[row]])
@@ -196,7 +196,7 @@ def without_each_lesion(said: Sequence[FindingRecord]) -> tuple[list[FindingReco
     return lesions, [[one for one in said if one is not lesion] for lesion in lesions]
 
 
-def lesion_cells(cached: CachedVolume, grid: FramedGrid, lesions: Sequence[FindingRecord]) -> Tensor:
+def lesion_cells(cached: CachedVolume, grid: ViewGrid, lesions: Sequence[FindingRecord]) -> Tensor:
     """Fractions (M, K, T, T) of the voxels of each measured lesion in the cells of ``grid``; zeros where the model was
     shown none of them."""
     if not lesions:
@@ -252,7 +252,7 @@ def _point(
     mentions: Sequence[FindingRecord],
     masked: MaskedCase | None,
     labels: np.ndarray,
-    grid: FramedGrid,
+    grid: ViewGrid,
 ) -> dict[str, Any]:
     """Hit or miss, fraction of cells that would hit, and why the game is not played."""
     why, cells = "", np.zeros(heat.shape, bool)

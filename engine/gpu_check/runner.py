@@ -27,7 +27,7 @@ CHECKS: dict[int, Check] = {
     6: Check("a capture that fails", decoding.capture_failure),
     7: Check("prefill, Mamba-2.8B", decoding.prefill),
     8: Check("a step of Stage 2, Mamba-2.8B", training.steps),
-    9: Check("where a step's time goes", training.shares),
+    9: Check("where a step's time goes", training.step_parts),
     10: Check("the scripts on the shipped models", chain.scripts, needs=30, limit=400, yields=True),
     11: Check("maps of a report, Mamba-2.8B", training.attribution, needs=10),
     12: Check("an epoch of Stage 1", training.stage1, needs=10),

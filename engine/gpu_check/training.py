@@ -154,7 +154,7 @@ def free_memory(context: Context) -> float:
     return torch.cuda.mem_get_info(context.device)[0] + torch.cuda.memory_allocated(context.device)
 
 
-def shares(context: Context) -> Iterator[Line]:
+def step_parts(context: Context) -> Iterator[Line]:
     """Where the time of one step goes, by the kernels' names."""
     B = 4 if context.cuda else 1
     stage = Stage2(context, context.lm(), B, None)

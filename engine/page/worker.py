@@ -47,7 +47,7 @@ from engine import segmentation
 from engine.chain import REPOSITORY
 from engine.cli import force_utf8
 from engine.evaluation.confidence import agrees, touches
-from engine.evaluation.heat_maps import FramedGrid
+from engine.evaluation.heat_maps import ViewGrid
 from engine.evaluation.report_writer import token_spans
 from engine.evaluation.saliency import ReportLikelihood, attribution_maps, lesion_cells, without_each_lesion
 from engine.page.uploads import arrange, check_size, in_users_words
@@ -348,7 +348,7 @@ class Worker:
         words = words or [(start, start + len(pieces[sentence].rstrip()))]
         spans = token_spans(self.lm.tokenizer, report.tokens.ids)
         tokens = [k for k, span in enumerate(spans) if touches(span, words)]
-        grid = FramedGrid.of(self.reader.selection, reading.volume, tuple(reading.features[:, 0].shape))
+        grid = ViewGrid.of(self.reader.selection, reading.volume, tuple(reading.features[:, 0].shape))
         lesions, without = without_each_lesion(records)
         lines = [report.key_points, *(write_key_points(rest, reading.language) for rest in without)]
         images, position, roi = (part[None].to(self.reader.device) for part in reading.view)

@@ -14,7 +14,7 @@ from data.cache import VolumeCache
 from data.imaging.reader import read_mask, read_volume
 from data.nnunet_preprocess import preprocess
 from data.view_selection import ViewSelection
-from engine.evaluation.heat_maps import FramedGrid
+from engine.evaluation.heat_maps import ViewGrid
 from tests.data.imaging.images import ORIENTATIONS, PLAN_2D, marked, store_as
 
 FILE_ORDER = replace(PLAN_2D, orientation="file", patch_size=(8, 8))
@@ -42,7 +42,7 @@ def test_what_the_model_sees_in_file_order_lies_where_the_lesion_is(tmp_path, ax
     framing = ViewSelection(FILE_ORDER, (1, 1), 1, "mask")
     position = float(framing.select(cached).slice_position)
     assert position > 0.5 if axcodes[2] in "SI" else position != 0.5, "0 is the lowest slice, whatever the order"
-    grid = FramedGrid.of(framing, cached, (1, 8, 8))
+    grid = ViewGrid.of(framing, cached, (1, 8, 8))
     heat = grid.lay_over(grid.cells_of(marked() > 0).astype(np.float32))
     assert heat.shape == marked().shape and np.unravel_index(heat.argmax(), heat.shape) == (3, 4, 5)
 

@@ -16,7 +16,7 @@ from data.cache import CachedVolume, VolumeCache
 from data.imaging.reader import read_mask, read_volume, write_on_grid
 from data.imaging.volume import Volume
 from data.view_selection import ViewSelection
-from engine.evaluation.heat_maps import FramedGrid, draw_heat
+from engine.evaluation.heat_maps import ViewGrid, draw_heat
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 
 SHAPE = (60, 66, 24)  # x, y, z where the file stores them in that order
@@ -78,7 +78,7 @@ def test_a_marked_voxel_lands_where_it_was(
     selection = ViewSelection(plan, (16, 16), 3 if kind == "2d_plain" else patch[0], "mask")
     images, *_ = selection(cached)
     shown = images[:, 0] if kind == "2d_plain" else images[0]
-    grid = FramedGrid.of(selection, cached, tuple(shown.shape))
+    grid = ViewGrid.of(selection, cached, tuple(shown.shape))
     heat = np.where(shown.numpy() > 0.5 * float(shown.max()), 1.0, 0.0)
     heat[np.unravel_index(int(shown.argmax()), shown.shape)] += 1e-6
     volume = read_volume(image)
@@ -117,7 +117,7 @@ def cached_and_selection(
 def test_cells_of_a_coarse_grid_hold_their_voxels(assets: Path, scan: tuple[Volume, np.ndarray], kind: str) -> None:
     volume, labels = scan
     cached, selection = cached_and_selection(volume, plan_of(assets, kind), 2, "mask")
-    grid = FramedGrid.of(selection, cached, (2, 4, 4))
+    grid = ViewGrid.of(selection, cached, (2, 4, 4))
     held = grid.cells_of(labels > 0)
     assert 1 <= held.sum() <= 4
     assert grid.lay_over(held.astype(float))[labels > 0].mean() > 0.5
@@ -137,7 +137,7 @@ def test_a_voxel_lies_in_the_cell_whose_receptive_field_is_nearest(
     volume, _ = scan
     plan = plan_of(assets, "2d_plain", spacing=volume.spacing[1:], patch_size=(96, 96))
     cached, selection = cached_and_selection(volume, plan, 1, "middle", offset)
-    grid = FramedGrid.of(selection, cached, (1, 6, 6))
+    grid = ViewGrid.of(selection, cached, (1, 6, 6))
     (middle,) = np.flatnonzero(grid.lay_over(np.ones((1, 6, 6))).any((1, 2)))
     kept = np.array(cached.voxel_map.bbox)[1:].T  # without what nnU-Net crops away
     first = kept[0] + np.array(selection.box(cached)[0][1:])  # voxel of the scan at the input's corner
@@ -163,7 +163,7 @@ def test_of_a_thinned_volume_the_offset_is_in_planes_that_were_kept(
     counts = []
     for offset in (0.0, 1.0):
         cached, selection = cached_and_selection(scan[0], plan, 4, "uniform", (offset, 0.0, 0.0))
-        cells = FramedGrid.of(selection, cached, (4, 4, 4)).cells[0]
+        cells = ViewGrid.of(selection, cached, (4, 4, 4)).cells[0]
         counts.append(np.bincount(cells[cells >= 0], minlength=4))
     assert cached.image.shape[1] > 2 * 14
     moved, (first, *_, last) = round(counts[1].sum() / 16), counts[0] - counts[1]
@@ -173,7 +173,7 @@ def test_of_a_thinned_volume_the_offset_is_in_planes_that_were_kept(
 def test_padding_has_cells_but_no_voxels(assets: Path, scan: tuple[Volume, np.ndarray]) -> None:
     plan = plan_of(assets, "2d_plain", spacing=(2.0, 2.0), patch_size=(128, 128))
     cached, selection = cached_and_selection(scan[0], plan, 1, "mask")
-    everything = FramedGrid.of(selection, cached, (1, 8, 8)).cells_of(np.ones(scan[0].array.shape, bool))
+    everything = ViewGrid.of(selection, cached, (1, 8, 8)).cells_of(np.ones(scan[0].array.shape, bool))
     assert everything[0, 3:5, 3:5].all() and not everything[0, 0].any() and not everything[0, :, 7].any()
 
 
