@@ -67,7 +67,8 @@ def test_the_language_model_alone_stays_frozen_without_adapters(run_stage, tmp_p
 
 @pytest.fixture
 def chinese(small_training: Path, tmp_path: Path) -> Path:
-    """A configuration of twelve rows, on the four scans, whose reports state a nodule or none."""
+    """A configuration of twelve rows, on the four scans, whose reports state a nodule or none; the language model is in
+    bfloat16, as on a GPU."""
     lines = ["image_path,question,answer,mask_path"]
     for row in range(12):
         report = (
@@ -76,7 +77,7 @@ def chinese(small_training: Path, tmp_path: Path) -> Path:
         lines.append(f"{small_training / str(row % 4)}.nii.gz,Q?,{report},")
     (tmp_path / "table.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     tables = dict.fromkeys(("caption_csv_train", "caption_csv_val"), str(tmp_path / "table.csv"))
-    return config_with(small_training, tmp_path, **tables)
+    return config_with(small_training, tmp_path, **tables, mamba_dtype="bfloat16")
 
 
 def test_findings_head_and_prompt_go_from_stage_to_stage(run_stage, chinese, tmp_path, capsys, monkeypatch):

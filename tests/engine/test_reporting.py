@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from config.errors import InputError
 from config.schema import REPOSITORY
 from engine.chain import SHIPPED_DEMO
 from engine.evaluation.report_writer import Report
-from engine.reporting import Trust
+from engine.reporting import Reporter, Trust, load_lm
 
 SCAN = SHIPPED_DEMO / "data" / "images" / "val_0000.nii.gz"
 
@@ -33,6 +34,15 @@ def test_a_scan_is_read_in_steps_and_its_report_says_what_was_found(demo_reporte
     assert written.marked.count("【待核实】") == sum(sentence.unsure for sentence in written.sentences)
     [other] = demo_reporter.write([reading], ["已知：左肺下野结节12mm。"])
     assert "左" in other.text and "结节" in other.text and other.text != written.text
+
+
+def test_a_model_in_bfloat16_writes_and_is_judged(demo_reporter):
+    """As on a GPU: for folder and page too, which write through the same calls."""
+    reader = demo_reporter.reader
+    lm = load_lm(reader.checkpoint, reader.config.replace(mamba_dtype="bfloat16"), "cpu")
+    assert lm.model.dtype == torch.bfloat16
+    [report] = Reporter(reader, lm, max_new_tokens=200).write([reader.read(SCAN)])
+    assert "29mm" in report.text and all(0 < sure <= 1 for sure in report.confidences)
 
 
 def test_reports_written_together_are_those_written_alone(demo_reporter):

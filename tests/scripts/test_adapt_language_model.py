@@ -30,12 +30,13 @@ def stage0(small_training: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """``stage0("--steps", "3", texts=…)``: the script's main with so many extra reports; returns its output folder."""
     script = importlib.import_module("scripts.adapt_language_model")
 
-    def run(*flags: str, texts: list[str] | None = None) -> Path:
+    def run(*flags: str, texts: list[str] | None = None, dtype: str = "float32") -> Path:
         extra, out = tmp_path / "extra.txt", tmp_path / "out"
         extra.write_text("\n".join(reports(24) if texts is None else texts), encoding="utf-8")
         lines = [f"{small_training / '0.nii.gz'},Q?,{text}" for text in reports(30)[24:]]
         (tmp_path / "val.csv").write_text("\n".join(["image_path,question,answer", *lines]), encoding="utf-8")
-        config = load_config(small_training / "paths.yaml").replace(caption_csv_val=str(tmp_path / "val.csv"))
+        keys = {"caption_csv_val": str(tmp_path / "val.csv"), "mamba_dtype": dtype}
+        config = load_config(small_training / "paths.yaml").replace(**keys)
         write_config(config, tmp_path / "stage0.yaml")
         command = ["adapt", "--config", str(tmp_path / "stage0.yaml"), "--output_dir", str(out)]
         command += ["--extra_reports", str(extra), "--batch_size", "2", "--steps", "2", "--rank", "2", *flags]
@@ -48,7 +49,7 @@ def stage0(small_training: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_adapters_are_trained_saved_and_used_by_stage_2(stage0, run_stage, small_training, tmp_path, capsys):
-    out = stage0()
+    out = stage0(dtype="bfloat16")  # as on a GPU
     printed = capsys.readouterr().out
     assert "key points, for example: 已知：" in printed and "nats/character, four sections 0.00 → " in printed
     assert f"set  language_model_adapters: {(out / ADAPTER_FILE).as_posix()}" in printed
