@@ -66,11 +66,8 @@ class ReportWriter:
     def embedding(self, batch: Mapping[str, Any]) -> Tensor:
         """Mean visual token of each image before CMI, (B, D) float32."""
         vision = self.model.vision
-        return (
-            vision.visual_tokens(vision.features(batch["images"]), batch["slice_position"], batch["roi"])
-            .float()
-            .mean(1)
-        )
+        features = vision.features(batch["images"])
+        return vision.visual_tokens(features, batch["slice_position"], batch["roi"]).float().mean(1)
 
     @torch.no_grad()
     def visual_of_features(

@@ -23,6 +23,7 @@ from transformers.models.mamba.modeling_mamba import MambaRMSNorm
 
 from engine.gpu_check.context import Context, Expected, Line
 from engine.gpu_check.first_scan import STATE, first_scan, on
+from engine.run import native_bf16
 from models.language_model.hf_patch import causal_conv_silu, norm_and_residual
 from models.selective_scan import BACKENDS, BackendUnavailable, ScanFunction, ScanInputs
 from models.selective_scan.backend_reference import scan as reference_scan
@@ -59,9 +60,7 @@ def machine(context: Context) -> Iterator[Line]:
         facts += "" if known else f"; this torch is built for {', '.join(built)}"
         yield context.verdict("card", known, facts)
         yield context.verdict("memory", free > 0.5 * total, f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB")
-        yield context.verdict(
-            "bfloat16", torch.cuda.is_bf16_supported(including_emulation=False), "computed by the card"
-        )
+        yield context.verdict("bfloat16", native_bf16(), "computed by the card")
     n = 8192 if context.cuda else 256
     a, b = (torch.randn(n, n, device=context.device).bfloat16() for _ in range(2))
     rate = 2 * n**3 / context.seconds(lambda: a @ b)

@@ -258,9 +258,8 @@ def stage1(context: Context) -> Iterator[Line]:
 
     def step() -> None:
         with torch.autocast(context.device.type, torch.bfloat16, enabled=context.cuda):
-            loss = objective(
-                vision.visual_tokens(vision.features(images), position), torch.arange(4, device=context.device)
-            )
+            visual = vision.visual_tokens(vision.features(images), position)
+            loss = objective(visual, torch.arange(4, device=context.device))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -356,9 +356,8 @@ class Worker:
         batches = [shown | dict(self.reporter.batch([reading], [line])) for line in lines]
         likelihood = ReportLikelihood(self.reporter.writer.model, batches[0], report.tokens.ids, batches[1:])
         cells = lesion_cells(reading.volume, grid, lesions)
-        heat = attribution_maps(
-            likelihood, [tokens], self._baseline(reading.features.to(self.reader.device)), "evidence", cells
-        )[0].numpy()
+        baseline = self._baseline(reading.features.to(self.reader.device))
+        heat = attribution_maps(likelihood, [tokens], baseline, "evidence", cells)[0].numpy()
         laid = grid.lay_over(heat)
         strongest = float(laid.max())
         name = f"map-{number}-{sentence}"
