@@ -81,7 +81,7 @@ class Report:
     def time(self, calls: Calls, limits: Mapping[str, Limit] | None = None, rounds: int = 3) -> dict[str, float]:
         """Median seconds of each call. All take turns, so that a slow phase of the machine slows all of them.
 
-        Each runs once untimed at first. A call that returns a list has timed itself, in seconds.
+        Each runs once untimed at first. A call that returns a list of numbers has timed itself, in seconds.
         """
         limits = limits or {}
         calls = {name: limit[0] for name, limit in limits.items()} | calls
@@ -96,7 +96,8 @@ class Report:
                 started = time.perf_counter()
                 own = call()
                 finish()
-                seconds[name] += own if isinstance(own, list) else [time.perf_counter() - started]
+                timed_itself = isinstance(own, list) and all(isinstance(value, float) for value in own)
+                seconds[name] += own if timed_itself else [time.perf_counter() - started]
         return {name: self.add_seconds(name, found, limits.get(name)) for name, found in seconds.items()}
 
     def add_seconds(self, name: str, seconds: Sequence[float], limit: Limit | None = None) -> float:

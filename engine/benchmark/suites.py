@@ -10,10 +10,11 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
@@ -36,6 +37,7 @@ from engine.benchmark.measure import Report, measure_peak
 from engine.benchmark.models import CALLS, STATE, our_model
 from engine.benchmark.saving import saving
 from engine.prepare import fill_cache
+from models.language_model import cpu_decode
 from models.language_model.mamba_lm import MambaLM
 from models.language_model.prefix_state import PrefixState, answer_from_state
 from models.language_model.quantisation import quantisation_quality, quantise_int8
@@ -125,6 +127,12 @@ def token_seconds(model: models.Model, embeds: Tensor, count: int) -> list[float
     return [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
 
 
+def layer_by_layer(call: Callable[[], list[float]]) -> list[float]:
+    """``call`` without the kernel that advances a whole block by one token: each layer's product has its own."""
+    with mock.patch.object(cpu_decode, "step", lambda *_: None):
+        return call()
+
+
 def decode(report: Report) -> None:
     """Seconds per new token beside reading the weights once and beside transformers; bf16: in the size's own dtype."""
     size, device = report.size, report.device
@@ -136,8 +144,10 @@ def decode(report: Report) -> None:
     embeds = models.prompt(size, size.text, device)
     calls = {name: partial(token_seconds, model, embeds, size.decode) for name, model in candidates.items()}
     limits = models.read_limits(size.block, device)
-    seconds = report.time(calls, limits, ROUNDS)
+    by_layer = {f"ours {kind}, layer by layer": partial(layer_by_layer, calls[f"ours {kind}"])}
+    seconds = report.time(calls | (by_layer if device.type == "cpu" else {}), limits, ROUNDS)
     ours, int8, plain = (seconds[name] for name in calls)
+    report.add_ratio("decode_whole_block_vs_layer_by_layer", seconds.get(*by_layer), ours, "≥ 1.1")
     table = narrow.model.get_input_embeddings().weight.nbytes  # one row of it is read, the head has its own copy
     wide_limit = lm.model.get_memory_footprint() / report.best_rate(limits)
     int8_limit = (narrow.model.get_memory_footprint() - table) / report.best_rate(limits)

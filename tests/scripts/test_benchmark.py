@@ -26,7 +26,8 @@ NNUNET = "preprocessing_{0}_vs_nnunet_one_thread preprocessing_{0}_peak_memory_v
 TARGETS = {
     "scan": f"{SCAN} forward_backward_vs_mambapy peak_memory_vs_mambapy",
     "prefill": "prefill_vs_matmul_limit prefill_vs_transformers",
-    "decode": "decode_bf16_vs_bandwidth_limit decode_int8_vs_transformers_bf16 second_question_speedup",
+    "decode": "decode_bf16_vs_bandwidth_limit decode_int8_vs_bandwidth_limit decode_whole_block_vs_layer_by_layer "
+    "decode_int8_vs_transformers_bf16 second_question_speedup",
     "train_step": "",
     "scaling": "time_784_to_12544_vs_linear peak_memory_784_to_12544",
     "memory": "",
