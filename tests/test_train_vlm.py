@@ -17,7 +17,9 @@ import torch
 
 from config.errors import InputError
 from config.schema import REPOSITORY, Config
+from engine import loaders
 from engine.checkpoint import load_checkpoint
+from models.language_model.mamba_lm import MambaLM
 from models.medical_vlm import check_regions
 from tests.test_train import config_with
 
@@ -105,6 +107,14 @@ def test_findings_head_and_prompt_go_from_stage_to_stage(run_stage, chinese, tmp
 def rows(folder: Path) -> list[tuple[str, str]]:
     with (folder / "stage2_train_log.csv").open(encoding="utf-8", newline="") as stream:
         return [(row["step"], row["epoch"]) for row in csv.DictReader(stream)]
+
+
+def test_the_segmentation_leaves_the_gpu_before_the_language_model_comes(run_stage, tmp_path, monkeypatch):
+    order, load = [], MambaLM.load
+    monkeypatch.setattr(loaders, "free_network", lambda: order.append("network freed"))
+    monkeypatch.setattr(MambaLM, "load", lambda *args, **options: order.append("LLM") or load(*args, **options))
+    run_stage("train_vlm", "--output_dir", str(tmp_path), "--epochs", "1")
+    assert order == ["network freed", "LLM"]
 
 
 def test_continuing_keeps_the_best_and_appends_to_the_log(run_stage, tmp_path, capsys):

@@ -154,6 +154,23 @@ def test_a_damaged_entry_is_reported_and_prepared_again(tmp_path, case, caplog, 
     assert not caplog.records
 
 
+def test_a_damaged_entry_that_another_process_reads_is_waited_for(tmp_path, case, monkeypatch):
+    """On Windows a folder of which a file is open cannot be renamed."""
+    cache = VolumeCache(tmp_path / "cache", PLAN)
+    expected = np.array(cache.get(*case).image)
+    (cache.entry(*case) / "meta.json").write_bytes(b"{")
+    rename, refused = Path.replace, []
+
+    def held(self: Path, target: Path) -> Path:
+        if self == cache.entry(*case) and not refused:
+            refused.append(self)
+            raise PermissionError("[WinError 5] Access is denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", held)
+    assert np.array_equal(cache.read(*case, lambda volume: np.array(volume.image)), expected) and refused
+
+
 def test_nothing_temporary_is_left_and_old_leftovers_go(tmp_path, case):
     cache = VolumeCache(tmp_path / "cache", PLAN)
     old, young = cache.root / ".tmp-old", cache.root / ".tmp-young"

@@ -58,3 +58,10 @@ def test_memory_beyond_what_was_free_is_reported_once(
         run.warn_of_spilling(torch.device("cpu"))
     assert len(caplog.messages) == 1
     assert "30.0 GiB are reserved on a card that had 29.0 GiB free" in caplog.messages[0]
+
+
+def test_a_card_that_emulates_bfloat16_is_no_native_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turing, which torch counts in where it is not asked to leave emulation out."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not run.native_bf16()

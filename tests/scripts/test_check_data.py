@@ -19,6 +19,7 @@ from data.checks.data_check import check_image
 from data.phantom.canvas import Grid
 from data.phantom.case import make_case, write_case
 from data.tables.caption_table import read_caption_table
+from engine.chain import SHIPPED_NNUNET
 from engine.loaders import check_tables
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -117,6 +118,18 @@ def test_check_tables_passes_good_ones_and_names_a_bad_image(folder):
     check_tables(configuration(folder, folder / "good.csv"))
     with pytest.raises(InputError, match=r"row 3: .*1\.nii\.gz: .*truncated.*check_data\.py"):
         check_tables(configuration(folder, folder / "train.csv"))
+
+
+def test_own_images_under_the_quick_starts_table_are_refused_for_its_models(folder, tmp_path):
+    """Its table may have been overwritten with own rows, which name images elsewhere."""
+    (tmp_path / "cases.json").write_text('{"lung_z_mm": 1}', encoding="utf-8")
+    good = (folder / "good.csv").read_text(encoding="utf-8").replace("0.nii.gz", f"{folder}/0.nii.gz")
+    for name in ("train.csv", "val.csv"):
+        (tmp_path / name).write_text(good.replace("0_mask.nii.gz", f"{folder}/0_mask.nii.gz"), encoding="utf-8")
+    config = configuration(tmp_path, tmp_path / "train.csv").replace(nnunet_encoder_checkpoint=str(SHIPPED_NNUNET))
+    with pytest.raises(InputError, match="made for the quick start's synthetic data, reports of .*nii.gz would be"):
+        check_tables(config)
+    check_tables(config, toys=True)
 
 
 @pytest.mark.parametrize("name", ["train", "train_vlm"])
