@@ -86,7 +86,7 @@ def main() -> None:
     config, cache = prepare_data(config, plan, accelerator, problems, force=args.force)  # nnU-Net has the GPU alone
     weights = {"stage0": config.language_model_adapters, "int8": args.llm_int8}
     lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=accelerator.device, **weights)
-    vision, _, lines = build_vision(config, start, lm)
+    vision, lines = build_vision(config, start, lm)
     vision.to(accelerator.device)
     say("\n".join(lines), flush=True)
     collator = CaptionCollator(lm.tokenizer, config.max_question_tokens, config.max_answer_tokens)

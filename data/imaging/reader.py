@@ -37,7 +37,7 @@ def read_header(path: Path | str) -> ImageHeader:
 def name_of(path: Path) -> str:
     """The name of an image file without the ending of its format; of a folder, its whole name."""
     ending = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
-    return path.name.removesuffix(path.name[len(path.name) - len(ending) :])
+    return path.name[: len(path.name) - len(ending)]
 
 
 def files_of(path: Path) -> list[Path]:

@@ -80,7 +80,7 @@ def section_text(text: str, name: str) -> str | None:
 
 
 def section_fractions(texts: Sequence[str]) -> dict[str, float]:
-    """Share of reports that have each section with at least one character; NaN for no reports."""
+    """Fraction of reports that have each section with at least one character; NaN for no reports."""
     filled = [{section.name for section in split_sections(text) if section.of(text)} for text in texts]
     return {name: sum(name in f for f in filled) / len(texts) if texts else float("nan") for name in SECTIONS}
 

@@ -53,15 +53,13 @@ def find_start(args: argparse.Namespace, output: Path) -> Checkpoint | None:
     return checkpoint
 
 
-def build_vision(
-    config: Config, start: Checkpoint | None, lm: MambaLM
-) -> tuple[VisionBridge, PreprocessPlan, list[str]]:
-    """The vision part, the plan of its input, and lines that say where its weights come from."""
+def build_vision(config: Config, start: Checkpoint | None, lm: MambaLM) -> tuple[VisionBridge, list[str]]:
+    """The vision part, and lines that say where its weights come from."""
     if start is None:
-        encoder, plan = load_encoder(config)
+        encoder, _ = load_encoder(config)
         output_std = float(lm.model.get_input_embeddings().weight.float().std())
         vision = VisionBridge.build(config, encoder, lm.width, output_std, with_cmi=config.use_cmi)
-        return vision, plan, ["start: nnU-Net encoder, untrained bridge"]
+        return vision, ["start: nnU-Net encoder, untrained bridge"]
     lines = [f"start: {start.path} (epoch {start.epoch}, val_loss {start.val_loss:.6f})"]
     lines += check_agreement(start, config)
     encoder = NnUNetEncoder.from_architecture(start.encoder_architecture)
@@ -70,7 +68,7 @@ def build_vision(
     at_random = load_vision_weights(vision, start)
     if at_random:
         lines.append(f"the checkpoint has no CMI: these start at random: {', '.join(at_random)}")
-    return vision, start.preprocess_plan, lines
+    return vision, lines
 
 
 def check_lora(args: argparse.Namespace, start: Checkpoint | None) -> None:
