@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +72,31 @@ def small_training(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> Pa
 
 
 @pytest.fixture
-def run_stage(small_training: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``run_stage("train", "--epochs", "1", config=…)``: a stage script's main in this process."""
+def forget_accelerator() -> Iterator[Callable[[], None]]:
+    """Before a script's main in this process: accelerate keeps the precision of the first one, of any test."""
     from accelerate.state import AcceleratorState, GradientState
+
+    def forget() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    yield forget
+    forget()
+
+
+@pytest.fixture
+def run_stage(
+    small_training: Path, monkeypatch: pytest.MonkeyPatch, forget_accelerator: Callable[[], None]
+) -> Callable[..., None]:
+    """``run_stage("train", "--epochs", "1", config=…)``: a stage script's main in this process."""
 
     def run(stage: str, *flags: str, config: Path | None = None) -> None:
         command = [f"{stage}.py", "--config", str(config or small_training / "paths.yaml"), "--mixed_precision", "no"]
         monkeypatch.setattr(sys, "argv", [*command, "--batch_size", "2", "--lr", "5e-3", *flags])
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget_accelerator()
         importlib.import_module(stage).main()
 
-    yield run
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    return run
 
 
 @pytest.fixture

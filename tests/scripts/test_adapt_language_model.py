@@ -26,7 +26,7 @@ def reports(count: int, language: str = "zh") -> list[str]:
 
 
 @pytest.fixture
-def stage0(small_training: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def stage0(small_training: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_accelerator):
     """``stage0("--steps", "3", texts=…)``: the script's main with so many extra reports; returns its output folder."""
     script = importlib.import_module("scripts.adapt_language_model")
 
@@ -42,6 +42,7 @@ def stage0(small_training: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         command += ["--extra_reports", str(extra), "--batch_size", "2", "--steps", "2", "--rank", "2", *flags]
         monkeypatch.setattr(sys, "argv", command)
         monkeypatch.setattr(script, "GENERATED", 2)
+        forget_accelerator()
         script.main()
         return out
 
