@@ -117,16 +117,17 @@ def known_targets(target: Found) -> Tensor:
     return torch.stack([((values != UNKNOWN) & values.isfinite()).sum() for values in target])
 
 
+# Sums without boolean indexing: how many values are known would have to be asked of the GPU, which waits for it.
 def _presence_loss(logits: Tensor, target: Tensor) -> Tensor:
     known = target != UNKNOWN
-    return F.binary_cross_entropy_with_logits(logits[known], target[known].float(), reduction="sum")
+    loss = F.binary_cross_entropy_with_logits(logits, target.clamp(0, 1).float(), reduction="none")
+    return (loss * known).sum()
 
 
 def _class_loss(logits: Tensor, target: Tensor) -> Tensor:
-    known = target != UNKNOWN
-    return F.cross_entropy(logits[known], target[known], reduction="sum")
+    return F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=UNKNOWN, reduction="sum")
 
 
 def _size_loss(logarithm: Tensor, target: Tensor) -> Tensor:
-    known = target.isfinite()
-    return F.smooth_l1_loss(logarithm[known], target[known], reduction="sum", beta=0.1)
+    target = torch.where(target.isfinite(), target, logarithm.detach())  # no loss and no gradient where unknown
+    return F.smooth_l1_loss(logarithm, target, reduction="sum", beta=0.1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,6 +97,39 @@ def test_unknown_targets_count_nowhere(head: FindingsHead) -> None:
     assert gradient.nonzero().tolist() == [[0, 1]]
     target.size[2, 0] = 1.0
     assert findings_loss(found, target).sum() > loss and known_targets(target)[3] == 1
+
+
+def test_losses_equal_those_of_the_known_values_alone(head: FindingsHead) -> None:
+    """The reference picks the known values first, which a GPU would have to be waited for."""
+    found = head(visual(), lesions())
+    target = unknown()
+    target.presence[0, :2] = torch.tensor([1, 0])
+    target.side[0, 0], target.zone[1, 1] = 2, 1
+    target.size[0, 0], target.lesion_size[1, 0] = 0.3, -0.2
+    target.lesion[0, :2] = torch.tensor([0, len(head.names)])
+
+    def reference(name: str, loss: Callable[..., Tensor], **options: float) -> Tensor:
+        said, truth = getattr(found, name), getattr(target, name)
+        known = truth.isfinite() & (truth != UNKNOWN)
+        truth = truth[known].float() if name == "presence" else truth[known]
+        return loss(said[known], truth, reduction="sum", **options)
+
+    expected = torch.stack(
+        [
+            reference("presence", F.binary_cross_entropy_with_logits),
+            reference("side", F.cross_entropy),
+            reference("zone", F.cross_entropy),
+            reference("size", F.smooth_l1_loss, beta=0.1),
+            reference("lesion", F.cross_entropy),
+            reference("lesion_size", F.smooth_l1_loss, beta=0.1),
+        ]
+    )
+    losses, parameters = findings_loss(found, target), list(head.parameters())
+    assert (expected > 0).all()
+    torch.testing.assert_close(losses, expected)
+    gradients = (torch.autograd.grad(part.sum(), parameters, retain_graph=True) for part in (losses, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_planted_task_is_learnt(head: FindingsHead) -> None:
