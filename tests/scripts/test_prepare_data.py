@@ -18,6 +18,7 @@ import pytest
 from config.schema import build_config, write_config
 from data.cache import VolumeCache
 from data.imaging.nifti import write_volume
+from engine.chain import SHIPPED_NNUNET
 from engine.loaders import load_plan
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -192,3 +193,13 @@ def test_a_worker_killed_for_memory_is_one_line(folder, tmp_path):
     next(child for child in children if "spawn_main" in " ".join(child.cmdline())).kill()
     done = finish(process, seconds=60)
     assert done.returncode == 2 and "fewer --workers than 2" in done.stderr, done
+
+
+def test_own_scans_are_not_segmented_by_the_quick_starts_network(folder, tmp_path):
+    config = tmp_path / "paths.yaml"
+    keys = {"caption_csv_train": str(folder / "train.csv"), "nnunet_encoder_checkpoint": str(SHIPPED_NNUNET)}
+    write_config(build_config(keys, "test"), config)
+    done = run(folder, tmp_path / "cache", "--config", str(config))
+    assert done.returncode == 2 and not (tmp_path / "cache").exists(), done
+    assert "set nnunet_encoder_checkpoint:" in done.stderr and "or add --allow_toy_model" in done.stderr
+    assert "mamba_model" not in done.stderr, "no language model is needed to prepare scans"
