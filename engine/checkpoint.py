@@ -36,6 +36,7 @@ from config.nnunet_plans import PreprocessPlan
 from config.schema import FIELDS, REMOVED, Config, build_config, keys_with_role, yaml_line
 from models.language_model.adapter_file import adapter_digest
 from models.language_model.identity import read_lm_config
+from models.language_model.mamba_lm import MambaLM
 from models.medical_vlm import VisionBridge
 from models.pretrained import CONFIG, read_folder, rebuild_vision
 
@@ -93,6 +94,13 @@ class Checkpoint:
         vision = rebuild_vision(VisionBridge, config, vars(self))
         load_vision_weights(vision, self)
         return vision
+
+    def load_lm(self, config: Config, device: torch.device | str, **options: Any) -> MambaLM:
+        """The language model with the adapters of Stage 0 and of this checkpoint; ``options`` as ``MambaLM.load``."""
+        weights = {"adapters": self.adapters, "stage0": config.language_model_adapters, **options}
+        lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, **weights)
+        lm.checkpointing(config.llm_checkpointing)  # attribution differentiates
+        return lm
 
     def content(self, config: Config) -> dict[str, Any]:
         """What the file holds, but ``config`` in place of its configuration, and no weights of the vision part."""

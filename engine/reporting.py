@@ -127,14 +127,6 @@ def encode_questions(questions: Sequence[str], tokenizer: PreTrainedTokenizerBas
     return [torch.tensor(encode_prompt(tokenizer, text, config.max_question_tokens)) for text in questions]
 
 
-def load_lm(checkpoint: Checkpoint, config: Config, device: torch.device | str, **options: Any) -> MambaLM:
-    """The language model with the adapters of Stage 0 and of the checkpoint; ``options`` as ``MambaLM.load``."""
-    weights = {"adapters": checkpoint.adapters, "stage0": config.language_model_adapters, **options}
-    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, **weights)
-    lm.checkpointing(config.llm_checkpointing)
-    return lm
-
-
 # ------------------------------------------------------------------ scan → visual tokens and findings
 
 
@@ -424,7 +416,7 @@ class Reporter:
         resolved = run_config(argparse.Namespace(**flags), loaded)
         check_models(loaded, resolved)
         reader = ScanReader(loaded, resolved, allow_toy_model=allow_toy_model)
-        return cls(reader, load_lm(loaded, resolved, llm_device or best_device(), int8=llm_int8), **options)
+        return cls(reader, loaded.load_lm(resolved, llm_device or best_device(), int8=llm_int8), **options)
 
     def report(
         self, image: Path | str, question: str = "", *, mask: Path | None = None, force: bool = False

@@ -103,7 +103,6 @@ from engine.reporting import (
     check_models,
     default_question,
     encode_questions,
-    load_lm,
     run_config,
 )
 from engine.run import best_device
@@ -354,7 +353,7 @@ def main() -> None:
 
     # ---------------------------------------------------------------- language model
     weights = {"load_in_8bit": args.llm_8bit, "int8": args.llm_int8, "int8_folder": args.save_int8}
-    lm = load_lm(checkpoint, config, llm_device, **weights)
+    lm = checkpoint.load_lm(config, llm_device, **weights)
     times["language model"] = time.perf_counter() - begun - times["image"]
     reading, origin = 0.0, "the image read with the question"
     if identity is not None:

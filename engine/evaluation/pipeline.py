@@ -226,9 +226,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     with accelerator.main_process_first():
         copied = training_cases(config, cache, vision.encoder, tables[args.csv].rows)
     free_network()
-    weights = {"stage0": config.language_model_adapters, "adapters": checkpoint.adapters}
-    lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, **weights)
-    lm.checkpointing(config.llm_checkpointing)  # attribution maps differentiate
+    lm = checkpoint.load_lm(config, device)
     store = GenerationStore(args.out, generated_from(args, config, lm), accelerator.process_index)
     collator = CaptionCollator(lm.tokenizer, config.max_question_tokens, config.max_answer_tokens)
     writer = ReportWriter(MedicalVLM(vision, lm).eval(), args.max_new_tokens)

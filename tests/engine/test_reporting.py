@@ -13,7 +13,7 @@ from config.errors import InputError
 from config.schema import REPOSITORY
 from engine.chain import SHIPPED_DEMO
 from engine.evaluation.report_writer import Report
-from engine.reporting import Reporter, Trust, load_lm
+from engine.reporting import Reporter, Trust
 
 SCAN = SHIPPED_DEMO / "data" / "images" / "val_0000.nii.gz"
 
@@ -39,7 +39,7 @@ def test_a_scan_is_read_in_steps_and_its_report_says_what_was_found(demo_reporte
 def test_a_model_in_bfloat16_writes_and_is_judged(demo_reporter):
     """As on a GPU: for folder and page too, which write through the same calls."""
     reader = demo_reporter.reader
-    lm = load_lm(reader.checkpoint, reader.config.replace(mamba_dtype="bfloat16"), "cpu")
+    lm = reader.checkpoint.load_lm(reader.config.replace(mamba_dtype="bfloat16"), "cpu")
     assert lm.model.dtype == torch.bfloat16
     [report] = Reporter(reader, lm, max_new_tokens=200).write([reader.read(SCAN)])
     assert "29mm" in report.text and all(0 < sure <= 1 for sure in report.confidences)
