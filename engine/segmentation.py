@@ -106,7 +106,7 @@ class SegmentedCache(CaseCache):
     def _prepare(self, entry: Path, image_path: Path, mask_path: Path | None) -> None:
         volume = self.volumes.get(image_path, mask_path)
         with _ONE_AT_A_TIME:
-            network = _network(self.network_of(image_path))
+            network = _network(self.network_of(image_path), self.plan)
         with nullcontext() if network.shares_device else _ONE_AT_A_TIME:
             labels = segment(network, volume, self.plan.patch_size)
         findings = measure(labels, volume, image_path, self.plan, network.names)
@@ -256,8 +256,15 @@ def free_network() -> None:
 
 
 @cache  # each fold's, until free_network
-def _network(checkpoint: Path) -> Network:
+def _network(checkpoint: Path, plan: PreprocessPlan) -> Network:
+    """Raises InputError: the file has another plan than ``plan``, whose axis order is of the configuration."""
     source = load_nnunet_checkpoint(checkpoint)
+    own = PreprocessPlan.from_nnunet(source.plans, source.configuration)
+    if replace(own, orientation=plan.orientation) != plan:
+        raise InputError(
+            f"{checkpoint} has another plan than the nnU-Net whose cases it held out: folds of one training have the "
+            "same; remove this one from the folder of the others"
+        )
     # A worker of a loader, which meets a damaged entry, must not open the GPU beside its parent.
     device = torch.device("cpu" if get_worker_info() else best_device())
     labels = source.dataset_json.get("labels", {})

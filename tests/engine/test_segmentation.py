@@ -217,6 +217,19 @@ def test_a_network_that_knows_the_training_cases_is_told():
     assert "knows" not in describe_segmentation(cases(0.8), 0, cases(0.95, 0.96, 0.97)), "one case proves nothing"
 
 
+def test_a_fold_of_another_plan_segments_nothing(tmp_path, assets, checkpoint, scan):
+    kind = "3d_plain" if plan_of(checkpoint).dim == 2 else "2d_plain"
+    stranger, own = (tmp_path / "nnunet" / fold / checkpoint.name for fold in ("fold_1", "fold_0"))
+    (stranger.parent / "validation").mkdir(parents=True)
+    own.parent.mkdir()
+    shutil.copy(assets / "nnunet_tiny" / kind / "fold_0" / "checkpoint_best.pth", stranger)
+    shutil.copy(checkpoint, own)
+    shutil.copy(scan, stranger.parent / "validation" / scan.name)
+    cache = open_cache(configuration(tmp_path, own), plan_of(checkpoint))
+    with pytest.raises(InputError, match="fold_1.*has another plan than the nnU-Net whose cases it held out"):
+        cache.get(scan)
+
+
 def test_a_case_is_segmented_by_the_fold_that_held_it_out(tmp_path, checkpoint, scan, monkeypatch):
     """Five folds as nnU-Net leaves them; ``fold_all`` predicts its own training cases."""
     folds = {name: tmp_path / "nnunet" / name / "checkpoint_final.pth" for name in ("fold_0", "fold_1", "fold_all")}
@@ -248,8 +261,8 @@ def test_a_case_is_segmented_by_the_fold_that_held_it_out(tmp_path, checkpoint, 
 def test_a_worker_of_a_loader_leaves_the_gpu_to_its_parent(checkpoint, monkeypatch):
     """It meets a damaged entry: in a forked process CUDA cannot start, a spawned one would keep a second context."""
     monkeypatch.setattr(segmentation, "best_device", lambda: "meta")
-    assert segmentation._network(checkpoint).device.type == "meta"
+    assert segmentation._network(checkpoint, plan_of(checkpoint)).device.type == "meta"
     segmentation._network.cache_clear()
     monkeypatch.setattr(segmentation, "get_worker_info", lambda: "worker 1 of 2")
-    assert segmentation._network(checkpoint).device.type == "cpu"
+    assert segmentation._network(checkpoint, plan_of(checkpoint)).device.type == "cpu"
     segmentation._network.cache_clear()
