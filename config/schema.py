@@ -76,7 +76,7 @@ class Config:
         "run",
     )
     min_lesion_mm3: float | None = _key(
-        None, "smaller lesions of the segmentation are dropped (empty: chosen on the validation masks)", "run", 0
+        None, "smaller lesions of the segmentation are dropped (empty: chosen on the masks of both tables)", "run", 0
     )
     augment_shift: int = _key(0, "training images are moved in plane by up to so many voxels", "run", 0)
     augment_rotate: float = _key(0.0, "they are turned in plane by up to so many degrees", "run", 0)

@@ -176,7 +176,7 @@ def describe_segmentation(
     if not compared:
         return (
             f"segmentation: no mask to compare it with; lesions below {min_lesion_mm3:g} mm3 are dropped "
-            "(give validation cases a mask_path to choose that, and to see how good the segmentation is)"
+            "(give validation cases a mask_path to see how good the segmentation is)"
         )
     result = scores(compared, min_lesion_mm3)
     weak = "\nwarning: this segmentation cannot carry a report: train the nnU-Net longer, or set slice_policy: mask"
