@@ -80,7 +80,7 @@ def test_without_a_card_one_line_says_what_to_do(tmp_path: Path) -> None:
     assert not (tmp_path / "report").exists()
 
 
-@pytest.mark.minutes
+@pytest.mark.slow
 def test_the_script_and_the_scripts_that_it_runs(tmp_path: Path) -> None:
     """What the tests above leave out: the process of the checks, a second one, both stages and what follows."""
     numbers, out = (1, 2, 10, 13), tmp_path / "报告 1"
