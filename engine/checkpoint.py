@@ -99,7 +99,7 @@ class Checkpoint:
         """The language model with the adapters of Stage 0 and of this checkpoint; ``options`` as ``MambaLM.load``."""
         weights = {"adapters": self.adapters, "stage0": config.language_model_adapters, **options}
         lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, **weights)
-        lm.checkpointing(config.llm_checkpointing)  # attribution differentiates
+        lm.checkpointing(config.llm_checkpointing)  # attribution needs gradients
         return lm
 
     def content(self, config: Config) -> dict[str, Any]:

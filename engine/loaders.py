@@ -91,7 +91,7 @@ def resolve_views(config: Config, cache: CaseCache, tables: dict[str, Sequence[C
     least = config.min_lesion_mm3
     if isinstance(cache, SegmentedCache):
         known, compared = ([case.compared for case in cases[name] if case.compared] for name in ("train", "val"))
-        # Of few validation masks every lesion may happen to be large.
+        # The few lesions of a validation table may all be large.
         least = choose_min_lesion([*known, *compared]) if least is None else least
         if other := sum(cache.network_of(row.image_path) != cache.checkpoint for row in tables["train"]):
             print(f"segmentation: {other} training cases by the fold of the nnU-Net that held them out", flush=True)

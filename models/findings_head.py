@@ -117,11 +117,10 @@ def known_targets(target: Found) -> Tensor:
     return torch.stack([((values != UNKNOWN) & values.isfinite()).sum() for values in target])
 
 
-# Sums without boolean indexing: how many values are known would have to be asked of the GPU, which waits for it.
+# No boolean indexing: it waits for the GPU to count the known values.
 def _presence_loss(logits: Tensor, target: Tensor) -> Tensor:
-    known = target != UNKNOWN
-    loss = F.binary_cross_entropy_with_logits(logits, target.clamp(0, 1).float(), reduction="none")
-    return (loss * known).sum()
+    known, stated = (target != UNKNOWN).float(), target.clamp(0, 1).float()
+    return F.binary_cross_entropy_with_logits(logits, stated, weight=known, reduction="sum")
 
 
 def _class_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -219,12 +219,12 @@ def test_a_network_that_knows_the_training_cases_is_told():
 
 def test_a_fold_of_another_plan_segments_nothing(tmp_path, assets, checkpoint, scan):
     kind = "3d_plain" if plan_of(checkpoint).dim == 2 else "2d_plain"
-    stranger, own = (tmp_path / "nnunet" / fold / checkpoint.name for fold in ("fold_1", "fold_0"))
-    (stranger.parent / "validation").mkdir(parents=True)
+    other, own = (tmp_path / "nnunet" / fold / checkpoint.name for fold in ("fold_1", "fold_0"))
+    (other.parent / "validation").mkdir(parents=True)
     own.parent.mkdir()
-    shutil.copy(assets / "nnunet_tiny" / kind / "fold_0" / "checkpoint_best.pth", stranger)
+    shutil.copy(assets / "nnunet_tiny" / kind / "fold_0" / "checkpoint_best.pth", other)
     shutil.copy(checkpoint, own)
-    shutil.copy(scan, stranger.parent / "validation" / scan.name)
+    shutil.copy(scan, other.parent / "validation" / scan.name)
     cache = open_cache(configuration(tmp_path, own), plan_of(checkpoint))
     with pytest.raises(InputError, match="fold_1.*has another plan than the nnU-Net whose cases it held out"):
         cache.get(scan)
