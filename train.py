@@ -37,7 +37,7 @@ from config.errors import InputError
 from config.schema import Config, write_config
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
 from engine.checkpoint import save_checkpoint
-from engine.findings_prompt import learnt_findings
+from engine.findings_prompt import learnt_findings, set_sizes
 from engine.loaders import build_loaders, check_tables, load_encoder, prepare_data
 from engine.run import start_run
 from engine.scan_checks import ScanChecks
@@ -93,6 +93,7 @@ def main() -> None:
     objective, val_objective, output_std = build_objectives(args, config, train_loader.dataset, val_loader.dataset)
     findings = learnt_findings(train_loader.dataset, val_loader.dataset)
     vision = VisionBridge.build(config, encoder, identity.width, output_std, with_cmi=False, findings=findings)
+    set_sizes(vision.head, train_loader.dataset, val_loader.dataset)
     accelerator.print(
         f"model: {vision.freeze(train_encoder=config.train_encoder)}; encoder stage {encoder.output_stage}, "
         f"tokens of width {identity.width}",

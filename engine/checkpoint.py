@@ -34,6 +34,7 @@ from config.errors import InputError, first_line
 from config.files import atomic_path, pickle_contains, replace
 from config.nnunet_plans import PreprocessPlan
 from config.schema import FIELDS, REMOVED, Config, build_config, keys_with_role, yaml_line
+from models.findings_head import DESCRIPTORS
 from models.language_model.adapter_file import adapter_digest
 from models.language_model.identity import read_lm_config
 from models.language_model.mamba_lm import MambaLM
@@ -214,8 +215,10 @@ def checkpoint_of(content: dict[str, Any], path: Path) -> Checkpoint:
             raise InputError(f"{path} was trained with {reason}: train both stages again")
     fields["config"].setdefault("findings_prompt", "off")  # of a checkpoint from before there was one
     weights = fields["model_state_dict"]
-    if "head.query" in weights:  # a head from before it knew what is segmented
-        weights.setdefault("head.segmented", torch.zeros(len(weights["head.query"]), dtype=torch.bool))
+    if "head.query" in weights:  # a head from before it knew what is segmented, or from before its sizes were fitted
+        n = len(weights["head.query"])
+        weights.setdefault("head.segmented", torch.zeros(n, dtype=torch.bool))
+        weights.setdefault("head.size_weights", torch.zeros(n, DESCRIPTORS))
     known = {key: value for key, value in fields["config"].items() if key in FIELDS}
     fields["config"] = build_config(known, origin=f"{path} (its configuration)")
     fields["preprocess_plan"] = PreprocessPlan.from_dict(fields["preprocess_plan"])

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from config.schema import FindingsPrompt
 from data.finding_targets import LEAST_POSITIVE, MOST_LESIONS, PromptErrors, Targets, learnable
 from data.findings import LESION, FindingRecord
+from data.lesion_sizes import fit_sizes
 from data.medical_vlm_dataset import MedicalVLMDataset, encode_key_points, pad_tokens
 from data.report_language.key_points import OUTSIDE_LUNG, key_points_of, list_key_points, write_key_points
 from data.report_language.sections import PREAMBLE, split_sections, split_sentences
@@ -62,6 +63,7 @@ def set_up_findings(
     if not trained:
         vision.add_head(findings)
         vision.to(accelerator.device)
+    set_sizes(vision.head, train.dataset, val.dataset)
     if train.dataset.language is None:
         return "off"
     if mode != "off":
@@ -85,6 +87,24 @@ def learnt_findings(train: MedicalVLMDataset, val: MedicalVLMDataset, names: Seq
     print(f"findings head: {', '.join(names) or 'nothing to learn'}", flush=True)
     train.findings = val.findings = names
     return names
+
+
+def set_sizes(head: FindingsHead | None, *tables: MedicalVLMDataset) -> None:
+    """Fit how reports size measured lesions on the cases of both tables, and print how far a new lesion's is off."""
+    if head is None:
+        return
+    cases = [(data.stated[row], data.measured(row) or []) for data in tables for row in range(len(data))]
+    fit = fit_sizes(head.names, cases)
+    head.set_sizes(torch.from_numpy(fit.weights))
+    if math.isnan(fit.left_out):
+        print(f"lesion sizes: {fit.lesions} stated of measured lesions, too few to fit: said as measured", flush=True)
+    else:
+        before, after = (100 * math.expm1(log) for log in (fit.measured, fit.left_out))
+        print(
+            f"lesion sizes: {fit.lesions} stated; in the median the measured one differs by {before:.0f} %, the fitted "
+            f"one by {after:.0f} % (each left out of its own fit)",
+            flush=True,
+        )
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ queries  [B, F + M]  one learned query per finding, and each lesion
   attention          over visual tokens and lesions
   → presence [B, F], side [B, F, 3], zone [B, F, 3], log size [B, F] of each finding
   → what a lesion is [B, M, F + 1]; the last is none of the findings: a false lesion of the segmentation
-  → its log size [B, M] beside the measured one: a segmentation errs in a way that can be learnt
+  → its log size [B, M] beside the measured one, by a linear map for each finding (data/lesion_sizes.py)
 
 Queries that attend to image tokens: DETR (Carion et al. 2020), Query2Label (Liu et al. 2021). Temperatures: Guo et al.
 2017.
@@ -36,7 +36,7 @@ class Found(NamedTuple):
     zone: Tensor  # (B, F, 3) or (B, F)
     size: Tensor  # (B, F); of targets NaN where unknown
     lesion: Tensor  # (B, M, F + 1) or (B, M)
-    lesion_size: Tensor  # (B, M), log of the factor to the measured longest diameter
+    lesion_size: Tensor  # (B, M), log of the factor to the measured longest diameter; fitted, not learnt
 
 
 class FindingsHead(nn.Module):
@@ -55,12 +55,20 @@ class FindingsHead(nn.Module):
         )
         self.out_norm = nn.LayerNorm(width)
         self.of_finding = nn.Linear(width, 1 + len(SIDES) + len(ZONES) + 1)
-        self.of_lesion = nn.Linear(width, len(self.names) + 2)
+        self.of_lesion = nn.Linear(width, len(self.names) + 2)  # the last: of heads whose sizes were not fitted, else 0
         self.query._no_weight_decay = True
         # Fitted on validation: a probability is what it says, and which findings (F,) are mostly measured lesions.
         self.register_buffer("presence_temperature", torch.ones(()))
         self.register_buffer("lesion_temperature", torch.ones(()))
         self.register_buffer("segmented", torch.zeros(len(self.names), dtype=torch.bool))
+        self.register_buffer("size_weights", torch.zeros(len(self.names), descriptors))
+        self.set_sizes(self.size_weights)
+
+    @torch.no_grad()
+    def set_sizes(self, weights: Tensor) -> None:
+        """``weights`` (F, P): maps of descriptors to the log of stated over measured size."""
+        self.size_weights.copy_(weights)
+        self.of_lesion.weight[-1] = self.of_lesion.bias[-1] = 0
 
     def forward(self, visual: Tensor, lesions: Tensor) -> Found:
         """``visual`` (B, L, D), ``lesions`` (B, M, P); logits without temperature."""
@@ -77,7 +85,9 @@ class FindingsHead(nn.Module):
         findings, lesion = queries.split([len(self.names), lesions.shape[1]], dim=1)
         presence, side, zone, size = self.of_finding(findings).split([1, len(SIDES), len(ZONES), 1], dim=-1)
         kind, factor = self.of_lesion(lesion).split([len(self.names) + 1, 1], dim=-1)
-        return Found(presence[..., 0], side, zone, size[..., 0], kind, factor[..., 0])
+        sizes = (lesions[:, :, None] * self.size_weights).sum(-1)  # (B, M, F), in float32 under autocast too
+        factor = factor[..., 0] + (kind[..., :-1].softmax(-1) * sizes).sum(-1)
+        return Found(presence[..., 0], side, zone, size[..., 0], kind, factor)
 
     def probabilities(self, found: Found) -> Found:
         """Calibrated probabilities of logits; sizes in mm, and factors."""
@@ -106,15 +116,15 @@ class FindingsHead(nn.Module):
 
 
 def findings_loss(found: Found, target: Found) -> Tensor:
-    """Sums (6,) of the losses of all that the head says; what is unknown counts nowhere. The loss is the sum of their
-    means over :func:`known_targets`."""
-    parts = zip((_presence_loss, *[_class_loss] * 2, _size_loss, _class_loss, _size_loss), found, target, strict=True)
-    return torch.stack([loss(said, truth) for loss, said, truth in parts])
+    """Sums (5,) of the losses of all that is learnt; what is unknown counts nowhere. The loss is the sum of their means
+    over :func:`known_targets`."""
+    losses = (_presence_loss, _class_loss, _class_loss, _size_loss, _class_loss)
+    return torch.stack([loss(said, truth) for loss, said, truth in zip(losses, found, target, strict=False)])
 
 
 def known_targets(target: Found) -> Tensor:
-    """How many values (6,) of each kind are known."""
-    return torch.stack([((values != UNKNOWN) & values.isfinite()).sum() for values in target])
+    """How many values (5,) of each kind are known."""
+    return torch.stack([((values != UNKNOWN) & values.isfinite()).sum() for values in target[:-1]])
 
 
 # No boolean indexing: it waits for the GPU to count the known values.

@@ -158,10 +158,10 @@ class MedicalVLM(nn.Module, Pretrained):
         return self
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
-        """Sums (7,) of the batch's losses: of the caption over the answer tokens (nats), and the findings head's six.
+        """Sums (6,) of the batch's losses: of the caption over the answer tokens (nats), and the findings head's.
         The loss is the sum of their means over :func:`loss_counts`."""
         visual, found = self.read(batch)
-        head = visual.new_zeros(6) if found is None else findings_loss(found, batch["targets"])
+        head = visual.new_zeros(5) if found is None else findings_loss(found, batch["targets"])
         return torch.cat([self.caption_loss(visual, batch)[0][None], head])
 
     def read(self, batch: Mapping[str, Any], features: Tensor | None = None) -> tuple[Tensor, Found | None]:
@@ -181,7 +181,7 @@ class MedicalVLM(nn.Module, Pretrained):
 
 
 def loss_counts(batch: Mapping[str, Any]) -> Tensor:
-    """How many answer tokens and known targets (7,) the sums of :class:`MedicalVLM` are of; known before they are."""
+    """How many answer tokens and known targets (6,) the sums of :class:`MedicalVLM` are of; known before they are."""
     return torch.cat([batch["answer_mask"].sum()[None], known_targets(batch["targets"])])
 
 

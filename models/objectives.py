@@ -79,10 +79,10 @@ class Stage1(nn.Module):
         self.objective = objective
 
     def forward(self, batch: dict) -> Tensor:
-        """Sums (7,) of the batch's losses: the objective's over its cases, and the findings head's six. The loss is the
-        sum of their means over :func:`stage1_counts`. The objective compares the cases of all processes."""
+        """Sums (6,) of the batch's losses: the objective's over its cases, and the findings head's. The loss is the sum
+        of their means over :func:`stage1_counts`. The objective compares the cases of all processes."""
         tokens, found = self.read(batch)
-        head = tokens.new_zeros(6) if found is None else findings_loss(found, batch["targets"])
+        head = tokens.new_zeros(5) if found is None else findings_loss(found, batch["targets"])
         counted = batch["row"] >= 0
         objective = self.objective(*gather_cases(tokens[counted], batch["row"][counted]))
         return torch.cat([(objective * counted.sum())[None], head])
@@ -93,7 +93,7 @@ class Stage1(nn.Module):
 
 
 def stage1_counts(batch: dict) -> Tensor:
-    """How many cases and known targets (7,) the sums of :class:`Stage1` are of."""
+    """How many cases and known targets (6,) the sums of :class:`Stage1` are of."""
     return torch.cat([(batch["row"] >= 0).sum()[None], known_targets(batch["targets"])])
 
 

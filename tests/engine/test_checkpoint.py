@@ -14,6 +14,7 @@ import yaml
 from config.errors import InputError
 from config.nnunet_plans import PreprocessPlan
 from config.schema import REMOVED, Config, build_config
+from data.findings import DESCRIPTORS
 from engine import checkpoint as module
 from engine.checkpoint import (
     Checkpoint,
@@ -271,6 +272,23 @@ def test_an_older_checkpoint_loads_unless_it_has_tokens_around_lesions(saved, ve
         assert load_checkpoint(saved).config.roi_policy == policy
     else:
         assert f"{saved}: it was trained with roi_policy: lesion of an older version" in refusal(saved)
+
+
+def test_a_head_that_learnt_its_sizes_keeps_them_until_they_are_fitted(tmp_path, source):
+    config = configuration()
+    vision = vision_of(source, config)
+    vision.add_head(["nodule", "effusion"])
+    torch.nn.init.ones_(vision.head.of_lesion.bias)
+    path = save(tmp_path / "older.pt", vision, source[1], config)
+    content = torch.load(path, weights_only=True)
+    del content["model_state_dict"]["head.size_weights"]
+    torch.save(content, path)
+    head = load_checkpoint(path).build_vision().eval().head
+    visual, lesions = torch.randn(1, 9, LLM_WIDTH), torch.rand(1, 3, DESCRIPTORS)
+    learnt = head(visual, lesions).lesion_size
+    torch.testing.assert_close(learnt, torch.ones(1, 3))
+    head.set_sizes(head.size_weights)
+    assert not head(visual, lesions).lesion_size.any()
 
 
 @pytest.mark.parametrize(("key", "value"), [("bridge_width", 32), ("bridge_depth", 2), ("encoder_target_spatial", 7)])

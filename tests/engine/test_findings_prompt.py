@@ -11,8 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from data.finding_targets import LEAST_POSITIVE, MOST_LESIONS
-from data.findings import DESCRIPTORS, LESION, FindingRecord
+from data.finding_targets import LEAST_POSITIVE, MOST_LESIONS, descriptors
+from data.findings import DESCRIPTORS, LESION, FindingRecord, Measurement
 from data.medical_vlm_dataset import encode_prompt
 from engine.findings_prompt import (
     AT_ONCE,
@@ -27,6 +27,7 @@ from engine.findings_prompt import (
     learnt_findings,
     right_beginning,
     rows_of,
+    set_sizes,
     states,
     with_key_points,
 )
@@ -196,6 +197,38 @@ def test_what_is_too_rare_is_printed_and_not_learnt(capsys: pytest.CaptureFixtur
 def test_reports_of_an_unknown_language_are_said_and_teach_no_head(capsys: pytest.CaptureFixture[str]) -> None:
     assert learnt_findings(table([], language=None), table([])) == ()
     assert "no findings head, no findings prompt" in capsys.readouterr().out
+
+
+class SizedTable:
+    """A nodule a case, of 15 mm and more, which the report states two thirds as large; nobody looked in the first."""
+
+    def __init__(self, count: int) -> None:
+        shape = Measurement(1, 500.0, -50.0, 1, 1, 1, thick_mm=10.0)
+        self.lesions = [replace(lesion(mm=15.0 + k), measured=shape) for k in range(count)]
+        self.stated = [[FindingRecord("nodule", side="right", size_mm=one.size_mm / 1.5)] for one in self.lesions]
+
+    def __len__(self) -> int:
+        return len(self.lesions)
+
+    def measured(self, row: int) -> list[FindingRecord] | None:
+        return [self.lesions[row]] if row else None
+
+
+def test_sizes_are_fitted_on_both_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    """A head that had learnt its sizes forgets them."""
+    head = FindingsHead(NAMES, 8, DESCRIPTORS, width=16)
+    head.of_lesion.bias.data[-1] = 1.0
+
+    set_sizes(None, SizedTable(9))
+    set_sizes(head, SizedTable(9), SizedTable(9))
+    assert "lesion sizes: 16 stated of measured lesions, too few to fit: said as measured" in capsys.readouterr().out
+    lesions = torch.tensor([descriptors(SizedTable(9).measured(4))])
+    assert not head(torch.zeros(1, 1, 8), lesions).lesion_size.any()
+    set_sizes(head, SizedTable(30), SizedTable(9))
+    assert "lesion sizes: 37 stated; in the median the measured one differs by 50 %" in capsys.readouterr().out
+    head.of_lesion.bias.data[:] = torch.tensor([9.0, -9.0, -9.0, 0.0])
+    factor = head(torch.zeros(1, 1, 8), lesions).lesion_size[0, 0].exp().item()
+    assert factor == pytest.approx(1 / 1.5, abs=0.02)
 
 
 def test_calibration_reads_all_batches(head: FindingsHead) -> None:
