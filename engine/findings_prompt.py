@@ -3,7 +3,7 @@ before the question.
 
     measured   lesions of the segmentation: side, level, size; without a name where the network has one class
     predicted  the head's findings with their probability: of each measured lesion, and of the scan
-    both       measured places, the head's names and sizes, and what the head alone is sure of
+    both       measured places and sizes, the head's names, and what the head alone is sure of
 
 A lesion that the head holds for a false one is not said, and a lesion is not said twice: where one is measured, the
 head's findings of a kind that is segmented are that lesion. Reports are written from this line and the image; people
