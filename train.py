@@ -119,7 +119,7 @@ def main() -> None:
         )
 
     def read(batch: Mapping[str, Any]) -> tuple[Tensor, Found | None, Tensor, Tensor]:
-        visual, found = model.read(batch)
+        visual, found = vision.read(batch)
         count = torch.tensor(len(batch["row"]), device=visual.device)
         return visual, found, val_objective(visual, batch["row"]).double() * count, count
 

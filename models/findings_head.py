@@ -64,11 +64,10 @@ class FindingsHead(nn.Module):
         self.register_buffer("size_weights", torch.zeros(len(self.names), descriptors))
         self.set_sizes(self.size_weights)
 
-    @torch.no_grad()
     def set_sizes(self, weights: Tensor) -> None:
         """``weights`` (F, P): maps of descriptors to the log of stated over measured size."""
         self.size_weights.copy_(weights)
-        self.of_lesion.weight[-1] = self.of_lesion.bias[-1] = 0
+        self.of_lesion.weight.data[-1] = self.of_lesion.bias.data[-1] = 0
 
     def forward(self, visual: Tensor, lesions: Tensor) -> Found:
         """``visual`` (B, L, D), ``lesions`` (B, M, P); logits without temperature."""
@@ -119,7 +118,7 @@ def findings_loss(found: Found, target: Found) -> Tensor:
     """Sums (5,) of the losses of all that is learnt; what is unknown counts nowhere. The loss is the sum of their means
     over :func:`known_targets`."""
     losses = (_presence_loss, _class_loss, _class_loss, _size_loss, _class_loss)
-    return torch.stack([loss(said, truth) for loss, said, truth in zip(losses, found, target, strict=False)])
+    return torch.stack([loss(*pair) for loss, *pair in zip(losses, found[:-1], target[:-1], strict=True)])
 
 
 def known_targets(target: Found) -> Tensor:

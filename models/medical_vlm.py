@@ -170,10 +170,6 @@ class MedicalVLM(nn.Module, Pretrained):
         question = self.lm.embed(batch["question_ids"]).float()
         return self.vision.steer(seen, question, batch["question_mask"]), found
 
-    def visual_tokens(self, batch: Mapping[str, Any]) -> Tensor:
-        """As :meth:`read`, the tokens alone."""
-        return self.read(batch)[0]
-
     def caption_loss(self, visual: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """The caption loss of :meth:`forward`, from the visual tokens (B, L, D)."""
         inputs, labels = answer_inputs(self.lm, visual, batch)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from models.findings_head import Found, findings_loss, known_targets
+from models.findings_head import findings_loss, known_targets
 from models.medical_vlm import VisionBridge
 
 
@@ -81,15 +81,11 @@ class Stage1(nn.Module):
     def forward(self, batch: dict) -> Tensor:
         """Sums (6,) of the batch's losses: the objective's over its cases, and the findings head's. The loss is the sum
         of their means over :func:`stage1_counts`. The objective compares the cases of all processes."""
-        tokens, found = self.read(batch)
+        tokens, found = self.vision.read(batch)  # without CMI: it reads the question and is trained in Stage 2
         head = tokens.new_zeros(5) if found is None else findings_loss(found, batch["targets"])
         counted = batch["row"] >= 0
         objective = self.objective(*gather_cases(tokens[counted], batch["row"][counted]))
         return torch.cat([(objective * counted.sum())[None], head])
-
-    def read(self, batch: dict) -> tuple[Tensor, Found | None]:
-        """Tokens (B, L, D) without CMI, which reads the question and is trained in Stage 2, and what the head says."""
-        return self.vision.read(batch)
 
 
 def stage1_counts(batch: dict) -> Tensor:

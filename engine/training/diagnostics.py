@@ -106,7 +106,7 @@ def check_loss_mask(model: MedicalVLM, loader: DataLoader, device: torch.device)
     dataset, collator = loader.dataset, loader.collate_fn
     samples = [dataset[index] for index in range(min(2, len(dataset)))]
     batch = send_to_device(collator(samples), device)
-    inputs, labels = answer_inputs(model.lm, model.visual_tokens(batch), batch)
+    inputs, labels = answer_inputs(model.lm, model.read(batch)[0], batch)
     for row, sample in enumerate(samples):
         answer, _ = encode_answer(model.lm.tokenizer, sample.answer, collator.max_answer_tokens)
         in_loss = labels[row] != IGNORED

@@ -156,7 +156,7 @@ def test_stage1_passes_images_positions_and_rows():
 
     batch = {"images": torch.ones(2, 3, 4), "slice_position": torch.ones(2, 3), "roi": torch.ones(2, 3, 4)}
     stage = Stage1(Vision(), ProxyL2())
-    tokens, found = stage.read(batch)
+    tokens, found = stage.vision.read(batch)
     assert torch.equal(tokens, torch.full((2, 3, 4), 3.0)) and found is None
     assert stage({**batch, "row": torch.arange(2)}).tolist() == [2 * 9, *[0] * 5], "a sum over two cases"
     assert stage({**batch, "row": torch.tensor([0, -1])}).tolist() == [9, *[0] * 5], "one of them counts nowhere"

@@ -111,7 +111,7 @@ def test_a_report_that_was_cut_is_not_written_again(model: MedicalVLM, batch: di
 
 def test_an_answer_of_no_token_has_no_probability(model: MedicalVLM, batch: dict[str, Tensor]) -> None:
     empty = {**batch, "answer_ids": torch.zeros(3, 0, dtype=torch.long), "answer_mask": torch.zeros(3, 0)}
-    log_probs = answer_log_probs(model.lm, model.visual_tokens(batch), empty)
+    log_probs = answer_log_probs(model.lm, model.read(batch)[0], empty)
     assert [len(values) for values in log_probs] == [0, 0, 0]
 
 
