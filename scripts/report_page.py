@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
 from config.errors import InputError
+from engine.chain import SHIPPED_DEMO
 from engine.cli import Parser, add_reading_flags, find_checkpoint, leave_numba_out, positive_int, run_main
 
 
@@ -50,9 +51,8 @@ def main() -> None:
     if args.demo:
         if args.checkpoint or args.config:
             raise InputError("--demo brings its own checkpoint and configuration: leave out --checkpoint and --config")
-        demo = Path(__file__).resolve().parents[1] / "assets" / "demo"
-        settings |= {"checkpoint": demo / "vision_bridge_vlm.pt", "config": demo / "paths.yaml"}
-        settings["card"] = args.card or demo / "report_card.json"
+        settings |= {"checkpoint": SHIPPED_DEMO / "vision_bridge_vlm.pt", "config": SHIPPED_DEMO / "paths.yaml"}
+        settings["card"] = args.card or SHIPPED_DEMO / "report_card.json"
     else:
         settings["checkpoint"] = args.checkpoint or find_checkpoint(args.config)
     settings["llm_device"] = None if args.llm_device == "auto" else "cpu"

@@ -77,7 +77,8 @@ class Password:
             cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
         except CookieError:
             return False
-        return cookie is not None and any(hmac.compare_digest(cookie.value, one) for one in self._sessions)
+        given = cookie.value.encode() if cookie else b""  # as bytes: of text only ASCII can be compared
+        return any(hmac.compare_digest(given, one.encode()) for one in self._sessions)
 
 
 class Guard:

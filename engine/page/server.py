@@ -3,11 +3,12 @@
 GET    /api/status                              the model, the cases of the table, limits
 POST   /api/cases                               a new case; then one PUT per file
 PUT    /api/cases/ID/files                      one file, as the body; its name in the header x-file-name
-POST   /api/cases/ID/read | write | ask | map   a job for the reading process
+POST   /api/cases/ID/read | write | ask | map | dicom   a job for the reading process
 GET    /api/cases/ID/events                     what happened so far and from then on (server-sent events)
 GET    /api/cases/ID/slices/LAYER/AXIS/NUMBER   one plane, int16 HU or uint8
 GET    /api/cases/ID/volumes/LAYER.nii          a layer as NIfTI
-POST   /api/cases/ID/export/FORMAT              the report as a file
+POST   /api/cases/ID/export/FORMAT              a version of the report as a file
+GET    /api/cases/ID/dicom.zip                  the DICOM objects
 DELETE /api/cases/ID
 """
 
@@ -291,10 +292,12 @@ class Page:
         case, given, kind = self._case(request), await _json(request), request.path_params["kind"]
         if kind not in FORMATS:
             raise HTTPException(404, f"no such format: expected one of {', '.join(FORMATS)}")
-        if case.last("report") is None or self.desk.ready is None:
-            raise InputError("there is no report yet")
+        report = given.get("report")
+        events = [event for event in case.events if event.get("report", report) == report]
+        if self.desk.ready is None or not any(event["kind"] == "report" for event in events):
+            raise InputError("there is no such report")
         text, language = _text(given, "text", MOST_TEXT), "en" if given.get("language") == "en" else "zh"
-        content = await run_in_threadpool(export, kind, text, list(case.events), self.desk.ready, language)
+        content = await run_in_threadpool(export, kind, text, events, self.desk.ready, language)
         name = f"{re.sub(r'[.]nii([.]gz)?$|[.][a-z]{2,5}$', '', case.name)}_report.{kind}"
         plain = re.sub(r"[^A-Za-z0-9._-]", "_", name)
         disposition = f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"
@@ -378,7 +381,8 @@ def run(settings: Mapping[str, Any], serve: Callable[..., None], started: Callab
         page.app(own_names(host)), log_level="warning", limit_concurrency=MOST_CONNECTIONS, timeout_keep_alive=20,
         timeout_graceful_shutdown=2, server_header=False, date_header=False, proxy_headers=False, lifespan="on",
     )  # fmt: skip
-    shown = f"[{host}]" if ":" in host else host
+    name = socket.gethostname() if host in ("0.0.0.0", "::") else host  # a browser cannot open these two
+    shown = f"[{name}]" if ":" in name else name
     server = _Server(config, lambda: started(f"http://{shown}:{listener.getsockname()[1]}"))
     try:
         server.run(sockets=[listener])

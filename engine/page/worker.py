@@ -6,7 +6,7 @@ other cases with it. It dies with the page, and removes the page's temporary fil
     read    scan → ct.npy [z, y, x] int16 HU (LPS), lesions.npy, findings, report
     write   edited findings → report
     ask     question → answer, from the visual state that was kept
-    map     a sentence of a report → map-N.npy [z, y, x] uint8 and its peak
+    map     a sentence of a report → map-REPORT-SENTENCE.npy [z, y, x] uint8 and its peak
     dicom   a report as a person left it → dicom.zip: SR and SEG, for a scan that came as DICOM
 """
 
@@ -129,7 +129,7 @@ class Worker:
     def run(self, job: Mapping[str, Any]) -> None:
         """One job; what goes wrong is an event, one line."""
         case, kind = job["case"], job["kind"]
-        names = dict(job.get("names", {}))
+        names = job.get("names", {})  # arrange adds the members of a zip
         try:
             getattr(self, kind)(job)
         except InputError as error:
@@ -234,7 +234,9 @@ class Worker:
         self.send(job["case"], {"kind": "file", "name": "dicom.zip"})
 
     def forget(self, job: Mapping[str, Any]) -> None:
+        """Also removes what a job that ran meanwhile has written, or held open."""
         self.cases.pop(job["case"], None)
+        shutil.rmtree(job["folder"], ignore_errors=True)
 
     # ------------------------------------------------------------------ parts of them
 

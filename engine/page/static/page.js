@@ -234,6 +234,11 @@ const APPLY = {
     for (const one of Object.values(state.stages)) if (one.now) Object.assign(one, { now: false, failed: true });
     drawStages();
     if (event.of === "read") show("failed");
+    if (["read", "write"].includes(event.of) && state.reports.length && !state.reports.at(-1).sentences) {
+      state.reports.pop(); // the one that failed
+      state.shown = state.reports.length - 1;
+      drawReport();
+    }
     complain(event.line, last ? event.confirm : null);
     drawFindings();
     drawPlace();
@@ -546,7 +551,7 @@ const download = trying(async (kind) => {
     await call(`/api/cases/${state.id}/dicom`, "POST", { text: currentText(), report: state.shown });
     return;
   }
-  const answer = await call(`/api/cases/${state.id}/export/${kind}`, "POST", { text: currentText(), language: currentLanguage() });
+  const answer = await call(`/api/cases/${state.id}/export/${kind}`, "POST", { text: currentText(), report: state.shown, language: currentLanguage() });
   const name = decodeURIComponent(answer.headers.get("content-disposition").split("UTF-8''")[1]);
   const url = URL.createObjectURL(await answer.blob());
   make("a", { href: url, download: name }).click();

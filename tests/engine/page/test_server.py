@@ -117,7 +117,7 @@ def test_a_corrected_finding_is_followed_by_the_report_and_by_the_answers(page: 
 
 def test_a_report_is_taken_along_as_text_word_and_json(page: Page, read_case: tuple[str, list[Event]]) -> None:
     case, events = read_case
-    given = {"text": "所见：右肺空洞。\n<script>alert(1)</script>\x07", "language": "zh"}
+    given = {"text": "所见：右肺空洞。\n<script>alert(1)</script>\x07", "report": 0, "language": "zh"}
     status, text, headers = page.ask("POST", f"/api/cases/{case}/export/txt", given)
     assert status == 200 and "右肺空洞" in text.decode("utf-8-sig") and "不是诊断" in text.decode("utf-8-sig")
     assert headers["content-disposition"].startswith("attachment") and "val_0000_report.txt" in str(headers)
@@ -127,6 +127,19 @@ def test_a_report_is_taken_along_as_text_word_and_json(page: Page, read_case: tu
     record = json.loads(page.ask("POST", f"/api/cases/{case}/export/json", given)[1])
     assert record["generated"] == one(events, "report")["text"] and record["edited"]
     assert record["input"]["digest"] == one(events, "volume")["digest"] and record["seconds"]["vision"] > 0
+    assert page.ask("POST", f"/api/cases/{case}/export/json", {**given, "report": 9})[0] == 400
+
+
+def test_each_version_is_exported_with_its_own_findings(page: Page) -> None:
+    case = page.read()
+    first = one(page.events(case), "report")
+    second = one(page.do(case, "write", findings=[]), "report")
+    assert first["key_points"] != second["key_points"]
+    for number, report in enumerate((first, second)):
+        given = {"text": report["text"], "report": number, "language": "zh"}
+        record = json.loads(page.ask("POST", f"/api/cases/{case}/export/json", given)[1])
+        assert record["generated"] == report["text"]
+        assert record["findings_prompt"] == report["key_points"]
 
 
 @pytest.mark.minutes
