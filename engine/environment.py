@@ -55,8 +55,11 @@ def cuda_build() -> list[str]:
     On Linux nothing: PyPI's own torch does. On Windows PyPI's torch computes on the CPU alone; with the build's name
     such a torch is replaced where it is installed already.
     """
-    if os.name != "nt" or not succeeds(["nvidia-smi"]):
-        return []
+    return cuda_torch() if os.name == "nt" and succeeds(["nvidia-smi"]) else []
+
+
+def cuda_torch() -> list[str]:
+    """torch's CUDA build for pip, which puts it in the place of another build."""
     lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
     pin = next(line for line in lines if line.startswith("torch=="))
     return [f"{pin}+{CUDA_BUILD}", "--extra-index-url", f"https://download.pytorch.org/whl/{CUDA_BUILD}"]

@@ -27,6 +27,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
 import config  # refuses an old Python; the packages of requirements.txt may be missing here
+from engine.environment import cuda_torch
 
 REPOSITORY = Path(config.__file__).resolve().parents[1]
 SECONDS = 4.5  # after which a check is no longer waited for
@@ -98,7 +99,7 @@ def gpu_lines() -> Iterator[Line]:
             name = torch.cuda.get_device_name(index)
             yield Line("GPU", f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, {build}")
     elif shutil.which("nvidia-smi"):
-        cuda = "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
+        cuda = " ".join(["pip install", *cuda_torch()])
         yield Line("GPU", f"there is an NVIDIA driver, and {build} cannot use it", cuda)
     else:
         yield Line("GPU", f"none: everything runs on the CPU, {build}")
@@ -107,24 +108,17 @@ def gpu_lines() -> Iterator[Line]:
 def scan_lines() -> Iterator[Line]:
     """The selective scan that is chosen here, and why others are not."""
     try:
-        import logging
-
         import torch
 
         from config.errors import InputError
+        from engine.gpu_check.context import messages
         from models.selective_scan import FORCE_VARIABLE, backend_name
     except ImportError as error:
         yield Line("selective scan", f"cannot be imported: {error}", INSTALL)
         return
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    logger = logging.getLogger("models.selective_scan")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    logger.propagate = False
     try:
-        backend_name("cuda" if torch.cuda.is_available() else "cpu")
+        with messages("models.selective_scan") as said:
+            backend_name("cuda" if torch.cuda.is_available() else "cpu")
     except InputError as error:
         clear = f"$env:{FORCE_VARIABLE} = ''" if os.name == "nt" else f"unset {FORCE_VARIABLE}"
         yield Line("selective scan", str(error), clear)
@@ -172,7 +166,7 @@ def configuration_lines(path: Path | None) -> Iterator[Line]:
             yield Line(key, f"{value} is not there: it is the quick start's", "python scripts/quickstart.py")
         elif value or needed:
             yield Line(key, f"{value} is not there" if value else "empty", _edit(file))
-    yield from _disk_lines(Path(values.cache_dir), Path(values.output_dir))
+    yield from _disk_lines(Path(values.cache_dir), Path(values.output_dir), file)
     yield from _checkpoint_lines(Path(values.output_dir))
     yield from hub_lines(values.mamba_model)
 
@@ -181,13 +175,18 @@ def _edit(file: Path) -> str:
     return f"notepad {file}" if os.name == "nt" else f"${{EDITOR:-nano}} {file}"
 
 
-def _disk_lines(*folders: Path) -> Iterator[Line]:
-    for folder in dict.fromkeys(folders):
-        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+def _disk_lines(cache: Path, output: Path, file: Path) -> Iterator[Line]:
+    for folder in dict.fromkeys((cache, output)):
+        there = next((parent for parent in (folder, *folder.parents) if parent.exists()), None)
+        if there is None:
+            yield Line("disk", f"{folder}: there is no drive {folder.drive}", _edit(file))
+            continue
         free = shutil.disk_usage(there).free / 2**30
         little = free < LEAST_DISK_GB
-        remedy = f"{'rmdir /s' if os.name == 'nt' else 'rm -r'} {folder}" if little and folder.exists() else ""
-        remedy = remedy or ("set cache_dir and output_dir to another disk in the configuration" if little else "")
+        # The cache can be made again; a pasted line must never delete what was trained.
+        spare = folder == cache and folder.exists() and cache not in (output, *output.parents)
+        clear = f'{"Remove-Item -Recurse" if os.name == "nt" else "rm -r"} "{folder}"'
+        remedy = (clear if spare else _edit(file)) if little else ""
         yield Line("disk", f"{free:.0f} GiB free for {folder}" + (": little" if little else ""), remedy)
 
 
@@ -205,7 +204,8 @@ def _checkpoint_lines(folder: Path) -> Iterator[Line]:
 
 def hub_lines(model: str) -> Iterator[Line]:
     """Whether the language model is here, or its hub answers."""
-    if Path(model).is_dir():
+    # A hub name has one slash at most, and no drive.
+    if Path(model).is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         weights = [file for pattern in ("*.safetensors", "*.bin") for file in Path(model).glob(pattern)]
         if weights and (Path(model) / "config.json").is_file():
             yield Line("language model", f"local folder, {sum(f.stat().st_size for f in weights) / 2**20:.0f} MiB")

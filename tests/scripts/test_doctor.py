@@ -112,3 +112,27 @@ def test_a_check_that_hangs_is_not_waited_for(monkeypatch, capsys, config):
     assert time.monotonic() - started < 5
     printed = capsys.readouterr().out
     assert "?? " in printed and "not known within 0.5 s" in printed and status in (0, 1)
+
+
+def test_a_full_disk_never_has_a_line_that_deletes_what_was_trained(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "LEAST_DISK_GB", 10**9)
+    for name in ("out", "cache"):
+        (tmp_path / name).mkdir()
+    found = {line.text: line.remedy for line in doctor.configuration_lines(config) if line.what == "disk"}
+    [of_cache] = [remedy for text, remedy in found.items() if "cache" in text]
+    [of_output] = [remedy for text, remedy in found.items() if text.endswith("out: little")]
+    assert of_cache == f'rm -r "{tmp_path / "cache"}"' and of_output.endswith(str(config)), "the cache is made again"
+    inside = config.read_text(encoding="utf-8").replace((tmp_path / "cache").as_posix(), tmp_path.as_posix())
+    config.write_text(inside, encoding="utf-8")
+    assert "rm -r" not in lines(config)["disk"].remedy, "the cache holds the output"
+
+
+def test_a_drive_that_is_not_there_is_one_line(config, monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    [line] = doctor._disk_lines(Path("cache"), Path("cache"), config)
+    assert "there is no drive" in line.text and str(config) in line.remedy
+
+
+def test_a_path_is_no_name_of_the_hub():
+    [line] = doctor.hub_lines("d:/models/mamba-2.8b-hf")
+    assert "has no config.json with weights" in line.text and "huggingface" not in line.text
