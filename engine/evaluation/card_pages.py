@@ -84,7 +84,7 @@ def card_blocks(card: Mapping[str, Any], plots: Sequence[tuple[Path, str]], case
         *_compared(card),
         *_findings(card["findings"]),
         *_places(card["places"], card["mask"]),
-        *_confidence(card["confidence"]),
+        *_confidence(card["confidence"], card["language"]["reports_in"]),
         *(_figure(path, caption) for path, caption in plots),
         *_pointing(card["pointing"]),
         *_language(card["language"]),
@@ -352,12 +352,12 @@ def _places(places: Mapping[str, Any], mask: Mapping[str, Any]) -> list[Block]:
     return [_heading("Side, craniocaudal level and size"), _table(rows), *problems]
 
 
-def _confidence(found: Mapping[str, Any]) -> list[Block]:
+def _confidence(found: Mapping[str, Any], language: str) -> list[Block]:
     text = (
         f"Expected calibration error {show(found['ece'])} of {found['statements']} statements (before calibration "
         f"{show(found['ece_before'])}; of perfect calibration, by chance, {show(found.get('ece_of_perfect'))}); "
         f"calibrated on {found['calibrated_on']}. Below {found['abstain_below']} a sentence is marked "
-        f"{TO_CHECK['zh']}: {show(found['statements_marked'])} of the statements, in "
+        f"{TO_CHECK[language]}: {show(found['statements_marked'])} of the statements, in "
         f"{show(found['reports_with_marks'])} of the reports. Area under the risk-coverage curve: "
         f"{show(found.get('area_under_risk_coverage'))}."
     )

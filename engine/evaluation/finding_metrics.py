@@ -20,7 +20,6 @@ from engine.evaluation.bootstrap import REPEATS, Score, case_weights, interval, 
 Mentions = Sequence[Sequence[FindingRecord]]  # of each report
 DIAGNOSTIC_SECTIONS = ("", "findings", "impression")  # advice and tendency state no findings
 STATED = ("present", "uncertain")
-RATES = ("F1", "precision", "recall")
 
 
 def label_matrix(reports: Mentions, sections: Sequence[str] = DIAGNOSTIC_SECTIONS) -> np.ndarray:
@@ -52,7 +51,9 @@ def clinical_scores(
     permuted = np.concatenate([resampled_counts(truth, found[rng.permutation(n)], once) for _ in range(REPEATS)])
     micro = {
         f"micro_{name.lower()}": Score(float(value[0]), *interval(resampled), n, f"{name} of all case-finding pairs")
-        for name, value, resampled in zip(RATES, rates(counts.sum(2)), rates(drawn.sum(2)), strict=True)
+        for name, value, resampled in zip(
+            ("precision", "recall"), rates(counts.sum(2))[1:], rates(drawn.sum(2))[1:], strict=True
+        )
     }
     by_chance = {name: _chance(values, n) for name, values in _values(permuted, truth).items()}
     scores = finding_scores(truth, found)
@@ -60,7 +61,7 @@ def clinical_scores(
     hits = int((macro_f1(permuted, known) >= macro - 1e-12).sum()) if np.isfinite(macro) else REPEATS
     return {
         **micro,
-        **scores,  # with micro-F1 once more
+        **scores,
         "chance": by_chance["macro_f1"],
         "p_value": (hits + 1) / (REPEATS + 1),
         "micro_chance": by_chance["micro_f1"],

@@ -146,7 +146,8 @@ def correct(
     kinds = ["presence"]
     kinds += ["side"] * (point.side in ("left", "right")) + ["size"] * bool(point.size_mm)
     inside = point.finding not in OUTSIDE_LUNG
-    kinds += ["level"] * bool(point.level and inside) + ["finding"] * inside
+    others = [name for name in names if name != point.finding]
+    kinds += ["level"] * bool(point.level and inside) + ["finding"] * bool(inside and others)
     kind = str(rng.choice(kinds))
     if kind == "presence":
         return said[:k] + said[k + 1 :], kind, point
@@ -157,7 +158,7 @@ def correct(
     elif kind == "size":
         new = replace(point, size_mm=float(round(point.size_mm * rng.choice((0.6, 1.5))) or 1))
     else:
-        new = replace(point, finding=str(rng.choice([name for name in names if name != point.finding])))
+        new = replace(point, finding=str(rng.choice(others)))
     return [*said[:k], new, *said[k + 1 :]], kind, new
 
 

@@ -22,6 +22,7 @@ from config.toy_models import check_toy_models
 from data.cache import file_digest
 from data.findings import FindingRecord
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset
+from data.report_language.key_points import OUTSIDE_LUNG
 from data.report_language.labeller import language_of
 from data.report_language.terms import FINDINGS
 from engine.checkpoint import check_language_model, load_checkpoint
@@ -104,7 +105,9 @@ class Job:
     @property
     def corrections(self) -> int:
         """Cases whose findings prompt is corrected; none where the model has no findings to correct."""
-        prompted = self.passes.mode != "off" and self.passes.language and self.passes.writer.model.vision.head
+        head = self.passes.writer.model.vision.head
+        known = head is not None and set(head.names) - OUTSIDE_LUNG
+        prompted = self.passes.mode != "off" and self.passes.language and known
         return min(self.args.corrections, len(self.passes)) if prompted else 0
 
     @cached_property
@@ -151,8 +154,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises: InputError for a value out of range."""
-    for name in ("samples", "maps", "corrections"):
-        if getattr(args, name) < 0:
+    for name in ("samples", "maps", "corrections", "pointing_cases"):
+        if (getattr(args, name) or 0) < 0:
             raise InputError(f"--{name} {getattr(args, name)}: expected a whole number from 0 on")
     if not 0 <= args.abstain_below <= 1:
         raise InputError(f"--abstain_below {args.abstain_below}: expected a confidence from 0 to 1")
@@ -163,7 +166,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"--out {args.out} is a file: expected the name of a folder")
     read_mask_labels(args.mask_labels)
-    Labeller("zh", same_finding(args))
+    same_finding(args)
 
 
 def read_mask_labels(given: Sequence[str] | None) -> dict[int, str] | None:
@@ -190,8 +193,14 @@ def read_mask_labels(given: Sequence[str] | None) -> dict[int, str] | None:
 
 
 def same_finding(args: argparse.Namespace) -> dict[str, str]:
-    """``miliary=tree_in_bud`` → the first counts as the second."""
-    return {one: other for one, _, other in (pair.partition("=") for pair in args.same_finding or [])}
+    """``miliary=tree_in_bud`` → the first counts as the second. Raises InputError: another form, or no finding."""
+    same = {}
+    for pair in args.same_finding or []:
+        one, _, other = pair.partition("=")
+        if one not in FINDINGS or other not in FINDINGS:
+            raise InputError(f"--same_finding {pair}: expected A=B, each one of {', '.join(FINDINGS)}")
+        same[one] = other
+    return same
 
 
 def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:

@@ -107,6 +107,11 @@ def test_nothing_said_gets_a_point() -> None:
     assert asked == [point] and kind == "presence" and point.finding in ("nodule", "cavity")
 
 
+def test_a_finding_that_is_the_only_one_is_not_changed_to_another() -> None:
+    kinds = {correct([NODULE], ["nodule", "effusion"], np.random.default_rng(seed))[1] for seed in range(60)}
+    assert kinds == {"presence", "side", "level", "size"}
+
+
 @pytest.mark.parametrize(
     ("report", "expected"),
     [
