@@ -187,8 +187,8 @@ class FolderRun:
         self.failed += 1
 
     def _keep(self, case: CaseFolder, reading: Reading, report: WrittenReport) -> None:
-        more = self._dicom_writer(reading, report) if self.args.dicom else None
         try:
+            more = self._dicom_writer(reading, report) if self.args.dicom else None
             case.write(reading, report, self.about, self.scratch, more)
         except InputError as error:  # a series without the identifiers that --dicom needs
             self._fail(case, error)

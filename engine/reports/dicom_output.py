@@ -24,7 +24,6 @@ from urllib.parse import urlsplit
 import highdicom as hd
 import numpy as np
 import pydicom
-import requests
 from highdicom.sr import CodedConcept
 from pydicom import Dataset
 from pydicom.sr.codedict import codes
@@ -275,11 +274,12 @@ class DicomwebServer:
     """A server that takes objects by STOW-RS. User and password: DICOMWEB_USER, DICOMWEB_PASSWORD."""
 
     def __init__(self, url: str) -> None:
-        """Raises InputError: no http address, or nothing that answers there."""
+        """Raises InputError: no http address."""
         from dicomweb_client import DICOMwebClient
         from dicomweb_client.session_utils import create_session, create_session_from_user_pass
 
-        if urlsplit(url).scheme not in ("http", "https"):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError(f"--stow {url}: expected the address of a DICOMweb server, http://HOST:PORT/dicom-web")
         user, password = (os.environ.get(f"DICOMWEB_{name}", "") for name in ("USER", "PASSWORD"))
         session = create_session_from_user_pass(user, password) if user else create_session()
@@ -290,7 +290,7 @@ class DicomwebServer:
         """Raises InputError: the server cannot be reached, or refuses one."""
         try:
             answer = self.client.store_instances(list(objects))
-        except (requests.RequestException, OSError) as error:
+        except OSError as error:  # requests' errors are OSErrors
             raise InputError(
                 f"{self.url} took no report: {first_line(error)}; send it again with the same command"
             ) from error

@@ -232,3 +232,15 @@ def test_kill_9_loses_nothing(scans, load, demo_config, whole, tmp_path):
     process.wait()
     assert run(scans, out, load, "--dicom") == report_folder.EXIT_UNUSABLE
     assert files(out) == files(whole)
+
+
+def test_a_series_that_cannot_have_dicom_objects_does_not_end_the_run(scans, load, tmp_path, capsys):
+    mixed = tmp_path / "scans"
+    first = sorted(scans.glob("*.nii.gz"))[1]
+    write_study(mixed / "nameless", read_volume(first), FrameOfReferenceUID=None)
+    shutil.copy(first, mixed)
+    shutil.copy(scans / "cases.json", mixed)
+    assert run(mixed, tmp_path / "out", load, "--dicom") == report_folder.EXIT_UNUSABLE
+    [failed] = (tmp_path / "out" / "failed").rglob("*.json")
+    assert "has no FrameOfReferenceUID" in failed.read_text(encoding="utf-8")
+    assert (tmp_path / "out" / "cases" / first.name / "report.txt").is_file()

@@ -196,7 +196,8 @@ def test_orthanc_takes_the_objects_into_the_study_once(made, study, orthanc):
 
 
 def test_a_server_that_is_not_there_is_one_line(made):
-    with pytest.raises(InputError, match="expected the address"):
-        DicomwebServer("localhost:8042")
+    for address in ("localhost:8042", "http://"):
+        with pytest.raises(InputError, match="expected the address"):
+            DicomwebServer(address)
     with pytest.raises(InputError, match="took no report: .*send it again"):
         DicomwebServer("http://127.0.0.1:9/dicom-web").send(made[3].objects)
