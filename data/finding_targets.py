@@ -77,14 +77,12 @@ class Targets(NamedTuple):
     zone: list[int]
     size: list[float]
     lesion: list[int]
-    lesion_size: list[float]
 
 
 def targets(names: Sequence[str], stated: Sequence[FindingRecord] | None, measured: Sequence[FindingRecord]) -> Targets:
     """``stated`` None: nothing is known of the case. Of a finding at several places, the largest is the target."""
     n, unknown = len(names), [UNKNOWN] * len(names)
-    lesions = [UNKNOWN] * MOST_LESIONS, [math.nan] * MOST_LESIONS
-    found = Targets([*unknown], [*unknown], [*unknown], [math.nan] * n, *lesions)
+    found = Targets([*unknown], [*unknown], [*unknown], [math.nan] * n, [UNKNOWN] * MOST_LESIONS)
     if stated is None:
         return found
     found.presence[:] = [int(any(f.finding == name for f in stated)) for name in names]
@@ -100,8 +98,6 @@ def targets(names: Sequence[str], stated: Sequence[FindingRecord] | None, measur
             # A rare finding is none of the head's, and no false lesion either.
             known = n if a is None else names.index(a.finding) if a.finding in names else UNKNOWN
             found.lesion[place[id(b)]] = known
-            if a is not None and a.size_mm:
-                found.lesion_size[place[id(b)]] = math.log(a.size_mm / b.size_mm)
     return found
 
 

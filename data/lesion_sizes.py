@@ -17,9 +17,8 @@ import numpy as np
 from data.finding_targets import pair_findings
 from data.findings import DESCRIPTORS, LABELS, FindingRecord
 
-_SHAPE = slice(
-    LABELS + 3, DESCRIPTORS
-)  # of the descriptors: lengths, densities, number of parts, 1; no label, no place
+# Of the descriptors: lengths, densities, number of parts and the 1; no label, no place.
+_SHAPE = slice(LABELS + 3, DESCRIPTORS)
 _SHARED = 2.0  # how much freer the map of all findings is than each finding's difference from it
 _PENALTIES = np.logspace(-1, 3, 17)
 _LEAST = 30  # lesions; sizes fitted on half as many are worse than the measured ones

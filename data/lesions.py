@@ -77,8 +77,8 @@ class LungBox:
     middle_x: float
     left: tuple[float, float]
     right: tuple[float, float]
-    y: tuple[float, float] | None = None
-    x: tuple[float, float] | None = None
+    y: tuple[float, float]
+    x: tuple[float, float]
 
 
 # ------------------------------------------------------------------ lesions in voxels, and the slices that show them
@@ -319,7 +319,7 @@ def _place(lungs: LungBox | None, z: float, y: float, x: float) -> dict[str, str
     # Slice borders included; above or below the lung the nearest third.
     level = float(np.clip((z - (low - 0.5)) / (high - low + 1), 0, 1))
     lobe = "upper" if level > 0.8 else None
-    if level < 0.25 and lungs.y is not None and y > sum(lungs.y) / 2:
+    if level < 0.25 and y > sum(lungs.y) / 2:
         lobe = "lower"
     return {"side": side, "zone": ZONES[2 - min(int(3 * level), 2)], "lobe": lobe}
 
@@ -331,7 +331,7 @@ def _grown(box: Sequence[slice]) -> tuple[slice, ...]:
 
 def _fractions(lungs: LungBox | None, z: float, y: float, x: float) -> dict[str, float]:
     """Level, across and depth of :class:`data.findings.Measurement`."""
-    if lungs is None or lungs.y is None or lungs.x is None:
+    if lungs is None:
         return {}
     low, high = lungs.left if x > lungs.middle_x else lungs.right
     spans = {"level": (z, low, high), "across": (x, *lungs.x), "depth": (y, *lungs.y)}

@@ -2,7 +2,7 @@
 
 row → cached preprocessed volume [C_in, z, y, x] → 2-D: slices [K, C_in, H, W] · 3-D: patch [C_in, z, y, x]
       measured lesions [M, P], what the report states of them; in training a findings prompt that errs as new ones do
-batch: images [B, …], slice_position [B, K], roi [B, K, 4], lesions [B, M, P], targets,
+batch: images [B, …], slice_position [B, K], roi [B, K, 4], row [B], lesions [B, M, P], targets,
        key_point_ids [B, Lk], question_ids [B, Lq], answer_ids [B, La] and their masks
 """
 

@@ -246,7 +246,7 @@ def compared(scores: Mapping[str, Any]) -> str:
     """The main lines of :func:`main_scores` as a table, each baseline in a column of its own."""
     columns = {"reports": scores, **scores["baselines"]}
     names = ("location_acc", "finding_acc", "finding_macro_f1", "size_within_3mm", "exact_acc", "garbled_rate")
-    lines = [f"{'':16}" + "".join(f"{name:>10}" for name in columns)]
+    lines = [f"{'':18}" + "".join(f"{name:>10}" for name in columns)]
     for name in (*names, "missed_lesion_rate"):
         values = (column[name] for column in columns.values())
         cells = "".join(f"{'none' if value is None else format(value, '.3f'):>10}" for value in values)

@@ -34,12 +34,11 @@ from config.errors import InputError, first_line
 from config.files import atomic_path, pickle_contains, replace
 from config.nnunet_plans import PreprocessPlan
 from config.schema import FIELDS, REMOVED, Config, build_config, keys_with_role, yaml_line
-from models.findings_head import DESCRIPTORS
 from models.language_model.adapter_file import adapter_digest
 from models.language_model.identity import read_lm_config
 from models.language_model.mamba_lm import MambaLM
 from models.medical_vlm import VisionBridge
-from models.pretrained import CONFIG, read_folder, rebuild_vision
+from models.pretrained import CONFIG, add_missing_weights, read_folder, rebuild_vision
 
 FORMAT = "mamba-ct-report"
 VERSION = 3
@@ -215,10 +214,7 @@ def checkpoint_of(content: dict[str, Any], path: Path) -> Checkpoint:
             raise InputError(f"{path} was trained with {reason}: train both stages again")
     fields["config"].setdefault("findings_prompt", "off")  # of a checkpoint from before there was one
     weights = fields["model_state_dict"]
-    if "head.query" in weights:  # a head from before it knew what is segmented, or from before its sizes were fitted
-        n = len(weights["head.query"])
-        weights.setdefault("head.segmented", torch.zeros(n, dtype=torch.bool))
-        weights.setdefault("head.size_weights", torch.zeros(n, DESCRIPTORS))
+    add_missing_weights(weights)
     known = {key: value for key, value in fields["config"].items() if key in FIELDS}
     fields["config"] = build_config(known, origin=f"{path} (its configuration)")
     fields["preprocess_plan"] = PreprocessPlan.from_dict(fields["preprocess_plan"])
@@ -249,7 +245,7 @@ def load_vision_weights(vision: VisionBridge, checkpoint: Checkpoint) -> list[st
         )
         raise InputError(
             f"{checkpoint.path} does not fit this configuration at '{key}' ({sides}); "
-            f"{_differences(checkpoint, vision)} must be as in training"
+            f"{_differences(checkpoint)} must be as in training"
         )
     vision.load_state_dict({**{key: own[key] for key in at_random}, **saved}, strict=True)
     return at_random
@@ -300,8 +296,6 @@ def check_language_model(checkpoint: Checkpoint, config: Config) -> None:
         )
 
 
-def _differences(checkpoint: Checkpoint, vision: VisionBridge) -> str:
-    if vision.encoder.architecture != checkpoint.encoder_architecture:
-        return "nnunet_encoder_checkpoint"
+def _differences(checkpoint: Checkpoint) -> str:
     keys = ("bridge_depth", "bridge_width", "encoder_target_spatial", "roi_side", "roi_policy")
     return ", ".join(yaml_line(key, getattr(checkpoint.config, key)) for key in keys)

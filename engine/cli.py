@@ -30,6 +30,7 @@ ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 CHECKPOINTS = (
     "vision_bridge_vlm_final.pt",
     "vision_bridge_vlm_best_val.pt",
+    "vision_bridge_vlm_overnight_best.pt",
     "vision_bridge_overnight_best.pt",
     "vision_bridge_best_val.pt",
     "vision_bridge_final.pt",
@@ -152,8 +153,8 @@ def add_training_flags(parser: argparse.ArgumentParser, *, epochs: int, batch_si
     parser.add_argument("--batch_size", type=positive_int, default=batch_size, help="cases per process and step")
     parser.add_argument("--lr", type=positive_float, default=lr, help="peak learning rate")
     parser.add_argument("--grad_accumulation", type=positive_int, default=1, help="batches per optimizer step")
-    parser.add_argument("--warmup_ratio", type=float, default=0.05, help="fraction of all steps; cosine decay follows")
-    parser.add_argument("--weight_decay", type=float, default=0.05, help="of AdamW")
+    parser.add_argument("--warmup_ratio", type=fraction, default=0.05, help="share of all steps; cosine decay follows")
+    parser.add_argument("--weight_decay", type=fraction, default=0.05, help="of AdamW")
     parser.add_argument("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to it")
     precisions, bf16 = ("auto", "no", "bf16", "fp16"), "auto: bf16 on a GPU or CPU that computes in it"
     parser.add_argument("--mixed_precision", choices=precisions, default="auto", help=bf16)
@@ -229,6 +230,13 @@ def positive_float(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
     return value
 
 

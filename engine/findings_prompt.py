@@ -56,11 +56,11 @@ def set_up_findings(
 ) -> FindingsPrompt:
     """For Stage 2: a findings head where ``vision`` has none, and training prompts that err as those of held-out cases.
 
-    Returns ``mode``, or ``off`` where the labeller does not know the language of the reports.
+    Returns ``mode``, or ``off`` where the labeller does not know the language of the reports; a head goes then.
     """
     trained = vision.head is not None
     findings = learnt_findings(train.dataset, val.dataset, vision.head.names if trained else ())
-    if not trained:
+    if not (trained and findings):  # no head yet, or nothing that it could learn from these reports
         vision.add_head(findings)
         vision.to(accelerator.device)
     set_sizes(vision.head, train.dataset, val.dataset)
@@ -118,7 +118,7 @@ def calibrate(accelerator: Accelerator, head: FindingsHead, batches: Sequence[tu
     pairs = [pair for _, *pair in batches]
     if accelerator.num_processes > 1:
         by_row = {int(rows[0]): [[value.cpu() for value in part] for part in pair] for rows, *pair in batches}
-        pairs = list(of_all(accelerator, by_row).values())
+        pairs = list(of_all(by_row).values())
     device = head.query.device
     said, target = (
         Found(*(torch.cat(values).to(device) for values in zip(*part, strict=True)))
@@ -149,7 +149,7 @@ def prompt_errors(
         measured = [data.measured(row) for row in rows]
         said |= zip(rows, batch_believed(vision.head, vision.read(batch)[1], measured, mode), strict=True)
     vision.train(training)
-    said = of_all(accelerator, said)
+    said = of_all(said)
     errors = PromptErrors.of([data.stated[row] for row in said], [one or [] for one in said.values()])
     rates = ", ".join(f"{name} {rate:.2f}" for name, rate in errors.rates().items())
     accelerator.print(f"findings prompt ({mode}) on {len(said)} held-out cases: {rates} a case", flush=True)
@@ -185,9 +185,10 @@ def doubtful(
     """What :func:`believed` leaves out of one case and a person may know better: measured lesions that are probably
     false, and findings of the scan that are only possible."""
     chances = head.probabilities(found)
+    kinds = [odds[:-1].max(0) for odds in chances.lesion[0]]
     lesions = [
-        replace(lesion, finding=head.names[int(odds[:-1].argmax())], probability=float(odds[:-1].max()))
-        for lesion, odds in zip(measured[:MOST_LESIONS], chances.lesion[0], strict=False)
+        _as_stated(lesion, chances, k, head.names[int(kinds[k].indices)], float(kinds[k].values))
+        for k, lesion in enumerate(measured[:MOST_LESIONS])
     ]
     named = {(f.measured.z, f.measured.y, f.measured.x) for f in said if f.measured}
     false = [_placed(f) for f in lesions if (f.measured.z, f.measured.y, f.measured.x) not in named]
@@ -202,8 +203,13 @@ def _named(head: FindingsHead, said: Found, k: int, lesion: FindingRecord) -> Fi
     best = int(chances.argmax())
     if best == len(head.names):
         return None
+    return _placed(_as_stated(lesion, said, k, head.names[best], float(chances[best])))
+
+
+def _as_stated(lesion: FindingRecord, said: Found, k: int, name: str, probability: float) -> FindingRecord:
+    """Measured lesion ``k`` under a name, with its size as reports state it."""
     size = lesion.size_mm and max(1.0, lesion.size_mm * float(said.lesion_size[0, k]))
-    return _placed(replace(lesion, finding=head.names[best], size_mm=size, probability=float(chances[best])))
+    return replace(lesion, finding=name, size_mm=size, probability=probability)
 
 
 def _of_scan(head: FindingsHead, said: Found, k: int) -> FindingRecord:

@@ -38,10 +38,9 @@ def sum_of_all(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def of_all(accelerator: Accelerator, by_row: Mapping[int, Value]) -> dict[int, Value]:
+def of_all(by_row: Mapping[int, Value]) -> dict[int, Value]:
     """What each process found of its rows, in every process, in the order of the rows. Tensors must be on the CPU."""
-    pairs = list(by_row.items())
-    return dict(sorted(gather_object(pairs) if accelerator.num_processes > 1 else pairs, key=lambda pair: pair[0]))
+    return dict(sorted(gather_object(list(by_row.items())), key=lambda pair: pair[0]))
 
 
 def on_main(accelerator: Accelerator, job: Callable[[], Value]) -> Value:
@@ -61,5 +60,5 @@ def on_main(accelerator: Accelerator, job: Callable[[], Value]) -> Value:
 
 
 def my_part(accelerator: Accelerator, things: list[Value]) -> list[Value]:
-    """Every n-th of ``things``, for each of n processes others; none twice."""
+    """This process's share of ``things``: of n processes each takes every n-th, and none is taken twice."""
     return things[accelerator.process_index :: accelerator.num_processes]

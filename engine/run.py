@@ -21,6 +21,7 @@ from accelerate.utils import LoggerType, ProjectConfiguration
 from torch.utils.data import Sampler
 
 from config.errors import InputError, counted
+from config.files import write_text
 from config.schema import Config, write_config
 from data.medical_vlm_dataset import Draw
 from engine.guards import hold_folder
@@ -110,7 +111,7 @@ def start_run(args: argparse.Namespace, config: Config, name: str) -> tuple[Acce
         write_config(config, output / f"{name}_config.yaml")
         record = {"command": sys.argv, "flags": vars(args), "config": config.to_dict(), **environment()}
         text = json.dumps(record, ensure_ascii=False, indent=1, default=str)
-        (output / f"{name}_run.json").write_text(text, encoding="utf-8")
+        write_text(output / f"{name}_run.json", text)
         device = f"device {accelerator.device}, {counted(accelerator.num_processes, 'process')}"
         run = f"precision {accelerator.mixed_precision}, seed {args.seed}, output {output}"
         print(f"{name}: {device}, {run}", flush=True)

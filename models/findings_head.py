@@ -36,7 +36,7 @@ class Found(NamedTuple):
     zone: Tensor  # (B, F, 3) or (B, F)
     size: Tensor  # (B, F); of targets NaN where unknown
     lesion: Tensor  # (B, M, F + 1) or (B, M)
-    lesion_size: Tensor  # (B, M), log of the factor to the measured longest diameter; fitted, not learnt
+    lesion_size: Tensor | None = None  # (B, M), log of the factor to the measured longest diameter; fitted, not learnt
 
 
 class FindingsHead(nn.Module):
@@ -55,9 +55,9 @@ class FindingsHead(nn.Module):
         )
         self.out_norm = nn.LayerNorm(width)
         self.of_finding = nn.Linear(width, 1 + len(SIDES) + len(ZONES) + 1)
-        self.of_lesion = nn.Linear(width, len(self.names) + 2)  # the last: of heads whose sizes were not fitted, else 0
+        self.of_lesion = nn.Linear(width, len(self.names) + 2)  # the last: an older head's learnt log size, or 0
         self.query._no_weight_decay = True
-        # Fitted on validation: a probability is what it says, and which findings (F,) are mostly measured lesions.
+        # Of :meth:`calibrate`; ``segmented``: findings that are mostly measured lesions. The last is of set_sizes.
         self.register_buffer("presence_temperature", torch.ones(()))
         self.register_buffer("lesion_temperature", torch.ones(()))
         self.register_buffer("segmented", torch.zeros(len(self.names), dtype=torch.bool))
@@ -118,12 +118,12 @@ def findings_loss(found: Found, target: Found) -> Tensor:
     """Sums (5,) of the losses of all that is learnt; what is unknown counts nowhere. The loss is the sum of their means
     over :func:`known_targets`."""
     losses = (_presence_loss, _class_loss, _class_loss, _size_loss, _class_loss)
-    return torch.stack([loss(*pair) for loss, *pair in zip(losses, found[:-1], target[:-1], strict=True)])
+    return torch.stack([loss(*pair) for loss, *pair in zip(losses, found[:5], target[:5], strict=True)])
 
 
 def known_targets(target: Found) -> Tensor:
     """How many values (5,) of each kind are known."""
-    return torch.stack([((values != UNKNOWN) & values.isfinite()).sum() for values in target[:-1]])
+    return torch.stack([((values != UNKNOWN) & values.isfinite()).sum() for values in target[:5]])
 
 
 # No boolean indexing: it waits for the GPU to count the known values.

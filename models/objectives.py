@@ -59,8 +59,7 @@ class Align(nn.Module):
         if len(row) > 1:
             same = self.group[row][:, None] == self.group[row][None]
             loss = (loss + _soft_nce(scale * self.reports[row] @ image.T, same)) / 2
-        # correction=0: a single token has the standard deviation 0, not NaN.
-        std = (tokens.flatten(0, 1).var(dim=0, correction=0) + 1e-8).sqrt()
+        std = (tokens.flatten(0, 1).var(dim=0, correction=0) + 1e-8).sqrt()  # of a single token 0, not NaN
         return loss + self.variance_weight * F.relu(1 - std / self.expected_std).mean()
 
 
@@ -84,7 +83,8 @@ class Stage1(nn.Module):
         tokens, found = self.vision.read(batch)  # without CMI: it reads the question and is trained in Stage 2
         head = tokens.new_zeros(5) if found is None else findings_loss(found, batch["targets"])
         counted = batch["row"] >= 0
-        objective = self.objective(*gather_cases(tokens[counted], batch["row"][counted]))
+        cases, rows = gather_cases(tokens[counted], batch["row"][counted])
+        objective = self.objective(cases, rows) if len(rows) else cases.sum()  # 0; the mean of no case is NaN
         return torch.cat([(objective * counted.sum())[None], head])
 
 

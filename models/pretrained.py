@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from config.errors import InputError, first_line
 from config.files import atomic_path, write_text
 from config.schema import Config, build_config
+from models.findings_head import DESCRIPTORS
 from models.language_model.mamba_lm import MambaLM
 from models.nnunet.encoder import NnUNetEncoder
 
@@ -156,6 +157,7 @@ class Pretrained(ModelHubMixin):
         weights = {"adapters": content.get("adapters"), "stage0": config.language_model_adapters}
         lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, **weights)
         vision = rebuild_vision(cls.vision_type, config, content)
+        add_missing_weights(content["model_state_dict"])
         vision.load_state_dict(content["model_state_dict"])
         model = cls(vision.to(device), lm)
         model.content = {**content, "config": config.to_dict()}
@@ -178,13 +180,15 @@ class Pretrained(ModelHubMixin):
         return ModelCard(_CARD.replace("{rows}", lines))
 
 
-def rebuild_vision(kind: type[Vision], config: Config, content: Mapping[str, Any]) -> Vision:
+def rebuild_vision(
+    kind: type[Vision], config: Config, content: Mapping[str, Any], *, with_cmi: bool | None = None
+) -> Vision:
     """The vision part as a checkpoint's content describes it; its weights are not loaded.
 
-    ``kind``: :class:`models.medical_vlm.VisionBridge`."""
+    ``kind``: :class:`models.medical_vlm.VisionBridge`. ``with_cmi``: None: as it was saved."""
     encoder = NnUNetEncoder.from_architecture(content["encoder_architecture"])
-    parts = {"with_cmi": any(key.startswith("cmi.") for key in content["model_state_dict"])}
-    parts["findings"] = content.get("findings") or ()
+    saved = any(key.startswith("cmi.") for key in content["model_state_dict"])
+    parts = {"with_cmi": saved if with_cmi is None else with_cmi, "findings": content.get("findings") or ()}
     return kind.build(config, encoder, content["llm"]["width"], content["diagnostics"]["expected_std"], **parts)
 
 
@@ -237,3 +241,11 @@ def _join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
             return tensors[value["tensor"]]
         return {key: _join(part, tensors) for key, part in value.items()}
     return [_join(part, tensors) for part in value] if isinstance(value, list) else value
+
+
+def add_missing_weights(weights: dict[str, Tensor]) -> None:
+    """Buffers that the head of an older file lacks: nothing is segmented, no sizes are fitted."""
+    if "head.query" in weights:
+        n = len(weights["head.query"])
+        weights.setdefault("head.segmented", torch.zeros(n, dtype=torch.bool))
+        weights.setdefault("head.size_weights", torch.zeros(n, DESCRIPTORS))

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-from engine.cli import positive_float, positive_int, run_main
+from engine.cli import Parser, positive_float, positive_int, run_main
 
 FOLDS = 3
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a small segmentation U-Net in nnU-Net's format")
+    parser = Parser(description="Train a small segmentation U-Net in nnU-Net's format")
     parser.add_argument("--data", type=Path, required=True, help="folder that make_phantoms.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for plans.json and fold_0/")
     parser.add_argument("--cache_dir", type=Path, help="preprocessed volumes (default: OUT/../cache)")
@@ -52,6 +52,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
+from config.files import write_text
 from config.nnunet_plans import PreprocessPlan
 from config.toy_models import STAMP
 from data.cache import CachedVolume, VolumeCache
@@ -320,7 +321,7 @@ def main() -> None:
     save_nnunet_checkpoint(target, stored.state_dict_nnunet(), plans, "2d", dataset)
     network.float()  # what was saved is scored
     for name, content in (("plans.json", plans), ("dataset.json", dataset)):
-        (args.out / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        write_text(args.out / name, json.dumps(content, indent=1))
     print(f"segmentation: saved in {args.out}", flush=True)
     segment_held_out(network, cache, held_out, target.parent / "validation")
     table = args.data / "val.csv"

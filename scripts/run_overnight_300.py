@@ -101,8 +101,9 @@ def evaluate(args: argparse.Namespace, checkpoint: Path, model_flags: list[str])
     folder = checkpoint.with_name("overnight_card")
     command = [sys.executable, "-u", "-X", "utf8", str(REPOSITORY / "scripts" / "evaluate_reports.py"), *model_flags]
     command += ["--checkpoint", str(checkpoint), "--csv", str(args.evaluate), "--out", str(folder)]
+    command += ["--config", str(args.config)] if args.config else []
     print(f"report card: {subprocess.list2cmdline(command)}", flush=True)
-    return call_patiently(command + (["--config", str(args.config)] if args.config else []))
+    return call_patiently(command)
 
 
 def main() -> int:

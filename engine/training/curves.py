@@ -62,7 +62,7 @@ def read_run(log: Path, name: str) -> Run:
             damaged += 1
     if damaged == len(lines) > 0:
         raise InputError(f"{log} is not the log of a training (stage1{LOG_SUFFIX}, stage2{LOG_SUFFIX})")
-    description = log.with_name(log.name.replace(LOG_SUFFIX, "_run.json"))
+    description = log.with_name(f"{log.name.removesuffix(LOG_SUFFIX)}_run.json")
     flags = json.loads(description.read_text(encoding="utf-8"))["flags"] if description.is_file() else {}
     ordered = ([part[key] for key in sorted(part)] for part in (steps, epochs))
     return Run(name, log, *ordered, flags, damaged)

@@ -169,8 +169,6 @@ def one_line_errors(processes: int) -> Iterator[None]:
     """Errors from outside that may come anywhere in a step, as one line: a killed worker, a process that is gone."""
     try:
         yield
-    except InputError:
-        raise
     except RuntimeError as error:
         if (line := loader_problem(error)) is None and processes > 1 and _PEERS.search(str(error)):
             line = f"another process of this run has ended ({first_line(error)})"

@@ -163,7 +163,7 @@ class MemoryGuard:
     def predict(self, model: nn.Module, loader: DataLoader, loss_counts: Counts) -> None:
         """Measure, print what a step will need, and choose the pieces.
 
-        Raises InputError: not even one case fits.
+        Raises InputError: memory runs out while one or two cases are measured.
         """
         batch, device = self.args.batch_size, self.accelerator.device
         model = self.accelerator.unwrap_model(model)
@@ -175,8 +175,7 @@ class MemoryGuard:
             raise InputError(f"out of memory with one or two cases: {self._smaller_model()}") from error
         fits = self.model.cases_in(ROOM.get(device.type, 0.75) * free_bytes(device))
         # The process with the least memory decides for all.
-        mine = [(free_bytes(device), fits)]
-        free, fits = min(gather_object(mine) if self.accelerator.num_processes > 1 else mine)
+        free, fits = min(gather_object([(free_bytes(device), fits)]))
         needed = f"a batch of {batch} needs about {size(self.model.needed(batch))}, {size(self.model.per_case)} a case"
         self.say(f"memory: {needed}; {size(free)} free on {device}{'' if fits >= batch else ': it does not fit'}")
         if fits >= batch:
@@ -222,7 +221,9 @@ class MemoryGuard:
 
     def _pieces(self) -> str:
         batch, pieces = self.args.batch_size, self.progress.pieces
-        return f"each batch of {batch} is computed {math.ceil(batch / pieces)} cases at a time, with the same result"
+        align = getattr(self.args, "objective", None) == "align"
+        same = "which align compares with each other alone" if align else "with the same result"
+        return f"each batch of {batch} is computed {math.ceil(batch / pieces)} cases at a time, {same}"
 
     def _advice(self, fits: int) -> str:
         batch, accumulation = self.args.batch_size, self.args.grad_accumulation
@@ -230,7 +231,7 @@ class MemoryGuard:
             return self._smaller_model()
         fewer = f"lower --batch_size from {batch} to {fits}"
         more = f"raise --grad_accumulation from {accumulation} to {math.ceil(batch * accumulation / fits)}"
-        return f"{fewer} and {more}, or give --auto_batch"
+        return f"{fewer} and {more}" + ("" if self.args.auto_batch else ", or give --auto_batch")
 
     def _smaller_model(self) -> str:
         free = size(free_bytes(self.accelerator.device))

@@ -142,5 +142,7 @@ def optimizer_step(
         optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             schedule.step()
+    elif accelerator.scaler is not None:
+        accelerator.scaler.update()  # it was unscaled: without this the next step cannot be
     optimizer.zero_grad(set_to_none=True)
     return StepResult(mean, length, finite, stops > 0)

@@ -20,7 +20,7 @@ from engine.training.train_state import started_from
 from models.language_model.lora import Adapters
 from models.language_model.mamba_lm import MambaLM
 from models.medical_vlm import MedicalVLM, VisionBridge
-from models.nnunet.encoder import NnUNetEncoder
+from models.pretrained import rebuild_vision
 
 BEST_FILE, FINAL_FILE = "vision_bridge_vlm_best_val.pt", "vision_bridge_vlm_final.pt"
 STATE_FILE = "stage2_state.pt"
@@ -62,9 +62,7 @@ def build_vision(config: Config, start: Checkpoint | None, lm: MambaLM) -> tuple
         return vision, ["start: nnU-Net encoder, untrained bridge"]
     lines = [f"start: {start.path} (epoch {start.epoch}, val_loss {start.val_loss:.6f})"]
     lines += check_agreement(start, config)
-    encoder = NnUNetEncoder.from_architecture(start.encoder_architecture)
-    parts = {"with_cmi": config.use_cmi, "findings": start.findings or ()}
-    vision = VisionBridge.build(config, encoder, lm.width, start.diagnostics["expected_std"], **parts)
+    vision = rebuild_vision(VisionBridge, config, vars(start), with_cmi=config.use_cmi)
     at_random = load_vision_weights(vision, start)
     if at_random:
         lines.append(f"the checkpoint has no CMI: these start at random: {', '.join(at_random)}")

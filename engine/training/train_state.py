@@ -82,9 +82,7 @@ class TrainState:
 
     def save(self) -> None:
         """Every process calls it at the same step."""
-        generators = [_generators()]
-        if self.accelerator.num_processes > 1:
-            generators = gather_object(generators)
+        generators = gather_object([_generators()])
         if not self.accelerator.is_main_process:
             return
         scaler = self.accelerator.scaler

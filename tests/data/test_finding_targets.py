@@ -92,13 +92,12 @@ def test_targets_of_a_case() -> None:
     assert found.size[0] == pytest.approx(math.log(12 / TYPICAL_MM)) and math.isnan(found.size[1])
     # A cavity is none of the head's findings, and no false lesion; then the nodule; then a false lesion.
     assert found.lesion == [UNKNOWN, 0, len(NAMES), *[UNKNOWN] * (MOST_LESIONS - 3)]
-    assert found.lesion_size[1] == pytest.approx(math.log(12 / 10)) and math.isnan(found.lesion_size[2])
 
 
 def test_nothing_is_known_without_a_report_that_can_be_read() -> None:
     found = targets(NAMES, None, [lesion()])
     assert {*found.presence, *found.side, *found.zone, *found.lesion} == {UNKNOWN}
-    assert all(map(math.isnan, [*found.size, *found.lesion_size]))
+    assert all(map(math.isnan, found.size))
     normal = targets(NAMES, [], [lesion()])
     assert normal.presence == [0, 0] and normal.lesion[0] == len(NAMES)
 

@@ -12,7 +12,7 @@ from data.phantom.case import Phantom, make_case
 from data.phantom.finding import FINDING_TYPES
 
 NAMES = {value: name for value, name in enumerate(FINDING_TYPES) if value}
-LUNGS = LungBox(middle_x=20.0, left=(0, 29), right=(0, 29))
+LUNGS = LungBox(middle_x=20.0, left=(0, 29), right=(0, 29), y=(0.0, 39.0), x=(0.0, 39.0))
 
 
 def test_two_boxes_by_hand() -> None:
@@ -23,6 +23,7 @@ def test_two_boxes_by_hand() -> None:
     assert (first.finding, first.side, first.zone, second.finding) == ("nodule", "left", "lower", LESION)
     assert (second.side, second.zone) == ("right", "upper")
     known = {"thick_mm": pytest.approx(2 * 2 - np.sqrt(2)), "height_mm": 10.0}
+    known |= {"level": pytest.approx(2.5 / 29), "across": pytest.approx(31 / 39), "depth": pytest.approx(11.5 / 39)}
     assert first.measured == Measurement(1, 24 * 10, None, 2.5, 11.5, 31.0, **known)
     # Corner to corner, centre to centre: 3 mm by 4 mm; plus one pixel, of which the sides are 1 and 2 mm.
     assert first.size_mm == pytest.approx(5 + np.sqrt(2))

@@ -24,10 +24,12 @@ from engine.findings_prompt import (
     closest_reports,
     deviation_notice,
     deviations,
+    doubtful,
     learnt_findings,
     right_beginning,
     rows_of,
     set_sizes,
+    set_up_findings,
     states,
     with_key_points,
 )
@@ -358,3 +360,19 @@ def test_of_equally_close_reports_the_first_whole_one_is_chosen() -> None:
     broken = RIGHT.replace("直径", INCOMPLETE)
     assert Pen([broken, RIGHT]).choose([wrong], [SAID]) == [RIGHT]
     assert Pen([RIGHT]).choose([broken], [SAID]) == [RIGHT], "a broken character is written again too"
+
+
+def test_a_doubtful_lesion_has_the_size_that_it_would_be_said_with(head: FindingsHead) -> None:
+    found, measured = says(lesions=((FALSE, 0.6, 2.0),)), [SizedTable(1).lesions[0]]
+    said = believed(head, found, measured, "both")
+    assert said == [] and points(doubtful(head, found, measured, said))[0][-1] == 30
+
+
+def test_a_head_that_these_reports_cannot_teach_goes() -> None:
+    loaders = [SimpleNamespace(dataset=table([], language=None)) for _ in range(2)]
+    vision = torch.nn.Module()
+    vision.head, vision.add_head = (
+        FindingsHead(NAMES, 8, DESCRIPTORS, width=16),
+        lambda names: setattr(vision, "head", None),
+    )
+    assert set_up_findings(Accelerator(cpu=True), vision, *loaders, "both") == "off" and vision.head is None

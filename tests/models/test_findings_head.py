@@ -40,14 +40,14 @@ def lesions(real: int = 2, cases: int = B, most: int = M) -> Tensor:
 def unknown(cases: int = B) -> Found:
     """Targets that nothing is known of."""
     f, classes = len(NAMES), torch.full((cases, len(NAMES)), UNKNOWN)
-    of_lesions = torch.full((cases, M), UNKNOWN), torch.full((cases, M), torch.nan)
-    return Found(classes.clone(), classes.clone(), classes.clone(), torch.full((cases, f), torch.nan), *of_lesions)
+    sizes, lesions = torch.full((cases, f), torch.nan), torch.full((cases, M), UNKNOWN)
+    return Found(classes.clone(), classes.clone(), classes.clone(), sizes, lesions)
 
 
 def test_data_and_models_agree_on_what_they_cannot_share() -> None:
     assert (DATA_DESCRIPTORS, finding_targets.UNKNOWN, finding_targets.TYPICAL_MM) == (DESCRIPTORS, UNKNOWN, TYPICAL_MM)
     assert (finding_targets.SIDES, finding_targets.LEVELS) == (findings_head.SIDES, findings_head.ZONES)
-    assert finding_targets.Targets._fields == Found._fields
+    assert finding_targets.Targets._fields == Found._fields[:-1]
 
 
 def test_shapes_and_probabilities(head: FindingsHead) -> None:

@@ -160,3 +160,6 @@ def test_stage1_passes_images_positions_and_rows():
     assert torch.equal(tokens, torch.full((2, 3, 4), 3.0)) and found is None
     assert stage({**batch, "row": torch.arange(2)}).tolist() == [2 * 9, *[0] * 5], "a sum over two cases"
     assert stage({**batch, "row": torch.tensor([0, -1])}).tolist() == [9, *[0] * 5], "one of them counts nowhere"
+    for objective in (stage.objective, align(unit_reports())):
+        stage.objective = objective
+        assert stage({**batch, "row": torch.tensor([-1, -1])}).tolist() == [0] * 6, "none of them counts"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 import config.schema
 from config.errors import InputError
@@ -54,6 +55,20 @@ def test_the_folder_is_a_checkpoint_for_every_script(saved):
     there, here = file.scan_checks["feature_distance"], folder.scan_checks["feature_distance"]
     assert all(torch.equal(value, here[key]) for key, value in there.items())
     assert folder.build_vision().head.names == file.build_vision().head.names
+
+
+def test_a_folder_from_before_sizes_were_fitted_is_read(saved, demo_reporter, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "older")
+    weights = load_file(folder / "model.safetensors")
+    [key] = [name for name in weights if name.endswith("head.size_weights")]
+    del weights[key]
+    save_file(weights, folder / "model.safetensors")
+    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del described["model_state_dict"]["head.size_weights"]
+    (folder / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    model = MedicalVLM.from_pretrained(folder, mamba_model=demo_reporter.model.lm.name)
+    assert not model.vision.head.size_weights.any()
+    assert not load_checkpoint(folder).build_vision().head.size_weights.any()
 
 
 def test_the_folder_says_nothing_of_the_machine_and_much_of_the_model(saved):

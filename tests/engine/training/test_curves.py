@@ -25,6 +25,12 @@ def write_log(folder: Path, losses: list[float], stage: str = "stage1", **flags:
     return log
 
 
+def test_a_log_that_was_kept_is_read_without_flags(tmp_path):
+    log = write_log(tmp_path, [0.9, 0.4], lr=1e-4)
+    run = read_run(log.rename(log.with_name("stage1_log.previous.jsonl")), "a")
+    assert len(run.epochs) == 2 and run.flags == {}
+
+
 def test_a_run_is_read_with_its_flags_and_its_best_epoch_is_not_collapsed(tmp_path):
     run = read_run(write_log(tmp_path, [0.9, 0.4, 0.01, 0.6], lr=1e-4), "a")
     assert (len(run.steps), len(run.epochs), run.loss_name) == (1, 4, "train_loss")

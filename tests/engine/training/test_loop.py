@@ -29,7 +29,7 @@ from engine.run import EpochBatches, set_seeds
 from engine.training.diagnostics import TokenStatistics
 from engine.training.guards import Alarms
 from engine.training.loop import Stage, train
-from engine.training.optimization import build_optimizer, build_schedule
+from engine.training.optimization import build_optimizer, build_schedule, optimizer_step
 
 CASES, BATCH, EPOCHS = 12, 2, 3
 CONFIG = build_config({}, "test")
@@ -310,3 +310,19 @@ def test_every_step_has_a_learning_rate_above_zero(steps, ratio):
     warmup = max(1, round(steps * ratio))
     assert min(rates) > 0 and max(rates) == rates[warmup - 1] == pytest.approx(0.1)
     assert rates[:warmup] == sorted(rates[:warmup]) and rates[warmup:] == sorted(rates[warmup:], reverse=True)
+
+
+def test_a_gradient_scaler_outlives_a_loss_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 scales the loss: its step after one that was left out must not fail."""
+    accelerator, parameter = Accelerator(cpu=True), torch.nn.Parameter(torch.ones(1))
+    accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=4.0), True
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")  # which accelerate refuses on a CPU
+    optimizer = accelerator.prepare(torch.optim.SGD([parameter], lr=0.1))
+    schedule = build_schedule(optimizer, 9, 0.0)
+    stepped = []
+    for factor in (1.0, math.nan, 1.0):
+        loss = (factor * parameter).sum()
+        accelerator.scaler.scale(loss).backward()
+        result = optimizer_step(accelerator, optimizer, schedule, [parameter], 9.0, loss.detach(), False)
+        stepped.append(result.stepped)
+    assert stepped == [True, False, True] and parameter.isfinite().all()
