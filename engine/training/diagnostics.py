@@ -63,7 +63,7 @@ def first_tokens(row: Tensor, visual: Tensor) -> dict[int, Tensor]:
 def statistics_of_all(accelerator: Accelerator, tokens: Mapping[int, Tensor], expected_std: float) -> TokenStatistics:
     """:func:`token_statistics` of what :func:`first_tokens` kept in every process."""
     if accelerator.num_processes > 1:
-        tokens = of_all(accelerator, {row: value.cpu().clone() for row, value in tokens.items()})
+        tokens = of_all({row: value.cpu().clone() for row, value in tokens.items()})
     return token_statistics(torch.stack(list(tokens.values())), expected_std)
 
 
