@@ -2,8 +2,8 @@
 
 A network of one class, trained on masks, draws each kind of lesion too large or too small in its own way, and reports
 give the depth of an effusion where the segmentation gives its diameter. Learnt with the findings head's other outputs,
-by gradient from some 300 cases, sizes were within 3 mm for .94 to .98 of the lesions that it was trained on and for .74
-to .80 of new ones; by the maps of this file for .85 to .87 (docs/evaluation.md).
+by gradient from some 300 cases, sizes were within 3 mm for .93 to .98 of the lesions that it was trained on and for .74
+to .80 of new ones; by the maps of this file for .87 to .88 of these (docs/evaluation.md).
 """
 
 from __future__ import annotations
