@@ -185,11 +185,8 @@ def doubtful(
     """What :func:`believed` leaves out of one case and a person may know better: measured lesions that are probably
     false, and findings of the scan that are only possible."""
     chances = head.probabilities(found)
-    kinds = [odds[:-1].max(0) for odds in chances.lesion[0]]
-    lesions = [
-        _as_stated(lesion, chances, k, head.names[int(kinds[k].indices)], float(kinds[k].values))
-        for k, lesion in enumerate(measured[:MOST_LESIONS])
-    ]
+    kinds = chances.lesion[0, :, :-1].argmax(-1).tolist()
+    lesions = [_as_stated(head, chances, k, kinds[k], lesion) for k, lesion in enumerate(measured[:MOST_LESIONS])]
     named = {(f.measured.z, f.measured.y, f.measured.x) for f in said if f.measured}
     false = [_placed(f) for f in lesions if (f.measured.z, f.measured.y, f.measured.x) not in named]
     scan = [_of_scan(head, chances, k) for k in range(len(head.names)) if chances.presence[0, k] >= POSSIBLE]
@@ -198,18 +195,15 @@ def doubtful(
 
 
 def _named(head: FindingsHead, said: Found, k: int, lesion: FindingRecord) -> FindingRecord | None:
-    """A measured lesion with the head's name and size; None where it is probably false."""
-    chances = said.lesion[0, k]
-    best = int(chances.argmax())
-    if best == len(head.names):
-        return None
-    return _placed(_as_stated(lesion, said, k, head.names[best], float(chances[best])))
+    """A measured lesion with the head's name and its fitted size; None where it is probably false."""
+    best = int(said.lesion[0, k].argmax())
+    return None if best == len(head.names) else _placed(_as_stated(head, said, k, best, lesion))
 
 
-def _as_stated(lesion: FindingRecord, said: Found, k: int, name: str, probability: float) -> FindingRecord:
-    """Measured lesion ``k`` under a name, with its size as reports state it."""
+def _as_stated(head: FindingsHead, said: Found, k: int, kind: int, lesion: FindingRecord) -> FindingRecord:
+    """Measured lesion ``k`` as one of the head's findings, with its size as reports state it."""
     size = lesion.size_mm and max(1.0, lesion.size_mm * float(said.lesion_size[0, k]))
-    return replace(lesion, finding=name, size_mm=size, probability=probability)
+    return replace(lesion, finding=head.names[kind], size_mm=size, probability=float(said.lesion[0, k, kind]))
 
 
 def _of_scan(head: FindingsHead, said: Found, k: int) -> FindingRecord:
