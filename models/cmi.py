@@ -16,40 +16,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.selective_scan import selective_scan
-from models.vim_mixer import init_step_size
+from models.vim_mixer import STATE, init_step_size
 
 
 class CMI(nn.Module):
     """Text-steered state-space mixing of visual tokens, residual, optionally compressed in length."""
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        compress_to: int | None = None,
-        d_state: int = 16,
-        dt_min: float = 1e-3,
-        dt_max: float = 0.1,
-    ) -> None:
+    def __init__(self, width: int, *, compress_to: int | None = None) -> None:
         """
         Args:
             width: D of both streams; the inner width E equals it.
             compress_to: L' of the output when the input is longer; ``None`` keeps L.
-            dt_min, dt_max: range of Δ at initialisation (Gu & Dao 2023, section 3.6).
         """
         super().__init__()
         self.compress_to = compress_to
-        self.d_state = d_state
         rank = math.ceil(width / 16)
         self.visual_norm = nn.RMSNorm(width, eps=1e-5)
         self.text_norm = nn.RMSNorm(width, eps=1e-5)
         self.in_proj = nn.Linear(width, 2 * width, bias=False)
-        self.text_proj = nn.Linear(width, rank + 2 * d_state, bias=False)
+        self.text_proj = nn.Linear(width, rank + 2 * STATE, bias=False)
         self.dt_proj = nn.Linear(rank, width)
-        self.A_log = nn.Parameter(torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(width, 1))
+        self.A_log = nn.Parameter(torch.arange(1, STATE + 1, dtype=torch.float32).log().repeat(width, 1))
         self.D = nn.Parameter(torch.ones(width))
         self.out_proj = nn.Linear(width, width, bias=False)
-        init_step_size(self.dt_proj, dt_min, dt_max)
+        init_step_size(self.dt_proj)
         # A small start keeps the visual tokens of Stage 1 nearly as they are, and still passes gradient.
         nn.init.normal_(self.out_proj.weight, std=0.02 / math.sqrt(width))
         for parameter in (self.A_log, self.D, self.dt_proj.bias):
@@ -67,7 +57,7 @@ class CMI(nn.Module):
         """
         B, L, D = visual.shape
         pooled = masked_mean(self.text_norm(question), question_mask)  # (B, D)
-        dt, Bt, Ct = self.text_proj(pooled).split([self.dt_proj.in_features, self.d_state, self.d_state], dim=-1)
+        dt, Bt, Ct = self.text_proj(pooled).split([self.dt_proj.in_features, STATE, STATE], dim=-1)
         delta = F.linear(dt, self.dt_proj.weight)  # (B, E); the scan adds the bias
 
         x, z = self.in_proj(self.visual_norm(visual)).transpose(1, 2).chunk(2, dim=1)  # (B, E, L) each
@@ -75,8 +65,8 @@ class CMI(nn.Module):
             F.silu(x),
             delta[..., None].expand(B, D, L),
             -torch.exp(self.A_log.float()),
-            Bt[..., None].expand(B, self.d_state, L),
-            Ct[..., None].expand(B, self.d_state, L),
+            Bt[..., None].expand(B, STATE, L),
+            Ct[..., None].expand(B, STATE, L),
             D=self.D.float(),
             z=z,
             delta_bias=self.dt_proj.bias.float(),

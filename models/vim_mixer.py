@@ -4,12 +4,12 @@ Letters: B batch, L tokens, D width, E inner width (2 · D), N state, R rank of 
 
   x [B, L, D] → in_proj → x, z [B, E, L] each
   per direction:  x → causal depthwise conv → SiLU → Δ (rank R), B, C → scan → + D·x → · SiLU(z)
-  (forward + backward) (/ 2) [B, E, L] → out_proj → [B, L, D]
+  (forward + backward) / 2 [B, E, L] → out_proj → [B, L, D]
 
-Source: Zhu et al., "Vision Mamba" (arXiv 2401.09417) and github.com/hustvl/Vim, ``bimamba_type="v2"``: the
-projections and the gate are shared, all else is one set per direction, the backward one named with ``_b``.
-Parameter names are the official ones. One difference: there only ``dt_proj`` starts with step sizes in
-[dt_min, dt_max]; here ``dt_proj_b`` does too.
+Source: Zhu et al., "Vision Mamba" (arXiv 2401.09417) and github.com/hustvl/Vim, ``bimamba_type="v2"`` and
+``if_divide_out=True``: the projections and the gate are shared, all else is one set per direction, the backward one
+named with ``_b``. Parameter names are the official ones. One difference: there only ``dt_proj`` starts with step sizes in
+STEP_SIZES; here ``dt_proj_b`` does too.
 """
 
 from __future__ import annotations
@@ -22,38 +22,28 @@ from torch import Tensor, nn
 
 from models.selective_scan import selective_scan
 
-EXPAND, TAPS = 2, 4  # E / D, and of the depthwise convolution: those of Mamba and Vim
+EXPAND, TAPS, STATE = 2, 4, 16  # E / D, of the depthwise convolution, N: those of Mamba and Vim
+STEP_SIZES = 1e-3, 0.1  # at the start (Gu & Dao 2023, section 3.6)
 
 
 class VimMixer(nn.Module):
     """Bidirectional selective-scan mixer, [B, L, D] -> [B, L, D].
 
-    Args:
-        d_model: D; E is twice as wide, and the rank R of the step size is D / 16, rounded up. d_state: N.
-        if_divide_out: halve the sum of the two directions, as Vision Mamba does.
-        dt_min, dt_max: step sizes at the start are log-uniform between them.
+    ``d_model``: D; E is twice as wide, and the rank R of the step size is D / 16, rounded up.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        d_state: int = 16,
-        if_divide_out: bool = True,
-        dt_min: float = 1e-3,
-        dt_max: float = 0.1,
-    ) -> None:
+    def __init__(self, d_model: int) -> None:
         super().__init__()
         inner, rank = EXPAND * d_model, math.ceil(d_model / 16)
-        self.d_state, self.dt_rank = d_state, rank
-        self.if_divide_out = if_divide_out
+        self.dt_rank = rank
 
         self.in_proj = nn.Linear(d_model, 2 * inner, bias=False)
         for suffix in ("", "_b"):
-            log_A = torch.log(torch.arange(1.0, d_state + 1)).repeat(inner, 1)
+            log_A = torch.log(torch.arange(1.0, STATE + 1)).repeat(inner, 1)
             dt_proj = nn.Linear(rank, inner)
-            init_step_size(dt_proj, dt_min, dt_max)
+            init_step_size(dt_proj)
             setattr(self, f"conv1d{suffix}", nn.Conv1d(inner, inner, TAPS, groups=inner))
-            setattr(self, f"x_proj{suffix}", nn.Linear(inner, rank + 2 * d_state, bias=False))
+            setattr(self, f"x_proj{suffix}", nn.Linear(inner, rank + 2 * STATE, bias=False))
             setattr(self, f"dt_proj{suffix}", dt_proj)
             setattr(self, f"A{suffix}_log", nn.Parameter(log_A))
             setattr(self, f"D{suffix}", nn.Parameter(torch.ones(inner)))
@@ -68,7 +58,7 @@ class VimMixer(nn.Module):
         # z stays a transposed view of the projection: the scan reads any strides.
         x, z = self.in_proj(hidden).transpose(1, 2).chunk(2, dim=1)
         y = self._direction(x, z, "", reverse=False) + self._direction(x, z, "_b", reverse=True)
-        return self.out_proj((y / 2 if self.if_divide_out else y).transpose(1, 2))
+        return self.out_proj((y / 2).transpose(1, 2))
 
     def _direction(self, x: Tensor, z: Tensor, suffix: str, reverse: bool) -> Tensor:
         """One direction's conv, projections and scan over x, z [B, E, L]. Nothing is flipped in memory.
@@ -82,7 +72,7 @@ class VimMixer(nn.Module):
         x = F.pad(x, (0, reach) if reverse else (reach, 0))
         x = F.silu(F.conv1d(x, weight, conv.bias, groups=conv.groups))
         projected = x_proj(x.transpose(1, 2))
-        dt, B, C = projected.split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        dt, B, C = projected.split((self.dt_rank, STATE, STATE), dim=-1)
         return selective_scan(
             x,
             F.linear(dt, dt_proj.weight).transpose(1, 2),
@@ -116,11 +106,11 @@ class VimBlock(nn.Module):
         return self.mixer(normed), residual
 
 
-def init_step_size(dt_proj: nn.Linear, dt_min: float, dt_max: float) -> None:
-    """Start with softplus(bias) log-uniform in [dt_min, dt_max] and weights uniform in ±1/√R."""
+def init_step_size(dt_proj: nn.Linear) -> None:
+    """Start with softplus(bias) log-uniform in STEP_SIZES and weights uniform in ±1/√R."""
     bound = dt_proj.in_features**-0.5
     nn.init.uniform_(dt_proj.weight, -bound, bound)
-    low, high = math.log(dt_min), math.log(dt_max)
+    low, high = map(math.log, STEP_SIZES)
     dt = torch.exp(low + (high - low) * torch.rand(dt_proj.out_features))
     with torch.no_grad():
         # The inverse of softplus; expm1 keeps small steps exact.

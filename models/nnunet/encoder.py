@@ -29,7 +29,7 @@ class NnUNetEncoder(nn.Module):
     Attributes:
         architecture: JSON-storable description; :meth:`from_architecture` rebuilds the module from it.
         dim: 2 or 3. in_channels: C_in. out_channels: C of the chosen stage. output_stage: its index.
-        patch_size: of the plan, in voxels. total_stride: input voxels per feature, per axis.
+        total_stride: input voxels per feature, per axis.
         receptive_field_offset: voxels by which the centre of a feature's receptive field lies before the centre of its
             cell, per axis; pooling keeps it. :class:`data.view_selection.ViewSelection` applies it.
     """
@@ -49,7 +49,6 @@ class NnUNetEncoder(nn.Module):
         self.in_channels = network.in_channels
         self.out_channels = network.features[output_stage]
         self.output_stage = output_stage
-        self.patch_size = network.patch_size
         self.total_stride = network.total_stride(output_stage)
         self.receptive_field_offset = network.receptive_field_offset(output_stage)
         self.target_spatial = target_spatial

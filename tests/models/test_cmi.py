@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.cmi import CMI
+from models.vim_mixer import STATE, STEP_SIZES
 
-WIDTH, STATE = 32, 4
+WIDTH = 32
 
 
 def cmi(seed: int = 0, **options: object) -> CMI:
     torch.manual_seed(seed)
-    return CMI(WIDTH, d_state=STATE, **options)
+    return CMI(WIDTH, **options)
 
 
 def inputs(batch: int = 2, tokens: int = 9, words: int = 5) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,9 +130,9 @@ def test_starts_near_the_tokens_of_stage_1():
 
 
 def test_step_sizes_start_in_their_range():
-    model = CMI(256, dt_min=2e-3, dt_max=0.05)
+    model = CMI(256)
     steps = F.softplus(model.dt_proj.bias.detach())
-    assert steps.min() >= 2e-3 * 0.999 and steps.max() <= 0.05 * 1.001
+    assert steps.min() >= STEP_SIZES[0] * 0.999 and steps.max() <= STEP_SIZES[1] * 1.001
     assert math.log(steps.max() / steps.min()) > 2, "spread over the range"
 
 

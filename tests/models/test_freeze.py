@@ -36,7 +36,7 @@ def test_every_trained_parameter_gets_a_gradient(assets, kind, keys, train_encod
     vision = vision_of(assets / "nnunet_tiny" / kind, with_cmi=with_cmi, **keys)
     vision.freeze(train_encoder=not train_encoder)  # the last word counts
     said = vision.freeze(train_encoder=train_encoder)
-    patch = vision.encoder.patch_size
+    patch = vision.encoder.network.patch_size
     images = torch.randn(2, 1, *patch) if vision.encoder.dim == 3 else torch.randn(2, 1, 1, *patch)
     roi = torch.rand(2, 1, 4)
     seen = vision.visual_tokens(vision.features(images), torch.rand(2, 1), roi)
