@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 from data.report_language.sentence import Group, Sentence
-from data.report_language.terms import MEASURED_ORGANS, Size
+from data.report_language.terms import LARGEST, MEASURED_ORGANS, Size
 
 COUNT_REACH = 26  # characters between a number word and the finding after it
 
@@ -28,6 +28,7 @@ class Attributes:
     places: list[Place] = field(default_factory=lambda: [Place()])
     carried: bool = False  # the place is in an earlier clause, or nowhere
     sizes: list[Size] = field(default_factory=list)
+    largest: list[Place] = field(default_factory=list)  # of several lesions, the place of the one that has the size
     count: int | None = None
     change: str | None = None
 
@@ -43,6 +44,7 @@ def attributes(sentence: Sentence, polarity: dict[int, str], earlier: list[Place
             owner = owner_of_size(sentence, i, polarity)
             if owner is not None:
                 found[owner].sizes.append(token.value)
+                found[owner].largest = _place_of_largest(sentence, owner, i)
         elif token.kind == "count":
             owner = _owner_of_count(sentence, i)
             if owner is not None and polarity[owner] != "absent" and found[owner].count is None:
@@ -114,6 +116,18 @@ def _placed(sentence: Sentence, i: int, polarity: str, earlier: list[Place]) -> 
     if carried and (polarity == "absent" or elsewhere):
         return Attributes(carried=True)
     return Attributes(read_places(sentence, group), carried)
+
+
+def _place_of_largest(sentence: Sentence, owner: int, size: int) -> list[Place]:
+    """Where the largest of several lesions lies, whose size is token ``size``: 多发结节,最大者位于右肺下叶,约15mm."""
+    tokens = sentence.tokens
+    largest = next((k for k in range(owner + 1, size) if tokens[k].value == LARGEST), None)
+    if largest is None or any(k in sentence.names for k in range(largest, size)):
+        return []
+    end = next((k for k in range(size, len(tokens)) if k in sentence.names), len(tokens))
+    group = next((g for g in place_groups(sentence) if largest < g[0] and g[1] < end), None)
+    places = read_places(sentence, group) if group else []
+    return places if len(places) == 1 else []
 
 
 def _next_target(sentence: Sentence, i: int) -> int | None:

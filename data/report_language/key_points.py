@@ -20,6 +20,7 @@ from data.report_language.key_point_words import OUTSIDE_LUNG, WORDS, Words
 from data.report_language.labeller import PREAMBLE, detect_language, label_report
 from data.report_language.report_changes import grouped, read
 
+MOST_MM = 500  # no finding in a chest is larger
 STATED_IN = (PREAMBLE, "findings", "impression")  # advice and tendency state no findings
 
 
@@ -41,7 +42,8 @@ def list_key_points(findings: Sequence[FindingRecord], language: str) -> str:
 def read_key_points(text: str, language: str) -> list[FindingRecord]:
     """The findings of a line of key points, in its own wording or in a user's.
 
-    Raises InputError: a part of the line names no known finding, or the language is unknown.
+    Raises InputError: a part of the line names no known finding, ends in a number without a unit, or states a size that
+        no finding has; or the language is unknown.
     """
     language = detect_language(text) if language == "auto" else language
     w = _words(language)
@@ -49,6 +51,9 @@ def read_key_points(text: str, language: str) -> list[FindingRecord]:
     found: list[FindingRecord] = []
     for part in re.split(r"[；;。\n]|\.(?!\d)", body):
         found += _read_part(w, part.strip(" ，,"), language)
+    for finding in found:
+        if finding.size_mm is not None and finding.size_mm > MOST_MM:
+            raise InputError(f"'{body.strip()}': a size of {finding.size_mm:g} mm, expected up to {MOST_MM} mm")
     return [replace(f, section="", start=0, end=0) for f in found if f.polarity != "absent"]
 
 
@@ -59,6 +64,8 @@ def _read_part(w: Words, part: str, language: str) -> list[FindingRecord]:
     found: list[FindingRecord] = []
     so_far, last = "", []
     for clause in re.split(r"[，,]", part):
+        if bare := re.search(r"(?<![A-Za-z\d.])\d+(?:\.\d+)?$", clause.strip()):
+            raise InputError(f"'{clause.strip()}': {bare.group()} has no unit; expected a size in mm or cm")
         alone = _read_clause(w, clause, language)
         if alone and last:
             found, so_far, last = found + last, "", []

@@ -175,6 +175,9 @@ def _label_sentence(sentence: Sentence, section: str, earlier: list[Place]) -> l
     for i in sentence.targets:
         token, what = sentence.tokens[i], known[i]
         stated = {"count": what.count, "change": "resolved" if i in resolved else what.change}
+        largest = replace(what, places=what.largest)  # a lesion of its own, which has the size
+        if what.largest:
+            what.sizes = []
         for finding in sentence.names[i]:
             base = FindingRecord(finding, polarity[i], section=section, start=token.start, end=token.end, **stated)
             same = [k for k, m in enumerate(mentions) if (m.finding, m.polarity) == (finding, polarity[i])]
@@ -182,6 +185,8 @@ def _label_sentence(sentence: Sentence, section: str, earlier: list[Place]) -> l
                 mentions[same[-1]] = _completed(mentions[same[-1]], base, what)
             else:
                 mentions += _at_places(base, what, sentence)
+            if what.largest:
+                mentions += _at_places(replace(base, count=None), largest, sentence)
     return mentions
 
 

@@ -2,7 +2,7 @@
 
 Chinese 所见 / 结论 / 建议 / 病理倾向 with common synonyms, English Findings / Impression / Recommendation /
 Pathology tendency. A heading stands at the start of the text, of a line or of a sentence, and is followed by
-a colon or set in brackets (``【所见】``).
+a colon, numbered or not (``一、所见：``); one in brackets (``【所见】``) stands anywhere.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ PREAMBLE = ""  # name of the text before the first heading
 _HEADINGS = {
     "findings": (
         "影像学所见", "影像所见", "检查所见", "影像学表现", "影像表现", "影像描述",
-        "CT所见", "CT表现", "所见", "表现", "描述",
+        "CT检查所见", "CT所见", "CT表现", "放射学所见", "放射学表现", "检查描述", "所见", "表现", "描述",
         "imaging findings", "CT findings", "findings",
     ),
     "impression": (
         "影像学诊断", "影像诊断", "诊断意见", "诊断结论", "诊断提示", "诊断印象",
-        "检查结论", "CT诊断", "诊断", "结论", "印象",
+        "检查结论", "CT诊断", "放射学诊断", "诊断", "结论", "印象",
         "impression", "conclusions", "conclusion", "diagnosis", "opinion",
     ),
     "recommendation": (
@@ -42,7 +42,8 @@ _NAME_OF = {word.lower(): name for name, words in _HEADINGS.items() for word in 
 _WORDS = "|".join(re.escape(word) for word in sorted(_NAME_OF, key=len, reverse=True))
 _SENTENCE = re.compile(r"[^。；;!！\n.]*(?:\.(?=\d)[^。；;!！\n.]*)*(?:[。；;!！\n.]+|$)")
 _HEADING = re.compile(
-    rf"(?:(?<=[。；;.!！?？\n\s])|^)[ \t　]*(?:[【\[]\s*(?P<a>{_WORDS})\s*[】\]]\s*[:：]?|(?P<b>{_WORDS})\s*[:：])",
+    rf"[【\[]\s*(?P<a>{_WORDS})\s*[】\]]\s*[:：]?"
+    rf"|(?:(?<=[。；;.!！?？\n\s])|^)[ \t　]*(?:[一二三四五\d]+[、.．]\s*)?(?P<b>{_WORDS})\s*[:：]",
     re.IGNORECASE,
 )
 

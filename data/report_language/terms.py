@@ -88,6 +88,7 @@ CT_RATE: dict[str, tuple[str, ...]] = {
 # Named by their size: a lymph node is a finding from this short axis on; a soft-tissue lesion is a nodule up to 30 mm.
 NODE = "node"
 NODE_SHORT_AXIS_MM = 10.0
+LARGEST = "largest"  # one of several lesions: 最大者位于右肺下叶
 NODULE_MAX_MM = 30.0
 
 # Findings of a head by its organ; "*" for any other organ or none, None for no finding.
@@ -132,8 +133,8 @@ AMBIGUOUS = frozenset(("nodule", "mass", "cavity", "opacity", "fibrosis", "calci
 MEASURED_ORGANS = frozenset(("outside", "vessel", "coronary", "heart", "valve", "wall"))
 
 NUMBER = r"\d+(?:\.\d+)?"
-UNIT = r"(?:mm|cm|毫米|厘米|公分|millimet(?:er|re)s?|centimet(?:er|re)s?)(?!(?!x\s*\d)[a-z0-9²³])"
-_TIMES = r"(?:×|x|\*|by)"
+UNIT = r"(?:mm|cm|㎜|㎝|毫米|厘米|公分|millimet(?:er|re)s?|centimet(?:er|re)s?)(?!(?!x\s*\d)[a-z0-9²³])"
+_TIMES = r"(?:×|x|\*|乘|by)"
 _TO = r"(?:-|~|至|到|to)"
 SIZE = rf"{NUMBER}(?:\s*-?{UNIT})?(?:\s*(?:{_TIMES}|{_TO})\s*{NUMBER}(?:\s*-?{UNIT})?){{0,2}}"
 ONE_SIZE = rf"{NUMBER}\s*-?{UNIT}"
@@ -173,15 +174,16 @@ class Language:
 def size_of(match: re.Match[str]) -> Size | None:
     """The size that the text states, or None for numbers without a unit.
 
-    A number without a unit takes the next one's (``3.2×2.1cm``).
+    A number without a unit takes the next one's (``3.2×2.1cm``), or else the one before (``12mm×8``).
     """
     text = match.group()
-    unit, values = None, []
-    for number, own in reversed(re.findall(rf"({NUMBER})\s*-?({UNIT})?", text)):
+    parts = re.findall(rf"({NUMBER})\s*-?({UNIT})?", text)
+    unit, values = next((own for _, own in reversed(parts) if own), None), []
+    if unit is None:
+        return None
+    for number, own in reversed(parts):
         unit = own or unit
-        if unit is None:
-            return None
-        values.insert(0, float(number) * (10.0 if unit[0] in "c厘公" else 1.0))
+        values.insert(0, float(number) * (10.0 if unit[0] in "c厘公㎝" else 1.0))
     ranged = len(values) == 2 and re.search(_TIMES, re.sub("[cm]m", "", text)) is None
     if ranged and values[0] <= values[1]:
         return Size(values[0], values[1], values[1])

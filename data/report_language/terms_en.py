@@ -9,7 +9,7 @@ import re
 
 from data.report_language.findings_en import ADVERB, FINDING_RULES, HAS, ORGAN_RULES, SEQUELA, words
 from data.report_language.lexer import Rule
-from data.report_language.terms import NUMBER, ONE_SIZE, SIZE, SIZE_RULE, UNIT, Language, long_size_of, size_of
+from data.report_language.terms import LARGEST, NUMBER, ONE_SIZE, SIZE, SIZE_RULE, UNIT, Language, long_size_of, size_of
 
 _NUMBER_WORDS = "one|two|three|four|five|six|seven|eight|nine|ten"
 _COUNTS = {word: number for number, word in enumerate(_NUMBER_WORDS.split("|"), 1)}
@@ -112,6 +112,7 @@ _SCOPE = (
     *words("stop", None, r"(?:and|with) (?:an?|mild|small|minimal|trace|tiny|moderate|few|multiple|some)"),
     *words("stop", None, rf"{_BE}{_SEEN},? and"),
     *words("link", None, r"located in|situated in|seen in|found in|confined to|involving|throughout"),
+    Rule("within", LARGEST, r"the (?:largest|larger)(?: one| of (?:which|these|them|the \w+))?"),
     Rule("within", None, r"^\s*(?:it|its|the (?:lesion|largest|larger|latter)|this|these|they|their|within)\b"),
     *words("disease", None, r"tubercul\w+|infecti\w+|inflammat\w+|malignan\w+|benign|metasta\w+|tumou?rs?|cancer|tb"),
     *words("disease", None, r"carcinomas?|pneumonia|granuloma\w*|neoplas\w+|exudate|pleurisy|lymphoma|hamartoma"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from data.report_language.lexer import Rule
-from data.report_language.terms import NUMBER, ONE_SIZE, SIZE, SIZE_RULE, UNIT, Language, long_size_of
+from data.report_language.terms import LARGEST, NUMBER, ONE_SIZE, SIZE, SIZE_RULE, UNIT, Language, long_size_of
 
 _LEVEL = {"上": "upper", "中": "middle", "下": "lower"}
 _SIDE = {"左": "left", "右": "right", "双": "bilateral", "两": "bilateral"}
@@ -55,13 +55,14 @@ _FINDINGS = (
     *_terms(("calcification", "nodule"), r"钙化性?(?:小)?结节(?:影|灶)?"),
     *_terms("calcification", r"结节[状样]钙化(?:影|灶)?"),
     *_terms(("ground_glass", "nodule"), r"[磨毛]玻璃(?:样|状)?(?:密度)?(?:小|微)?结节(?:影|灶)?|[pm]?ggn"),
-    *_terms("mass", rf"肿块(?:影)?|包块(?:影)?|占位(?:性病变|灶|影)?|团块[状样]?{_SHADOW}|团块(?![状样])"),
+    *_terms("mass", rf"肿[块物](?:影)?|新生物|包块(?:影)?|占位(?:性病变|灶|影)?|团块[状样]?{_SHADOW}|团块(?![状样])"),
     *_terms("lesion", r"软组织(?:样)?(?:肿物|(?:密度)?(?:病灶|灶|影))"),
     *_terms("cavity", r"空洞(?:影|灶|形成)?|空腔(?:影|灶|形成)?"),
     *_terms("consolidation", r"(?:肺)?实变(?:影|灶|区)?"),
     *_terms("ground_glass", r"[磨毛]玻璃(?:样|状)?(?:密度)?(?:增高)?(?:模糊)?(?:影|灶|改变|病变)?|ggo"),
     *_terms(("ground_glass", "septal_thickening"), r"(?:铺路石|碎石路)[样状]?(?:征|改变|影)?"),
     *_terms("opacity", rf"(?:斑片|小片|大片|片|斑点|云絮|条片|絮|斑)[状样]?{_SHADOW}"),
+    *_terms("opacity", r"(?:斑片|小片|大片|云絮|条片)[状样]?(?=[、及和][^,。;、]{0,8}(?:影|灶))"),  # 斑片、条索影
     *_terms("opacity", r"渗出(?:影|灶|(?:性)?(?:病变|病灶))|浸润(?:影|灶|性(?:病变|病灶))|炎性?渗出"),
     *_terms("tree_in_bud", r"树[芽丫枝](?:发芽)?(?:征|[样状](?:影|改变|结节)?|影)"),
     *_terms("miliary", r"粟粒[样状性型]?(?:微|小|微小|肺)*(?:结节|影|灶|病灶|病变|结核|播散)*"),
@@ -159,7 +160,8 @@ _SCOPE = (
     Rule("maybe", None, r"可能性?|除外|排除|(?:不[能可]?|无法|难以|尚未|未)(?:完全)?(?:除外|排除)"),
     Rule("stop", None, r"但|然而|仅见|只见|(?:[可内隐并另余尚亦散均仍])?见(?=\S)|其余"),
     Rule("link", None, r"位于|见于|分布于|局限于|累及(?=[左右双两])"),
-    Rule("within", None, r"其内|内见|内可见|病灶内|其中|该病灶|病灶|大者|较大者|最大者"),
+    Rule("within", None, r"其内|内见|内可见|病灶内|其中|该病灶|病灶"),
+    Rule("within", LARGEST, r"(?:其中)?[较最]?大(?:者|一[枚个])|其大者"),
     Rule("disease", None, r"肺?结核(?:球|瘤|性)?|肿瘤|[肺腺鳞]?癌|恶性|良性|活动性|陈旧性?(?:病变|病灶|灶)?"),
     Rule("disease", None, r"炎症|炎性(?:病变|改变|肉芽肿|假瘤)?|(?:肺|胸膜|支气管)炎|感染(?:性)?(?:病变)?|真菌"),
     Rule("disease", None, r"转移瘤?|肉芽肿性?|错构瘤|淋巴瘤|血管瘤|增殖灶"),
@@ -173,11 +175,12 @@ _ATTRIBUTES = (
     Rule("count", _count, r"(\d{1,2}|[一二两三四五六七八九十])\s*(?:枚|个(?!月)|处)"),
     Rule("count", 1, r"单发|孤立性?|单个|单枚|(?<=见)一(?=[^些定般枚个处])"),
     Rule("count", 0, r"多发性?|多个|多枚|多处|数个|数枚|若干|散在|弥漫性?|少许|少量散在"),
+    # Before those of a change, which match as much: 较前无明显增大.
+    Rule("change", "stable", rf"{_COMPARED}(?:无|未见|没有)(?:明显|显著)?(?:增大|缩小|增多|减少|进展)"),
     Rule("change", "smaller", rf"(?:{_COMPARED})?{_DEGREE}(?:缩小|减小|变小|减少|吸收好转|吸收|好转|变淡|减轻)"),
     Rule("change", "larger", rf"{_COMPARED}(?:增大|增多|进展|变大|加重|扩大|增加)"),
     Rule("change", "larger", rf"{_DEGREE}(?:增多|进展|变大|加重|扩大)"),
     Rule("change", "stable", rf"(?:{_COMPARED})?(?:无|未见|没有)(?:明显|显著|确切|著)?(?:变化|改变|著变)"),
-    Rule("change", "stable", rf"{_COMPARED}(?:无|未见|没有)(?:明显|显著)?(?:增大|缩小|增多|减少)"),
     Rule("change", "stable", rf"(?:{_COMPARED})?(?:大致|基本)?(?:相仿|同前|相同|变化不[大著]|变化不明显|稳定)"),
     Rule("change", "new", rf"(?:{_COMPARED})?(?:新发|新出现|新增|新见)"),
     Rule("skip", None, r"纹理(?:增多|增粗|紊乱|减少|稀疏)|密度(?:增高|减低)|透亮度(?:增高|增加)"),
@@ -209,5 +212,5 @@ CHINESE = Language(
     of=r"(?!)",
     respectively=r"分别",
     refers=r"\s*(?:\d|约|其|该|此|病[灶变]|大小|直径|[长短]径|最大|较大|大者|范围|径线|厚|深|边界|密度)",
-    normal=r"[双两]肺[^,。;]{0,6}(?:未见[^,。;]{0,4}(?:异常|病变)|正常)",
+    normal=r"(?:[双两]肺|胸部|心肺)[^。;]{0,16}?(?:(?:未见|无)[^,。;]{0,8}(?:异常|病变|病灶)|正常)",
 )

@@ -78,6 +78,19 @@ def test_unknown_finding_is_one_line(text: str) -> None:
         read_key_points(text, "auto")
 
 
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("右肺上叶结节12", "12 has no unit"),
+        ("右肺上叶结节，12.5", "12.5 has no unit"),
+        ("结节99999mm", "99999 mm, expected up to"),
+    ],
+)
+def test_a_size_needs_a_unit_and_fits_into_a_chest(text: str, wrong: str) -> None:
+    with pytest.raises(InputError, match=wrong):
+        read_key_points(text, "auto")
+
+
 @pytest.mark.parametrize("text", ["已知：未见病灶。", "正常", "Known: no lesion seen.", "none", ""])
 def test_no_finding(text: str) -> None:
     assert read_key_points(text, "auto") == []

@@ -23,7 +23,9 @@ from data.report_language.labeller import (
     known_language,
     label_report,
     report_labels,
+    states_normal,
 )
+from data.report_language.sections import split_sections
 from data.report_language.terms import CT_RATE, FINDINGS
 
 SIGNS = {"+": "present", "-": "absent", "?": "uncertain"}
@@ -286,3 +288,69 @@ def test_labels_of_ct_rate() -> None:
 )
 def test_languages_that_are_not_known(text: str, language: str | None) -> None:
     assert known_language([text] * 3) == language
+
+
+@pytest.mark.parametrize(
+    ("text", "findings"),
+    [
+        ("右肺上叶结节，大小约12㎜×8㎜。", ["right, upper lobe, nodule 12 mm"]),
+        ("右肺上叶结节，12mm×8。", ["right, upper lobe, nodule 12 mm"]),
+        ("右肺上叶结节，1.2厘米乘0.8厘米。", ["right, upper lobe, nodule 12 mm"]),
+        ("右肺上叶见肿物，约35mm。", ["right, upper lobe, mass 35 mm"]),
+        ("未见肿物及新生物。", ["mass, absent"]),
+        ("右肺下叶见斑片状、条索状密度增高影。", ["right, lower lobe, opacity", "right, lower lobe, fibrosis"]),
+        ("双肺未见斑片、条索影。", ["bilateral, opacity, absent", "bilateral, fibrosis, absent"]),
+        ("右肺上叶结节较前无明显增大。", ["right, upper lobe, nodule, stable"]),
+        ("右肺上叶结节较前增大。", ["right, upper lobe, nodule, larger"]),
+    ],
+)
+def test_common_chinese_wordings(text: str, findings: list[str]) -> None:
+    assert [mention.describe() for mention in label_report(text)] == findings
+
+
+@pytest.mark.parametrize(
+    ("text", "findings"),
+    [
+        (
+            "双肺多发结节，最大者位于右肺下叶，约15mm。",
+            ["bilateral, nodule, several", "right, lower lobe, nodule 15 mm"],
+        ),
+        (
+            "双肺多发结节，较大者约15mm，位于右肺下叶。",
+            ["bilateral, nodule, several", "right, lower lobe, nodule 15 mm"],
+        ),
+        ("双肺多发结节，最大者约15mm。", ["bilateral, nodule 15 mm, several"]),
+        (
+            "Multiple nodules in both lungs, the largest in the right lower lobe measuring 15 mm.",
+            ["bilateral, nodule, several", "right, lower lobe, nodule 15 mm"],
+        ),
+    ],
+)
+def test_the_largest_of_several_lesions_has_its_own_place(text: str, findings: list[str]) -> None:
+    assert [mention.describe() for mention in label_report(text)] == findings
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("双肺纹理清晰，未见异常。", True),
+        ("双肺野未见明显实质性病变。", True),
+        ("胸部CT平扫未见明显异常。", True),
+        ("右肺上叶见结节，左肺未见异常。", False),
+        ("右肺上叶见结节。", False),
+    ],
+)
+def test_a_normal_chest_in_common_wordings(text: str, normal: bool) -> None:
+    assert states_normal(text, "zh") is normal
+
+
+def test_headings_in_brackets_stand_anywhere_and_others_may_be_numbered() -> None:
+    text = "【所见】右肺上叶结节，约8mm【结论】右肺上叶结节【建议】如有胸腔积液请复查"
+    assert [(s.name, s.of(text)) for s in split_sections(text)] == [
+        ("findings", "右肺上叶结节，约8mm"), ("impression", "右肺上叶结节"), ("recommendation", "如有胸腔积液请复查"),
+    ]  # fmt: skip
+    text = "一、影像所见：双肺清晰。 二、影像诊断：未见异常。"
+    assert [(s.name, s.of(text)) for s in split_sections(text)] == [
+        ("findings", "双肺清晰。"),
+        ("impression", "未见异常。"),
+    ]
