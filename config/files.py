@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,6 +35,12 @@ def write_text(target: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8", newline="")
 
 
+def write_csv(target: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Write a table atomically, in UTF-8 with the byte order mark that Excel needs to show Chinese."""
+    with atomic_path(target) as part, part.open("w", encoding="utf-8-sig", newline="") as stream:
+        csv.writer(stream).writerows(rows)
+
+
 def replace(source: Path, target: Path, attempts: int = 10) -> None:
     """Rename over ``target``; on Windows a virus scanner or viewer can hold the target for a moment."""
     for attempt in range(attempts):
@@ -46,9 +53,15 @@ def replace(source: Path, target: Path, attempts: int = 10) -> None:
             time.sleep(0.2)
 
 
+def previous(path: Path) -> Path:
+    """The first free name beside ``path`` for an earlier version of it: NAME.previous.SUFFIX, NAME.previous2.SUFFIX."""
+    names = (path.with_stem(f"{path.stem}.previous{number}") for number in ("", *range(2, 1000)))
+    return next(name for name in names if not name.exists())
+
+
 def keep_previous(path: Path) -> Path:
-    """Rename a file that a new one is about to replace: NAME.previous.SUFFIX. Returns where it is kept."""
-    kept = path.with_stem(f"{path.stem}.previous")
+    """Rename a file that a new one is about to replace. Returns where it is kept."""
+    kept = previous(path)
     replace(path, kept)
     return kept
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from config.errors import InputError
 from config.schema import Config, keys_with_role
 from config.toy_models import check_toy_models
-from data.cache import CachedVolume
+from data.cache import CachedVolume, file_digest
 from data.finding_targets import descriptors
 from data.findings import FindingRecord
 from data.medical_vlm_dataset import encode_key_points, encode_prompt, pad_tokens
@@ -341,10 +341,11 @@ class Trust:
     verdict: str = ""
 
     @classmethod
-    def of_card(cls, path: Path, threshold: float = UNSURE) -> Trust:
-        """From the ``report_card.json`` of this checkpoint.
+    def of_card(cls, path: Path, checkpoint: Path, threshold: float = UNSURE) -> Trust:
+        """From the ``report_card.json`` of a checkpoint.
 
-        Raises InputError: no such file, no report card, or one whose confidence needs sampled reports.
+        Raises InputError: no such file, no report card, that of another checkpoint, or one whose confidence needs
+            sampled reports.
         """
         try:
             card = json.loads(path.read_text(encoding="utf-8"))
@@ -355,6 +356,11 @@ class Trust:
                 f"{path} is no readable report card ({type(error).__name__}): name the report_card.json that "
                 "scripts/evaluate_reports.py wrote"
             ) from error
+        if card.get("digest") not in (None, file_digest(checkpoint).hex()):  # none: of an earlier version
+            raise InputError(
+                f"{path} is the report card of {card['checkpoint']}, not of {checkpoint}: name that checkpoint, or "
+                "evaluate this one (scripts/evaluate_reports.py)"
+            )
         if sampled:
             raise InputError(
                 f"{path}: its confidence was calibrated with --samples {sampled}: evaluate with --samples 0"

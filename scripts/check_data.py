@@ -11,7 +11,6 @@ Exit code 1 if any row cannot be used. --quick reads headers only; training does
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -40,6 +39,7 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from config.errors import InputError, counted
+from config.files import write_csv
 from config.schema import Config, load_config
 from data.checks.data_check import CheckedImage, check_image, check_validation, compare_rows
 from data.checks.problems import Problem, from_error
@@ -116,20 +116,17 @@ def model_view(config: Config) -> Callable[[CheckedImage], ModelView] | None:
 def write_findings(scans: dict[str, TableScan], path: Path) -> list[Problem]:
     """What is read from each report, as CSV beside the text; a note for findings that are too rare to learn."""
     counts: Counter[str] = Counter()
-    with path.open("w", encoding="utf-8-sig", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["table", "row", "finding", "polarity", "section", "as read", "words", "report"])
-        for name, table in scans.items():
-            for row in table.rows:
-                found = label_report(row.answer)
-                for one in found:
-                    words = row.answer[one.start : one.end]
-                    line = [one.finding, one.polarity, one.section, one.describe(), words, row.answer]
-                    writer.writerow([name, row.number, *line])
-                if name == "train":
-                    counts.update(
-                        finding for finding, polarity in report_labels(found).items() if polarity == "present"
-                    )
+    lines = [["table", "row", "finding", "polarity", "section", "as read", "words", "report"]]
+    for name, table in scans.items():
+        for row in table.rows:
+            found = label_report(row.answer)
+            for one in found:
+                words = row.answer[one.start : one.end]
+                line = [one.finding, one.polarity, one.section, one.describe(), words, row.answer]
+                lines.append([name, row.number, *line])
+            if name == "train":
+                counts.update(finding for finding, polarity in report_labels(found).items() if polarity == "present")
+    write_csv(path, lines)
     shown = ", ".join(f"{finding} {count}" for finding, count in counts.most_common())
     print(f"findings of the training reports: {shown or 'none were read'}; all: {path}", flush=True)
     rare = [f"{finding} ({count})" for finding, count in counts.most_common() if count < RARE]
@@ -161,14 +158,6 @@ def check_images(
     return cases
 
 
-def write_problems(problems: list[Problem], path: Path) -> None:
-    """CSV in UTF-8 with a byte-order mark, which Excel needs to show Chinese."""
-    with path.open("w", encoding="utf-8-sig", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["row", "image", "problem", "remedy", "level", "table"])
-        writer.writerows([p.row or "", p.image, p.problem, p.remedy, p.level, p.table] for p in problems)
-
-
 def main() -> int:
     args = parse_args()
     config = load_config(args.config, image_root=str(args.image_root.resolve()) if args.image_root else None)
@@ -178,20 +167,24 @@ def main() -> int:
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     scans, problems = read_tables(args, config)
+    problems += write_findings(scans, args.out / "findings.csv")
     cases = check_images(scans, args, config)
     digests = {checked.row.image_path: checked.digest for checked, *_ in cases if checked.digest}
     train, val = (scans[name].rows if name in scans else [] for name in ("train", "val"))
     problems += [replace(problem, table=name) for checked, name, _ in cases for problem in checked.problems]
     problems += [*check_validation(val), *compare_rows(train, val, digests)]
-    problems += write_findings(scans, args.out / "findings.csv")
     problems = sorted(set(problems), key=lambda p: (p.table, p.row, p.level, p.problem))
 
     for problem in problems:
         if problem.level != "note":
             print(f"{problem.level}: {problem.table}, {problem}  [{problem.image}]", flush=True)
-    write_problems(problems, args.out / "problems.csv")
     if not args.quick:
         print(f"contact sheet: {write_sheet(cases, problems, args.out)}", flush=True)
+    header = ["row", "image", "problem", "remedy", "level", "table"]
+    write_csv(
+        args.out / "problems.csv",
+        [header, *([p.row or "", p.image, p.problem, p.remedy, p.level, p.table] for p in problems)],
+    )
     levels = Counter(problem.level for problem in problems)
     unusable = len({(p.table, p.row) for p in problems if p.fatal})
     counts = ", ".join(counted(levels[level], level) for level in ("warning", "note"))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
-from config.errors import InputError
+from config.errors import InputError, is_out_of_memory
 from engine.cli import (
     Interrupted,
     Parser,
@@ -95,8 +95,9 @@ def check_flags(args: argparse.Namespace) -> None:
 def load_reporter(args: argparse.Namespace) -> Reporter:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # of accelerate launch
+    path = args.checkpoint or find_checkpoint(args.config)
     return Reporter.load(
-        args.checkpoint or find_checkpoint(args.config),
+        path,
         args.config,
         mamba_model=args.mamba_model,
         slice_policy=args.slice_policy,
@@ -104,7 +105,7 @@ def load_reporter(args: argparse.Namespace) -> Reporter:
         llm_int8=args.llm_int8,
         allow_toy_model=args.allow_toy_model,
         max_new_tokens=args.max_new_tokens,
-        trust=Trust.of_card(args.card, args.mark_below) if args.card else Trust(threshold=args.mark_below),
+        trust=Trust.of_card(args.card, path, args.mark_below) if args.card else Trust(threshold=args.mark_below),
     )
 
 
@@ -176,7 +177,9 @@ class FolderRun:
             asked = [self.args.question] if self.args.question else []
             flags = {"own_question": bool(asked), "force": self.args.force}
             return self.reporter.reader.read(case.scan.path, None, asked, **flags)
-        except (InputError, MemoryError) as error:
+        except (InputError, MemoryError, RuntimeError) as error:
+            if not (isinstance(error, InputError) or is_out_of_memory(error)):
+                raise
             self._fail(case, error)
             return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from config.errors import InputError, counted
-from config.files import write_text
+from config.files import write_csv, write_text
 from config.schema import Config
 from config.toy_models import check_toy_models
 from data.cache import file_digest
@@ -364,7 +363,8 @@ def write_card(job: Job) -> dict[str, Any]:
     )
     believed = [record.get("believed") for record in results.records[OWN]]
     results.copied = copy_reports(job, list(map(predicted_findings, results.mentions[OWN], believed)))
-    card = {"checkpoint": str(args.checkpoint), "csv": str(args.csv)} | report_card(results)
+    digest = file_digest(args.checkpoint).hex()
+    card = {"checkpoint": str(args.checkpoint), "digest": digest, "csv": str(args.csv)} | report_card(results)
     blind = sum("blind" in kinds for kinds in job.notices)
     if job.corrections:
         records = [record for record in passes.stored(CORRECTED) if record is not None]
@@ -409,10 +409,8 @@ def write_card(job: Job) -> dict[str, Any]:
 
 
 def write_reports(path: Path, job: Job, results: TableResults, marked: Sequence[str]) -> None:
-    """Every report as generated, and with its marks; the byte order mark lets Excel read UTF-8."""
-    with path.open("w", encoding="utf-8-sig", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["row", "image_path", "question", "reference", "generated", "marked"])
-        data = job.passes.data
-        for row, question, text, mark in zip(data.rows, data.questions, results.texts(), marked, strict=True):
-            writer.writerow([row.number, row.image_path, question, row.answer, text, mark])
+    """Every report as generated, and with its marks."""
+    data, lines = job.passes.data, [["row", "image_path", "question", "reference", "generated", "marked"]]
+    for row, question, text, mark in zip(data.rows, data.questions, results.texts(), marked, strict=True):
+        lines.append([row.number, row.image_path, question, row.answer, text, mark])
+    write_csv(path, lines)

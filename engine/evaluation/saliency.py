@@ -64,7 +64,7 @@ def map_case(
     Args:
         stated: statements of the report.
         masked: lesions of the mask, where there is one.
-        out: folder to write ``case0000_sentence1.nii.gz`` … and ``case0000.png`` to, or None.
+        out: folder to write ``case0000_sentence1.nii.gz`` (of the report's first sentence) … and ``case0000.png`` to.
 
     Returns:
         ``sentences``: each with its number ``sentence``; ``hit``, None where the game is not played; ``chance``, the
@@ -95,8 +95,8 @@ def map_case(
     if out is None or not sentences:
         return {"sentences": sentences, "figure": None}
     name, heats = f"case{row:04d}", [grid.lay_over(heat) for heat in maps]
-    for number, heat in enumerate(heats, 1):
-        file = out / f"{name}_sentence{number}.nii.gz"
+    for number, heat in zip(numbers, heats, strict=True):
+        file = out / f"{name}_sentence{number + 1}.nii.gz"
         write_on_grid(file, heat.astype(np.float32), volume.path, volume.orientation)
     pieces, marks = split_sentences(record["text"]), {True: "hit", False: "miss", None: "not played"}
     titles = [f"{pieces[one['sentence']].strip()[:24]}\n{marks[one['hit']]}" for one in sentences]

@@ -122,7 +122,11 @@ class Worker:
         table = self.config.resolved("caption_csv_val") if self.config.caption_csv_val else None
         if table is None or not table.is_file():
             return []
-        return read_caption_table(table, image_root=self.config.table_root, path_map=self.config.path_map)
+        try:
+            return read_caption_table(table, image_root=self.config.table_root, path_map=self.config.path_map)
+        except InputError as error:  # a person's own scan needs none
+            print(f"note: no cases of caption_csv_val to choose from: {error}", flush=True)
+            return []
 
     # ------------------------------------------------------------------ jobs
 
@@ -184,7 +188,7 @@ class Worker:
     def write(self, job: Mapping[str, Any]) -> None:
         read = self._case(job)
         records = [edited(one, read.findings) for one in job["findings"]]
-        self._write(job["case"], read, write_key_points(records, read.reading.language), records)
+        self._write(job["case"], read, write_key_points(records, read.reading.language), records, job["findings"])
 
     def ask(self, job: Mapping[str, Any]) -> None:
         case, read, number = job["case"], self._case(job), job["number"]
@@ -220,11 +224,13 @@ class Worker:
             raise InputError("a report can be filed in a study only for a scan that came as DICOM")
         if not 0 <= job["report"] < len(read.reports):
             raise InputError(f"there is no report {job['report']}")
-        report = read.reports[job["report"]][0]
+        report, records = read.reports[job["report"]]
         if job["text"] != report.full.strip():
-            report = replace(report, text=job["text"], marked=job["text"], notice="")
+            # The marks stand in the text that a person has seen; the sentences are those of the generated one.
+            report = replace(report, text=job["text"], marked=job["text"], notice="", sentences=())
         version = file_digest(self.reader.checkpoint.path).hex()[:16]
-        made = dicom_report(slices, read.reading, report, lesion_labels(read.reading), version)
+        stated = None if read.reading.believed is None else records
+        made = dicom_report(slices, read.reading, report, lesion_labels(read.reading), version, stated)
         with tempfile.TemporaryDirectory(dir=read.folder) as folder:
             made.save(Path(folder))
             with atomic_path(read.folder / "dicom.zip") as part, zipfile.ZipFile(part, "w") as archive:
@@ -307,7 +313,10 @@ class Worker:
         np.save(read.folder / "lesions.npy", lps)
         self.send(case, {"kind": "layer", "name": "lesions", "any": bool(lps.any())})
 
-    def _write(self, case: str, read: ReadCase, key_points: str, records: list[FindingRecord]) -> None:
+    def _write(
+        self, case: str, read: ReadCase, key_points: str, records: list[FindingRecord], ticked: object = None
+    ) -> None:
+        """``ticked``: the findings as a person has left them."""
         number, started, first, streamed = len(read.reports), time.perf_counter(), [], []
 
         def write(text: str) -> None:
@@ -315,7 +324,8 @@ class Worker:
             streamed.append(text)
             self.send(case, {"kind": "text", "report": number, "text": text})
 
-        self.send(case, {"kind": "writing", "report": number, "key_points": key_points, "notice": read.reading.notice})
+        begun = {"kind": "writing", "report": number, "key_points": key_points, "ticked": ticked}
+        self.send(case, begun | {"notice": read.reading.notice})
         stream = CharacterStream(self.lm.tokenizer, write)
         torch.manual_seed(0)
         [report] = self.reporter.write([read.reading], [key_points], streamer=stream)
@@ -433,21 +443,18 @@ def confirmable(line: str) -> str | None:
 
 def _trust(settings: Mapping[str, Any]) -> Trust | None:
     """Of the report card that was named, or that the quick start or the night put beside the checkpoint."""
+    checkpoint = Path(settings["checkpoint"])
     if settings["card"]:
-        return Trust.of_card(Path(settings["card"]))
-    folder = Path(settings["checkpoint"]).parent
-    found = (folder / name / "report_card.json" for name in ("card", "overnight_card"))
-    beside = next((path for path in found if path.is_file()), None)
-    if beside is None:
-        return None
-    try:
-        card = json.loads(beside.read_text(encoding="utf-8"))
-        if Path(card["checkpoint"]).resolve() != Path(settings["checkpoint"]).resolve():
-            return None  # of another one
-        return Trust.of_card(beside)
-    except (InputError, ValueError, KeyError, TypeError) as why:
-        print(f"note: {beside} is not used: {first_line(why)}", flush=True)
-        return None
+        return Trust.of_card(Path(settings["card"]), checkpoint)
+    found = (checkpoint.parent / name / "report_card.json" for name in ("card", "overnight_card"))
+    for beside in filter(Path.is_file, found):
+        try:
+            card = json.loads(beside.read_text(encoding="utf-8"))
+            if "digest" in card or Path(card["checkpoint"]).resolve() == checkpoint.resolve():
+                return Trust.of_card(beside, checkpoint)
+        except (InputError, ValueError, KeyError, TypeError) as why:
+            print(f"note: {beside} is not used: {first_line(why)}", flush=True)
+    return None
 
 
 def _is_path(value: object) -> bool:

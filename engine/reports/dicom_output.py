@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -106,15 +106,27 @@ class DicomReport:
 
 
 def dicom_report(
-    slices: Sequence[Dataset], reading: Reading, report: WrittenReport, labels: np.ndarray, version: str
+    slices: Sequence[Dataset],
+    reading: Reading,
+    report: WrittenReport,
+    labels: np.ndarray,
+    version: str,
+    stated: Sequence[FindingRecord] | None = None,
 ) -> DicomReport:
-    """Build the objects of one report.
+    """Build the objects of one report. Measured and segmented are the lesions that the report was written from: not one
+    that the findings head, or a person, holds for a false one.
 
     Args:
         slices: of :func:`source_slices`.
         labels: lesions (z, y, x) in LPS, 1 is the first of ``reading.measured``.
         version: of the checkpoint, for the algorithm's identification.
+        stated: what the report was written from, where a person has changed it; else what is believed.
     """
+    measured, stated = reading.measured or [], reading.believed if stated is None else stated
+    kept = [k for k, one in enumerate(measured) if stated is None or one.measured in [s.measured for s in stated]]
+    numbers = np.zeros(len(measured) + 1, labels.dtype)
+    numbers[[k + 1 for k in kept]] = np.arange(1, len(kept) + 1)
+    reading, labels = replace(reading, measured=[measured[k] for k in kept]), numbers[labels]
     maker = _Maker(slices, reading, report, version)
     if not labels.any():
         return DicomReport(maker.text())

@@ -180,7 +180,8 @@ def lesion_labels(reading: Reading) -> np.ndarray:
     sizes = np.bincount(numbered.ravel())[1:]
     order = np.zeros(len(sizes) + 1, np.uint8 if count < 256 else np.int16)
     # Findings are sorted by their volume, those of equal volume by their number.
-    order[1 + np.argsort(-sizes, kind="stable")[:count]] = np.arange(1, count + 1)
+    largest = np.argsort(-sizes, kind="stable")[:count]
+    order[1 + largest] = np.arange(1, len(largest) + 1)  # one of a resampled mask may have vanished
     return order[numbered]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from config import files
-from config.files import atomic_path, write_text
+from config.files import atomic_path, keep_previous, write_text
 from config.schema import REPOSITORY
 
 
@@ -74,3 +74,11 @@ def test_a_target_that_another_program_holds_is_tried_again(
         write_text(target, "new")
     assert target.read_bytes() == (b"old" if held > attempts else b"new")
     assert len(calls) == attempts and list(target.parent.iterdir()) == [target]
+
+
+def test_each_earlier_version_is_kept_under_its_own_name(tmp_path: Path) -> None:
+    for text in ("first", "second", "third"):
+        (tmp_path / "best.pt").write_text(text, encoding="utf-8")
+        keep_previous(tmp_path / "best.pt")
+    kept = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
+    assert kept == {"best.previous.pt": "first", "best.previous2.pt": "second", "best.previous3.pt": "third"}

@@ -11,6 +11,7 @@ import torch
 
 from config.errors import InputError
 from config.schema import REPOSITORY
+from data.cache import file_digest
 from engine.chain import SHIPPED_DEMO
 from engine.evaluation.report_writer import Report
 from engine.reporting import Reporter, Trust
@@ -70,15 +71,28 @@ def test_a_report_card_calibrates_the_confidence(demo_reporter, tmp_path):
     fitted = {"weights": [0.0] * 5, "offset": 2.0}
     card = {"confidence": {"calibrator": fitted}, "audit": {"verdict": "v"}, "run": {"flags": {"samples": 0}}}
     path.write_text(json.dumps(card), encoding="utf-8")
-    trust = Trust.of_card(path)
+    checkpoint = demo_reporter.reader.checkpoint.path
+    trust = Trust.of_card(path, checkpoint)
     reading = demo_reporter.reader.read(SCAN)
     stated = demo_reporter.write([reading])[0].statements
     assert stated and np.allclose(trust(stated), 1 / (1 + np.exp(-2.0))) and trust.verdict == "v" and trust([]) == []
     path.write_text(json.dumps({**card, "run": {"flags": {"samples": 3}}}), encoding="utf-8")
     with pytest.raises(InputError, match="--samples 3"):
-        Trust.of_card(path)
+        Trust.of_card(path, checkpoint)
     with pytest.raises(InputError, match="is no readable report card"):
-        Trust.of_card(REPOSITORY / "README.md")
+        Trust.of_card(REPOSITORY / "README.md", checkpoint)
+
+
+def test_the_report_card_of_another_checkpoint_is_refused(tmp_path):
+    checkpoint, other, path = (tmp_path / name for name in ("best.pt", "final.pt", "report_card.json"))
+    checkpoint.write_bytes(b"one")
+    other.write_bytes(b"two")
+    card = {"confidence": {"calibrator": None}, "audit": {"verdict": "v"}, "run": {"flags": {"samples": 0}}}
+    card |= {"checkpoint": "outputs/best.pt", "digest": file_digest(checkpoint).hex()}
+    path.write_text(json.dumps(card), encoding="utf-8")
+    assert Trust.of_card(path, checkpoint).verdict == "v"
+    with pytest.raises(InputError, match=r"is the report card of outputs/best\.pt, not of .*final\.pt"):
+        Trust.of_card(path, other)
 
 
 def test_a_patients_scan_is_refused_by_a_toy_model(demo_reporter, tmp_path):

@@ -21,7 +21,7 @@ let building = Promise.resolve();
 let last = null; // what was sent last, to be sent again with a confirmation
 
 function blank() {
-  return { id: null, name: "", stages: {}, queue: null, findings: null, reports: [], shown: -1, sentence: null, answers: new Map(), edited: null, layers: new Set(), drawn: {} };
+  return { id: null, name: "", stages: {}, queue: null, findings: null, reports: [], shown: -1, sentence: null, answers: new Map(), edits: new Map(), layers: new Set(), drawn: {} };
 }
 
 // ------------------------------------------------------------------ small things
@@ -214,7 +214,9 @@ const APPLY = {
     state.queue = null;
     state.reports[event.report] = { text: "", notice: event.notice, sentences: null };
     state.shown = event.report;
-    state.sentence = state.edited = null;
+    state.sentence = null;
+    $("edit").hidden = true;
+    if (event.ticked) restoreRows(event.ticked);
     viewer?.setLayer("heat", null);
     drawReport();
   },
@@ -331,9 +333,9 @@ function drawReport() {
     return button;
   }) : []));
   const done = Boolean(report.sentences);
-  const altered = state.edited !== null && state.edited.trim() !== report.marked?.trim();
+  const altered = edited() !== null && edited().trim() !== report.marked?.trim();
   const before = state.reports[state.shown - 1]?.sentences?.map((one) => one.text.trim());
-  const plain = altered ? state.edited : report.text;
+  const plain = altered ? edited() : report.text;
   const linked = done && !altered; // with the sentences that the model wrote
   const pieces = linked ? report.sentences.map((one) => one.text) : plain.split(/(?<=[。；;!！?？\n])/u);
   const parts = sections(pieces).map((section) => {
@@ -344,7 +346,7 @@ function drawReport() {
   $("report").replaceChildren(...parts.flat().filter(Boolean));
   if (!done) $("report").lastElementChild?.classList.add("caret");
   drawChanges(report, before);
-  const editing = state.edited !== null && !$("edit").hidden;
+  const editing = edited() !== null && !$("edit").hidden;
   $("report").hidden = editing;
   $("sentence-hint").hidden = editing || !done;
   $("sentence-hint").textContent = t(altered ? "editedHint" : "sentenceHint");
@@ -384,7 +386,7 @@ function drawChanges(report, before) {
 
 function choose(number) {
   state.shown = number;
-  state.sentence = state.edited = null;
+  state.sentence = null;
   $("edit").hidden = true;
   viewer?.setLayer("heat", null);
   drawReport();
@@ -440,6 +442,19 @@ function drawFindings() {
   $("findings").replaceChildren(...rows.map((row, at) => findingRow(row, at, editable)));
   if (active) document.querySelector(`[data-key="${active}"]`)?.focus();
   $("write").disabled = !state.reports.at(-1)?.sentences;
+}
+
+/** The list as it was when a version was asked for: a reload would begin with the program's own. */
+function restoreRows(ticked) {
+  const rows = state.findings.rows.filter((row) => row.id !== null);
+  for (const row of rows) {
+    const given = ticked.find((one) => one.id === row.id);
+    Object.assign(row, given ?? {}, { on: Boolean(given) });
+  }
+  const blank = { probability: null, measured: false, volume_ml: null, mean_hu: null, place: null };
+  const own = ticked.filter((one) => one.id === null).map((one) => ({ ...blank, ...one, on: true }));
+  state.findings.rows = [...rows, ...own];
+  drawFindings();
 }
 
 function findingRow(row, at, editable) {
@@ -540,10 +555,9 @@ function chooseDrag(mode) {
 
 // ------------------------------------------------------------------ the report as a file
 
-const currentText = () => {
-  if (state.edited !== null) return state.edited;
-  return state.reports[state.shown]?.marked ?? "";
-};
+/** What a person has made of the version that is shown; null: nothing. */
+const edited = () => state.edits.get(state.shown) ?? null;
+const currentText = () => edited() ?? state.reports[state.shown]?.marked ?? "";
 
 const download = trying(async (kind) => {
   if (kind === "dicom") {
@@ -648,14 +662,18 @@ function listen() {
   $("toggle-edit").onclick = () => {
     const opening = $("edit").hidden;
     if (opening) {
-      $("edit").value = state.edited ??= currentText();
-    } else state.edited = $("edit").value;
+      $("edit").value = currentText();
+    }
+    state.edits.set(state.shown, $("edit").value);
     $("edit").hidden = !opening;
     drawReport();
     if (opening) $("edit").focus();
   };
-  $("discard").onclick = () => { state.edited = null; drawReport(); };
-  $("edit").oninput = () => { state.edited = $("edit").value; };
+  $("discard").onclick = () => { state.edits.delete(state.shown); drawReport(); };
+  $("edit").oninput = () => { state.edits.set(state.shown, $("edit").value); };
+  window.addEventListener("beforeunload", (event) => { // edits live in this page alone
+    if ([...state.edits].some(([number, text]) => text.trim() !== state.reports[number]?.marked?.trim())) event.preventDefault();
+  });
   $("copy").onclick = copy;
   $("add").onclick = () => {
     state.findings.rows.push({ id: null, on: true, finding: "nodule", side: "right", zone: "upper", size_mm: null, probability: null, measured: false, volume_ml: null, mean_hu: null, place: null });
@@ -665,7 +683,12 @@ function listen() {
   $("write").onclick = trying(async () => {
     $("write").disabled = true;
     const findings = state.findings.rows.filter((row) => row.on);
-    await call(`/api/cases/${state.id}/write`, "POST", { findings });
+    try {
+      await call(`/api/cases/${state.id}/write`, "POST", { findings });
+    } catch (error) {
+      drawFindings(); // "write again" is there again
+      throw error;
+    }
   });
   $("ask-form").onsubmit = trying(async (event) => {
     event.preventDefault();

@@ -11,6 +11,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import highdicom as hd
@@ -201,3 +202,13 @@ def test_a_server_that_is_not_there_is_one_line(made):
             DicomwebServer(address)
     with pytest.raises(InputError, match="took no report: .*send it again"):
         DicomwebServer("http://127.0.0.1:9/dicom-web").send(made[3].objects)
+
+
+def test_a_lesion_that_was_called_false_is_not_filed(study, made):
+    _, reading, report, _ = made
+    parts = _parts(study, reading, report)
+    [text] = dicom_report(*parts, stated=[]).objects
+    assert text.SOPClassUID == BasicTextSRStorage
+    [lesion] = reading.measured
+    renamed = replace(lesion, finding="mass", size_mm=31.0)
+    assert len(dicom_report(*parts, stated=[renamed]).objects) == 3
