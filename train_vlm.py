@@ -137,7 +137,7 @@ def main() -> None:
         return validate(accelerator, model, val_loader, read)
 
     def best_so_far() -> float:
-        parts = plan, lm, adapters, evaluate, save
+        parts = plan, lm, adapters, train_loader.dataset.findings, evaluate, save
         return validate_best(accelerator, start, output / BEST_FILE, *parts) if continued else math.inf
 
     continued = start is not None and start.stage == "vlm"
@@ -164,11 +164,15 @@ def main() -> None:
     history = train(stage, args, config, accelerator, output, train_loader, order)
 
     # ---------------------------------------------------------------- results
-    recent = [record["caption_loss"] for record in history[-RECENT_EPOCHS:]]
-    say(f"最近 {RECENT_EPOCHS} 个 epoch 平均 caption_loss {sum(recent) / len(recent):.6f}")
+    recent = [loss for record in history[-RECENT_EPOCHS:] if (loss := record["caption_loss"]) is not None]
+    if recent:  # the steps of a very short epoch can all have been skipped
+        say(f"最近 {RECENT_EPOCHS} 个 epoch 平均 caption_loss {sum(recent) / len(recent):.6f}")
     if cause := far_above(min(record["val_loss"] for record in history), of_text, args):
         say(cause)
-    say(f"saved in {output}: {FINAL_FILE}, {BEST_FILE}, stage2_loss.png", flush=True)
+    best = [BEST_FILE] if (output / BEST_FILE).is_file() else []
+    if not best:
+        say(f"every epoch collapsed: no {BEST_FILE} was written")
+    say(f"saved in {output}: {', '.join([FINAL_FILE, *best, 'stage2_loss.png'])}", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,7 +230,7 @@ def resolve_path(raw: str, base: Path, path_map: dict[str, str] | None = None) -
             if not (_inside(here, there) and _inside(unified, here)):
                 unified = here + unified[len(there) :]
             break
-    path = Path(unified).expanduser()
+    path = Path(os.path.expanduser(unified))  # noqa: PTH111  (pathlib's raises for a cell such as "~$scan.nii.gz")
     has_drive = len(unified) > 1 and unified[1] == ":"  # of another machine, when this one is not Windows
     return path if path.is_absolute() or has_drive else (base / path).resolve()
 

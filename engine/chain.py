@@ -80,7 +80,9 @@ def write_paths_yaml(out: Path, models: Models, stage0: bool = True, keys: Mappi
         **CONFIG_KEYS,
         **(keys or {}),
     }
-    lines = [f"{key}: {value.as_posix() if isinstance(value, Path) else value}" for key, value in found.items()]
+    # In quotes, as YAML reads JSON: a path may hold " #".
+    quoted = {k: json.dumps(v.as_posix(), ensure_ascii=False) if isinstance(v, Path) else v for k, v in found.items()}
+    lines = [f"{key}: {value}" for key, value in quoted.items()]
     head = "# Written by a script; every key is explained in config/paths.yaml."
     write_text(out / "paths.yaml", "\n".join([head, *lines, ""]))
     return out / "paths.yaml"

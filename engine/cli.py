@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
-from config.errors import InputError
+from config.errors import InputError, first_line, is_out_of_memory
 from config.schema import Config, SlicePolicy, keys_with_role, load_config
 from config.toy_models import check_toy_models
 
@@ -81,12 +81,20 @@ def run_main(main: Callable[[], int | None]) -> None:
             raise
         where = f"{problem.filename}: " if problem.filename else ""
         print(f"error: {where}{problem.strerror}; files written before are whole: put that right (free space, "
-              "permissions) and run the same command, it goes on from them", file=sys.stderr, flush=True)  # fmt: skip
+              "permissions, a program that shows the file) and run the same command, it goes on from them",
+              file=sys.stderr, flush=True)  # fmt: skip
+        code = EXIT_BAD_INPUT
+    except (RuntimeError, MemoryError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+        print(f"error: out of memory: end other programs, or ask for less (fewer tokens, --llm_int8, --llm_device cpu "
+              f"where the script has them); {first_line(problem)}", file=sys.stderr, flush=True)  # fmt: skip
         code = EXIT_BAD_INPUT
     except (Interrupted, KeyboardInterrupt) as stop:
         print(f"interrupted: {stop}".rstrip(": "), file=sys.stderr, flush=True)
         code = EXIT_INTERRUPTED
     gc.collect()  # with the exception's frames: loaders end their workers now, at the interpreter's end they complain
+    gc.freeze()  # else the interpreter looks through all objects again as it ends, for one to two seconds
     sys.exit(code)
 
 

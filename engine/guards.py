@@ -32,7 +32,12 @@ def hold_folder(folder: Path) -> None:
     owner = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M}"
     if path.absolute() in _held:  # a second run in one process goes on with the lock that it has
         return
-    lock = FileLock(path, on_acquired=lambda file: os.write(file, owner.encode()) and None)
+
+    def name_owner(file: int) -> None:
+        os.ftruncate(file, 0)  # of a longer name
+        os.write(file, owner.encode())
+
+    lock = FileLock(path, on_acquired=name_owner)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -55,7 +60,7 @@ def release_folder(folder: Path) -> None:
     """Let the next run have ``folder``."""
     path = folder / LOCK_FILE
     if (lock := _held.pop(path.absolute(), None)) is not None:
-        lock.release()  # the file stays: deleting it would let two processes hold two files of one name
+        lock.release()
 
 
 def _owner(path: Path) -> str:

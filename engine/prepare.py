@@ -97,13 +97,13 @@ def preparing_threads() -> int:
     return min(os.cpu_count() or 1, PREPARING_THREADS)
 
 
-def ensure_all(cache: CaseCache, files: Iterable[Files], threads: int, label: str) -> None:
-    """Make the entry of each case in ``threads`` threads, with a progress bar. The first bad file stops all."""
+def ensure_all(cache: CaseCache, files: Iterable[Files], threads: int, label: str, *, verify: bool = False) -> int:
+    """Make the entry of each case that has none or a damaged one, in ``threads`` threads, with a progress bar; how many
+    were made. The first bad file stops all."""
     with ThreadPoolExecutor(threads) as pool:
-        jobs = [pool.submit(cache.ensure, image, mask) for image, mask in files]
+        jobs = [pool.submit(cache.ensure, image, mask, verify=verify) for image, mask in files]
         try:
-            for job in tqdm(jobs, desc=label, unit="case", dynamic_ncols=True, disable=None):
-                job.result()
+            return sum(job.result() for job in tqdm(jobs, desc=label, unit="case", dynamic_ncols=True, disable=None))
         except BaseException:  # Ctrl-C too: no further case is started
             pool.shutdown(wait=False, cancel_futures=True)
             raise

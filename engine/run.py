@@ -104,8 +104,9 @@ def start_run(args: argparse.Namespace, config: Config, name: str) -> tuple[Acce
         log_with=args.tracker,
         project_config=ProjectConfiguration(logging_dir=str(output / "tracker")),
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("--mixed_precision fp16 needs a GPU, and none is used here: bf16, no or auto")
     limit_gpu_memory(config.gpu_memory_fraction)  # of the card that accelerate has chosen for this process
-    torch.backends.cudnn.benchmark = True  # the sizes of a run's images are fixed
     on_main(accelerator, lambda: hold_folder(output))
     if accelerator.is_main_process:
         write_config(config, output / f"{name}_config.yaml")
@@ -154,7 +155,7 @@ class EpochBatches(Sampler[list[Draw]]):
         self.epoch, self.skip = epoch, skip
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         order = torch.randperm(self.length, generator=generator)[self.skip :].tolist()
         for first in range(0, len(order), self.together):
             cases = order[first : first + self.together]

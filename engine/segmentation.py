@@ -206,19 +206,19 @@ def prepare_cases(cache: CaseCache, rows: Sequence[CaptionRow]) -> None:
         segment_all(cache, unique_files(rows))
 
 
-def segment_all(cache: SegmentedCache, files: Sequence[Files]) -> int:
-    """Segment what is not segmented yet, with a progress bar; how many were. The cases must have been prepared.
+def segment_all(cache: SegmentedCache, files: Sequence[Files], *, verify: bool = False) -> int:
+    """Segment what is not segmented yet, or damaged, with a progress bar; how many were. The cases must have been
+    prepared. ``verify``: see :meth:`CaseCache.ensure`.
 
     One scan is measured while another is in the network. On a CPU the threads share the cores.
     """
-    missing = {entry: pair for pair in files if not (entry := cache.entry(*pair)).exists()}
+    cases = {cache.entry(*pair): pair for pair in files}.values()  # a scan under two names once
     threads, cores = preparing_threads(), torch.get_num_threads()
     torch.set_num_threads(max(1, cores // threads))
     try:
-        ensure_all(cache, missing.values(), threads, "segmenting volumes")
+        return ensure_all(cache, cases, threads, "segmenting volumes", verify=verify)
     finally:
         torch.set_num_threads(cores)
-    return len(missing)
 
 
 def segment(network: Network, volume: CachedVolume, patch: Sequence[int]) -> np.ndarray:

@@ -125,7 +125,10 @@ def main() -> int:
         raise Interrupted(f"{len(outcomes)} of {len(files)} volumes done; the same command goes on from here") from None
     if isinstance(cache, SegmentedCache):
         usable = [outcome.files for outcome in outcomes if not outcome.error]
-        print(f"segmented {segment_all(cache, usable)} of {len(usable)} volumes with the nnU-Net", flush=True)
+        print(
+            f"segmented {segment_all(cache, usable, verify=args.verify)} of {len(usable)} volumes with the nnU-Net",
+            flush=True,
+        )
         show_segmentation(config, cache, usable)
     refused = image_problems(volumes, [outcome.files for outcome in outcomes if not outcome.error], work, args.force)
     failed = sum(bool(outcome.error) for outcome in outcomes)

@@ -6,12 +6,13 @@ path; the same without leading zeros, which Excel removes. Masks, labels and seg
 
 from __future__ import annotations
 
+import os
 import re
 from functools import cached_property
 from pathlib import Path
 
 from config.schema import resolve_path
-from data.imaging.dicom import DICOM_SUFFIXES
+from data.imaging.dicom import DICOM_SUFFIXES, is_dicom
 from data.imaging.reader import SUFFIXES, name_of
 
 _MASK = re.compile(r"(.*[_\-. ])?(masks?|labels?|labelst[rs]|seg|segs|segmentations?)", re.IGNORECASE)
@@ -26,7 +27,10 @@ class ImageIndex:
 
     def path(self, cell: str) -> Path:
         """The path that a cell names, relative to ``root``."""
-        return resolve_path(cell, self.root, self.path_map)
+        try:
+            return resolve_path(cell, self.root, self.path_map)
+        except ValueError:  # a zero byte: no path, and not there either
+            return self.root / cell
 
     def find(self, number: str) -> list[Path]:
         """Images of the first kind of match that has any: none, one, or several where the number is ambiguous."""
@@ -45,12 +49,13 @@ class ImageIndex:
     def _by_stem(self) -> dict[str, list[tuple[str, Path]]]:
         """By name without suffix: the path below ``root``, for words, and the image."""
         images: set[Path] = set()
-        for path in self.root.rglob("*"):
-            name = path.name.lower()
-            if name.endswith(DICOM_SUFFIXES):
-                images.add(path.parent)
-            elif name.endswith(_FILES) and path.is_file():
-                images.add(path)
+        for folder, _, names in os.walk(self.root):
+            images |= {Path(folder, name) for name in names if name.lower().endswith(_FILES)}
+            # An archive's slices have names without a suffix, often: the first such file tells.
+            others = (Path(folder, name) for name in names if "." not in name or name.replace(".", "").isdigit())
+            slices = any(name.lower().endswith(DICOM_SUFFIXES) for name in names)
+            if slices or ((first := next(others, None)) is not None and is_dicom(first)):
+                images.add(Path(folder))
         stems: dict[str, list[tuple[str, Path]]] = {}
         for path in sorted(images - {self.root}):
             below = path.relative_to(self.root).parent / name_of(path)

@@ -155,7 +155,8 @@ def loader_problem(error: Exception) -> str | None:
         inner = re.findall(r"^[\w.]*(?:InputError|DamagedFile): (.*)$", text, flags=re.MULTILINE)
         return " ".join((inner[-1] if inner else text).split())
     if isinstance(error, OSError):
-        return f"{error.filename or 'a file'}: {error.strerror or error}"
+        # One from a worker process has its traceback for a text, and no name.
+        return f"{error.filename}: {error.strerror}" if error.filename else text.strip().splitlines()[-1]
     return None
 
 

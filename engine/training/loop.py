@@ -136,9 +136,10 @@ class _Run:
         path = output / f"{stage.name}_state.pt"
         settings = fingerprint(args, config, accelerator.num_processes, **stage.settings)
         self.state = TrainState(path, settings, accelerator, stage.trained, self.optimizer, self.schedule)
+        self.progress.start = stage.start
+        # A resumed run's own: the checkpoint that it started from may have been replaced by its last one.
         self.resumed = self.state.resume(args.resume)
-        first_step, self.first_epoch = stage.start
-        going_on = self.resumed or first_step > 0
+        going_on = self.resumed or stage.start[0] > 0
         table = [output / stage.table] if stage.table else []
         if not going_on and self.active:
             for path in filter(Path.is_file, (output / stage.best_file, output / stage.final_file, *table)):
@@ -162,9 +163,14 @@ class _Run:
         return self.state.progress
 
     @property
+    def first_epoch(self) -> int:
+        """Epochs of the training that is continued."""
+        return self.progress.start[1]
+
+    @property
     def step(self) -> int:
         """Optimizer steps, those of the training that is continued included."""
-        return self.stage.start[0] + self.progress.step
+        return self.progress.start[0] + self.progress.step
 
     def log_step(self, lr: float) -> None:
         """Print and record the mean loss of the last steps, and the learning rate of this one."""
@@ -177,7 +183,7 @@ class _Run:
         self.log.record(event="step", step=self.step, epoch=epoch, **{name: loss}, lr=lr)
         self.log.say(
             f"epoch {epoch}/{self.first_epoch + self.args.epochs}  step {self.step}/"
-            f"{self.stage.start[0] + self.total_steps}  {name} {loss:.6f}  lr {lr:.2e}"
+            f"{self.progress.start[0] + self.total_steps}  {name} {loss:.6f}  lr {lr:.2e}"
         )
         self.log.say(self.alarms.loss(loss, name))
 

@@ -21,13 +21,12 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
-from config.errors import InputError
+from config.errors import InputError, is_out_of_memory
 from config.schema import Config
 from data.medical_vlm_dataset import Draw
 from engine.guards import size
@@ -170,7 +169,7 @@ class MemoryGuard:
         try:
             self.model = measure(model, loader, loss_counts, self.accelerator)
         except (RuntimeError, MemoryError) as error:
-            if not should_reduce_batch_size(error):
+            if not is_out_of_memory(error):
                 raise
             raise InputError(f"out of memory with one or two cases: {self._smaller_model()}") from error
         fits = self.model.cases_in(ROOM.get(device.type, 0.75) * free_bytes(device))
@@ -195,7 +194,7 @@ class MemoryGuard:
             try:
                 return accumulate(self.accelerator, model, window, loss_counts, self.progress.pieces)
             except (RuntimeError, MemoryError) as error:
-                if not should_reduce_batch_size(error):
+                if not is_out_of_memory(error):
                     raise
                 self._after_oom(error)
             model.zero_grad(set_to_none=True)

@@ -42,14 +42,16 @@ MEDIAN_RUNS = 2  # complete runs before optuna prunes another by their median
 
 
 def study_name(args: argparse.Namespace, config: Config) -> str:
-    """A name shared by exactly those runs whose losses are comparable. Tables and nnU-Net count by content, and so does
-    the checkpoint that Stage 2 starts from.
+    """A name shared by exactly those runs whose losses are comparable. Files that decide a loss count by content:
+    tables, questions, nnU-Net, Stage 0's adapters, and the checkpoint that Stage 2 starts from.
 
     Raises InputError where one of these files is missing.
     """
     elsewhere = {*keys_with_role("path"), "path_map", "num_workers", "memory_cache_mb"}
     settings = {key: value for key, value in config.to_dict().items() if key not in elsewhere}
-    files = {key: config.resolved(key) for key in ("caption_csv_train", "caption_csv_val", "nnunet_encoder_checkpoint")}
+    needed = ["caption_csv_train", "caption_csv_val", "nnunet_encoder_checkpoint"]
+    needed += [key for key in ("caption_prompt_json", "language_model_adapters") if getattr(config, key)]
+    files = {key: config.resolved(key) for key in needed}
     for key, path in files.items():
         if not path.is_file():
             raise InputError(f"file not found: {path}; set {key} in the configuration to an existing file")

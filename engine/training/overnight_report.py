@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.live import Live
 from rich.table import Table
 
-from config.errors import counted
+from config.errors import InputError, counted
 from config.files import write_text
 from engine.checkpoint import read_torch_file, save_torch_file
 from engine.training.curves import LOG_SUFFIX, Run, draw_runs, read_run
@@ -162,7 +162,10 @@ class NightReport:
         log = folder / self.stage.log_file
         size = log.stat().st_size if log.is_file() else 0
         if folder not in self.curves or self.curves[folder][0] != size:
-            self.curves[folder] = (size, read_run(log, folder.name) if size else Run(folder.name, log))
+            run = Run(folder.name, log)
+            with suppress(InputError):  # no line of it is whole, after a power cut: it has no curve
+                run = read_run(log, folder.name) if size else run
+            self.curves[folder] = (size, run)
         return self.curves[folder][1]
 
     def live_table(self) -> AbstractContextManager:

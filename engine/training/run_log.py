@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from config.errors import InputError
-from config.files import write_text
+from config.files import atomic_path, previous, write_text
 
 
 class RunLog:
@@ -69,7 +69,7 @@ class CsvLog:
             return
         try:
             kept = [] if resumed_step is None or not path.is_file() else self._until(resumed_step)
-            with path.open("w", encoding="utf-8", newline="") as stream:
+            with atomic_path(path) as part, part.open("w", encoding="utf-8", newline="") as stream:
                 writer = csv.DictWriter(stream, self.columns)
                 writer.writeheader()
                 writer.writerows(kept)
@@ -104,7 +104,7 @@ def keep_later_rows(paths: Sequence[Path], step: int) -> None:
         text = path.read_text(encoding="utf-8")
         steps = re.findall(r'^(\d+),|"step": (\d+)', text, flags=re.MULTILINE)
         if any(int(of_csv or of_json) > step for of_csv, of_json in steps):
-            kept = path.with_stem(f"{path.stem}.previous")
+            kept = previous(path)
             write_text(kept, text)
             print(f"note: {path.name} goes on from step {step}; its later rows are kept in {kept.name}", flush=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -102,6 +102,7 @@ def validate_best(
     plan: PreprocessPlan,
     lm: MambaLM,
     adapters: Adapters | None,
+    findings: Sequence[str],
     validate: Callable[[MedicalVLM], tuple[float, TokenStatistics]],
     save: Callable[..., None],
 ) -> float:
@@ -116,8 +117,10 @@ def validate_best(
         if not path.is_file():
             return False
         best, rank = load_checkpoint(path), adapters.rank if adapters else 0
+        planes = len(plan.patch_size) == 3  # a 3-D encoder's volume is pooled to as many as there are slices
         of_best = best.preprocess_plan, best.llm["width"], best.llm.get("adapters", ""), rank_of(best)
-        if same := of_best == (plan, lm.width, lm.adapters, rank):
+        of_best += tuple(best.findings or ()), planes and best.config.slices
+        if same := of_best == (plan, lm.width, lm.adapters, rank, tuple(findings), planes and start.config.slices):
             return same
         print(f"{path.name} is of another training and is kept as {keep_previous(path).name}", flush=True)
         return False

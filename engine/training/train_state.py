@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from config.errors import InputError
 from config.files import keep_previous
 from config.schema import Config
+from data.cache import file_digest
 from engine.checkpoint import read_torch_file, save_torch_file
 from engine.guards import require_room
 from engine.parallel import on_main
@@ -44,6 +45,7 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)  # of this epoch's steps, for their mean
     pieces: int = 1  # into which a batch is cut to fit into memory
+    start: tuple[int, int] = (0, 0)  # step and epoch of the training that is continued
 
     def advance(self, cases: int, loss: float) -> None:
         """One step further. A step that was skipped has no loss to be averaged."""
@@ -144,7 +146,8 @@ class TrainState:
                 f"warning: {damage}; going on from the state before it, step {content['progress']['step']}", flush=True
             )
         there = content["fingerprint"]
-        changed = [(key, there.get(key), now) for key, now in self.fingerprint.items() if there.get(key) != now]
+        pairs = {key: (there.get(key), self.fingerprint.get(key)) for key in there | self.fingerprint}
+        changed = [(key, *pair) for key, pair in pairs.items() if pair[0] != pair[1]]
         differing = "; ".join(f"{key} {then!r} there, {now!r} now" for key, then, now in changed)
         if differing and wanted != "auto":
             raise InputError(
@@ -163,7 +166,7 @@ class TrainState:
         self.schedule.load_state_dict(content["schedule"])
         if self.accelerator.scaler is not None and content["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(content["scaler"])
-        self.progress, self._ours = Progress(**content["progress"]), True
+        self.progress, self._ours = Progress(**{"start": self.progress.start} | content["progress"]), True
         if len(content["random"]) != self.accelerator.num_processes:  # dropout is drawn anew
             return
         state = content["random"][self.accelerator.process_index]
@@ -205,7 +208,8 @@ def _generators() -> dict[str, Any]:
 
 def fingerprint(args: argparse.Namespace, config: Config, processes: int = 1, **extra: Any) -> dict[str, Any]:
     """The settings that an interrupted run and the resumed one must share: of a step's cases their number, however they
-    are divided into batches and processes; where cases of a batch are compared with each other, the batch too."""
+    are divided into batches and processes; where cases of a batch are compared with each other, the batch too. Tables
+    and Stage 0's adapters count by content as well."""
     extra["cases_per_step"] = args.batch_size * args.grad_accumulation * processes
     if extra.get("objective") == "align":
         extra["cases_per_batch"] = args.batch_size * processes
@@ -213,4 +217,7 @@ def fingerprint(args: argparse.Namespace, config: Config, processes: int = 1, **
     where_only = {"output_dir", "cache_dir", "num_workers", "memory_cache_mb", "path_map"}
     where_only |= {"llm_checkpointing", "gpu_memory_fraction"}
     settings = {key: value for key, value in config.to_dict().items() if key not in where_only}
+    for key in ("caption_csv_train", "caption_csv_val", "language_model_adapters"):
+        if getattr(config, key):
+            settings[f"content of {key}"] = file_digest(config.resolved(key)).hex()[:12]
     return {**settings, **{flag: getattr(args, flag) for flag in flags}, "state_version": STATE_VERSION, **extra}

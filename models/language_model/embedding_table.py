@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
@@ -55,6 +55,15 @@ def _file(name: str, file: str) -> Path | None:
     except OSError as error:
         raise not_found(name, error) from error
     return None if found is None else Path(found)
+
+
+def check_weight_files(config: Path) -> None:
+    """Raises InputError where a file of safetensors beside a model's config.json ends too early: its header tells."""
+    for path in sorted(config.parent.glob("*.safetensors")):
+        try:
+            safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is damaged ({first_line(error)}): copy or download it again") from error
 
 
 def _read(path: Path) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, MambaConfig, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from config.errors import InputError, first_line
-from models.language_model.embedding_table import not_found
+from models.language_model.embedding_table import check_weight_files, not_found
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,9 @@ class LMIdentity:
 
 
 def read_lm_config(name: str) -> MambaConfig:
-    """The model's configuration alone (no weights).
+    """The model's configuration alone; of its weights no more than the files' headers is read.
 
-    Raises InputError: neither a folder nor reachable on the hub, or not a Mamba-1 model.
+    Raises InputError: neither a folder nor reachable on the hub, not a Mamba-1 model, or a truncated file of weights.
     """
     try:
         config = AutoConfig.from_pretrained(name)
@@ -42,6 +44,7 @@ def read_lm_config(name: str) -> MambaConfig:
     if config.model_type != "mamba":
         what = f"is a '{config.model_type}' model; expected model_type 'mamba' (Mamba-1)"
         raise InputError(f"mamba_model '{name}' {what}")
+    check_weight_files(Path(cached_file(name, "config.json")))
     return config
 
 

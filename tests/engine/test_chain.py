@@ -58,3 +58,9 @@ def test_main_scores_are_those_of_the_card_and_of_its_baselines(card: dict) -> N
     assert chain.compared(found).splitlines()[0].split() == ["reports", "nearest"]
     assert json.dumps(found)
     assert chain.main_scores(card | {"baselines": None})["baselines"] == {}
+
+
+def test_a_folder_of_any_name_is_read_back_from_the_configuration(tmp_path: Path) -> None:
+    out = tmp_path / "run #2: 试验"
+    file = chain.write_paths_yaml(out, chain.Models(out / "net.pth", out / "lm"))
+    assert load_config(file).resolved("output_dir") == out

@@ -10,8 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from config.errors import InputError
+from config.errors import InputError, is_out_of_memory
 from config.schema import REPOSITORY
 from engine.cli import run_main
 from engine.guards import LOCK_FILE, hold_folder, release_folder, require_room, size
@@ -83,3 +84,24 @@ def test_errors_of_a_disk_end_in_one_line_and_defects_keep_their_traceback(capsy
 
     with pytest.raises(OSError, match="Bad file descriptor"):
         run_main(defect)
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_memory_that_ran_out_is_told_from_defects(error, full, capsys):
+    def fail():
+        raise error
+
+    assert is_out_of_memory(error) is full
+    with pytest.raises(SystemExit if full else type(error)) as ended:
+        run_main(fail)
+    if full:
+        assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory: ")

@@ -139,10 +139,14 @@ def test_damaged_labels_are_made_again(tmp_path, checkpoint, scan, damage, caplo
     file = cache.entry(scan) / ("meta.json" if damage == "meta" else "mask.bin")
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 255
-    file.write_bytes({"labels": data, "meta": b"{", "cut": data[:-1]}[damage])
+    damaged = {"labels": data, "meta": b"{", "cut": data[:-1]}[damage]
+    file.write_bytes(damaged)
     with caplog.at_level(logging.WARNING):
         assert np.array_equal(cache.read(scan, None, lambda volume: np.asarray(volume.mask)), labels)
     assert "damaged and made again" in caplog.text
+    file.write_bytes(damaged)
+    assert segment_all(cache, [(scan, None)], verify=damage == "labels") == 1
+    assert np.array_equal(np.asarray(cache.get(scan).mask), labels)
 
 
 def test_without_the_network_it_is_one_line(tmp_path, checkpoint, assets):

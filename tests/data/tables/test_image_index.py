@@ -39,3 +39,20 @@ def index(tmp_path_factory) -> ImageIndex:
 )
 def test_the_best_match_decides_and_two_equal_ones_are_both_given(index, number, images):
     assert [path.relative_to(index.root).as_posix() for path in index.find(number)] == images
+
+
+def test_slices_without_a_suffix_are_a_series_and_other_files_are_none(tmp_path):
+    for name, content in (
+        ("12345/IM0001", b"\0" * 128 + b"DICM"),
+        ("777/README", b"text"),
+        ("9/1.2.840.7", b"\0" * 128 + b"DICM"),
+    ):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(content)
+    index = ImageIndex(tmp_path)
+    assert index.find("12345") == [tmp_path / "12345"] and index.find("9") == [tmp_path / "9"] and not index.find("777")
+
+
+@pytest.mark.parametrize("cell", ["~$scan.nii.gz", "~nosuchuser/scan.nii.gz", "a\0b.nii.gz"])
+def test_what_is_no_path_is_a_path_that_is_not_there(tmp_path, cell):
+    assert ImageIndex(tmp_path).path(cell).parent.name in (tmp_path.name, "~nosuchuser")

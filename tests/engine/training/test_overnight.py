@@ -124,6 +124,11 @@ def test_other_settings_are_another_study_and_the_place_of_the_data_is_no_settin
     names |= {name_of(config.replace(mamba_model="another/model"), "align", 3, 42)}
     (tmp_path / "train.csv").write_text("one more row", encoding="utf-8")
     assert len(names | {name_of(config, "align", 3, 42)}) == 7
+    adapters = config.replace(language_model_adapters=str(tmp_path / "adapters"))
+    for content in ("of one Stage 0", "of another"):
+        (tmp_path / "adapters").write_text(content, encoding="utf-8")
+        names.add(name_of(adapters, "align", 3, 42))
+    assert len(names) == 8
 
 
 @pytest.mark.parametrize("missing", ["train.csv", "val.csv", "net.pth"])

@@ -7,10 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from config.errors import InputError
 from engine.training import start
-from engine.training.start import FINAL_FILE, find_start, rank_of
+from engine.training.start import FINAL_FILE, find_start, rank_of, validate_best
 
 DIAGNOSTICS = {"token_std": 0.001, "effective_rank": 1.2}
 
@@ -55,6 +56,27 @@ def test_rank_of_the_adapters(loaded: SimpleNamespace) -> None:
     assert rank_of(None) == rank_of(loaded) == 0
     loaded.adapters = {"rank": 4, "layers": {}}
     assert rank_of(loaded) == 4
+
+
+@pytest.mark.parametrize(("findings", "kept"), [(("nodule",), False), (("nodule", "cavity"), True)])
+def test_a_best_checkpoint_with_other_findings_cannot_be_compared(
+    findings: tuple[str, ...], kept: bool, loaded: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, lm = SimpleNamespace(patch_size=(8, 8)), SimpleNamespace(width=16, adapters="")
+    loaded.preprocess_plan, loaded.llm, loaded.findings = plan, {"width": 16}, ["nodule"]
+    loaded.config = SimpleNamespace(slices=1)
+    for name in ("step", "epoch", "val_loss"):
+        setattr(loaded, name, 3)
+    loaded.build_vision = lambda: nn.Identity()
+    accelerator = SimpleNamespace(is_main_process=True, num_processes=1, device="cpu", print=print)
+    best, saved = tmp_path / "best.pt", []
+    best.write_bytes(b"")
+    statistics = SimpleNamespace(to_dict=dict)
+    validate_best(
+        accelerator, loaded, best, plan, lm, None, findings,
+        lambda model: (1.0, statistics), lambda name, **_: saved.append(name),
+    )  # fmt: skip
+    assert (tmp_path / "best.previous.pt").is_file() is kept is ("of another training" in capsys.readouterr().out)
 
 
 def test_a_run_that_was_killed_after_its_last_checkpoint_goes_on_from_where_it_began(

@@ -83,6 +83,33 @@ def test_auto_sets_a_state_with_other_settings_aside_and_says_so(tmp_path, capsy
     assert "lr 0.02 there, 0.01 now" in said and "stage1_state.previous.pt" in said and "slices" not in said
 
 
+def test_a_flag_that_is_left_out_now_is_another_setting(tmp_path):
+    interrupted(tmp_path / "state.pt", settings={"lr": 0.02, "lora_rank": 8})
+    with pytest.raises(InputError, match="lora_rank 8 there, None now"):
+        state_at(tmp_path / "other.pt", settings={"lr": 0.02}).resume(str(tmp_path / "state.pt"))
+
+
+def test_a_table_counts_by_its_content(tmp_path):
+    flags = dict.fromkeys(("epochs", "lr", "seed", "warmup_ratio", "weight_decay", "max_grad_norm"), 1)
+    args, table = argparse.Namespace(**flags, batch_size=4, grad_accumulation=1), tmp_path / "train.csv"
+    config = build_config({"caption_csv_train": str(table)}, "test")
+    table.write_text("one row", encoding="utf-8")
+    before = fingerprint(args, config)
+    table.write_text("one row, and one more", encoding="utf-8")
+    assert {key for key, value in fingerprint(args, config).items() if before[key] != value} == {
+        "content of caption_csv_train"
+    }
+
+
+def test_the_position_that_a_training_goes_on_from_is_of_the_state(tmp_path):
+    state = state_at(tmp_path / "state.pt")
+    state.progress.start = (40, 2)
+    state.save()
+    later = state_at(tmp_path / "state.pt")
+    later.progress.start = (80, 4)  # of the checkpoint that the run itself has written since
+    assert later.resume("auto") and tuple(later.progress.start) == (40, 2)
+
+
 def test_a_named_state_is_taken_from_anywhere_and_refused_with_other_settings(tmp_path):
     interrupted(tmp_path / "a.pt")
     same = state_at(tmp_path / "elsewhere" / "state.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -61,3 +62,11 @@ def test_eight_bit_without_bitsandbytes_is_one_line(folder: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(InputError, match="--llm_8bit needs bitsandbytes"):
         MambaLM.load(str(folder), load_in_8bit=True)
+
+
+def test_a_truncated_file_of_weights_is_told_by_its_header(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    weights = max((tmp_path / "model").glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(InputError, match=rf"{weights.name} is damaged .*: copy or download it again"):
+        read_lm_config(str(tmp_path / "model"))
