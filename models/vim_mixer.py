@@ -6,10 +6,10 @@ Letters: B batch, L tokens, D width, E inner width (2 · D), N state, R rank of 
   per direction:  x → causal depthwise conv → SiLU → Δ (rank R), B, C → scan → + D·x → · SiLU(z)
   (forward + backward) / 2 [B, E, L] → out_proj → [B, L, D]
 
-Source: Zhu et al., "Vision Mamba" (arXiv 2401.09417) and github.com/hustvl/Vim, ``bimamba_type="v2"`` and
+Source: Zhu et al., "Vision Mamba" (arXiv 2401.09417) and github.com/hustvl/Vim, ``bimamba_type="v2"`` with
 ``if_divide_out=True``: the projections and the gate are shared, all else is one set per direction, the backward one
-named with ``_b``. Parameter names are the official ones. One difference: there only ``dt_proj`` starts with step sizes in
-STEP_SIZES; here ``dt_proj_b`` does too.
+named with ``_b``. Parameter names are the official ones. One difference: there only ``dt_proj`` starts with step sizes
+in STEP_SIZES; here ``dt_proj_b`` does too.
 """
 
 from __future__ import annotations

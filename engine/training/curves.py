@@ -93,7 +93,7 @@ def find_runs(places: Sequence[Path]) -> list[Run]:
 
 
 def draw_runs(runs: Sequence[Run], path: Path | None = None) -> str:
-    """Training loss (thin) and validation loss (with marks) of all runs by epoch. Returns SVG, or writes a PNG."""
+    """Training loss and validation loss of all runs by epoch. Returns SVG, or writes a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -108,16 +108,17 @@ def draw_runs(runs: Sequence[Run], path: Path | None = None) -> str:
         for number, run in enumerate(runs):
             colour = colours[number % len(colours)]
             trained = [epoch for epoch in run.epochs if epoch.get(run.loss_name) is not None]
-            axes[0].plot([e["epoch"] for e in trained], [e[run.loss_name] for e in trained], color=colour, lw=1.2)
-            mark = "." if len(run.epochs) < 60 else None
+            style = {"color": colour, "lw": 1.2, "marker": "." if len(run.epochs) < 60 else None}
+            axes[0].plot([e["epoch"] for e in trained], [e[run.loss_name] for e in trained], **style)
             losses = [epoch["val_loss"] for epoch in run.epochs]
-            axes[1].plot([e["epoch"] for e in run.epochs], losses, color=colour, lw=1.2, marker=mark, label=run.name)
+            axes[1].plot([e["epoch"] for e in run.epochs], losses, **style, label=run.name)
             if run.best:
                 axes[1].plot(run.best["epoch"], run.best["val_loss"], "o", color=colour, markeredgecolor="black", ms=6)
         axes[0].set(xlabel="epoch", title=" / ".join(dict.fromkeys(run.loss_name for run in runs)))
         axes[1].set(xlabel="epoch", title="val_loss (circle: best epoch)")
         for axis in axes:
             axis.grid(alpha=0.3)
+            axis.xaxis.get_major_locator().set_params(integer=True)
         figure.legend(loc="outside lower center", ncols=min(4, len(runs)), fontsize="small")
         if path is None:
             stream = io.StringIO()

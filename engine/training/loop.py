@@ -25,11 +25,12 @@ from engine.guards import release_folder
 from engine.interrupt import StopRequest
 from engine.parallel import sum_of_all
 from engine.run import EpochBatches, warn_of_spilling
+from engine.training.curves import draw_runs, read_run
 from engine.training.diagnostics import TokenStatistics, first_tokens, statistics_of_all
 from engine.training.guards import Alarms, NonFinite, Reader, one_line_errors
 from engine.training.memory import MemoryGuard
 from engine.training.optimization import build_optimizer, build_schedule, optimizer_step
-from engine.training.run_log import CsvLog, RunLog, keep_later_rows, plot_losses, progress_bar
+from engine.training.run_log import CsvLog, RunLog, keep_later_rows, progress_bar
 from engine.training.train_state import Progress, TrainState, fingerprint
 from models.findings_head import Found
 
@@ -218,11 +219,7 @@ class _Run:
     def finish(self) -> None:
         """Draw the loss curves and remove the state: nothing is left to resume."""
         if self.active:
-            curves = {}
-            for name in (self.stage.loss_name, "val_loss"):
-                records = [record for record in self.progress.history if record[name] is not None]
-                curves[name] = ([record["step"] for record in records], [record[name] for record in records])
-            plot_losses(self.output / f"{self.stage.name}_loss.png", curves, self.stage.title)
+            draw_runs([read_run(self.log.path, self.stage.title)], self.output / f"{self.stage.name}_loss.png")
         self.state.finish()
         release_folder(self.output)
 

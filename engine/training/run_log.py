@@ -1,4 +1,4 @@
-"""What a run reports: lines for people, a CSV and a JSON-lines file for programs, a figure at the end."""
+"""What a run reports: lines for people, a CSV and a JSON-lines file for programs."""
 
 from __future__ import annotations
 
@@ -114,20 +114,3 @@ def progress_bar(total: int, done: int, description: str, *, active: bool) -> tq
     return tqdm(
         total=total, initial=done, desc=description, unit="step", dynamic_ncols=True, disable=None if active else True
     )
-
-
-def plot_losses(path: Path, curves: dict[str, tuple[Sequence[float], Sequence[float]]], title: str) -> None:
-    """Loss curves as a PNG: name → (steps, values)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
-    for name, (steps, values) in curves.items():
-        axes.plot(steps, values, marker="o" if len(steps) < 60 else None, markersize=3, label=name)
-    axes.set(xlabel="optimizer step", ylabel="loss", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

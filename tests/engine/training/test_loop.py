@@ -164,11 +164,12 @@ def test_interrupted_and_resumed_equals_straight_through(tmp_path, accumulation,
     assert not list((tmp_path / "resumed").glob("*_state.pt")), "nothing is left to resume"
 
 
-def test_the_best_and_the_final_checkpoint_are_saved(tmp_path):
+def test_the_best_and_the_final_checkpoint_are_saved_and_the_losses_drawn(tmp_path):
     run = Run(tmp_path, losses=(0.5, 0.3, 0.4))
     history = run.train()
     assert run.saved == [("best", 6, 1, 0.5), ("best", 12, 2, 0.3), ("final", 18, 3, 0.4)]
     assert [record["epoch"] for record in history] == [1, 2, 3] and all(r["train_loss"] > 0 for r in history)
+    assert (tmp_path / "test_loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_continued_training_keeps_a_best_that_no_epoch_beats(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 
 from config.errors import InputError
 from config.schema import REPOSITORY
-from engine.training.run_log import CsvLog, RunLog, plot_losses, progress_bar
+from engine.training.run_log import CsvLog, RunLog, progress_bar
 
 COLUMNS = ("step", "epoch", "caption_loss")
 
@@ -137,20 +137,6 @@ def test_the_bar_keeps_out_of_log_files(capsys):
         bar.update()
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
-
-
-# ---------------------------------------------------------------- the picture
-
-
-@pytest.mark.parametrize("count", [0, 1, 100])
-def test_plot_is_a_png(tmp_path, count):
-    path = tmp_path / "loss.png"
-    steps = list(range(count))
-    plot_losses(path, {"train_loss": (steps, steps), "val_loss": (steps, [float("nan")] * count)}, "Stage 1, align")
-    content = path.read_bytes()
-    assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
-    width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
-    assert (width, height) == (840, 480)
 
 
 # ---------------------------------------------------------------- consoles and exit codes
