@@ -544,10 +544,19 @@ def test_two_users_one_on_a_phone_in_the_dark_without_webgl(browse: Callable[...
         browser.wait(lambda b=browser: b.viewer("constructor.name") == "SliceViewer", "the server's slices")
     assert phone.text("#report") == other.text("#report") != ""
     assert phone.driver.current_url != other.driver.current_url
+    other.find("#toggle-edit").click()
+    other.find("#edit").send_keys(Keys.END, " 补充。")
     other.find("#findings input[type=checkbox]").click()
     other.find("#write").click()
-    other.wait(lambda: len(other.all("#versions button")) == 2, "the other user's second version")
+    other.wait(lambda: len(other.all("#versions button")) == 2 and other.all(".sentence"), "the second version")
     assert not phone.all("#versions button")
+    assert "补充" not in other.text("#report"), "an edit is of its own version"
+    other.all("#versions button")[0].click()
+    assert "补充。" in other.text("#report"), "and is still there"
+    other.find("#discard").click()
+    other.driver.refresh()
+    other.wait(lambda: len(other.all("#versions button")) == 2, "the versions after a reload")
+    assert not other.find("#findings input[type=checkbox]").is_selected(), "the findings as they were corrected"
     assert phone.driver.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0
     assert phone.driver.execute_script("return document.documentElement.dataset.theme") == "dark"
     phone.shot("phone_top")
