@@ -13,6 +13,8 @@ const HEADING = /^\s*([\p{Script=Han}]{2,6}|[A-Z][A-Za-z ]{2,24})[:：]\s*/u;
 const SENDERS = 4; // files under way at one time
 
 let status = {};
+let firstStatus;
+const statusKnown = new Promise((done) => { firstStatus = done; });
 let viewer = null;
 let source = null; // of events
 let scan = null; // of the viewer: id, shape, spacing, affine
@@ -616,6 +618,7 @@ async function watchModel() {
         drawFindings();
         drawReport();
       }
+      firstStatus();
     }
     await new Promise((done) => setTimeout(done, status.model ? 10000 : 700));
   }
@@ -707,4 +710,4 @@ listen();
 drawAll();
 watchModel();
 const kept = location.hash.match(/^#case=([\w-]+)$/);
-if (kept) open(kept[1]);
+if (kept) statusKnown.then(() => open(kept[1])); // which viewer there is, and how findings are called
