@@ -188,10 +188,12 @@ def measure_peak(call: Callable[[], object], device: torch.device) -> tuple[int,
 
 
 def draw(panels: Mapping[str, Mapping[str, Any]], title: str, target: Path) -> None:
-    """Write ``target`` (PNG): the panels side by side, each with horizontal bars or with lines over the tokens."""
-    figure = Figure((6 * len(panels), 4.2), layout="constrained")
+    """Write ``target`` (PNG): the panels, four in a row at most, each with horizontal bars or with lines over the tokens."""
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure((6 * columns, 4.2 * rows), layout="constrained")
     for number, (heading, values) in enumerate(panels.items(), 1):
-        axis = figure.add_subplot(1, len(panels), number)
+        axis = figure.add_subplot(rows, columns, number)
         if isinstance(next(iter(values.values())), Mapping):
             pd.DataFrame(values).sort_index().plot(ax=axis, loglog=True, marker="o", xlabel="tokens", title=heading)
         else:
