@@ -188,7 +188,7 @@ def measure_peak(call: Callable[[], object], device: torch.device) -> tuple[int,
 
 
 def draw(panels: Mapping[str, Mapping[str, Any]], title: str, target: Path) -> None:
-    """Write ``target`` (PNG): the panels, four in a row at most, each with horizontal bars or with lines over the tokens."""
+    """Write ``target`` (PNG): the panels, at most four in a row, with horizontal bars or with lines over the tokens."""
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure((6 * columns, 4.2 * rows), layout="constrained")
