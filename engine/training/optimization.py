@@ -136,13 +136,14 @@ def optimizer_step(
     norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
     shared = sum_of_all(torch.stack([loss, loss.new_tensor(float(stop))]))
     mean, stops, length = torch.cat([shared, norm.detach().to(shared)[None]]).tolist()  # the step's one wait
-    # A gradient scaler looks for itself, and lowers its scale.
-    finite = math.isfinite(mean) and (math.isfinite(length) or accelerator.scaler is not None)
+    scaler = accelerator.scaler
+    # A gradient scaler looks for itself, and lowers its scale; below 1 it is not the scale that overflows.
+    finite = math.isfinite(mean) and (math.isfinite(length) or (scaler is not None and scaler.get_scale() >= 1))
     if finite:
         optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             schedule.step()
-    elif accelerator.scaler is not None:
-        accelerator.scaler.update()  # it was unscaled: without this the next step cannot be
+    elif scaler is not None:
+        scaler.update()  # it was unscaled: without this the next step cannot be
     optimizer.zero_grad(set_to_none=True)
     return StepResult(mean, length, finite, stops > 0)

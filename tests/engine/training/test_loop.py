@@ -327,3 +327,10 @@ def test_a_gradient_scaler_outlives_a_loss_that_is_not_finite(monkeypatch: pytes
         result = optimizer_step(accelerator, optimizer, schedule, [parameter], 9.0, loss.detach(), False)
         stepped.append(result.stepped)
     assert stepped == [True, False, True] and parameter.isfinite().all()
+    stepped = []
+    for _ in range(4):  # infinite gradients of a finite loss, whatever the scale
+        accelerator.scaler.scale((parameter * 0).sqrt().sum()).backward()
+        stepped.append(
+            optimizer_step(accelerator, optimizer, schedule, [parameter], 9.0, torch.ones(()), False).stepped
+        )
+    assert stepped[0] and not stepped[-1] and parameter.isfinite().all()
