@@ -31,6 +31,8 @@ COPY . .
 # Files of a mounted folder are written by this user: docker run --user "$(id -u)" where that is not yours.
 RUN useradd --create-home --uid 1000 reader && mkdir -p outputs && chown reader outputs
 USER reader
+# A user whom the image does not know has no home folder to keep compiled kernels in.
+ENV NUMBA_CACHE_DIR=/tmp/numba TRITON_CACHE_DIR=/tmp/triton
 
 VOLUME ["/app/outputs"]
 EXPOSE 8350

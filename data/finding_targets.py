@@ -28,10 +28,10 @@ _SYSTEMATIC = 0.2  # least logarithm of the ratio of two sizes that are no estim
 _LEAST_ERROR = 0.03  # of each kind in training, whatever few held-out cases say
 
 
-def learnable(reports: Sequence[Sequence[FindingRecord]]) -> tuple[list[str], dict[str, int]]:
+def learnable(reports: Sequence[Sequence[FindingRecord] | None]) -> tuple[list[str], dict[str, int]]:
     """Findings that at least :data:`LEAST_POSITIVE` reports state, most frequent first, and the others with their
     number of reports."""
-    counts = Counter(name for stated in reports for name in {f.finding for f in stated} if name != LESION)
+    counts = Counter(name for stated in reports for name in {f.finding for f in stated or []} if name != LESION)
     known = [name for name, count in counts.most_common() if count >= LEAST_POSITIVE]
     return known, {name: count for name, count in counts.most_common() if count < LEAST_POSITIVE}
 
@@ -55,6 +55,15 @@ def pair_findings(
     alone = [(one[r], None) for r in range(len(one)) if r not in {r for r, _ in taken}]
     spare = [(None, other[c]) for c in range(len(other)) if c not in {c for _, c in taken}]
     return [*((one[r], other[c]) for r, c in taken), *alone, *spare]
+
+
+def one_of_several(lesion: FindingRecord, stated: Sequence[FindingRecord]) -> FindingRecord | None:
+    """What a report says once of several lesions, where this can be one of them: multiple nodules, effusions on both
+    sides. Their sizes need not agree, the largest is stated."""
+    several = (replace(f, size_mm=None) for f in stated if f.count == 0 or (f.count or 1) > 1 or f.side == "bilateral")
+    likely = [(_agreement(f, lesion), k, f) for k, f in enumerate(several)]
+    worth, _, best = max(likely, default=(0.0, 0, None), key=lambda one: one[:2])
+    return best if worth > 0 else None
 
 
 def _agreement(a: FindingRecord, b: FindingRecord) -> float:
@@ -96,6 +105,7 @@ def targets(names: Sequence[str], stated: Sequence[FindingRecord] | None, measur
     for a, b in pair_findings(stated, measured[:MOST_LESIONS]):
         if b is not None:
             # A rare finding is none of the head's, and no false lesion either.
+            a = a or one_of_several(b, stated)
             known = n if a is None else names.index(a.finding) if a.finding in names else UNKNOWN
             found.lesion[place[id(b)]] = known
     return found
@@ -122,7 +132,12 @@ class PromptErrors:
     @classmethod
     def of(cls, stated: Sequence[Sequence[FindingRecord]], believed: Sequence[Sequence[FindingRecord]]) -> PromptErrors:
         """From what reports state and what prompts say of the same cases."""
-        pairs = [pair for one, other in zip(stated, believed, strict=True) for pair in pair_findings(one, other)]
+        pairs = [
+            (a, b)
+            for one, other in zip(stated, believed, strict=True)
+            for a, b in pair_findings(one, other)
+            if a is not None or one_of_several(b, one) is None
+        ]
         return cls(pairs, len(stated))
 
     def rates(self) -> dict[str, float]:

@@ -27,7 +27,7 @@ from data.cache import CaseCache
 from data.finding_targets import PromptErrors, Targets, descriptors, targets
 from data.findings import FindingRecord
 from data.report_language.key_points import key_points_of, write_key_points
-from data.report_language.labeller import known_language
+from data.report_language.labeller import detect_language, known_language
 from data.tables.caption_table import CaptionRow, question_of, read_caption_table, read_prompts
 from data.view_selection import EncoderGeometry, View, ViewSelection
 
@@ -119,9 +119,12 @@ class MedicalVLMDataset(Dataset):
         return known_language([row.answer for row in self.rows])
 
     @functools.cached_property
-    def stated(self) -> list[list[FindingRecord]]:
-        """The findings of each row's report."""
-        return [key_points_of(row.answer, self.language) for row in self.rows]
+    def stated(self) -> list[list[FindingRecord] | None]:
+        """The findings of each row's report; None for one in another language than most, which nobody reads here."""
+        known = [detect_language(row.answer) == self.language for row in self.rows]
+        return [
+            key_points_of(row.answer, self.language) if k else None for k, row in zip(known, self.rows, strict=True)
+        ]
 
     def measured(self, index: int) -> list[FindingRecord] | None:
         """The lesions of a row, largest first; None where nobody looked for any."""

@@ -93,7 +93,9 @@ def set_sizes(head: FindingsHead | None, *tables: MedicalVLMDataset) -> None:
     """Fit how reports size measured lesions on the cases of both tables, and print how far a new lesion's is off."""
     if head is None:
         return
-    cases = [(data.stated[row], data.measured(row) or []) for data in tables for row in range(len(data))]
+    cases = [
+        (said, data.measured(row) or []) for data in tables for row, said in enumerate(data.stated) if said is not None
+    ]
     fit = fit_sizes(head.names, cases)
     head.set_sizes(torch.from_numpy(fit.weights))
     if math.isnan(fit.left_out):
@@ -150,6 +152,7 @@ def prompt_errors(
         said |= zip(rows, batch_believed(vision.head, vision.read(batch)[1], measured, mode), strict=True)
     vision.train(training)
     said = of_all(said)
+    said = {row: one for row, one in of_all(said).items() if data.stated[row] is not None}
     errors = PromptErrors.of([data.stated[row] for row in said], [one or [] for one in said.values()])
     rates = ", ".join(f"{name} {rate:.2f}" for name, rate in errors.rates().items())
     accelerator.print(f"findings prompt ({mode}) on {len(said)} held-out cases: {rates} a case", flush=True)

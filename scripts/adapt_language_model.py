@@ -187,8 +187,8 @@ class Writer:
         return generate_reports(self.lm, *self.without_image(pairs), most)
 
 
-def read_texts(args: argparse.Namespace, config: Config) -> tuple[list[str], list[str], list[str]]:
-    """Reports to train on, reports held out, and questions.
+def read_texts(args: argparse.Namespace, config: Config) -> tuple[list[str], list[str], list[str], str | None]:
+    """Reports to train on, reports held out, questions, and the tables' language, in which Stage 2 prompts.
 
     Raises InputError: a table cannot be read, or there are too few reports.
     """
@@ -209,7 +209,8 @@ def read_texts(args: argparse.Namespace, config: Config) -> tuple[list[str], lis
         choose.shuffle(reports)
         cut = max(2, len(reports) // 10)
         held_out, reports = reports[:cut], reports[cut:]
-    return reports, choose.sample(held_out, min(HELD_OUT, len(held_out))), prompts or questions
+    language = known_language([row.answer for table in tables for row in table])
+    return reports, choose.sample(held_out, min(HELD_OUT, len(held_out))), prompts or questions, language
 
 
 def train(
@@ -271,8 +272,7 @@ def keys(report: str, language: str) -> list[tuple]:
 def main() -> None:
     args = parse_args()
     config = config_from(args).replace(language_model_adapters=None)
-    reports, held_out_reports, questions = read_texts(args, config)
-    language = known_language(reports)
+    reports, held_out_reports, questions, language = read_texts(args, config)
     args.grad_accumulation, args.tracker = 1, None
     accelerator, output = start_run(args, config, "stage0")
     if accelerator.num_processes > 1:

@@ -68,7 +68,11 @@ def package_lines() -> Iterator[Line]:
     missing, other = [], []
     for line in (REPOSITORY / "requirements.txt").read_text(encoding="utf-8").splitlines():
         match = re.match(r"([\w-]+)==([\w.]+)", line)
-        if match is None or ("platform_system" in line and f'"{platform.system()}"' not in line):
+        elsewhere = any(
+            name in line and f'"{here}"' not in line
+            for name, here in (("platform_system", platform.system()), ("platform_machine", platform.machine()))
+        )
+        if match is None or elsewhere:
             continue
         name, wanted = match.groups()
         try:

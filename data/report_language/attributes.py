@@ -124,9 +124,16 @@ def _place_of_largest(sentence: Sentence, owner: int, size: int) -> list[Place]:
     largest = next((k for k in range(owner + 1, size) if tokens[k].value == LARGEST), None)
     if largest is None or any(k in sentence.names for k in range(largest, size)):
         return []
-    end = next((k for k in range(size, len(tokens)) if k in sentence.names), len(tokens))
-    group = next((g for g in place_groups(sentence) if largest < g[0] and g[1] < end), None)
-    places = read_places(sentence, group) if group else []
+    first, last = sentence.clause_number(largest), sentence.clause_number(size)
+    # In its own clauses, or in the next one where that says nothing else: 约15mm,位于右肺下叶.
+    beside = last + 1 < sentence.clause_count and re.fullmatch(
+        sentence.language.locates, sentence.clause_text(last + 1, ("place", "link", "size"))
+    )
+    clauses = range(first, last + 1 + bool(beside))
+    groups = [g for g in place_groups(sentence) if g[0] > largest and sentence.clause_number(g[1]) in clauses]
+    if not groups or any(k in sentence.names for k in range(largest, groups[0][1])):
+        return []
+    places = read_places(sentence, groups[0])
     return places if len(places) == 1 else []
 
 

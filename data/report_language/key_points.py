@@ -64,7 +64,7 @@ def _read_part(w: Words, part: str, language: str) -> list[FindingRecord]:
     found: list[FindingRecord] = []
     so_far, last = "", []
     for clause in re.split(r"[，,]", part):
-        if bare := re.search(r"(?<![A-Za-z\d.])\d+(?:\.\d+)?$", clause.strip()):
+        if bare := re.search(r"(?<![A-Za-z\d.×*+乘])\d+(?:\.\d+)?$", clause.strip()):
             raise InputError(f"'{clause.strip()}': {bare.group()} has no unit; expected a size in mm or cm")
         alone = _read_clause(w, clause, language)
         if alone and last:

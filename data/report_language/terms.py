@@ -166,6 +166,7 @@ class Language:
     link: str  # between a finding and the place after it, where the two belong together
     size_gap: str  # between a size and the finding after it
     of: str  # between a lobe and the side after it ("upper lobe of the left lung")
+    locates: str  # a clause that says where a lesion lies, without its places and sizes
     respectively: str  # sizes and places are paired in order
     refers: str  # a sentence that begins so gives the size of the lesion of the sentence before
     normal: str  # both lungs are normal
@@ -178,7 +179,9 @@ def size_of(match: re.Match[str]) -> Size | None:
     """
     text = match.group()
     parts = re.findall(rf"({NUMBER})\s*-?({UNIT})?", text)
-    unit, values = next((own for _, own in reversed(parts) if own), None), []
+    unit, values = parts[-1][1] or None, []
+    if unit is None and re.search(rf"{_TIMES}\s*{NUMBER}$", text):
+        unit = next((own for _, own in reversed(parts) if own), None)
     if unit is None:
         return None
     for number, own in reversed(parts):

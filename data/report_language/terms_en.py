@@ -67,7 +67,7 @@ _SKIPPED = (
     rf"(?:was|were|measured) (?:about )?(?:{NUMBER} ?[x×] ?)?"
     rf"(?:{ONE_SIZE})(?= (?:previously|before|earlier|{_TO_PREVIOUS}))",
     rf"from (?:about )?(?:{NUMBER} ?[x×] ?)?{NUMBER}\s*(?:{UNIT})?(?= to)",
-    r"(?:the )?larg(?:er|est)(?: (?:one|of (?:these|them|which)))?(?= (?:measur\w+|is|at|being))",
+    r"(?<!, the )(?<!, )(?:the )?larg(?:er|est)(?: (?:one|of (?:these|them|which)))?(?= (?:measur\w+|is|at|being))",
 )
 
 _PLACES = (
@@ -112,7 +112,7 @@ _SCOPE = (
     *words("stop", None, r"(?:and|with) (?:an?|mild|small|minimal|trace|tiny|moderate|few|multiple|some)"),
     *words("stop", None, rf"{_BE}{_SEEN},? and"),
     *words("link", None, r"located in|situated in|seen in|found in|confined to|involving|throughout"),
-    Rule("within", LARGEST, r"the (?:largest|larger)(?: one| of (?:which|these|them|the \w+))?"),
+    Rule("within", LARGEST, r"(?<=, )the larg(?:er|est)(?: one)?(?: of (?:which|these|them))?(?! of)"),
     Rule("within", None, r"^\s*(?:it|its|the (?:lesion|largest|larger|latter)|this|these|they|their|within)\b"),
     *words("disease", None, r"tubercul\w+|infecti\w+|inflammat\w+|malignan\w+|benign|metasta\w+|tumou?rs?|cancer|tb"),
     *words("disease", None, r"carcinomas?|pneumonia|granuloma\w*|neoplas\w+|exudate|pleurisy|lymphoma|hamartoma"),
@@ -190,6 +190,7 @@ ENGLISH = Language(
     size_gap=r"\s*(?:(?!(?:in|of|and|with|at|within|over|or|long|deep|thick|is|are|which|to|on|for|near|from|there|has|"
     r"have)\b)[a-z-]+\s*){0,4}",
     of=r"\s*(?:zone |lobes? |aspect |portion )?(?:of|in) (?:the )?",
+    locates=r"[\s:]*(?:(?:is|it|lies|located|situated|measuring|measures|in|at|the|of)\b\s*)*",
     respectively=r"\brespectively\b",
     refers=r"\s*(?:\d|(?:it|its|they|their|this|these|which|measur\w+|sizes?|diameters?|dimensions?|maximum|approximately|about|"
     r"up to|short|long|(?:the )?(?:largest|larger|biggest|lesions?|longest|short|long|size|diameter|dimensions?))\b)",

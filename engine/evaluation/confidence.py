@@ -8,7 +8,7 @@ ways. A logistic regression on its features, fitted on other cases, gives the ca
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -47,7 +47,11 @@ class Labeller:
     merged: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, text: str) -> list[FindingRecord]:
-        return [replace(m, finding=self.merged.get(m.finding, m.finding)) for m in label_report(text, self.language)]
+        return self.merge(label_report(text, self.language))
+
+    def merge(self, found: Iterable[FindingRecord]) -> list[FindingRecord]:
+        """Findings under the names that they count as."""
+        return [replace(one, finding=self.merged.get(one.finding, one.finding)) for one in found]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -362,12 +362,13 @@ def write_card(job: Job) -> dict[str, Any]:
         lesion_inputs=job.lesion_inputs,
     )
     believed = [record.get("believed") for record in results.records[OWN]]
-    results.copied = copy_reports(job, list(map(predicted_findings, results.mentions[OWN], believed)))
+    predicted = [job.label.merge(predicted_findings(*one)) for one in zip(results.mentions[OWN], believed, strict=True)]
+    results.copied = copy_reports(job, predicted)
     digest = file_digest(args.checkpoint).hex()
     card = {"checkpoint": str(args.checkpoint), "digest": digest, "csv": str(args.csv)} | report_card(results)
     blind = sum("blind" in kinds for kinds in job.notices)
     if job.corrections:
-        records = [record for record in passes.stored(CORRECTED) if record is not None]
+        records = [merged_names(record, job.label) for record in passes.stored(CORRECTED) if record is not None]
         card["corrections"] = plain(correction_scores(records, [job.label(record["text"]) for record in records]))
     card["views"] = {"slice_policy": passes.data.view_selection.policy, "blind_cases": blind}
     if blind:
@@ -406,6 +407,12 @@ def write_card(job: Job) -> dict[str, Any]:
     print(f"verdict: {audit['verdict']}")
     print(f"report card: {args.out / 'report_card.html'}", flush=True)
     return card
+
+
+def merged_names(record: Mapping[str, Any], label: Labeller) -> dict[str, Any]:
+    """A record of a corrected prompt with its findings under the names that reports are labelled with."""
+    [point, *asked] = label.merge(map(FindingRecord.from_dict, [record["point"], *record["asked"]]))
+    return {**record, "point": point.to_dict(), "asked": [one.to_dict() for one in asked]}
 
 
 def write_reports(path: Path, job: Job, results: TableResults, marked: Sequence[str]) -> None:

@@ -141,13 +141,16 @@ def _is_dicom(path: Path) -> bool:
 
 
 def _check_patients(slices: list[Path]) -> None:
-    """Raises InputError for images of several patients."""
+    """Raises InputError for images of several patients. A DICOMDIR lists images and is none."""
     import pydicom
+    from pydicom.uid import MediaStorageDirectoryStorage
 
     tags, patients = ["PatientID", "PatientName"], set()
     for path in slices:
         with refusing(path, "not a readable DICOM file", "copy it again", pydicom.errors.InvalidDicomError):
             header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+            if header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+                continue
             patients.add(tuple(str(header.get(tag, "")) for tag in tags))
     if len(patients) > 1:
         raise InputError(f"images of {len(patients)} patients in one upload: send the series of one")

@@ -27,7 +27,7 @@ def text_loss(
     if data.language is None:
         return None
     lm, total, counted = model.lm, 0.0, 0
-    rows = range(min(REPORTS, len(data)))
+    rows = [row for row, stated in enumerate(data.stated) if stated is not None][:REPORTS]
     for row in rows:
         line = write_key_points(data.stated[row], data.language)
         prompt = encode_prompt(lm.tokenizer, data.questions[row], collator.max_question_tokens, line)

@@ -200,3 +200,19 @@ def test_a_network_of_one_class_names_every_finding_lesion() -> None:
         ]
         assert {f.finding for f in said} == {LESION}
         assert size is None or {f.size_mm for f in said} == {size}
+
+
+@pytest.mark.parametrize(
+    ("report", "names"),
+    [
+        (FindingRecord("nodule", side="bilateral", size_mm=12.0, count=0), [0, 0, 0]),
+        (FindingRecord("nodule", side="right", zone="upper", size_mm=12.0, count=2), [0, 0, len(NAMES)]),
+        (FindingRecord("nodule", side="right", zone="upper", size_mm=12.0, count=1), [0, len(NAMES), len(NAMES)]),
+        (FindingRecord("effusion", side="bilateral"), [1, 1, 1]),
+    ],
+)
+def test_lesions_that_a_report_states_together_are_not_false_ones(report: FindingRecord, names: list[int]) -> None:
+    measured = [lesion(mm=12.0, thick=12.0), lesion(mm=4.0), lesion(side="left", mm=5.0)]
+    assert targets(NAMES, [report], measured).lesion[:3] == names
+    false = PromptErrors.of([[report]], [measured]).rates()["false"]
+    assert false == names.count(len(NAMES)), "nor are they false in a prompt"
