@@ -30,10 +30,12 @@ def stage0(small_training: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """``stage0("--steps", "3", texts=…)``: the script's main with so many extra reports; returns its output folder."""
     script = importlib.import_module("scripts.adapt_language_model")
 
-    def run(*flags: str, texts: list[str] | None = None, dtype: str = "float32") -> Path:
+    def run(
+        *flags: str, texts: list[str] | None = None, held_out: list[str] | None = None, dtype: str = "float32"
+    ) -> Path:
         extra, out = tmp_path / "extra.txt", tmp_path / "out"
         extra.write_text("\n".join(reports(24) if texts is None else texts), encoding="utf-8")
-        lines = [f"{small_training / '0.nii.gz'},Q?,{text}" for text in reports(30)[24:]]
+        lines = [f"{small_training / '0.nii.gz'},Q?,{text}" for text in held_out or reports(30)[24:]]
         (tmp_path / "val.csv").write_text("\n".join(["image_path,question,answer", *lines]), encoding="utf-8")
         keys = {"caption_csv_val": str(tmp_path / "val.csv"), "mamba_dtype": dtype}
         config = load_config(small_training / "paths.yaml").replace(**keys)
@@ -79,10 +81,16 @@ def test_too_few_reports(stage0):
 
 
 def test_a_language_the_labeller_does_not_know_is_said(stage0, capsys):
-    texts = [f"Befund: Rundherd im linken Oberlappen, {k} mm. Beurteilung: Rundherd links." for k in range(24)]
-    assert (stage0(texts=texts) / ADAPTER_FILE).is_file()
+    texts = [f"Befund: Rundherd im linken Oberlappen; {k} mm. Beurteilung: Rundherd links." for k in range(30)]
+    assert (stage0(texts=texts[:24], held_out=texts[24:]) / ADAPTER_FILE).is_file()
     printed = capsys.readouterr().out
     assert "training goes on without key points" in printed and "key points as given" not in printed
+
+
+def test_the_language_is_that_of_the_tables(stage0, capsys):
+    english = [f"Findings: a nodule of {k} mm in the left upper lobe. Impression: nodule." for k in range(80)]
+    stage0(texts=english)
+    assert "key points, for example: 已知：" in capsys.readouterr().out
 
 
 def test_ctrl_c_keeps_the_best_so_far(stage0, monkeypatch):
