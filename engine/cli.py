@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import gc
 import hashlib
@@ -71,6 +72,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     use_ascii_cache()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("models.selective_scan").setLevel(logging.INFO)  # the backend is logged once
+    atexit.register(gc.freeze)  # else the interpreter looks through all objects as it ends, for one to two seconds
     try:
         code = main() or 0
     except InputError as error:
@@ -94,7 +96,6 @@ def run_main(main: Callable[[], int | None]) -> None:
         print(f"interrupted: {stop}".rstrip(": "), file=sys.stderr, flush=True)
         code = EXIT_INTERRUPTED
     gc.collect()  # with the exception's frames: loaders end their workers now, at the interpreter's end they complain
-    gc.freeze()  # else the interpreter looks through all objects again as it ends, for one to two seconds
     sys.exit(code)
 
 

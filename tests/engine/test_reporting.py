@@ -26,7 +26,7 @@ def test_a_scan_is_read_in_steps_and_its_report_says_what_was_found(demo_reporte
     [lesion] = reading.measured
     [said] = reading.believed
     assert (lesion.side, lesion.zone) == ("right", "middle") and said.finding == "cavity" and reading.language == "zh"
-    assert reading.key_points == "已知：右肺中野空洞29mm。"
+    assert reading.key_points == "已知：右肺中野空洞27mm。"
     [written] = demo_reporter.write([reading])
     assert "空洞" in written.text and "右" in written.text and written.tokens.ended
     assert "".join(sentence.text for sentence in written.sentences) == written.text
@@ -43,7 +43,7 @@ def test_a_model_in_bfloat16_writes_and_is_judged(demo_reporter):
     lm = reader.checkpoint.load_lm(reader.config.replace(mamba_dtype="bfloat16"), "cpu")
     assert lm.model.dtype == torch.bfloat16
     [report] = Reporter(reader, lm, max_new_tokens=200).write([reader.read(SCAN)])
-    assert "29mm" in report.text and all(0 < sure <= 1 for sure in report.confidences)
+    assert "27mm" in report.text and all(0 < sure <= 1 for sure in report.confidences)
 
 
 def test_reports_written_together_are_those_written_alone(demo_reporter):
@@ -59,7 +59,7 @@ def test_a_report_that_does_not_say_its_prompt_says_so(demo_reporter):
     ids = demo_reporter.lm.tokenizer(text).input_ids
     report = Report(text, ids, [-0.1] * len(ids))
     written = demo_reporter.assess(reading, reading.key_points, report, 0.0)
-    assert "下文没有写出：右肺中野空洞29mm" in written.notice and "左侧胸腔积液20mm" in written.notice
+    assert "下文没有写出：右肺中野空洞27mm" in written.notice and "左侧胸腔积液20mm" in written.notice
     assert written.full.startswith(written.notice) and written.text == text
     assert demo_reporter.assess(reading, "已知：左侧胸腔积液20mm。", report, 0.0).notice == reading.notice == ""
     reading.own_question = True
