@@ -26,11 +26,12 @@ class Recorder:
     def entry(self, image: Path, mask: Path | None) -> Path:
         return self.root  # as if all were there: no room is needed
 
-    def ensure(self, image: Path, mask: Path | None) -> None:
+    def ensure(self, image: Path, mask: Path | None, *, verify: bool) -> bool:
         if image.name == self.fail:
             raise InputError(f"{image}: broken")
         self.seen.append((image.name, None if mask is None else mask.name))
         self.threads |= {pool["num_threads"] for pool in threadpool_info() if pool["internal_api"] == "openblas"}
+        return True
 
 
 def rows(count: int) -> list[CaptionRow]:

@@ -89,7 +89,7 @@ def test_default_stage_is_the_deepest_that_fills_the_grid(assets):
     assert (encoder.output_stage, encoder.out_channels, encoder.total_stride) == (1, 8, (2, 2))
     volumetric = NnUNetEncoder(_architecture(assets, "3d_plain", "3d_fullres"), target_spatial=20)
     assert volumetric.output_stage == 1 and volumetric.total_stride == (1, 2, 2)
-    assert volumetric.patch_size == (8, 48, 48)
+    assert volumetric.network.patch_size == (8, 48, 48)
 
 
 def test_deeper_stages_are_not_computed(assets):
