@@ -203,6 +203,6 @@ def _initialise(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, a=1e-2)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, ResidualBlock) and isinstance(module.conv2.norm.weight, Tensor):
+    elif isinstance(module, ResidualBlock) and isinstance(getattr(module.conv2.norm, "weight", None), Tensor):
         nn.init.zeros_(module.conv2.norm.weight)  # a residual block starts as its shortcut
         nn.init.zeros_(module.conv2.norm.bias)

@@ -174,6 +174,13 @@ def test_scalars_in_plans_mean_every_stage_and_axis(assets):
     assert network.kernel_sizes == ((3, 3),) * 4 and network.blocks == (2,) * 4 and network.features == (6,) * 4
 
 
+def test_a_residual_network_without_norms_is_built(assets):
+    described = _architecture(assets, "2d_resenc").to_dict()
+    described["arch_kwargs"].update(norm_op=None, norm_op_kwargs=None)
+    names = SegmentationUNet(Architecture.from_dict(described)).state_dict_nnunet()
+    assert "encoder.stages.0.blocks.0.conv1.conv.weight" in names and not any(".norm." in name for name in names)
+
+
 def test_dropout_moves_the_alias_of_the_norm(assets):
     described = _architecture(assets, "2d_resenc").to_dict()
     described["arch_kwargs"].update(dropout_op="torch.nn.modules.dropout.Dropout2d", dropout_op_kwargs={"p": 0.1})
