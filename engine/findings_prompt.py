@@ -151,7 +151,6 @@ def prompt_errors(
         measured = [data.measured(row) for row in rows]
         said |= zip(rows, batch_believed(vision.head, vision.read(batch)[1], measured, mode), strict=True)
     vision.train(training)
-    said = of_all(said)
     said = {row: one for row, one in of_all(said).items() if data.stated[row] is not None}
     errors = PromptErrors.of([data.stated[row] for row in said], [one or [] for one in said.values()])
     rates = ", ".join(f"{name} {rate:.2f}" for name, rate in errors.rates().items())

@@ -156,7 +156,7 @@ def loader_problem(error: Exception) -> str | None:
         return " ".join((inner[-1] if inner else text).split())
     if isinstance(error, OSError):
         # One from a worker process has its traceback for a text, and no name.
-        return f"{error.filename}: {error.strerror}" if error.filename else text.strip().splitlines()[-1]
+        return f"{error.filename}: {error.strerror}" if error.filename else (text.splitlines() or [repr(error)])[-1]
     return None
 
 
