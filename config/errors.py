@@ -23,7 +23,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or not: torch has several errors for it, told apart by their text alone."""
+    """Whether memory ran out, on a GPU or not: torch has several errors for it, known by their text alone."""
     text = str(error).lower()
     words = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in text for word in words))

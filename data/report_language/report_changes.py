@@ -22,7 +22,7 @@ from data.report_language.lexer import normal_form, sentences
 from data.report_language.scope import polarities
 from data.report_language.sections import split_sections
 from data.report_language.sentence import Sentence
-from data.report_language.terms import NUMBER, UNIT
+from data.report_language.terms import CENTIMETRES, NUMBER, UNIT
 
 Span = tuple[int, int]
 LEVELS = ("upper", "middle", "lower")
@@ -355,7 +355,7 @@ def _scale_numbers(text: str, factor: float) -> str:
         unit = match[2] or unit
         if unit is None:
             continue
-        large = unit[0].lower() in "c厘公㎝"
+        large = unit[0].lower() in CENTIMETRES
         mm = _scaled(float(match[1]) * (10 if large else 1), factor)
         parts = [f"{mm / 10:g}" if large else str(mm), text[match.end(1) : end], *parts]
         end = match.start(1)

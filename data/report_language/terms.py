@@ -134,6 +134,7 @@ MEASURED_ORGANS = frozenset(("outside", "vessel", "coronary", "heart", "valve", 
 
 NUMBER = r"\d+(?:\.\d+)?"
 UNIT = r"(?:mm|cm|㎜|㎝|毫米|厘米|公分|millimet(?:er|re)s?|centimet(?:er|re)s?)(?!(?!x\s*\d)[a-z0-9²³])"
+CENTIMETRES = "c厘公㎝"  # first letters of such a unit
 _TIMES = r"(?:×|x|\*|乘|by)"
 _TO = r"(?:-|~|至|到|to)"
 SIZE = rf"{NUMBER}(?:\s*-?{UNIT})?(?:\s*(?:{_TIMES}|{_TO})\s*{NUMBER}(?:\s*-?{UNIT})?){{0,2}}"
@@ -186,7 +187,7 @@ def size_of(match: re.Match[str]) -> Size | None:
         return None
     for number, own in reversed(parts):
         unit = own or unit
-        values.insert(0, float(number) * (10.0 if unit[0] in "c厘公㎝" else 1.0))
+        values.insert(0, float(number) * (10.0 if unit[0] in CENTIMETRES else 1.0))
     ranged = len(values) == 2 and re.search(_TIMES, re.sub("[cm]m", "", text)) is None
     if ranged and values[0] <= values[1]:
         return Size(values[0], values[1], values[1])

@@ -39,7 +39,7 @@ from data.findings import LESION, FindingRecord
 from data.imaging.dicom import is_dicom
 from data.imaging.reader import read_header, read_volume
 from data.medical_vlm_dataset import encode_key_points
-from data.report_language.key_points import write_key_points
+from data.report_language.key_points import MOST_MM, write_key_points
 from data.report_language.sections import split_sentences
 from data.report_language.terms import FINDINGS
 from data.tables.caption_table import CaptionRow, read_caption_table
@@ -410,8 +410,8 @@ def edited(given: Mapping[str, Any], listed: list[FindingRecord]) -> FindingReco
         raise InputError(f"'{str(finding)[:40]}' is no known finding")
     if side not in (None, *SIDES) or zone not in (None, *ZONES):
         raise InputError(f"{finding}: side {str(side)[:20]} or zone {str(zone)[:20]} is not known")
-    if size is not None and not (isinstance(size, int | float) and 1 <= size <= 500):
-        raise InputError(f"{finding}: size {str(size)[:20]}, expected 1 to 500 mm")
+    if size is not None and not (isinstance(size, int | float) and 1 <= size <= MOST_MM):
+        raise InputError(f"{finding}: size {str(size)[:20]}, expected 1 to {MOST_MM} mm")
     number = given.get("id")
     if not (isinstance(number, int) and 0 <= number < len(listed)):
         return FindingRecord(finding, side=side, zone=zone, size_mm=size)

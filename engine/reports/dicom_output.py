@@ -123,7 +123,8 @@ def dicom_report(
         stated: what the report was written from, where a person has changed it; else what is believed.
     """
     measured, stated = reading.measured or [], reading.believed if stated is None else stated
-    kept = [k for k, one in enumerate(measured) if stated is None or one.measured in [s.measured for s in stated]]
+    said = None if stated is None else [one.measured for one in stated]
+    kept = [k for k, one in enumerate(measured) if said is None or one.measured in said]
     numbers = np.zeros(len(measured) + 1, labels.dtype)
     numbers[[k + 1 for k in kept]] = np.arange(1, len(kept) + 1)
     reading, labels = replace(reading, measured=[measured[k] for k in kept]), numbers[labels]

@@ -14,7 +14,6 @@ A case's folder appears whole, by a rename: what a killed process leaves is no c
 
 from __future__ import annotations
 
-import csv
 import html
 import json
 import re
@@ -31,7 +30,7 @@ from openpyxl import Workbook
 from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
 from config.errors import InputError
-from config.files import atomic_path, write_text
+from config.files import atomic_path, write_csv, write_text
 from data.cache import file_digest, publish
 from data.imaging.reader import FoundScan, files_of, read_header, read_volume, write_on_grid
 from data.imaging.volume import turned
@@ -232,9 +231,7 @@ def write_tables(out: Path, cases: Sequence[CaseFolder]) -> int:
         record = case.record()
         rows.append(_row(case, record))
         parts.append(_section(case, record))
-    with atomic_path(out / "reports.csv") as part, part.open("w", encoding="utf-8-sig", newline="") as stream:
-        writer = csv.writer(stream)  # the byte order mark lets Excel read UTF-8
-        writer.writerows([COLUMNS, *rows])
+    write_csv(out / "reports.csv", [COLUMNS, *rows])
     book = Workbook()
     sheet = book.active
     for row in [COLUMNS, *rows]:
