@@ -4,7 +4,7 @@
 
 Half the bytes of bfloat16: decoding is bound by memory bandwidth. Each output row has its own scale, symmetric around
 zero, as the vector-wise scheme of LLM.int8() has it for weights (Dettmers et al., arXiv 2208.07339); activations stay
-as they are (on a CPU with AVX2 several rows of half precision are rounded to 16 bits: ``cpu_decode/gemm.py``). What our
+as they are (a CPU with AVX2 rounds them to 16 bits of their row's largest value: ``cpu_decode``). What our
 compiled products do not take meets the weights widened, a block at a time. The reference is
 ``F.linear(x, layer.weight * layer.scale[:, None], layer.bias)``. Ours (``--llm_int8``) works on
 every device; bitsandbytes (``--llm_8bit``) needs a GPU and its own installation. ``--save_int8`` keeps a quantised

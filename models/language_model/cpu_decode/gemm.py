@@ -2,9 +2,8 @@
 
     out[k, r] = scale[r] · Σ_i W[r, i] · x[k, i]    W (O, I): int8 with x as int16, or bfloat16 (as uint16) with float32
 
-Int8: each row of x is rounded to 16 bits, 2**-16 of its largest value, where bfloat16 rounds to 2**-9 of each. Pairs of
-products are summed exactly in 32 bits (AVX2's vpmaddwd; LLVM makes VNNI's vpdpwssd of it where there is one): twice the
-rate of float32. A span of columns is so short that no sum overflows; the spans are added in float32.
+Int8: as in ``gemv.py``, x rounded to 16 bits and pairs of products summed exactly in 32: twice the rate of float32. A
+span of columns is so short that no sum overflows; the spans are added in float32.
 
 Bfloat16: weights are widened in registers. For up to :data:`MOST_ROWS` rows that is faster than widening a block in
 memory for PyTorch's product.
@@ -27,18 +26,30 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from models.language_model.cpu_decode import gemv
-from models.language_model.cpu_decode.gemv import LONG, address, array, load, portion, vector, widen, work
-from models.selective_scan.kernels_numba import CONTRACT, FLOAT, sum_lanes
+from models.language_model.cpu_decode.gemv import (
+    LEVELS,
+    LONG,
+    add_product,
+    address,
+    array,
+    load,
+    portion,
+    rounded,
+    vector,
+    widen,
+    work,
+)
+from models.selective_scan.kernels_numba import FLOAT, sum_lanes
 
 GROUP = 48  # rows of W in one item of work
 SPAN = 2560  # columns: 2560 / 16 · 2 · 32767 · 127 < 2**31
-LEVELS = 32767
 LANES = 8  # 32-bit numbers in a vector of AVX2
 PAIR = 2 * LANES  # 16-bit ones
 STEP = 2 * PAIR  # columns at a time
 W_ROWS, X_ROWS = (0, 0, 0), (0, 0, 0, 0)
 LAST_ROW = (0,)
-FEWEST_ROWS, MOST_ROWS = 3, 128  # the latter of bfloat16
+FEWEST_ROWS = {torch.int8: gemv.MOST_ROWS[torch.int8] + 1, torch.bfloat16: 3}
+MOST_ROWS = 128  # of bfloat16
 _VECTOR, _INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(ir.IntType(32), LANES)
 _SHORTS, _BYTES = ir.VectorType(ir.IntType(16), PAIR), ir.VectorType(ir.IntType(8), PAIR)
 _HALVES = ir.VectorType(ir.IntType(16), LANES)
@@ -50,12 +61,11 @@ HAS_BFLOAT16 = HAS_INT8 and not _features.get("avx512f", False)
 
 
 def applies(x: Tensor, weight: Tensor) -> bool:
-    """Whether :func:`product` computes x (R, I) · weightᵀ fastest: half precision, enough rows, not too many."""
-    if x.device.type != "cpu" or len(x) < FEWEST_ROWS or not weight.is_contiguous():
+    """Whether :func:`product` computes x (R, I) · weightᵀ fastest: enough rows, of bfloat16 not too many."""
+    fewest = FEWEST_ROWS.get(weight.dtype)
+    if fewest is None or x.device.type != "cpu" or len(x) < fewest or not weight.is_contiguous():
         return False
-    if weight.dtype is torch.int8:
-        return HAS_INT8 and x.dtype in (torch.bfloat16, torch.float16)
-    return HAS_BFLOAT16 and weight.dtype is x.dtype is torch.bfloat16 and len(x) <= MOST_ROWS
+    return HAS_INT8 if weight.dtype is torch.int8 else HAS_BFLOAT16 and x.dtype is weight.dtype and len(x) <= MOST_ROWS
 
 
 def product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
@@ -64,19 +74,18 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     Args:
         weight: (O, I), contiguous: int8 with ``scale`` (O,), or bfloat16.
     """
-    rows, inputs, steps = len(x), x.float(), None
+    rows, steps = len(x), None
+    inputs = torch.nn.functional.pad(x.float(), (0, 0, 0, -rows % len(X_ROWS))).numpy()
     if weight.dtype is torch.int8:
-        steps = inputs.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / LEVELS
-        inputs = (inputs / steps).round().to(torch.int16)
-    inputs = torch.nn.functional.pad(inputs, (0, 0, 0, -rows % len(X_ROWS)))
+        inputs, steps = rounded(inputs, LEVELS)
     out = np.empty((len(inputs), len(weight)), np.float32)
-    threads = gemv.threads_for(weight.nbytes * rows // FEWEST_ROWS)  # as much work as reading so much
+    threads = gemv.threads_for(weight.nbytes * rows // FEWEST_ROWS[weight.dtype])  # as much work as reading so much
     gemv.together(
-        threads, product_kernel, array(weight), vector(scale, len(weight), 1), inputs.numpy(), out, gemv.counters(1),
+        threads, product_kernel, array(weight), vector(scale, len(weight), 1), inputs, out, gemv.counters(1),
         threads,
     )  # fmt: skip
     found = torch.from_numpy(out[:rows])
-    return found if steps is None else found.mul_(steps)
+    return found if steps is None else found.mul_(torch.from_numpy(steps[:rows, None]))
 
 
 @njit(nogil=True, cache=True)
@@ -132,7 +141,7 @@ def tile(typing_context, W, row, x, x_row, out, at, first, last, rows, batch):
                 for k in range(B):
                     value = load(builder, builder.gep(inputs[k], [here]), _SHORTS if exact else _VECTOR, 1)
                     for r in range(R):
-                        _add_product(builder, cells[r][k], matrix[r], value, exact)
+                        add_product(builder, cells[r][k], matrix[r], value)
         for k in range(B):
             for r in range(R):
                 total = builder.load(cells[r][k])
@@ -150,13 +159,3 @@ def _weights(builder: ir.IRBuilder, pointer: ir.Value, exact: bool) -> ir.Value:
         return builder.sext(load(builder, pointer, _BYTES, 1), _SHORTS)
     words = builder.zext(load(builder, pointer, _HALVES, 1), _INTS)
     return builder.bitcast(builder.shl(words, ir.Constant(_INTS, [16] * LANES)), _VECTOR)
-
-
-def _add_product(builder: ir.IRBuilder, cell: ir.Value, weights: ir.Value, inputs: ir.Value, exact: bool) -> None:
-    if exact:
-        pairs = ir.FunctionType(_INTS, [_SHORTS, _SHORTS])
-        pairs = cgutils.get_or_insert_function(builder.module, pairs, "llvm.x86.avx2.pmadd.wd")
-        builder.store(builder.add(builder.load(cell), builder.call(pairs, [weights, inputs])), cell)
-    else:
-        product = builder.fmul(weights, inputs, flags=CONTRACT)
-        builder.store(builder.fadd(builder.load(cell), product, flags=CONTRACT), cell)

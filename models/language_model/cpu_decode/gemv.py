@@ -1,10 +1,16 @@
 """Few rows of activations times a frozen matrix on a CPU, at the speed of reading the matrix: kernels and threads.
 
-    out[k, r] = scale[r] · Σ_i W[r, i] · x[k, i]    W (O, I): float32, int8 or bfloat16 (as uint16); sums in float32
+    out[k, r] = scale[r] · Σ_i W[r, i] · x[k, i]    W (O, I): float32, int8 or bfloat16 (as uint16)
 
 ``x`` is float32, for a bfloat16 ``W`` bfloat16 too: half the first-level cache. One row of W at a time for one or two
 rows of x: a single stream of memory per core is read fastest. More rows of x are bound by arithmetic, so several
-rows of W share the loads of x. Weights are widened in registers; two bfloat16 come out of each 32-bit word.
+rows of W share the loads of x. Weights are widened in registers; two bfloat16 come out of each 32-bit word; sums are
+float32's.
+
+An int8 ``W`` meets ``x`` rounded to 16 bits, 2**-16 of its row's largest value (bfloat16 rounds to 2**-9 of each).
+Pairs of products are summed exactly in 32 bits (vpmaddwd; LLVM makes VNNI's vpdpwssd of it where there is one): a third
+of the instructions of widening to float32, which took longer than reading the weights. Where there is no vpmaddwd
+int8 is widened too.
 
 Several threads run the same kernel and take items of work from a shared counter until none is left; a phase is over
 when all its items are done. A thread that comes late finds nothing to do, so none ever waits for one that has not
@@ -33,8 +39,8 @@ from models.selective_scan.kernels_numba import CONTRACT, FLOAT, INT, sum_lanes
 
 Array = np.ndarray
 
-# Rows up to which our kernels were faster than torch's own product (bfloat16: oneDNN with AVX-512 BF16).
-MOST_ROWS = {torch.float32: 8, torch.bfloat16: 4, torch.int8: 8}
+# Rows up to which our kernels were faster than torch's own product (bfloat16: oneDNN with AVX-512 BF16) or gemm.py's.
+MOST_ROWS = {torch.float32: 8, torch.bfloat16: 4, torch.int8: 4}
 WIDE = get_host_cpu_features().get("avx512f", False)
 LANES = 16 if WIDE else 8
 VECTOR, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
@@ -46,6 +52,12 @@ SLOT = 8  # int64 between two counters: a cache line of 64 bytes each
 # Rows of W in a tile with one or two, four, and eight rows of x; independent sums of a tile.
 ONE_ROW, FOUR, EIGHT = ((0,), (0, 0, 0, 0), (0, 0)) if WIDE else ((0,), (0, 0), (0,))
 SUMS = 8 if WIDE else 4
+# Int8 by pairs of 16-bit products.
+HAS_PAIRS = get_host_cpu_features().get("avx512bw" if WIDE else "avx2", False)
+SUM_PAIRS = {32: "llvm.x86.avx512.pmaddw.d.512", 16: "llvm.x86.avx2.pmadd.wd"}  # by the 16-bit numbers in a vector
+SHORTS, BYTES = ir.VectorType(ir.IntType(16), PAIR), ir.VectorType(ir.IntType(8), PAIR)
+LEVELS = 32767  # of 16 bits
+LEAST_BITS = np.float32(1e-30).view(np.int32)  # of a row's largest value, at least
 
 LONG = ir.IntType(64)
 
@@ -66,9 +78,13 @@ def load(builder: ir.IRBuilder, pointer: ir.Value, vector: ir.VectorType, align:
 
 
 def _widened(builder: ir.IRBuilder, pointer: ir.Value, kind: str) -> list[ir.Value]:
-    """The next 16 values as one vector, or the next 32 bfloat16 ones as two: even places, odd places."""
+    """The next 16 values as one vector, the next 32 bfloat16 ones as two: even places, odd places; 32 for pairs."""
     if kind == "float32":
         return [load(builder, pointer, VECTOR, 4)]
+    if kind == "int16":
+        return [load(builder, pointer, SHORTS, 2)]
+    if kind == "pairs":
+        return [builder.sext(load(builder, pointer, BYTES, 1), SHORTS)]
     if kind == "int8":
         small = load(builder, pointer, ir.VectorType(ir.IntType(8), LANES), 1)
         return [builder.sitofp(builder.sext(small, INTS), VECTOR)]
@@ -78,30 +94,43 @@ def _widened(builder: ir.IRBuilder, pointer: ir.Value, kind: str) -> list[ir.Val
     return [builder.bitcast(even, VECTOR), builder.bitcast(odd, VECTOR)]
 
 
+def add_product(builder: ir.IRBuilder, cell: ir.Value, weights: ir.Value, inputs: ir.Value) -> None:
+    """Add weights · inputs to a vector of sums: float32, or two neighbours of 16 bits each to one of 32."""
+    if inputs.type.element == FLOAT:
+        product = builder.fmul(weights, inputs, flags=CONTRACT)
+        builder.store(builder.fadd(builder.load(cell), product, flags=CONTRACT), cell)
+    else:
+        sums = builder.load(cell)
+        kind = ir.FunctionType(sums.type, [inputs.type, inputs.type])
+        pairs = cgutils.get_or_insert_function(builder.module, kind, SUM_PAIRS[inputs.type.count])
+        builder.store(builder.add(sums, builder.call(pairs, [weights, inputs])), cell)
+
+
 @intrinsic
 def dot(typing_context, W, row, x, out, at, rows, batch):
     """out[k, at + r] = W[row + r] · x[k] over whole vectors; R and B are the lengths of ``rows`` and ``batch``."""
     R, B, kind, inputs_kind = rows.count, batch.count, str(W.dtype), str(x.dtype)
-    step = PAIR if kind == "uint16" else LANES
-    unroll = {1: 8, 2: 4}.get(B, 2) * LANES // step
+    exact = inputs_kind == "int16"
+    step, vectors = (PAIR if kind == "uint16" or exact else LANES), (2 if kind == "uint16" else 1)
+    unroll = {1: 8, 2: 4}.get(B, 2) // vectors
     chains = max(1, SUMS // (R * B))  # independent sums, so that one addition need not wait for the one before
+    sums = INTS if exact else VECTOR
 
     def codegen(context, builder, signature, args):
         W_type, _, x_type, out_type, _, _, _ = signature.args
         weights = [address(context, builder, W_type, args[0], builder.add(args[1], _long(r))) for r in range(R)]
         inputs = [address(context, builder, x_type, args[2], _long(k)) for k in range(B)]
-        zero = ir.Constant(VECTOR, [0.0] * LANES)
+        zero = ir.Constant(sums, [0] * LANES)
         cells = [cgutils.alloca_once_value(builder, zero) for _ in range(R * B * chains)]
         parts = [[cells[(r * B + k) * chains :][:chains] for k in range(B)] for r in range(R)]
 
         def add(column: ir.Value, piece: int) -> None:
-            vectors = [_widened(builder, builder.gep(pointer, [column]), kind) for pointer in weights]
+            name = "pairs" if exact else kind
+            matrix = [_widened(builder, builder.gep(pointer, [column]), name) for pointer in weights]
             for k in range(B):
                 for half, value in enumerate(_widened(builder, builder.gep(inputs[k], [column]), inputs_kind)):
                     for r in range(R):
-                        part = parts[r][k][(piece * step // LANES + half) % chains]
-                        product = builder.fmul(vectors[r][half], value, flags=CONTRACT)
-                        builder.store(builder.fadd(builder.load(part), product, flags=CONTRACT), part)
+                        add_product(builder, parts[r][k][(piece * vectors + half) % chains], matrix[r][half], value)
 
         columns = builder.extract_value(cgutils.create_struct_proxy(W_type)(context, builder, value=args[0]).shape, 1)
         unrolled, whole = builder.and_(columns, _long(-step * unroll)), builder.and_(columns, _long(-step))
@@ -116,7 +145,8 @@ def dot(typing_context, W, row, x, out, at, rows, batch):
             for r in range(R):
                 total = builder.load(parts[r][k][0])
                 for part in parts[r][k][1:]:
-                    total = builder.fadd(total, builder.load(part))
+                    total = (builder.add if exact else builder.fadd)(total, builder.load(part))
+                total = builder.sitofp(total, VECTOR) if exact else total
                 builder.store(sum_lanes(builder, total), builder.gep(target, [_long(r)]))
         return context.get_dummy_value()
 
@@ -196,9 +226,37 @@ def _narrow(like, value):
     return rounded
 
 
+@njit(cache=True)
+def rounded(x, levels):
+    """x (B, I) float32 → 16 bits and the size (B,) of a level; of a row with an infinity or NaN that is one too."""
+    small, steps = np.empty(x.shape, np.int16), np.empty(len(x), np.float32)
+    bits = x.view(np.int32)
+    for b in range(len(x)):
+        largest = np.int32(0)  # bits order as sizes do, NaN above infinity
+        for i in range(x.shape[1]):
+            largest = max(largest, bits[b, i] & np.int32(0x7FFFFFFF))
+        size = max(largest, LEAST_BITS)
+        steps[b] = np.int32(size).view(np.float32) / np.float32(levels)
+        factor = np.float32(1.0) / steps[b]
+        for i in range(x.shape[1]):
+            small[b, i] = np.int16(np.rint(x[b, i] * factor))
+    return small, steps
+
+
+def meeting(W, x):
+    """x (B, I) as W meets it, and a factor (B,) of the sums."""
+
+
+@overload(meeting)
+def _meeting(W, x):
+    if W.dtype == types.int8 and HAS_PAIRS:  # few enough levels that no sum of 32 bits overflows
+        return lambda W, x: rounded(x, min(LEVELS, (2**31 - 1) * LANES // (max(1, x.shape[1]) * 127)))
+    return lambda W, x: (x, np.ones(len(x), np.float32))
+
+
 @njit
-def rows_product(W, scale, low, high, x, out, batch):
-    """out[k, r - low] for rows low..high of W; x (B, I), out (B, ≥ high - low)."""
+def rows_product(W, scale, low, high, x, steps, out, batch):
+    """out[k, r - low] for rows low..high of W; x (B, I) and steps (B,) by :func:`meeting`, out (B, ≥ high - low)."""
     row = low
     if len(batch) == 4:
         while row + len(FOUR) <= high:
@@ -212,13 +270,14 @@ def rows_product(W, scale, low, high, x, out, batch):
         dot(W, row, x, out, row - low, ONE_ROW, batch)
         row += 1
     columns = W.shape[1]
-    whole = columns // (PAIR if W.itemsize == 2 else LANES) * (PAIR if W.itemsize == 2 else LANES)
+    step = PAIR if x.itemsize == 2 else LANES
+    whole = columns // step * step
     for k in range(len(batch)):
         for r in range(high - low):
             total = out[k, r]
             for i in range(whole, columns):
                 total += widen(W[low + r, i]) * widen(x[k, i])
-            out[k, r] = total * scale[low + r]
+            out[k, r] = total * steps[k] * scale[low + r]
 
 
 @njit(nogil=True, cache=True)
@@ -228,9 +287,10 @@ def product_kernel(W, scale, bias, x, out, counters, threads, batch):
     B = len(batch)
     part = np.empty((B, ITEM), np.float32)
     items = (rows + ITEM - 1) // ITEM
+    inputs, steps = meeting(W, x)
     for item in work(counters, 0, items, portion(items, threads)):
         low, high = item * ITEM, min(rows, (item + 1) * ITEM)
-        rows_product(W, scale, low, high, x, part, batch)
+        rows_product(W, scale, low, high, inputs, steps, part, batch)
         for k in range(B):
             for r in range(high - low):
                 out[k, low + r] = part[k, r] + bias[low + r]

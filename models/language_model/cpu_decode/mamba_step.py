@@ -29,7 +29,18 @@ from transformers.models.mamba.modeling_mamba import MambaBlock
 
 from models.language_model.cpu_decode import gemv
 from models.language_model.cpu_decode.frozen_linear import FrozenLinear, has_hooks
-from models.language_model.cpu_decode.gemv import ITEM, Array, array, narrow, portion, rows_product, vector, widen, work
+from models.language_model.cpu_decode.gemv import (
+    ITEM,
+    Array,
+    array,
+    meeting,
+    narrow,
+    portion,
+    rows_product,
+    vector,
+    widen,
+    work,
+)
 from models.selective_scan.kernels_numba import LANES, exp2, load, sigmoid, softplus, splat, store, total
 
 MOST_ROWS = 4
@@ -58,11 +69,12 @@ def _read_in(normed, in_proj, conv, window, inner, gate, counters, threads, part
     W, scale, bias = in_proj
     E = window.shape[1]
     blocks = (E + ITEM - 1) // ITEM
+    inputs, steps = meeting(W, normed)
     for item in work(counters, 0, 2 * blocks, portion(2 * blocks, threads)):
         first = item % blocks * ITEM
         last = min(E, first + ITEM)
         shift = E if item >= blocks else 0
-        rows_product(W, scale, shift + first, shift + last, normed, part, batch)
+        rows_product(W, scale, shift + first, shift + last, inputs, steps, part, batch)
         for b in range(window.shape[0]):
             for e in range(first, last):
                 part[b, e - first] += bias[shift + e]
@@ -101,9 +113,10 @@ def _select(inner, x_proj, low_rank, B, C, N, counters, threads, part, batch):
     outputs = W.shape[0]
     R = outputs - 2 * N
     items = (outputs + FEW - 1) // FEW
+    inputs, steps = meeting(W, inner)
     for item in work(counters, 1, items, 1):
         first, last = item * FEW, min(outputs, (item + 1) * FEW)
-        rows_product(W, scale, first, last, inner, part, batch)
+        rows_product(W, scale, first, last, inputs, steps, part, batch)
         for b in range(inner.shape[0]):
             for r in range(first, last):
                 value = part[b, r - first] + bias[r]
@@ -138,9 +151,10 @@ def _scan_step(low_rank, dt_proj, inner, state, ssm, BC, gate, ys, counters, thr
     padded = np.zeros((1, decay.shape[1]), np.float32)  # one state, where N is no whole number of vectors
     states = (flat if decay.shape[1] == N else padded[0]).reshape(-1, LANES)
     items = (E + ITEM - 1) // ITEM
+    inputs, steps = meeting(W, low_rank)
     for item in work(counters, 2, items, portion(items, threads)):
         first, last = item * ITEM, min(E, (item + 1) * ITEM)
-        rows_product(W, scale, first, last, low_rank, part, batch)
+        rows_product(W, scale, first, last, inputs, steps, part, batch)
         for b in range(state.shape[0]):
             line, B_at, C_at = part[b], b * vectors, (len(batch) + b) * vectors
             for e in range(first, last):
@@ -184,9 +198,10 @@ def _write_out(ys, out_proj, hidden, out, counters, threads, part, batch):
     W, scale, bias = out_proj
     D = W.shape[0]
     items = (D + ITEM - 1) // ITEM
+    inputs, steps = meeting(W, ys)
     for item in work(counters, 3, items, portion(items, threads)):
         first, last = item * ITEM, min(D, (item + 1) * ITEM)
-        rows_product(W, scale, first, last, ys, part, batch)
+        rows_product(W, scale, first, last, inputs, steps, part, batch)
         for b in range(out.shape[0]):
             for d in range(first, last):
                 out[b, d] = hidden[b, d] + (part[b, d - first] + bias[d])

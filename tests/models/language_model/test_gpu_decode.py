@@ -95,7 +95,8 @@ def test_a_step_gives_what_the_block_gives(
     without_kernels(monkeypatch)
     for one, other in zip(ours, steps(lm, rows), strict=True):
         error = float((one.float() - other.float()).norm() / other.float().norm())
-        assert error < (1e-5 if dtype is torch.float32 else 5e-2)
+        # On a CPU the block's int8 products round activations to 16 bits.
+        assert error < (5e-2 if dtype is not torch.float32 else 1e-3 if int8 else 1e-5)
 
 
 @interpreted

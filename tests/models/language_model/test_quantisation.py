@@ -106,7 +106,8 @@ def test_outputs_equal_the_dequantised_reference(dtype: torch.dtype, shape: tupl
     x = torch.randn(shape).to(dtype)
     actual, expected = narrow(x), reference(narrow, x)
     assert actual.dtype is dtype and actual.shape == (*shape[:-1], 37)
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    # The kernels round activations to 2**-16 of their row's largest value.
+    tolerance = {torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
     torch.testing.assert_close(actual.float(), expected, rtol=tolerance, atol=tolerance)
     if bias and len(x):
         torch.testing.assert_close(actual[..., 5].float(), plain.bias[5].expand(shape[:-1]), rtol=1e-2, atol=1e-3)

@@ -78,11 +78,11 @@ def test_where_it_applies(emulated: list[int]) -> None:
     def rows(count: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.zeros(count, 64, dtype=dtype)
 
-    assert all(gemm.applies(rows(n), narrow) for n in (gemm.FEWEST_ROWS, 10_000))
-    assert gemm.applies(rows(9, torch.float16), narrow)
-    assert not gemm.applies(rows(9, torch.float32), narrow)  # as exact as the activations are
+    kinds = (torch.bfloat16, torch.float16, torch.float32)
+    assert all(gemm.applies(rows(n, kind), narrow) for n in (5, 10_000) for kind in kinds)
     assert gemm.applies(rows(gemm.MOST_ROWS), wide) and not gemm.applies(rows(gemm.MOST_ROWS + 1), wide)
-    assert not any(gemm.applies(rows(gemm.FEWEST_ROWS - 1), weight) for weight in (narrow, wide))
+    assert not gemm.applies(rows(4), narrow)  # the GEMV's
+    assert gemm.applies(rows(3), wide) and not gemm.applies(rows(2), wide) and not gemm.applies(rows(9), wide.float())
     assert not gemm.applies(rows(9), narrow.T.contiguous().T)
     assert not gemm.applies(rows(9).to("meta"), narrow)
 
