@@ -22,9 +22,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +31,12 @@ import torch
 from config.errors import InputError, first_line
 from config.files import atomic_path, pickle_contains, replace
 from config.nnunet_plans import PreprocessPlan
-from config.schema import FIELDS, REMOVED, Config, build_config, keys_with_role, yaml_line
+from config.schema import Config, build_config, keys_with_role, yaml_line
 from models.language_model.adapter_file import adapter_digest
 from models.language_model.identity import read_lm_config
 from models.language_model.mamba_lm import MambaLM
 from models.medical_vlm import VisionBridge
-from models.pretrained import CONFIG, add_missing_weights, read_folder, rebuild_vision
-
-FORMAT = "mamba-ct-report"
-VERSION = 3
-_REMEDY = "use one that train.py or train_vlm.py wrote"
-
-
-def _refuse_lesion_tokens(content: dict[str, Any], older: str) -> dict[str, Any]:
-    """For a version whose tokens around lesions were others; without such tokens nothing changed."""
-    if content.get("config", {}).get("roi_policy") == "lesion":
-        raise InputError(
-            f"it was trained with roi_policy: lesion of an older version, {older}; train both stages again"
-        )
-    return content
-
-
-# From version n to n + 1; a file of an older layout passes through all that follow it.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    1: partial(_refuse_lesion_tokens, older="whose tokens around lesions did not pass the bridge's blocks"),
-    2: partial(_refuse_lesion_tokens, older="whose regions were as wide as the lesion"),
-}
+from models.pretrained import CONFIG, FORMAT, REMEDY, VERSION, migrated, read_folder, rebuild_vision
 
 
 @dataclass
@@ -193,38 +171,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def checkpoint_of(content: dict[str, Any], path: Path) -> Checkpoint:
     """Migrate and check a checkpoint's content, as :func:`load_checkpoint` does."""
-    if content.get("format") != FORMAT:
-        raise InputError(f"{path} is not a checkpoint of this project (no format '{FORMAT}'): {_REMEDY}")
-    version = _part(content, "version", path)
-    if version > VERSION:
-        raise InputError(f"{path} has format version {version}, this program knows {VERSION}: update the program")
-    while version < VERSION:
-        try:
-            content = MIGRATIONS[version](content)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
-        version += 1
-    for optional in ("adapters", "scan_checks", "findings"):
-        content.setdefault(optional, None)
-    fields = {name: _part(content, name, path) for name in Checkpoint.__dataclass_fields__ if name != "path"}
-    for key, kept in REMOVED.items():
-        value = fields["config"].get(key, kept)
-        if value != kept:
-            reason = f"{key}: {value}, which is no longer a choice (it is always {kept})"
-            raise InputError(f"{path} was trained with {reason}: train both stages again")
-    fields["config"].setdefault("findings_prompt", "off")  # of a checkpoint from before there was one
-    weights = fields["model_state_dict"]
-    add_missing_weights(weights)
-    known = {key: value for key, value in fields["config"].items() if key in FIELDS}
-    fields["config"] = build_config(known, origin=f"{path} (its configuration)")
+    content = migrated(content, path)
+    missing = [name for name in Checkpoint.__dataclass_fields__ if name != "path" and name not in content]
+    if missing:
+        raise InputError(f"{path} is incomplete, it has no '{missing[0]}': {REMEDY}")
+    fields = {name: content[name] for name in Checkpoint.__dataclass_fields__ if name != "path"}
+    fields["config"] = build_config(fields["config"], origin=f"{path} (its configuration)")
     fields["preprocess_plan"] = PreprocessPlan.from_dict(fields["preprocess_plan"])
     return Checkpoint(path=path, **fields)
-
-
-def _part(content: dict[str, Any], name: str, path: Path) -> Any:
-    if name not in content:
-        raise InputError(f"{path} is incomplete, it has no '{name}': {_REMEDY}")
-    return content[name]
 
 
 def load_vision_weights(vision: VisionBridge, checkpoint: Checkpoint) -> list[str]:

@@ -268,6 +268,10 @@ def _network(checkpoint: Path, plan: PreprocessPlan) -> Network:
     # A worker of a loader, which meets a damaged entry, must not open the GPU beside its parent.
     device = torch.device("cpu" if get_worker_info() else best_device())
     labels = source.dataset_json.get("labels", {})
+    # A list of one label is that label: nnU-Net's LabelManager takes longer ones alone for regions.
+    labels = {
+        name: label[0] if isinstance(label, list) and len(label) == 1 else label for name, label in labels.items()
+    }
     regions = any(isinstance(label, list) for label in labels.values())
     names = {} if regions else {int(value): name for name, value in labels.items() if name in FINDINGS}
     network = Network(SegmentationUNet.from_checkpoint(source).to(device).eval(), device, regions, names)

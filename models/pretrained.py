@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,11 +27,14 @@ from torch import Tensor, nn
 
 from config.errors import InputError, first_line
 from config.files import atomic_path, write_text
-from config.schema import Config, build_config
+from config.schema import FIELDS, REMOVED, Config, build_config
 from models.findings_head import DESCRIPTORS
 from models.language_model.mamba_lm import MambaLM
 from models.nnunet.encoder import NnUNetEncoder
 
+FORMAT = "mamba-ct-report"
+VERSION = 3
+REMEDY = "use one that train.py or train_vlm.py wrote"
 CONFIG, WEIGHTS, LANGUAGE_MODEL = "config.json", "model.safetensors", "language_model"
 # Files that the configuration names, and what they are called in the folder.
 FILES = {
@@ -140,7 +144,7 @@ class Pretrained(ModelHubMixin):
             device: by default the GPU where there is one.
             hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and others of ``snapshot_download``.
 
-        Raises InputError: no such folder or repository, or one that is not ours.
+        Raises InputError: no such folder or repository, one that is not ours, or one of a newer version.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
@@ -151,13 +155,12 @@ class Pretrained(ModelHubMixin):
                     f"'{pretrained_model_name_or_path}' is neither a folder nor a repository that the hub gave (a "
                     f"mirror: set HF_ENDPOINT): {first_line(error)}"
                 ) from error
-        content = read_folder(folder, mamba_model)
+        content = migrated(read_folder(folder, mamba_model), folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         config = build_config(content["config"], origin=str(folder / CONFIG))
         weights = {"adapters": content.get("adapters"), "stage0": config.language_model_adapters}
         lm = MambaLM.load(config.mamba_model, dtype=config.mamba_dtype, device=device, **weights)
         vision = rebuild_vision(cls.vision_type, config, content)
-        add_missing_weights(content["model_state_dict"])
         vision.load_state_dict(content["model_state_dict"])
         model = cls(vision.to(device), lm)
         model.content = {**content, "config": config.to_dict()}
@@ -241,6 +244,53 @@ def _join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
             return tensors[value["tensor"]]
         return {key: _join(part, tensors) for key, part in value.items()}
     return [_join(part, tensors) for part in value] if isinstance(value, list) else value
+
+
+def _refuse_lesion_tokens(content: dict[str, Any], older: str) -> dict[str, Any]:
+    """For a version whose tokens around lesions were others; without such tokens nothing changed."""
+    if content.get("config", {}).get("roi_policy") == "lesion":
+        raise InputError(
+            f"it was trained with roi_policy: lesion of an older version, {older}; train both stages again"
+        )
+    return content
+
+
+# From version n to n + 1; a file of an older layout passes through all that follow it.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: partial(_refuse_lesion_tokens, older="whose tokens around lesions did not pass the bridge's blocks"),
+    2: partial(_refuse_lesion_tokens, older="whose regions were as wide as the lesion"),
+}
+
+
+def migrated(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A checkpoint's content in today's layout, from a .pt or a saved folder.
+
+    Raises InputError: not ours, of a newer version, incomplete, or trained with what is no longer a choice.
+    """
+    if content.get("format") != FORMAT:
+        raise InputError(f"{path} is not a checkpoint of this project (no format '{FORMAT}'): {REMEDY}")
+    for name in ("version", "config", "model_state_dict"):
+        if name not in content:
+            raise InputError(f"{path} is incomplete, it has no '{name}': {REMEDY}")
+    version = content["version"]
+    if version > VERSION:
+        raise InputError(f"{path} has format version {version}, this program knows {VERSION}: update the program")
+    while version < VERSION:
+        try:
+            content = MIGRATIONS[version](content)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        version += 1
+    for key, kept in REMOVED.items():
+        value = content["config"].get(key, kept)
+        if value != kept:
+            reason = f"{key}: {value}, which is no longer a choice (it is always {kept})"
+            raise InputError(f"{path} was trained with {reason}: train both stages again")
+    known = {key: value for key, value in content["config"].items() if key in FIELDS}
+    add_missing_weights(content["model_state_dict"])
+    optional = dict.fromkeys(("adapters", "scan_checks", "findings"))
+    # Files from before the findings prompt have none.
+    return {**optional, **content, "version": VERSION, "config": {"findings_prompt": "off", **known}}
 
 
 def add_missing_weights(weights: dict[str, Tensor]) -> None:

@@ -44,6 +44,10 @@ def read_lm_config(name: str) -> MambaConfig:
     if config.model_type != "mamba":
         what = f"is a '{config.model_type}' model; expected model_type 'mamba' (Mamba-1)"
         raise InputError(f"mamba_model '{name}' {what}")
+    if config.hidden_act not in ("silu", "swish"):
+        raise InputError(
+            f"mamba_model '{name}' has hidden_act '{config.hidden_act}'; expected 'silu', as of every Mamba"
+        )
     check_weight_files(Path(cached_file(name, "config.json")))
     return config
 

@@ -8,18 +8,22 @@ Numba's automatic vectorisation gives up where it cannot prove that arrays do no
 here (five times slower backward). So the first part defines a vector as a value of its own, with + - * /;
 LLVM lowers it to whatever the processor has (one AVX-512 register, two AVX2, four SSE or NEON). Operations
 may be contracted to fused multiply-adds but assume nothing about NaN: a NaN that comes in comes out.
-Both parts share a file because numba's on-disk cache notices changes only in the file of the cached function.
+Both parts share a file because numba's on-disk cache notices changes only in the file of the cached function; a kernel
+elsewhere that uses them, or those of another file, closes over the :func:`digest_of` these files.
 """
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from llvmlite.binding import get_host_cpu_features
+from numba import config, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
@@ -45,6 +49,18 @@ _EXP2 = (
 )
 # 2 artanh(s) / s as a polynomial in s**2 on [0, 1/9], made alike; relative error of log1p 4e-9.
 _LOG1P = (0.28157778313522575, 0.2796515775679465, 0.4002459522981895, 0.6666632164140144, 2.000000007681758)
+
+
+def target_features() -> dict[str, bool]:
+    """Instruction sets that numba compiles for: this processor's, unless its settings name another target."""
+    own = config.CPU_NAME is None and config.CPU_FEATURES is None and config.ENABLE_AVX
+    return dict(get_host_cpu_features()) if own else {}
+
+
+def digest_of(*files: str) -> int:
+    """Of source files that a cached kernel is made of besides its own."""
+    content = b"".join(Path(file).read_bytes() for file in (__file__, *files))
+    return int.from_bytes(hashlib.sha256(content).digest()[:7], "big")
 
 
 class LanesType(types.Type):

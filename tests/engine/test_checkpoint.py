@@ -15,7 +15,7 @@ from config.errors import InputError
 from config.nnunet_plans import PreprocessPlan
 from config.schema import REMOVED, Config, build_config
 from data.findings import DESCRIPTORS
-from engine import checkpoint as module
+from engine import checkpoint as checkpoint_module
 from engine.checkpoint import (
     Checkpoint,
     check_agreement,
@@ -24,6 +24,7 @@ from engine.checkpoint import (
     read_torch_file,
     save_checkpoint,
 )
+from models import pretrained
 from models.medical_vlm import VisionBridge
 from models.nnunet.checkpoint import load_nnunet_checkpoint
 from models.nnunet.encoder import NnUNetEncoder
@@ -217,7 +218,7 @@ def test_older_version_passes_through_its_migrations(saved, monkeypatch):
     def renamed(content: dict) -> dict:
         return {**content, "epoch": content["epochs_done"]}
 
-    monkeypatch.setattr(module, "MIGRATIONS", {**module.MIGRATIONS, 0: renamed})
+    monkeypatch.setattr(pretrained, "MIGRATIONS", {**pretrained.MIGRATIONS, 0: renamed})
     assert load_checkpoint(edited(saved, remove="epoch", version=0, epochs_done=7)).epoch == 7
 
 
@@ -336,7 +337,7 @@ def test_setting_that_may_differ_is_said(saved):
 
 
 def test_stage_0_adapters_are_part_of_a_stage_2_checkpoint(saved, monkeypatch):
-    monkeypatch.setattr(module, "adapter_digest", lambda path: "1111" if path else "")
+    monkeypatch.setattr(checkpoint_module, "adapter_digest", lambda path: "1111" if path else "")
     first = load_checkpoint(saved)
     assert check_agreement(first, configuration(language_model_adapters="a.safetensors")) == [], "Stage 1 reads no text"
     trained = replace(first, stage="vlm", llm={**first.llm, "adapters": "1111"})

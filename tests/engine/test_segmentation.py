@@ -132,6 +132,15 @@ def test_several_scans_at_once_get_the_labels_of_one_after_the_other(tmp_path, c
         assert (np.asarray(one.mask) != np.asarray(other.mask)).mean() < 1e-3 and np.asarray(one.mask).any()
 
 
+def test_a_list_of_one_label_is_no_region(tmp_path, checkpoint):
+    content = torch.load(checkpoint, weights_only=False)
+    for labels, regions in (({"background": 0, "lesion": [1]}, False), ({"background": 0, "lesion": [1, 2]}, True)):
+        content["init_args"]["dataset_json"]["labels"] = labels
+        torch.save(content, tmp_path / f"{regions}.pth")
+        network = segmentation._network(tmp_path / f"{regions}.pth", plan_of(checkpoint))
+        assert network.regions is regions
+
+
 @pytest.mark.parametrize("damage", ["labels", "meta", "cut"])
 def test_damaged_labels_are_made_again(tmp_path, checkpoint, scan, damage, caplog):
     cache = open_cache(configuration(tmp_path, checkpoint), plan_of(checkpoint))

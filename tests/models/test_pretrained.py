@@ -100,6 +100,12 @@ def test_a_folder_that_is_no_model_is_one_line(saved, tmp_path, demo_reporter):
         load_checkpoint(copy)
     with pytest.raises(InputError, match="is no saved model"):
         MedicalVLM.from_pretrained(tmp_path)
+    described = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps({**described, "version": 99}), encoding="utf-8")
+    shutil.copy(saved / "model.safetensors", copy)
+    for load in (load_checkpoint, MedicalVLM.from_pretrained):
+        with pytest.raises(InputError, match="format version 99, this program knows 3: update"):
+            load(copy)
     with pytest.raises(InputError, match="neither a folder nor a repository"):
         MedicalVLM.from_pretrained("nobody/nothing", local_files_only=True)
     with pytest.raises(InputError, match="only a model of a checkpoint can be saved"):

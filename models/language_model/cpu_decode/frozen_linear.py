@@ -71,7 +71,10 @@ class FrozenLinear(nn.Linear):
         """The output by the compiled product, None where PyTorch has to compute it."""
         weight, scale = self.stored()
         few = few_rows(x, weight) and not several_rows(x.reshape(-1, x.shape[-1]), weight)
-        return product(x, weight, self.bias, scale) if few else None
+        if not few:
+            return None
+        out, kind = product(x, weight, self.bias, scale), x.device.type
+        return out.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else out
 
     def stored(self) -> tuple[Tensor, Tensor | None]:
         """Weights as they lie in memory (O, I), and the factor of each row (O,) if they need one."""

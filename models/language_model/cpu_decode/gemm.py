@@ -14,12 +14,11 @@ first-level cache while a group of rows of W passes, which stays in the second-l
 
 from __future__ import annotations
 
-import platform
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -39,7 +38,7 @@ from models.language_model.cpu_decode.gemv import (
     widen,
     work,
 )
-from models.selective_scan.kernels_numba import FLOAT, sum_lanes
+from models.selective_scan.kernels_numba import FLOAT, digest_of, sum_lanes, target_features
 
 GROUP = 48  # rows of W in one item of work
 SPAN = 2560  # columns: 2560 / 16 · 2 · 32767 · 127 < 2**31
@@ -54,10 +53,9 @@ _VECTOR, _INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(ir.IntType(32), LANE
 _SHORTS, _BYTES = ir.VectorType(ir.IntType(16), PAIR), ir.VectorType(ir.IntType(8), PAIR)
 _HALVES = ir.VectorType(ir.IntType(16), LANES)
 
-_features = get_host_cpu_features() if platform.machine().lower() in ("x86_64", "amd64") else {}
-HAS_INT8 = _features.get("avx2", False)
+HAS_INT8 = target_features().get("avx2", False)
 # With AVX-512 vectors are twice as long as the tiles here take them to be.
-HAS_BFLOAT16 = HAS_INT8 and not _features.get("avx512f", False)
+HAS_BFLOAT16 = HAS_INT8 and not gemv.WIDE
 
 
 def applies(x: Tensor, weight: Tensor) -> bool:
@@ -65,7 +63,9 @@ def applies(x: Tensor, weight: Tensor) -> bool:
     fewest = FEWEST_ROWS.get(weight.dtype)
     if fewest is None or x.device.type != "cpu" or len(x) < fewest or not weight.is_contiguous():
         return False
-    return HAS_INT8 if weight.dtype is torch.int8 else HAS_BFLOAT16 and x.dtype is weight.dtype and len(x) <= MOST_ROWS
+    if weight.dtype is torch.int8:
+        return HAS_INT8 and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return HAS_BFLOAT16 and x.dtype is weight.dtype and len(x) <= MOST_ROWS
 
 
 def product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
@@ -75,7 +75,7 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
         weight: (O, I), contiguous: int8 with ``scale`` (O,), or bfloat16.
     """
     rows, steps = len(x), None
-    inputs = torch.nn.functional.pad(x.float(), (0, 0, 0, -rows % len(X_ROWS))).numpy()
+    inputs = torch.nn.functional.pad(x.float(), (0, 0, 0, -rows % len(X_ROWS))).contiguous().numpy()
     if weight.dtype is torch.int8:
         inputs, steps = rounded(inputs, LEVELS)
     out = np.empty((len(inputs), len(weight)), np.float32)
@@ -86,34 +86,6 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     )  # fmt: skip
     found = torch.from_numpy(out[:rows])
     return found if steps is None else found.mul_(torch.from_numpy(steps[:rows, None]))
-
-
-@njit(nogil=True, cache=True)
-def product_kernel(W, scale, x, out, counters, threads):
-    """out (B, O) = x (B, I) · Wᵀ · scale, B a multiple of len(X_ROWS); every thread of the group calls it."""
-    rows, columns = W.shape
-    batch, whole = x.shape[0], columns // STEP * STEP
-    part = np.empty((batch, GROUP), np.float32)
-    items = (rows + GROUP - 1) // GROUP
-    for item in work(counters, 0, items, portion(items, threads)):
-        low, high = item * GROUP, min(rows, (item + 1) * GROUP)
-        part[:] = 0
-        for first in range(0, whole, SPAN):
-            last = min(whole, first + SPAN)
-            for b in range(0, batch, len(X_ROWS)):
-                row = low
-                while row + len(W_ROWS) <= high:
-                    tile(W, row, x, b, part, row - low, first, last, W_ROWS, X_ROWS)
-                    row += len(W_ROWS)
-                while row < high:
-                    tile(W, row, x, b, part, row - low, first, last, LAST_ROW, X_ROWS)
-                    row += 1
-        for b in range(batch):
-            for r in range(high - low):
-                total = part[b, r]
-                for i in range(whole, columns):
-                    total += widen(W[low + r, i]) * np.float32(x[b, i])
-                out[b, low + r] = total * scale[low + r]
 
 
 @intrinsic
@@ -159,3 +131,40 @@ def _weights(builder: ir.IRBuilder, pointer: ir.Value, exact: bool) -> ir.Value:
         return builder.sext(load(builder, pointer, _BYTES, 1), _SHORTS)
     words = builder.zext(load(builder, pointer, _HALVES, 1), _INTS)
     return builder.bitcast(builder.shl(words, ir.Constant(_INTS, [16] * LANES)), _VECTOR)
+
+
+def _compiled(sources: int) -> Callable[..., None]:
+    """``sources`` is a part of the kernel for numba's cache alone."""
+
+    @njit(nogil=True, cache=True)
+    def product_kernel(W, scale, x, out, counters, threads):
+        """out (B, O) = x (B, I) · Wᵀ · scale, B a multiple of len(X_ROWS); every thread of the group calls it."""
+        sources  # noqa: B018
+        rows, columns = W.shape
+        batch, whole = x.shape[0], columns // STEP * STEP
+        part = np.empty((batch, GROUP), np.float32)
+        items = (rows + GROUP - 1) // GROUP
+        for item in work(counters, 0, items, portion(items, threads)):
+            low, high = item * GROUP, min(rows, (item + 1) * GROUP)
+            part[:] = 0
+            for first in range(0, whole, SPAN):
+                last = min(whole, first + SPAN)
+                for b in range(0, batch, len(X_ROWS)):
+                    row = low
+                    while row + len(W_ROWS) <= high:
+                        tile(W, row, x, b, part, row - low, first, last, W_ROWS, X_ROWS)
+                        row += len(W_ROWS)
+                    while row < high:
+                        tile(W, row, x, b, part, row - low, first, last, LAST_ROW, X_ROWS)
+                        row += 1
+            for b in range(batch):
+                for r in range(high - low):
+                    total = part[b, r]
+                    for i in range(whole, columns):
+                        total += widen(W[low + r, i]) * np.float32(x[b, i])
+                    out[b, low + r] = total * scale[low + r]
+
+    return product_kernel
+
+
+product_kernel = _compiled(digest_of(gemv.__file__))

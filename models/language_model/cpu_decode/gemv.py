@@ -7,10 +7,10 @@ rows of x: a single stream of memory per core is read fastest. More rows of x ar
 rows of W share the loads of x. Weights are widened in registers; two bfloat16 come out of each 32-bit word; sums are
 float32's.
 
-An int8 ``W`` meets ``x`` rounded to 16 bits, 2**-16 of its row's largest value (bfloat16 rounds to 2**-9 of each).
-Pairs of products are summed exactly in 32 bits (vpmaddwd; LLVM makes VNNI's vpdpwssd of it where there is one): a third
-of the instructions of widening to float32, which took longer than reading the weights. Where there is no vpmaddwd
-int8 is widened too.
+An int8 ``W`` meets ``x`` rounded to at most 16 bits of its row's largest value, fewer in a row so long that a sum could
+overflow (AVX2, 5120 columns: 2**-15.7; bfloat16 rounds to 2**-9 of each value). Pairs of products are summed exactly in
+32 bits (vpmaddwd; LLVM makes VNNI's vpdpwssd of it where there is one): a third of the instructions of widening to
+float32, which took longer than reading the weights. Where there is no vpmaddwd int8 is widened too.
 
 Several threads run the same kernel and take items of work from a shared counter until none is left; a phase is over
 when all its items are done. A thread that comes late finds nothing to do, so none ever waits for one that has not
@@ -29,19 +29,20 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from models.selective_scan.kernels_numba import CONTRACT, FLOAT, INT, sum_lanes
+from models.selective_scan.kernels_numba import CONTRACT, FLOAT, INT, digest_of, sum_lanes, target_features
 
 Array = np.ndarray
 
+WIDE = target_features().get("avx512f", False)
+# Int8 by pairs of 16-bit products.
+HAS_PAIRS = target_features().get("avx512bw" if WIDE else "avx2", False)
 # Rows up to which our kernels were faster than torch's own product (bfloat16: oneDNN with AVX-512 BF16) or gemm.py's.
-MOST_ROWS = {torch.float32: 8, torch.bfloat16: 4, torch.int8: 4}
-WIDE = get_host_cpu_features().get("avx512f", False)
+MOST_ROWS = {torch.float32: 8, torch.bfloat16: 4, torch.int8: 4 if HAS_PAIRS else 8}
 LANES = 16 if WIDE else 8
 VECTOR, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
 PAIR = 2 * LANES  # bfloat16 values in one vector of 32-bit words
@@ -52,8 +53,6 @@ SLOT = 8  # int64 between two counters: a cache line of 64 bytes each
 # Rows of W in a tile with one or two, four, and eight rows of x; independent sums of a tile.
 ONE_ROW, FOUR, EIGHT = ((0,), (0, 0, 0, 0), (0, 0)) if WIDE else ((0,), (0, 0), (0,))
 SUMS = 8 if WIDE else 4
-# Int8 by pairs of 16-bit products.
-HAS_PAIRS = get_host_cpu_features().get("avx512bw" if WIDE else "avx2", False)
 SUM_PAIRS = {32: "llvm.x86.avx512.pmaddw.d.512", 16: "llvm.x86.avx2.pmadd.wd"}  # by the 16-bit numbers in a vector
 SHORTS, BYTES = ir.VectorType(ir.IntType(16), PAIR), ir.VectorType(ir.IntType(8), PAIR)
 LEVELS = 32767  # of 16 bits
@@ -78,7 +77,7 @@ def load(builder: ir.IRBuilder, pointer: ir.Value, vector: ir.VectorType, align:
 
 
 def _widened(builder: ir.IRBuilder, pointer: ir.Value, kind: str) -> list[ir.Value]:
-    """The next 16 values as one vector, the next 32 bfloat16 ones as two: even places, odd places; 32 for pairs."""
+    """LANES values as one vector, PAIR bfloat16 ones as two (even places, odd places), PAIR for pairs as one."""
     if kind == "float32":
         return [load(builder, pointer, VECTOR, 4)]
     if kind == "int16":
@@ -250,7 +249,7 @@ def meeting(W, x):
 @overload(meeting)
 def _meeting(W, x):
     if W.dtype == types.int8 and HAS_PAIRS:  # few enough levels that no sum of 32 bits overflows
-        return lambda W, x: rounded(x, min(LEVELS, (2**31 - 1) * LANES // (max(1, x.shape[1]) * 127)))
+        return lambda W, x: rounded(x, min(LEVELS, (2**31 - 1) * LANES // (max(1, x.shape[1]) * 128)))
     return lambda W, x: (x, np.ones(len(x), np.float32))
 
 
@@ -280,20 +279,29 @@ def rows_product(W, scale, low, high, x, steps, out, batch):
             out[k, r] = total * steps[k] * scale[low + r]
 
 
-@njit(nogil=True, cache=True)
-def product_kernel(W, scale, bias, x, out, counters, threads, batch):
-    """out (B, O) = x (B, I) · Wᵀ · scale + bias; every thread of the group calls it with the same arguments."""
-    rows = W.shape[0]
-    B = len(batch)
-    part = np.empty((B, ITEM), np.float32)
-    items = (rows + ITEM - 1) // ITEM
-    inputs, steps = meeting(W, x)
-    for item in work(counters, 0, items, portion(items, threads)):
-        low, high = item * ITEM, min(rows, (item + 1) * ITEM)
-        rows_product(W, scale, low, high, inputs, steps, part, batch)
-        for k in range(B):
-            for r in range(high - low):
-                out[k, low + r] = part[k, r] + bias[low + r]
+def _compiled(sources: int) -> Callable[..., None]:
+    """``sources`` is a part of the kernel for numba's cache alone."""
+
+    @njit(nogil=True, cache=True)
+    def product_kernel(W, scale, bias, x, out, counters, threads, batch):
+        """out (B, O) = x (B, I) · Wᵀ · scale + bias; every thread of the group calls it with the same arguments."""
+        sources  # noqa: B018
+        rows = W.shape[0]
+        B = len(batch)
+        part = np.empty((B, ITEM), np.float32)
+        items = (rows + ITEM - 1) // ITEM
+        inputs, steps = meeting(W, x)
+        for item in work(counters, 0, items, portion(items, threads)):
+            low, high = item * ITEM, min(rows, (item + 1) * ITEM)
+            rows_product(W, scale, low, high, inputs, steps, part, batch)
+            for k in range(B):
+                for r in range(high - low):
+                    out[k, low + r] = part[k, r] + bias[low + r]
+
+    return product_kernel
+
+
+product_kernel = _compiled(digest_of())
 
 
 def few_rows(x: Tensor, weight: Tensor) -> bool:

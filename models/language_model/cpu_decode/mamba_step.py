@@ -18,6 +18,7 @@ layer in float32, bfloat16 or our int8: adapters, other quantisations, float16, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +42,7 @@ from models.language_model.cpu_decode.gemv import (
     widen,
     work,
 )
-from models.selective_scan.kernels_numba import LANES, exp2, load, sigmoid, softplus, splat, store, total
+from models.selective_scan.kernels_numba import LANES, digest_of, exp2, load, sigmoid, softplus, splat, store, total
 
 MOST_ROWS = 4
 PHASES = 4
@@ -207,26 +208,35 @@ def _write_out(ys, out_proj, hidden, out, counters, threads, part, batch):
                 out[b, d] = hidden[b, d] + (part[b, d - first] + bias[d])
 
 
-@njit(nogil=True, cache=True)
-def block_kernel(
-    hidden, norm, in_proj, conv, x_proj, dt_proj, ssm, out_proj, window, state, shared, BC, out, counters, threads,
-    batch,
-):  # fmt: skip
-    """out (B, D) = hidden + mixer(norm(hidden)); every thread of the group calls it with the same arguments.
+def _compiled(sources: int) -> Callable[..., None]:
+    """``sources`` is a part of the kernel for numba's cache alone."""
 
-    norm: weight (D,), epsilon. in_proj, x_proj, dt_proj, out_proj: W, scale, bias. conv: taps (E, K), bias (E,).
-    ssm: decay = -e**A_log · log2(e) (E, N padded to vectors), D (E,). window (B', E, K) and state (B', E, N) of the
-    B' ≤ B real rows change in place. shared: scratch of the kinds that meet the weights: what normed (B, D)
-    is like, inner (B, E), low_rank (B, R), ys (B, E); then gate (B, E) float32. BC: zeros (2, B, N padded).
-    """
-    like, inner, low_rank, ys, gate = shared
-    weight, epsilon = norm
-    normed, part = np.empty_like(like), np.zeros((len(batch), ITEM), np.float32)
-    _normalise(hidden, weight, epsilon, normed)  # in every thread: quicker than waiting for one
-    _read_in(normed, in_proj, conv, window, inner, gate, counters, threads, part, batch)
-    _select(inner, x_proj, low_rank, BC[0], BC[1], state.shape[2], counters, threads, part, batch)
-    _scan_step(low_rank, dt_proj, inner, state, ssm, BC, gate, ys, counters, threads, part, batch)
-    _write_out(ys, out_proj, hidden, out, counters, threads, part, batch)
+    @njit(nogil=True, cache=True)
+    def block_kernel(
+        hidden, norm, in_proj, conv, x_proj, dt_proj, ssm, out_proj, window, state, shared, BC, out, counters, threads,
+        batch,
+    ):  # fmt: skip
+        """out (B, D) = hidden + mixer(norm(hidden)); every thread of the group calls it with the same arguments.
+
+        norm: weight (D,), epsilon. in_proj, x_proj, dt_proj, out_proj: W, scale, bias. conv: taps (E, K), bias (E,).
+        ssm: decay = -e**A_log · log2(e) (E, N padded to vectors), D (E,). window (B', E, K) and state (B', E, N) of the
+        B' ≤ B real rows change in place. shared: scratch of the kinds that meet the weights: what normed (B, D)
+        is like, inner (B, E), low_rank (B, R), ys (B, E); then gate (B, E) float32. BC: zeros (2, B, N padded).
+        """
+        sources  # noqa: B018
+        like, inner, low_rank, ys, gate = shared
+        weight, epsilon = norm
+        normed, part = np.empty_like(like), np.zeros((len(batch), ITEM), np.float32)
+        _normalise(hidden, weight, epsilon, normed)  # in every thread: quicker than waiting for one
+        _read_in(normed, in_proj, conv, window, inner, gate, counters, threads, part, batch)
+        _select(inner, x_proj, low_rank, BC[0], BC[1], state.shape[2], counters, threads, part, batch)
+        _scan_step(low_rank, dt_proj, inner, state, ssm, BC, gate, ys, counters, threads, part, batch)
+        _write_out(ys, out_proj, hidden, out, counters, threads, part, batch)
+
+    return block_kernel
+
+
+block_kernel = _compiled(digest_of(gemv.__file__))
 
 
 @dataclass(frozen=True)
@@ -258,7 +268,7 @@ class StepPlan:
         places = [
             (held, name) for part in block.modules() for held in (part._parameters, part._buffers) for name in held
         ]
-        watched = [(held, name, t, t.data_ptr(), t._version) for held, name in places if (t := held[name]) is not None]
+        watched = [(held, name, t, t.data_ptr(), _version(t)) for held, name in places if (t := held[name]) is not None]
         return cls(_layers(mixer), tuple(watched), weights, tuple(weights[place][0] for place in (1, 3, 4, 6)))
 
     def holds(self, mixer: nn.Module) -> bool:
@@ -266,12 +276,17 @@ class StepPlan:
         if any(one is not other or has_hooks(one) for one, other in zip(self.layers, _layers(mixer), strict=True)):
             return False
         for held, name, tensor, address, version in self.watched:
-            if held[name] is not tensor or tensor.data_ptr() != address or tensor._version != version:
+            if held[name] is not tensor or tensor.data_ptr() != address or _version(tensor) != version:
                 return False
         return True
 
     def __deepcopy__(self, memo: dict) -> None:
         return None  # a copied block makes its own
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was changed in place; a tensor made in inference mode does not tell."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _projection(layer: FrozenLinear) -> tuple[Array, Array, Array]:

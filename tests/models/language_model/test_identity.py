@@ -20,6 +20,14 @@ def test_identity_needs_no_weights(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_another_activation_is_refused(tmp_path: Path) -> None:
+    config = random_mamba().config
+    config.hidden_act = "gelu"
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="hidden_act 'gelu'; expected 'silu'"):
+        read_lm_config(str(tmp_path))
+
+
 def test_other_architecture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}), encoding="utf-8")
     with pytest.raises(InputError, match="'gpt2' model"):

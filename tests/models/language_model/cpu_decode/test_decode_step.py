@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +20,14 @@ from transformers.models.mamba.modeling_mamba import MambaBlock
 
 pytest.importorskip("numba", reason="numba has no build for this platform")
 
+from config.schema import REPOSITORY
 from models.language_model import cpu_decode
-from models.language_model.cpu_decode import FrozenLinear, frozen_linear, gemv, mamba_step
+from models.language_model.cpu_decode import FrozenLinear, frozen_linear, gemm, gemv, mamba_step
 from models.language_model.cpu_decode.gemv import MOST_ROWS, few_rows, product
 from models.language_model.cuda_graph_decode import _states
 from models.language_model.hf_patch import use_our_scan
 from models.language_model.quantisation import quantise_int8
+from models.selective_scan.kernels_numba import digest_of
 from tests.models.language_model.tiny import random_mamba
 
 CLOSE, CLOSE_INT8 = {"rtol": 1e-4, "atol": 1e-5}, {"rtol": 1e-2, "atol": 1e-3}  # int8 meets activations of 16 bits
@@ -69,6 +74,30 @@ def test_int8_sums_do_not_overflow_and_rows_do_not_touch_each_other() -> None:
     out = product(x, weight, None)
     torch.testing.assert_close(out[0], 3 * weight.sum(1).float(), rtol=1e-4, atol=0)
     assert out[1].abs().max() < 1e-30 and not out[2].isfinite().any() and out[3].isnan().all()
+
+
+def test_cached_kernels_know_the_files_that_they_are_made_of(tmp_path: Path) -> None:
+    """Numba notices changes only in a kernel's own file, and in what it closes over."""
+    own, used = digest_of(), digest_of(gemv.__file__)
+    kernels = {gemv.product_kernel: own, gemm.product_kernel: used, mamba_step.block_kernel: used}
+    for kernel, digest in kernels.items():
+        assert [cell.cell_contents for cell in kernel.py_func.__closure__] == [digest]
+    changed = tmp_path / "gemv.py"
+    changed.write_bytes(Path(gemv.__file__).read_bytes() + b" ")
+    assert len({own, used, digest_of(str(changed))}) == 3
+
+
+def test_another_target_than_this_processor(tmp_path: Path) -> None:
+    """Numba's settings decide which instructions there are; int8 is then widened."""
+    code = """
+import torch
+from models.language_model.cpu_decode import gemm, gemv
+weight, x = torch.full((3, 40), 127, dtype=torch.int8), torch.ones(1, 40)
+assert not (gemv.HAS_PAIRS or gemm.HAS_INT8 or gemm.HAS_BFLOAT16)
+assert gemv.product(x, weight, None).tolist() == [[5080.0] * 3]
+"""
+    environment = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=REPOSITORY, check=True)
 
 
 def test_large_problems_and_gradients_stay_with_torch() -> None:

@@ -52,6 +52,13 @@ def test_product_equals_the_exact_one(dtype: torch.dtype, rows: int) -> None:
         assert ((found - expected).abs() <= (6e-5 if scale is not None else 2e-6) * sizes).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+def test_strided_activations(dtype: torch.dtype) -> None:
+    weight, scale = matrix(10, 64, dtype)
+    x = torch.randn(64, 8).bfloat16().T
+    assert torch.equal(gemm.product(x, weight, scale), gemm.product(x.contiguous(), weight, scale))
+
+
 def test_no_sum_overflows() -> None:
     weight = torch.full((7, 2 * gemm.SPAN + 32), 127, dtype=torch.int8)
     weight[3] = -127
