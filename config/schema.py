@@ -223,7 +223,7 @@ def resolve_path(raw: str, base: Path, path_map: dict[str, str] | None = None) -
     A prefix ends where a folder's name ends: ``d:/ct`` does not match ``d:/ct2``. A path inside the target stays as it
     is: resolving twice gives the same, also where the target begins with the prefix.
     """
-    unified = raw.strip().replace("\\", "/")
+    unified = raw.strip().strip('"').replace("\\", "/")  # Windows copies a path in quotes
     for prefix, target in sorted((path_map or {}).items(), key=lambda item: -len(item[0])):
         here, there = target.replace("\\", "/").rstrip("/"), prefix.replace("\\", "/").rstrip("/")
         if _inside(unified, there):

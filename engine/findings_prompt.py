@@ -31,7 +31,7 @@ from data.findings import LESION, FindingRecord
 from data.lesion_sizes import fit_sizes
 from data.medical_vlm_dataset import MedicalVLMDataset, encode_key_points, pad_tokens
 from data.report_language.key_points import OUTSIDE_LUNG, key_points_of, list_key_points, write_key_points
-from data.report_language.sections import PREAMBLE, split_sections, split_sentences
+from data.report_language.sections import HISTORY, PREAMBLE, split_sections, split_sentences
 from engine.parallel import of_all
 from models.findings_head import SIDES, UNKNOWN, ZONES, FindingsHead, Found
 from models.language_model.decoding import INCOMPLETE, Varied
@@ -301,7 +301,7 @@ def deviation_notice(report: str, points: Sequence[FindingRecord], kinds: Collec
 def right_beginning(report: str, points: Sequence[FindingRecord], kinds: Collection[str], language: str) -> str:
     """The sentences of a report up to the first that adds a finding to its prompt, or up to its impression where the
     findings leave out a point."""
-    later = [section.start for section in split_sections(report) if section.name not in (PREAMBLE, "findings")]
+    later = [section.start for section in split_sections(report) if section.name not in (PREAMBLE, HISTORY, "findings")]
     concluded, right, left_out = min(later, default=len(report)), "", points
     for end in accumulate(map(len, split_sentences(report))):
         beginning = report[:end].rstrip()  # a blank belongs to the word behind it

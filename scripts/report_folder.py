@@ -13,6 +13,7 @@ cannot be read is reported in one line and tried again by the next start; the ex
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from pathlib import Path
@@ -116,6 +117,11 @@ def settings_of(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, An
     return {"model": about["model"], "card": card} | {name: getattr(args, name) for name in own}
 
 
+def _of_one_case(error: Exception) -> bool:
+    """Whether the next scan may fare better: its file is locked or has vanished, not a full or read-only disk."""
+    return isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
 class FolderRun:
     """The cases of one process, in groups that are written together.
 
@@ -177,8 +183,8 @@ class FolderRun:
             asked = [self.args.question] if self.args.question else []
             flags = {"own_question": bool(asked), "force": self.args.force}
             return self.reporter.reader.read(case.scan.path, None, asked, **flags)
-        except (InputError, MemoryError, RuntimeError) as error:
-            if not (isinstance(error, InputError) or is_out_of_memory(error)):
+        except (InputError, OSError, MemoryError, RuntimeError) as error:
+            if not (isinstance(error, InputError) or is_out_of_memory(error) or _of_one_case(error)):
                 raise
             self._fail(case, error)
             return None
@@ -194,6 +200,10 @@ class FolderRun:
             more = self._dicom_writer(reading, report) if self.args.dicom else None
             case.write(reading, report, self.about, self.scratch, more)
         except InputError as error:  # a series without the identifiers that --dicom needs
+            self._fail(case, error)
+        except OSError as error:
+            if not _of_one_case(error):
+                raise
             self._fail(case, error)
 
     def _dicom_writer(self, reading: Reading, report: WrittenReport) -> Callable[[Path, np.ndarray], object] | None:

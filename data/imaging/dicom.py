@@ -13,6 +13,7 @@ import logging
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -33,6 +34,8 @@ _GEOMETRY = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpac
 _GEOMETRY |= dict.fromkeys(("Rows", "Columns", "RescaleSlope", "RescaleIntercept"), 1)
 _TAGS = ["SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "Modality", "ImageType", "SamplesPerPixel"]
 _TAGS += ["BitsAllocated", "NumberOfFrames", *_GEOMETRY]
+# Objects beside a scan that are no images of their own.
+_NO_IMAGES = ("SEG", "SR", "PR", "KO", "REG", "DOC", "RTSTRUCT", "RTPLAN", "RTDOSE")
 _STEP_TOLERANCE = 0.05  # of the distance between slices
 _PLAIN_SYNTAXES = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 _READ_BY_PYDICOM = (*_PLAIN_SYNTAXES, "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5")  # deflated, run lengths
@@ -63,12 +66,11 @@ class Series:
     def problem(self) -> str:
         """Why the series is no CT volume, or empty."""
         first = self.headers[0]
-        kinds = [str(kind).upper() for kind in np.atleast_1d(first.get("ImageType") or [])]
         modality = _text(first, "Modality")
         stored_as = getattr(first.file_meta.get("MediaStorageSOPClassUID"), "name", "")  # such as "MR Image Storage"
         if not any("Rows" in header for header in self.headers):
             return "no pixels"
-        if "LOCALIZER" in kinds:
+        if _is_scout(first):
             return "a scout"
         if modality not in ("CT", ""):
             return f"modality {modality}, expected CT"
@@ -82,13 +84,22 @@ class Series:
             return "no position in the patient (a secondary capture)"
         return ""
 
+    @property
+    def may_be_a_scan(self) -> bool:
+        """Whether, for all its :attr:`problem`, somebody may miss it: of another modality, or several frames a file."""
+        problem = self.problem.startswith(("modality", "several frames"))
+        return problem and _text(self.headers[0], "Modality") not in _NO_IMAGES
+
 
 def is_dicom(path: Path) -> bool:
     """By name, or by the mark that stands 128 bytes into every DICOM file."""
     if path.name.lower().endswith(DICOM_SUFFIXES):
         return True
-    with path.open("rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
+    try:
+        with path.open("rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:  # locked by another program, such as Excel's "~$cases.xlsx"
+        return False
 
 
 def files_below(folder: Path, *, deep: bool = True) -> list[Path]:
@@ -101,23 +112,38 @@ def files_below(folder: Path, *, deep: bool = True) -> list[Path]:
 
 
 def series_in(folder: Path, *, deep: bool = True) -> list[Series]:
-    """Every series below ``folder``, or in it alone, by number; files that name no series count as one.
+    """Every series below ``folder``, or in it alone, by number; files that name no series count as one. A scout is a
+    series of its own, whatever it is filed under.
 
     Raises InputError if there is no DICOM file, or one that cannot be read.
     """
-    grouped: dict[str, list[tuple[Path, Dataset]]] = defaultdict(list)
-    for file in files_below(folder, deep=deep):
-        if is_dicom(file) and (header := _header(file)) is not None:
-            grouped[_text(header, "SeriesInstanceUID")].append((file, header))
-    if not grouped:
+    files = [(file, file.stat()) for file in files_below(folder, deep=deep) if is_dicom(file)]
+    found = list(_grouped(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in files)))
+    if not found:
         raise InputError(f"{folder}: folder holds no DICOM file; name a .nii.gz file or the folder of a CT series")
-    found = [Series(*zip(*members, strict=True)) for _, members in sorted(grouped.items())]
     return sorted(found, key=lambda series: (len(number := _text(series.headers[0], "SeriesNumber")), number))
+
+
+@lru_cache(maxsize=4)  # of a folder with many series every header would be read again for each
+def _grouped(files: tuple[tuple[Path, int, int], ...]) -> tuple[Series, ...]:
+    """The series of files, each with its size and time of change."""
+    grouped: dict[tuple[str, bool], list[tuple[Path, Dataset]]] = defaultdict(list)
+    for file, _, _ in files:
+        if (header := _header(file)) is not None:
+            grouped[_text(header, "SeriesInstanceUID"), _is_scout(header)].append((file, header))
+    return tuple(Series(*zip(*members, strict=True)) for _, members in sorted(grouped.items()))
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of the series below a folder, or that the file named belongs to; no other series decides the image."""
+    if path.is_dir():
+        return files_below(path)
+    return next(list(series.files) for series in series_in(path.parent, deep=False) if path in series.files)
 
 
 def choose_series(path: Path) -> tuple[Series, list[str]]:
     """The CT series below a folder, or of the file named, and notes. Raises InputError where it is not exactly one."""
-    every = series_in(path if path.is_dir() else path.parent)
+    every = series_in(path) if path.is_dir() else series_in(path.parent, deep=False)
     if not path.is_dir():
         every = [series for series in every if path in series.files]
     volumes = [series for series in every if not series.problem]
@@ -260,6 +286,10 @@ def _pixels(path: Path, slope: float, intercept: float, shape: tuple[int, int]) 
     if pixels.shape != shape:
         raise InputError(f"{path}: pixels are {pixels.shape}, the header says {shape}; copy it again")
     return pixels
+
+
+def _is_scout(header: Dataset) -> bool:
+    return "LOCALIZER" in [str(kind).upper() for kind in np.atleast_1d(header.get("ImageType") or [])]
 
 
 def _text(header: Dataset, tag: str) -> str:

@@ -41,14 +41,14 @@ def name_of(path: Path) -> str:
 
 
 def files_of(path: Path) -> list[Path]:
-    """Every file whose content decides the image, in a fixed order: of a series, all files of its folder."""
+    """Every file whose content decides the image, in a fixed order."""
     if path.is_dir():
-        return dicom.files_below(path)
+        return dicom.files_of(path)
     for module in (nifti, itk_image):
         if path.name.lower().endswith(module.SUFFIXES):
             return module.files_of(path)
     if path.is_file() and dicom.is_dicom(path):
-        return [path, *files_of(path.parent)]
+        return dicom.files_of(path)
     return [path]
 
 
@@ -66,7 +66,8 @@ def scans_below(root: Path, without: Path | None = None) -> list[FoundScan]:
     """Every scan below ``root``, by name: files of the formats above, and each CT series of DICOM files.
 
     Hidden files and what lies below ``without`` are left out, and so are DICOM objects that are no volume (scouts,
-    secondary captures, reports). A folder whose DICOM files cannot be told apart is one scan with a problem.
+    secondary captures, reports). A folder whose DICOM files cannot be told apart is one scan with a problem, and so is
+    a series of several frames a file, or of another modality where there is no CT beside it.
     """
     found = []
     for here, folders, files in os.walk(root):
@@ -89,10 +90,15 @@ def _series_of(folder: Path, root: Path) -> list[FoundScan]:
     """The CT series of a folder, without those of its subfolders."""
     name = folder.relative_to(root).as_posix()
     try:
-        every = [series for series in dicom.series_in(folder, deep=False) if not series.problem]
+        every = dicom.series_in(folder, deep=False)
     except InputError as error:
         return [FoundScan(folder, name, str(error))]
-    return [FoundScan(series.files[0], f"{name}/{series.label}".removeprefix("./")) for series in every]
+    volumes = [series for series in every if not series.problem]
+    missed = [s for s in every if s.may_be_a_scan and not (volumes and s.problem.startswith("modality"))]
+    return [
+        FoundScan(series.files[0], f"{name}/{series.label}".removeprefix("./"), series.problem)
+        for series in [*volumes, *missed]
+    ]
 
 
 def _format_of(path: Path | str) -> ModuleType:

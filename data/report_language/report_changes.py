@@ -32,6 +32,14 @@ _LEVEL_WORDS = {"上": "upper", "中": "middle", "下": "lower", "upper": "upper
 _LEVEL_WORDS["lower"] = "lower"
 _LEVEL = re.compile(r"[上中下]|\b(?:upper|middle|mid|lower)\b", re.IGNORECASE)
 _SEGMENT = re.compile(r"段|尖|舌|底|segment|apex|apical|lingul|basal")  # a lobe's part does not move to another lobe
+# Only the right lung has this fissure.
+_RIGHT_ALONE = re.compile(r"水平裂|(?:minor|horizontal) fissure")
+# An earlier size that stays: beside it no other size may be said of the same finding.
+_EARLIER = re.compile(
+    r"原|前片|前次|上次|既往|先前|旧片|[由从][^,。;]{0,10}\d"
+    r"|previous|former|prior|compared|earlier|\bwas\b|\bfrom (?:about )?\d"
+)
+_COMPARED = ("larger", "smaller", "stable")
 _RANGE_MM = {"nodule": (3, 30), "mass": (31, 150)}  # 30 mm is where a nodule becomes a mass
 _ANY_MM = (3, 200)
 
@@ -96,6 +104,7 @@ class _Anchor:
     sizes: list[Span] = field(default_factory=list)
     keeps_side: bool = False
     keeps_level: bool = False
+    keeps_size: bool = False  # an earlier size stands beside it
     sentence: Span = (0, 0)
 
 
@@ -126,7 +135,8 @@ def _anchors(report: str, language: str) -> dict[int, _Anchor]:
                         anchor.sizes.append((token.start, token.end))
             loose = [t for t in tokens if t.kind == "place" and t.value[0] and (t.start, t.end) not in owned]
             for i in sentence.targets:
-                found[tokens[i].start].keeps_side = bool(loose)
+                found[tokens[i].start].keeps_side = bool(loose or _RIGHT_ALONE.search(normal, begin, stop))
+                found[tokens[i].start].keeps_size = _EARLIER.search(normal, begin, stop) is not None
                 found[tokens[i].start].sentence = _without_blanks(report, begin, stop)
             earlier = spans[groups[-1]] if groups else earlier if not sentence.targets else []
     return found
@@ -275,7 +285,7 @@ def _size_changes(
     changes = []
     for members in _linked(groups, lambda m: anchors[mentions[m].start].sizes):
         sized = [m for m in sorted(members) if mentions[m].size_mm]
-        if not sized:
+        if not sized or any(anchors[mentions[m].start].keeps_size or mentions[m].change in _COMPARED for m in sized):
             continue
         size = max(mentions[m].size_mm for m in sized)
         limits = [_RANGE_MM.get(mentions[m].finding, _ANY_MM) for m in sized]

@@ -1,4 +1,4 @@
-"""The four sections of a report, found by their headings. Text is only cut, never changed.
+"""The four sections of a report, found by their headings.
 
 Chinese 所见 / 结论 / 建议 / 病理倾向 with common synonyms, English Findings / Impression / Recommendation /
 Pathology tendency. A heading stands at the start of the text, of a line or of a sentence, and is followed by
@@ -17,6 +17,7 @@ HEADINGS = {
     "en": ("Findings", "Impression", "Recommendation", "Pathology tendency"),
 }  # of written reports, in the order of SECTIONS
 PREAMBLE = ""  # name of the text before the first heading
+HISTORY = "history"  # of what was known, asked and done before the scan was read: it states no findings
 
 # Longer headings before those that they contain.
 _HEADINGS = {
@@ -37,6 +38,13 @@ _HEADINGS = {
         "病理倾向性", "病理倾向", "病理提示", "倾向性诊断", "pathology tendency", "pathological tendency",
         "pathologic tendency", "pathology",
     ),
+    HISTORY: (
+        "临床病史", "现病史", "既往史", "病史摘要", "病史", "主诉", "临床诊断", "临床信息", "临床资料", "检查目的",
+        "检查项目", "检查部位", "检查方法", "检查技术", "扫描方法", "扫描技术", "成像技术",
+        "clinical indication", "indications", "indication", "clinical history", "clinical information",
+        "relevant history", "history", "reason for examination", "reason for exam", "reason for study", "technique",
+        "comparisons", "comparison", "procedure", "examination", "exam",
+    ),
 }  # fmt: skip
 _NAME_OF = {word.lower(): name for name, words in _HEADINGS.items() for word in words}
 _WORDS = "|".join(re.escape(word) for word in sorted(_NAME_OF, key=len, reverse=True))
@@ -46,6 +54,20 @@ _HEADING = re.compile(
     rf"|(?:(?<=[。；;.!！?？\n\s])|^)[ \t　]*(?:[一二三四五\d]+[、.．]\s*)?(?P<b>{_WORDS})\s*[:：]",
     re.IGNORECASE,
 )
+
+# A line that goes on in the next one, and one that cannot be its continuation.
+_STOPS = "。；;!！?？.:："
+_OPEN = re.compile(
+    r"(?:[,，、及和或与的为约见在于径]|大小|伴有?|明显|未见|显示|考虑"
+    r"|\b(?:no|or|and|of|the|an?|with|without|in|for|to|is|are|at|by|on|from|measuring|evidence|than|seen|left|right))$",
+    re.IGNORECASE,
+)
+_ITEM = re.compile(
+    r"[-*•·●○◆■【\[①-⑳]|[（(]?\d{1,2}(?:[)）、．]|\.(?!\d))|[一二三四五六七八九十]{1,2}[、.．]"
+    r"|[^\s,，。]{1,12}[:：]|[A-Z][A-Za-z ,/&-]{0,40}:"
+)
+_SIZE = re.compile(r"\d+(?:\.\d+)?\s*(?:[x×*]|mm|cm|毫米|厘米)", re.IGNORECASE)
+_LEAST_WIDTH = 16  # characters of a line that was cut at the width of a page
 
 
 @dataclass(frozen=True)
@@ -58,6 +80,29 @@ class Section:
 
     def of(self, text: str) -> str:
         return text[self.start : self.end]
+
+
+def unwrapped(text: str) -> str:
+    """The text with lines joined that an export broke inside a sentence; a list keeps its lines.
+
+    A line goes on where it ends in a word that asks for more, or, in a text with stops, without one: at the width of
+    the text, or before a small letter or a size.
+    """
+    lines = re.split(r"\r\n|\r|\n", text)
+    width = max(map(len, lines))
+    punctuated = re.search(r"[。；;]|\.(?!\d)", text) is not None
+    joined = lines[0]
+    for before, line in zip(lines, lines[1:], strict=False):
+        end, start = before.rstrip(), line.lstrip()
+        inside = end and start and end[-1] not in _STOPS and not _ITEM.match(start)
+        full = len(end) >= max(_LEAST_WIDTH, width - 2)
+        cut = punctuated and (full or start[:1].islower() or _SIZE.match(start) is not None)
+        if inside and (_OPEN.search(end) or cut):
+            space = "" if re.search("[\u4e00-\u9fff]", end + start) else " "
+            joined = joined.rstrip() + space + start
+        else:
+            joined += "\n" + line
+    return joined
 
 
 def split_sections(text: str) -> list[Section]:

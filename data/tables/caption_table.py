@@ -17,7 +17,7 @@ from pathlib import Path
 from config.errors import InputError
 from data.checks.problems import Problem, from_error, raise_errors
 from data.imaging.reader import SUFFIXES
-from data.report_language.sections import HEADINGS, SECTIONS
+from data.report_language.sections import HEADINGS, HISTORY, SECTIONS, split_sections, unwrapped
 from data.tables.columns import find_columns
 from data.tables.image_index import ImageIndex
 from data.tables.table_reader import decode, read_table
@@ -89,13 +89,48 @@ def scan_caption_table(
         raise InputError(f"{path} has no column 'answer' (nor findings or impression); {found}")
     if not table.rows:
         raise InputError(f"{path} has a header but no rows; expected one case a row")
+    roles, notes = _without_doubles(roles, notes, table.rows)
     index = ImageIndex(image_root or path.parent, path_map)
     rows, problems = [], list(table.problems)
     for number, cells in table.rows:
         row, of_row = _row(number, {role: cells.get(name, "").strip() for role, name in roles.items()}, index)
         problems += of_row
         rows += [row] if row else []
-    return TableScan(rows, sorted(problems), [*table.notes, *notes])
+    return TableScan(rows, sorted(problems), [*table.notes, *notes, *_of_reports(rows, table.rows, roles)])
+
+
+def _without_doubles(
+    roles: dict[str, str], notes: list[str], rows: Sequence[tuple[int, dict[str, str]]]
+) -> tuple[dict[str, str], list[str]]:
+    """Roles and notes, where whole reports and sections stand in columns of their own, of those with more text."""
+    parts = [role for role in SECTIONS if role in roles]
+    if "answer" not in roles or not parts:
+        return roles, notes
+    whole, of_parts = (
+        sum(len(cells.get(roles[role], "")) for _, cells in rows for role in of) for of in (["answer"], parts)
+    )
+    dropped = ["answer"] if of_parts > whole else parts
+    names = [f"'{roles[role]}'" for role in dropped]
+    kept = [f"'{roles[role]}'" for role in ("answer", *parts) if role in roles and role not in dropped]
+    notes = [note for note in notes if not any(note.startswith(f"column {name} is taken") for name in names)]
+    notes.append(f"not used: {', '.join(names)}; the report is in {', '.join(kept)}, with more text")
+    return {role: name for role, name in roles.items() if role not in dropped}, notes
+
+
+def _of_reports(
+    rows: Sequence[CaptionRow], cells: Sequence[tuple[int, dict[str, str]]], roles: dict[str, str]
+) -> list[str]:
+    """What is to be known of the reports' text."""
+    notes = []
+    given = dict(cells)
+    if "answer" in roles and (joined := sum(row.answer != given[row.number][roles["answer"]].strip() for row in rows)):
+        notes.append(f"{joined} report(s) are broken into lines inside sentences: their lines are joined")
+    if told := sum(any(part.name == HISTORY for part in split_sections(row.answer)) for row in rows):
+        notes.append(
+            f"{told} report(s) have a history, an indication or a technique, which no image shows and the model would "
+            "learn to write; keep findings and impression alone"
+        )
+    return notes
 
 
 def read_reports(path: Path) -> list[str]:
@@ -111,7 +146,7 @@ def read_reports(path: Path) -> list[str]:
         raise_errors(table.problems, path)
         roles, _ = find_columns(table.columns)
         rows = [{role: cells.get(name, "").strip() for role, name in roles.items()} for _, cells in table.rows]
-        texts = [cells["answer"] if "answer" in cells else join_sections(cells) for cells in rows]
+        texts = [unwrapped(cells["answer"] if "answer" in cells else join_sections(cells)) for cells in rows]
     texts = [text.strip() for text in texts if text.strip()]
     if not texts:
         raise InputError(f"{path} holds no report: expected one a line (.txt), or a table with a column 'answer'")
@@ -131,7 +166,7 @@ def _row(number: int, cells: dict[str, str], index: ImageIndex) -> tuple[Caption
     mask = index.path(cells["mask_path"]) if cells.get("mask_path") else None
     if mask and not _exists(mask):
         found.append(Problem(number, f"file not found: {mask}", _NOT_FOUND))
-    answer = cells["answer"] if "answer" in cells else join_sections(cells)
+    answer = unwrapped(cells["answer"] if "answer" in cells else join_sections(cells))
     missing = [name for name in ("findings", "impression") if "answer" not in cells and cells.get(name) == ""]
     if not answer:
         found.append(Problem(number, "'answer' is empty", "fill it in"))

@@ -24,7 +24,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
         "mask_path", "mask", "segmentation", "seg", "label_path", "掩膜路径", "掩膜", "标注路径", "标注", "分割路径",
         "分割", "病灶标注",
     ),
-    "question": ("question", "prompt", "instruction", "query", "问题", "提问", "提示"),
+    "question": ("question", "prompt", "instruction", "query", "问题", "提问"),
     "answer": (
         "answer", "report", "caption", "response", "text", "报告", "报告内容", "报告全文", "影像报告", "诊断报告",
         "检查报告", "答案",
@@ -35,7 +35,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     ),
     "impression": (
         "impression", "impressions", "impressions_en", "conclusion", "结论", "诊断结论", "检查结论", "印象", "诊断印象",
-        "诊断意见", "影像诊断", "影像学诊断", "诊断",
+        "诊断意见", "影像诊断", "影像学诊断", "诊断", "诊断提示", "影像提示", "提示",
     ),
     "recommendation": ("recommendation", "recommendations", "advice", "建议", "随访建议"),
     "tendency": ("pathology_tendency", "病理倾向"),

@@ -34,7 +34,7 @@ from data.findings import FindingRecord
 from data.imaging.dicom import is_dicom, slices_of
 from data.imaging.reader import read_header
 from data.imaging.volume import as_stored, refusing
-from data.report_language.sections import PREAMBLE
+from data.report_language.sections import HISTORY, PREAMBLE
 from engine.reporting import Reading, WrittenReport
 
 FILES = ("report_sr.dcm", "measurements_sr.dcm", "lesions_seg.dcm")
@@ -61,6 +61,7 @@ _HEADINGS = {  # of the sections of a report: heading (CID 7001), and what stand
     "recommendation": (("121074", "Recommendations"), ("121075", "Recommendation")),
     "tendency": (("121076", "Conclusions"), ("121077", "Conclusion")),
     PREAMBLE: (("121070", "Findings"), ("121071", "Finding")),
+    HISTORY: (("121060", "History"), ("121060", "History")),
 }
 _LANGUAGES = {"zh": "Chinese", "en": "English"}
 _DRAFT = {"is_complete": True, "is_final": False, "specific_character_set": CHARACTERS}

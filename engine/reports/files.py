@@ -42,6 +42,7 @@ from engine.run import environment
 from models.language_model.prefix_state import weights_fingerprint
 
 FORMAT = 1
+LONGEST = 150  # bytes of a part of a name; a file system's limit is 255, Windows' 260 characters for a whole path
 COLUMNS = ("case", "image", "status", "report", "findings", "findings_prompt", "least_confidence", "to_be_verified")
 _STYLE = """:root{color-scheme:light dark}body{font:15px/1.55 system-ui,sans-serif;margin:1.5em auto;max-width:1200px;
 padding:0 1em}input{font:inherit;padding:.35em .6em;width:min(28em,90%)}section{border-top:1px solid #8886;
@@ -65,11 +66,17 @@ class CaseFolder:
 
     @property
     def path(self) -> Path:
-        return self.out / "cases" / self.scan.name
+        return self.out / "cases" / self._place
 
     @property
     def failure(self) -> Path:
-        return self.out / "failed" / f"{self.scan.name}.json"
+        return self.out / "failed" / f"{self._place}.json"
+
+    @property
+    def _place(self) -> str:
+        """The scan's name, whose parts a file system takes with what is added to them."""
+        parts = self.scan.name.split("/")
+        return "/".join(part if len(part.encode()) <= LONGEST else _shortened(part) for part in parts)
 
     def record(self) -> dict[str, Any] | None:
         """``report.json``; None before there is one."""
@@ -81,8 +88,11 @@ class CaseFolder:
         record = self.record()
         if record is None:
             return False
-        if record["input"]["digest"] == input_digest(self.scan.path, self.memory):
-            return True
+        try:
+            if record["input"]["digest"] == input_digest(self.scan.path, self.memory):
+                return True
+        except (InputError, OSError):  # reading it says why
+            return False
         shutil.rmtree(self.path)
         return False
 
@@ -156,6 +166,11 @@ class CaseFolder:
                 name: round(value, 3) for name, value in [*reading.seconds.items(), ("writing", report.seconds)]
             },
         }
+
+
+def _shortened(part: str) -> str:
+    start = part.encode()[: LONGEST - 13].decode(errors="ignore")
+    return f"{start}_{blake2b(part.encode(), digest_size=6).hexdigest()}"
 
 
 def input_digest(path: Path, memory: Path) -> str:
@@ -276,7 +291,7 @@ def _section(case: CaseFolder, record: Mapping[str, Any] | None) -> str:
     title = f"<h2>{html.escape(case.scan.name)}</h2>"
     if record is None:
         return f"<section class='failed'>{title}<p>{html.escape(_reason(case) or 'not read yet')}</p></section>"
-    folder = f"cases/{quote(case.scan.name)}"
+    folder = quote(case.path.relative_to(case.out).as_posix())
     text = html.escape(f"{record['notice']}\n{record['marked']}".strip())
     text = re.sub("|".join(map(re.escape, TO_CHECK.values())), r"<mark>\g<0></mark>", text)
     remarks = "".join(f"<li>{html.escape(remark)}</li>" for remark in record["remarks"])

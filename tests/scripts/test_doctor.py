@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from scripts import doctor
 
 
 def lines(config: Path) -> dict[str, doctor.Line]:
-    return {line.what: line for line in doctor.configuration_lines(config)}
+    return {
+        line.what: line for check in (doctor.configuration_lines, doctor.language_model_lines) for line in check(config)
+    }
 
 
 @pytest.fixture
@@ -112,6 +115,16 @@ def test_a_check_that_hangs_is_not_waited_for(monkeypatch, capsys, config):
     assert time.monotonic() - started < 5
     printed = capsys.readouterr().out
     assert "?? " in printed and "not known within 0.5 s" in printed and status in (0, 1)
+
+
+def test_a_hub_that_does_not_answer_has_its_line_in_time(monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: release.wait())  # each address in turn
+    monkeypatch.setattr(doctor, "HUB_SECONDS", 0.2)
+    started = time.monotonic()
+    [line] = doctor.hub_lines("known/model")
+    release.set()
+    assert time.monotonic() - started < 3 and "no answer within 0.2 s" in line.text and "HF_ENDPOINT" in line.remedy
 
 
 def test_a_full_disk_never_has_a_line_that_deletes_what_was_trained(config, tmp_path, monkeypatch):

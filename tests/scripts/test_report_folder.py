@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import json
 import os
@@ -21,13 +22,14 @@ import pydicom
 import pytest
 
 from config.errors import InputError
-from data.imaging.reader import read_header, read_mask, read_volume
+from data.imaging.reader import FoundScan, read_header, read_mask, read_volume
 from data.phantom.dataset import make_dataset
 from engine.chain import SHIPPED_DEMO
 from engine.cli import Interrupted
-from engine.reporting import Reporter
+from engine.reporting import Reporter, ScanReader
 from engine.reports import files as report_files
 from engine.reports.dicom_output import FILES
+from engine.reports.files import CaseFolder
 from scripts import report_folder
 from tests.data.imaging.images import write_itk, write_study
 
@@ -244,3 +246,27 @@ def test_a_series_that_cannot_have_dicom_objects_does_not_end_the_run(scans, loa
     [failed] = (tmp_path / "out" / "failed").rglob("*.json")
     assert "has no FrameOfReferenceUID" in failed.read_text(encoding="utf-8")
     assert (tmp_path / "out" / "cases" / first.name / "report.txt").is_file()
+
+
+def test_a_locked_file_is_one_line_and_a_full_disk_ends_the_run(scans, load, tmp_path, monkeypatch, capsys):
+    def locked(number):
+        def read(self, path, *_, **__):
+            raise OSError(number, os.strerror(number), str(path))
+
+        return read
+
+    monkeypatch.setattr(ScanReader, "read", locked(errno.EACCES))
+    assert run(scans, tmp_path / "out", load) == report_folder.EXIT_UNUSABLE
+    assert capsys.readouterr().out.count("Permission denied") >= 3
+    monkeypatch.setattr(ScanReader, "read", locked(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left"):
+        run(scans, tmp_path / "out", load)
+
+
+def test_long_names_are_shortened_and_stay_different(tmp_path):
+    names = ["病" * 79 + f"{k}.nii.gz" for k in range(2)]
+    cases = [CaseFolder(FoundScan(tmp_path / name, f"a/{name}"), tmp_path / "out", tmp_path) for name in names]
+    for case in cases:
+        case.fail("no")
+        case.path.mkdir(parents=True)
+    assert len({case.path for case in cases}) == len({case.failure for case in cases}) == 2

@@ -113,6 +113,22 @@ def test_scouts_and_objects_without_pixels_are_left_out_and_said(tmp_path, caplo
     assert all(words in caplog.text for words in ("a scout", "no pixels", "left out series 1"))
 
 
+@pytest.mark.parametrize("name", ["000.dcm", "zzz.dcm"])
+def test_a_scout_inside_a_series_is_left_out(tmp_path, caplog, name):
+    write_series(tmp_path / "s", marked(), SeriesInstanceUID=None)
+    save(tmp_path / "s" / name, SeriesInstanceUID=None, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    assert np.array_equal(read_volume(tmp_path / "s").array, marked()) and "a scout" in caplog.text
+
+
+def test_another_series_and_other_files_do_not_decide_a_named_one(tmp_path):
+    files = write_series(tmp_path / "s", marked())
+    before = files_of(files[1])
+    write_series(tmp_path / "s", marked() // 2, "soft", SeriesInstanceUID="1.2.3.2", SeriesNumber=3)
+    (tmp_path / "s" / "reports").mkdir()
+    (tmp_path / "s" / "reports" / "report.txt").write_text("x", encoding="utf-8")
+    assert before == files_of(files[1]) == sorted(files)
+
+
 @pytest.mark.parametrize("tags", [("SeriesInstanceUID",), ("Modality",), ("SeriesInstanceUID", "Modality")])
 def test_an_anonymised_series_is_read_where_its_geometry_is_sound(tmp_path, caplog, tags):
     files = write_series(tmp_path / "s", marked(), **dict.fromkeys(tags))

@@ -195,3 +195,28 @@ def test_every_scan_of_a_folder_is_found_once(tmp_path):
     assert [scan.name for scan in found if scan.problem] == ["bad"]
     whole = [scan for scan in found if not scan.problem and "broken" not in scan.name]
     assert all(read_volume(scan.path).array.shape == marked().shape for scan in whole)
+
+
+def test_a_series_that_somebody_would_miss_is_a_scan_with_a_problem(tmp_path):
+    write_series(tmp_path / "frames", marked(), NumberOfFrames=40)
+    write_series(tmp_path / "other", marked(), Modality="OT")
+    write_series(tmp_path / "both", marked())
+    write_series(tmp_path / "both", marked(), "mr", SeriesInstanceUID="1.2.3.2", Modality="MR")
+    write_series(tmp_path / "labels", marked(), Modality="SEG")
+    found = {scan.name.split("/")[0]: scan.problem for scan in scans_below(tmp_path)}
+    assert found.keys() == {"frames", "other", "both"} and not found["both"]
+    assert "several frames" in found["frames"] and "modality OT, expected CT" in found["other"]
+
+
+def test_a_locked_file_of_another_program_stops_nothing(tmp_path, monkeypatch):
+    write_series(tmp_path / "s", marked())
+    (tmp_path / "s" / "~$cases.xlsx").write_bytes(b"owner")
+    real = type(tmp_path).open
+
+    def locked(self, *args, **options):
+        if self.name.startswith("~$"):
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(type(tmp_path), "open", locked)
+    assert [scan.problem for scan in scans_below(tmp_path)] == [""]

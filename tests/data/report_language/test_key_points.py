@@ -151,3 +151,16 @@ def test_key_points_of_mentions(report: str, keys: list[tuple[object, ...]]) -> 
         list(map(point_key, key_points_of(report, "auto" if not report else ("zh" if "：" in report else "en"))))
         == keys
     )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "INDICATION: 8 mm right upper lobe nodule.\nTECHNIQUE: CT.\nFINDINGS: No nodule is seen.",
+        "临床病史：发现右肺上叶结节1年。\n影像所见：双肺未见结节。",
+        "检查项目：胸部CT；临床诊断：右侧胸腔积液。影像所见：双肺未见异常。",
+        "COMPARISON: prior CT showed a 6 mm nodule.\nFINDINGS: No nodule.",
+    ],
+)
+def test_what_was_known_before_is_no_finding(text: str) -> None:
+    assert key_points_of(text, "en" if text.isascii() else "zh") == []

@@ -97,6 +97,20 @@ def test_a_nodule_stays_as_small_as_its_name() -> None:
     assert all(key_points_of(text, "zh")[0].size_mm <= 30 for text in changed("右肺见28mm结节。", "zh"))
 
 
+COMPARED = ["右肺上叶结节由5mm增至8mm。", "右肺上叶结节较前增大，现约10mm，原约8mm。"]
+
+
+@pytest.mark.parametrize("text", [*COMPARED, "A right upper lobe nodule measures 6 mm, previously 4 mm."])
+def test_a_size_beside_an_earlier_one_stays(text: str) -> None:
+    size = key_points_of(text, "en" if text.isascii() else "zh")[0].size_mm
+    for new in changed(text, "en" if text.isascii() else "zh", 20):
+        assert key_points_of(new, "en" if text.isascii() else "zh")[0].size_mm == size
+
+
+def test_a_fissure_of_the_right_lung_stays_on_the_right() -> None:
+    assert all("右肺水平裂" in text for text in changed("右肺水平裂见5mm结节。", "zh", 20))
+
+
 @pytest.mark.parametrize("text", ["", "双肺未见异常。", "右侧胸腔积液，左侧胸腔未见积液。"])
 def test_what_cannot_change_stays(text: str) -> None:
     assert set(changed(text, "zh", 10)) == {text}

@@ -136,6 +136,49 @@ def test_a_whole_report_wins_over_its_sections_and_that_is_reported(folder):
     assert any("'path'" in note and "not used" in note for note in scan.notes)
 
 
+def test_a_column_of_reports_with_less_text_than_the_sections_is_not_the_report(folder):
+    text = "影像路径,检查所见,诊断意见,报告\na.nii.gz,右肺上叶见结节。,右肺上叶结节。,已审核\n"
+    scan = scan_caption_table(table(folder, text))
+    assert scan.rows[0].answer == "所见：右肺上叶见结节。结论：右肺上叶结节。"
+    assert any("not used: '报告'; the report is in '检查所见', '诊断意见'" in note for note in scan.notes)
+    assert not any("'报告' is taken" in note for note in scan.notes)
+
+
+def test_a_hint_is_an_impression_and_a_path_may_stand_in_quotes(folder):
+    scan = scan_caption_table(table(folder, '影像路径,所见,提示\n"""a.nii.gz""",右肺上叶见结节。,右肺结节\n'))
+    assert scan.rows[0].answer == "所见：右肺上叶见结节。结论：右肺结节。" and not scan.problems
+
+
+WRAPPED = {
+    "No evidence of effusion or\npneumothorax. A nodule in the\nright upper lobe measuring\n8 mm.": (
+        "No evidence of effusion or pneumothorax. A nodule in the right upper lobe measuring 8 mm."
+    ),
+    "双肺未见明显\r\n结节及实变影。\r\n纵隔未见异常。": "双肺未见明显结节及实变影。\n纵隔未见异常。",
+    "双侧胸廓对称，气管居中，双肺纹理清晰，右肺见结节，大小约1\n2mm，边缘光滑。\n结论：结节。": (
+        "双侧胸廓对称，气管居中，双肺纹理清晰，右肺见结节，大小约12mm，边缘光滑。\n结论：结节。"
+    ),
+}
+LISTS = [
+    "1. 右肺上叶结节\n2. 左侧胸腔积液",
+    "右肺上叶结节\n左侧胸腔积液",
+    "Lungs: clear\nPleura: no effusion.",
+    "右肺结节。\n\n结论：结节。",
+]
+
+
+@pytest.mark.parametrize(("text", "joined"), [*WRAPPED.items(), *((text, text) for text in LISTS)])
+def test_lines_broken_inside_sentences_are_joined_and_lists_are_not(folder, text, joined):
+    quoted = text.replace('"', '""')
+    scan = scan_caption_table(table(folder, f'image_path,answer\na.nii.gz,"{quoted}"\n'))
+    assert scan.rows[0].answer == joined
+    assert any("lines are joined" in note for note in scan.notes) == (text != joined)
+
+
+def test_a_history_is_said(folder):
+    scan = scan_caption_table(table(folder, 'image_path,answer\na.nii.gz,"INDICATION: nodule.\nFINDINGS: Clear."\n'))
+    assert any(note.startswith("1 report(s) have a history") for note in scan.notes)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
