@@ -59,6 +59,7 @@ from engine.training.start import (
 )
 from engine.training.text_loss import far_above, text_loss
 from models.findings_head import Found
+from models.language_model.adapter_file import adapter_digest
 from models.language_model.identity import read_lm_config
 from models.language_model.mamba_lm import MambaLM
 from models.medical_vlm import MedicalVLM, check_regions, loss_counts
@@ -82,6 +83,7 @@ def main() -> None:
 
     # ---------------------------------------------------------------- model and data
     read_lm_config(config.mamba_model)  # a wrong name is answered before any volume is read
+    adapter_digest(config.language_model_adapters)  # a wrong file too
     plan = start.preprocess_plan if start is not None else load_plan(config)
     config, cache = prepare_data(config, plan, accelerator, problems, force=args.force)  # nnU-Net has the GPU alone
     weights = {"stage0": config.language_model_adapters, "int8": args.llm_int8}

@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from config.errors import InputError
+from config.errors import InputError, first_line
 from config.files import write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -186,6 +186,10 @@ def load_config(path: str | Path | None = None, **overrides: Any) -> Config:
     except UnicodeDecodeError as error:
         detail = f"{error.reason} at byte {error.start}"
         raise InputError(f"{path} is not UTF-8 text ({detail}): save it as UTF-8") from error
+    except InputError:
+        raise
+    except ValueError as error:  # a date that is none
+        raise InputError(f"{path}: {first_line(error)}: put values such as 2024-13-45 in quotes") from error
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected 'key: value' lines, found a {type(values).__name__}")

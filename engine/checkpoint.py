@@ -142,8 +142,10 @@ def save_checkpoint(
 def read_torch_file(path: Path, what: str) -> dict[str, Any]:
     """``torch.load(weights_only=True)`` of a dictionary, with one clear line when it cannot be."""
     if not path.is_file():
-        raise InputError(f"{what} not found: {path}")
+        raise InputError(f"{what} {'is a folder' if path.is_dir() else 'not found'}: {path}")
     if not zipfile.is_zipfile(path):  # as torch has saved since 1.6; anything else ends in all kinds of exceptions
+        if path.suffix == ".safetensors":
+            raise InputError(f"{path} is no {what}: adapters are named by the key language_model_adapters")
         raise InputError(f"{path} is not a readable {what}: truncated while it was copied, or no file of torch's")
     if pickle_contains(path, "network_weights"):  # NumPy scalars in it would not load
         raise InputError(f"{path} is an nnU-Net checkpoint: give it as nnunet_encoder_checkpoint in the configuration")

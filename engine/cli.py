@@ -79,12 +79,16 @@ def run_main(main: Callable[[], int | None]) -> None:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         code = EXIT_BAD_INPUT
     except OSError as problem:
-        if problem.errno not in ENVIRONMENT:
+        if problem.errno not in (*ENVIRONMENT, errno.EEXIST, errno.ENOTDIR):
             raise
         where = f"{problem.filename}: " if problem.filename else ""
-        print(f"error: {where}{problem.strerror}; files written before are whole: put that right (free space, "
-              "permissions, a program that shows the file) and run the same command, it goes on from them",
-              file=sys.stderr, flush=True)  # fmt: skip
+        remedy = (
+            "files written before are whole: put that right (free space, permissions, a program that shows the file) "
+            "and run the same command, it goes on from them"
+        )
+        if problem.errno not in ENVIRONMENT:
+            remedy = "it is a file, or lies below one: name a folder"
+        print(f"error: {where}{problem.strerror}; {remedy}", file=sys.stderr, flush=True)
         code = EXIT_BAD_INPUT
     except (RuntimeError, MemoryError) as problem:
         if not is_out_of_memory(problem):

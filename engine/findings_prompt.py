@@ -30,7 +30,7 @@ from data.finding_targets import LEAST_POSITIVE, MOST_LESIONS, PromptErrors, Tar
 from data.findings import LESION, FindingRecord
 from data.lesion_sizes import fit_sizes
 from data.medical_vlm_dataset import MedicalVLMDataset, encode_key_points, pad_tokens
-from data.report_language.key_points import OUTSIDE_LUNG, key_points_of, list_key_points, write_key_points
+from data.report_language.key_points import MOST_MM, OUTSIDE_LUNG, key_points_of, list_key_points, write_key_points
 from data.report_language.sections import HISTORY, PREAMBLE, split_sections, split_sentences
 from engine.parallel import of_all
 from models.findings_head import SIDES, UNKNOWN, ZONES, FindingsHead, Found
@@ -97,7 +97,7 @@ def set_sizes(head: FindingsHead | None, *tables: MedicalVLMDataset) -> None:
         (said, data.measured(row) or []) for data in tables for row, said in enumerate(data.stated) if said is not None
     ]
     fit = fit_sizes(head.names, cases)
-    head.set_sizes(torch.from_numpy(fit.weights))
+    head.set_sizes(torch.from_numpy(fit.weights), torch.from_numpy(fit.span))
     if math.isnan(fit.left_out):
         print(f"lesion sizes: {fit.lesions} stated of measured lesions, too few to fit: said as measured", flush=True)
     else:
@@ -203,8 +203,10 @@ def _named(head: FindingsHead, said: Found, k: int, lesion: FindingRecord) -> Fi
 
 
 def _as_stated(head: FindingsHead, said: Found, k: int, kind: int, lesion: FindingRecord) -> FindingRecord:
-    """Measured lesion ``k`` as one of the head's findings, with its size as reports state it."""
+    """Measured lesion ``k`` as one of the head's findings, with its size as reports state it; as it is measured where
+    that cannot be."""
     size = lesion.size_mm and max(1.0, lesion.size_mm * float(said.lesion_size[0, k]))
+    size = lesion.size_mm if size and size > MOST_MM else size
     return replace(lesion, finding=head.names[kind], size_mm=size, probability=float(said.lesion[0, k, kind]))
 
 

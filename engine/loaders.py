@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +21,7 @@ from data.checks.data_check import check_validation, quick_check
 from data.checks.problems import Level, Problem, raise_errors
 from data.medical_vlm_dataset import CaptionCollator, MedicalVLMDataset, encode_answer
 from data.segmentation_scores import choose_min_lesion
-from data.tables.caption_table import CaptionRow, read_caption_table
+from data.tables.caption_table import CaptionRow, read_caption_table, read_prompts
 from data.view_selection import ViewSelection, slices_for
 from engine.interrupt import data_workers
 from engine.parallel import my_part
@@ -172,6 +173,8 @@ def check_tables(config: Config, validation: Level = "warning", *, toys: bool = 
     train, val = (read_caption_table(t, image_root=config.table_root, path_map=config.path_map) for t in tables)
     if not toys:
         check_toy_models(config, [row.image_path for row in (*train, *val)], allow=False)
+    if config.caption_prompt_json:
+        read_prompts(Path(config.caption_prompt_json))
     found = quick_check(train=train, val=val)
     problems = check_validation(val, validation)
     raise_errors(problems, config.caption_csv_val)

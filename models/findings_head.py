@@ -62,11 +62,14 @@ class FindingsHead(nn.Module):
         self.register_buffer("lesion_temperature", torch.ones(()))
         self.register_buffer("segmented", torch.zeros(len(self.names), dtype=torch.bool))
         self.register_buffer("size_weights", torch.zeros(len(self.names), descriptors))
-        self.set_sizes(self.size_weights)
+        self.register_buffer("size_range", torch.tensor([[-math.inf], [math.inf]]).repeat(1, descriptors))
+        self.set_sizes(self.size_weights, self.size_range)
 
-    def set_sizes(self, weights: Tensor) -> None:
-        """``weights`` (F, P): maps of descriptors to the log of stated over measured size."""
+    def set_sizes(self, weights: Tensor, span: Tensor) -> None:
+        """``weights`` (F, P): maps of descriptors to the log of stated over measured size; ``span`` (2, P): least and
+        most of what they were fitted on, beyond which they do not go."""
         self.size_weights.copy_(weights)
+        self.size_range.copy_(span)
         self.of_lesion.weight.data[-1] = self.of_lesion.bias.data[-1] = 0
 
     def forward(self, visual: Tensor, lesions: Tensor) -> Found:
@@ -84,7 +87,8 @@ class FindingsHead(nn.Module):
         findings, lesion = queries.split([len(self.names), lesions.shape[1]], dim=1)
         presence, side, zone, size = self.of_finding(findings).split([1, len(SIDES), len(ZONES), 1], dim=-1)
         kind, factor = self.of_lesion(lesion).split([len(self.names) + 1, 1], dim=-1)
-        sizes = (lesions[:, :, None] * self.size_weights).sum(-1)  # (B, M, F), in float32 under autocast too
+        inside = lesions.clamp(*self.size_range)
+        sizes = (inside[:, :, None] * self.size_weights).sum(-1)  # (B, M, F), in float32 under autocast too
         factor = factor[..., 0] + (kind[..., :-1].softmax(-1) * sizes).sum(-1)
         return Found(presence[..., 0], side, zone, size[..., 0], kind, factor)
 

@@ -299,3 +299,4 @@ def add_missing_weights(weights: dict[str, Tensor]) -> None:
         n = len(weights["head.query"])
         weights.setdefault("head.segmented", torch.zeros(n, dtype=torch.bool))
         weights.setdefault("head.size_weights", torch.zeros(n, DESCRIPTORS))
+        weights.setdefault("head.size_range", torch.tensor([[-torch.inf], [torch.inf]]).repeat(1, DESCRIPTORS))

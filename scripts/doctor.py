@@ -161,9 +161,9 @@ def configuration_lines(path: Path | None) -> Iterator[Line]:
         yield Line("configuration", str(error), _edit(file))
         return
     yield Line("configuration", f"{file}, mamba_model {values.mamba_model}")
-    for key in ("caption_csv_train", "caption_csv_val", "nnunet_encoder_checkpoint", "caption_prompt_json"):
-        value = getattr(values, key)
-        needed = key != "caption_prompt_json"
+    needed_keys = ("caption_csv_train", "caption_csv_val", "nnunet_encoder_checkpoint")
+    for key in (*needed_keys, "caption_prompt_json", "language_model_adapters"):
+        value, needed = getattr(values, key), key in needed_keys
         if value and Path(value).is_file():
             yield Line(key, f"{value}, {Path(value).stat().st_size / 2**20:.2f} MiB")
         elif value and "quickstart" in value:

@@ -60,7 +60,7 @@ if __name__ == "__main__":
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -169,7 +169,7 @@ class FolderRun:
             return
         readings |= {case: self._read(case) for case in group if case not in missing}
         whole = [(case, readings[case]) for case in group if readings[case] is not None]
-        for (case, reading), report in zip(whole, self.reporter.write([one for _, one in whole]), strict=True):
+        for case, reading, report in self._written(whole):
             if case in missing:
                 self._keep(case, reading, report)
                 if self.server:
@@ -188,6 +188,21 @@ class FolderRun:
                 raise
             self._fail(case, error)
             return None
+
+    def _written(
+        self, whole: Sequence[tuple[CaseFolder, Reading]]
+    ) -> Iterator[tuple[CaseFolder, Reading, WrittenReport]]:
+        """The reports of a group; one that cannot be written leaves the others theirs."""
+        try:
+            reports = self.reporter.write([reading for _, reading in whole])
+        except InputError as error:
+            if len(whole) == 1:
+                self._fail(whole[0][0], error)
+                return
+            for one in whole:
+                yield from self._written([one])
+            return
+        yield from ((case, reading, report) for (case, reading), report in zip(whole, reports, strict=True))
 
     def _fail(self, case: CaseFolder, error: Exception) -> None:
         reason = " ".join(str(error).split()) or "not enough memory"

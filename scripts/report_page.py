@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     add_reading_flags(parser, llm_device="auto")
     parser.add_argument("--card", type=Path, help="report_card.json of the checkpoint: its verdict and calibration")
     parser.add_argument("--host", default="127.0.0.1", help="address to answer on; another one needs --password")
-    parser.add_argument("--port", type=int, default=8350, help="0: any free one")
+    parser.add_argument("--port", type=int, choices=range(65536), metavar="PORT", default=8350, help="0: any free one")
     parser.add_argument("--password", help="asked for before anything is shown")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--max_upload_mb", type=positive_int, default=2048, help="of one scan")

@@ -68,7 +68,7 @@ def changed_keys(pairs: list[str]) -> dict[str, str]:
     found = dict(pair.partition("=")[::2] for pair in pairs)
     for key, value in found.items():
         if not key or not value:
-            raise InputError(f"--set {key}={value}: expected KEY=VALUE")
+            raise InputError(f"--set {f'{key}={value}' if value else key}: expected KEY=VALUE")
     return found
 
 
@@ -105,12 +105,13 @@ def segmentation_scores(out: Path) -> dict[str, float | None]:
 def main() -> None:
     args = parse_args()
     args.out = args.out.resolve()
-    first = {}
-    if args.language_model is None:
-        args.language_model = args.out.parent / "mamba_general"
+    first, made_here = {}, args.language_model is None
+    args.language_model = args.language_model or args.out.parent / "mamba_general"
+    steps = plan(args)
+    if made_here:
         made = chain.language_model(args.language_model, LANGUAGE_MODEL_SEED)
         first = {made.name: chain.run_step(made, args.out.parent)[0]}
-    seconds = first | chain.run_steps(plan(args), args.out)
+    seconds = first | chain.run_steps(steps, args.out)
     card = chain.read_card(args.out / "card")
     found = chain.main_scores(card) | {
         "pointing_game": chain.read_card(args.out / "pointing")["pointing_game"],

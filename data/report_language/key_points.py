@@ -116,4 +116,5 @@ def _point(w: Words, f: FindingRecord) -> str:
     kind = "zone" if f.zone else "lobe" if f.lobe else "side" if f.finding in OUTSIDE_LUNG else "lung"
     place = w.place[kind].format(side=w.sides[f.side], level=w.levels.get(f.level, ""))
     place = place if f.side or f.level else ""
-    return place + w.names[f.finding] + (w.size.format(mm=round(f.size_mm)) if f.size_mm is not None else "")
+    size = "" if f.size_mm is None else w.size.format(mm=min(MOST_MM, round(f.size_mm)))
+    return place + w.names[f.finding] + size

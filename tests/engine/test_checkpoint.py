@@ -156,7 +156,7 @@ def test_a_checkpoint_from_before_a_key_existed_has_its_default(saved):
 
 def test_missing_file_and_folder(tmp_path):
     assert "checkpoint not found" in refusal(tmp_path / "absent.pt")
-    assert "checkpoint not found" in refusal(tmp_path)
+    assert "checkpoint is a folder" in refusal(tmp_path)
     with pytest.raises(InputError, match="training state not found"):
         read_torch_file(tmp_path / "absent.pt", "training state")
 
@@ -282,13 +282,13 @@ def test_a_head_that_learnt_its_sizes_keeps_them_until_they_are_fitted(tmp_path,
     torch.nn.init.ones_(vision.head.of_lesion.bias)
     path = save(tmp_path / "older.pt", vision, source[1], config)
     content = torch.load(path, weights_only=True)
-    del content["model_state_dict"]["head.size_weights"]
+    del content["model_state_dict"]["head.size_weights"], content["model_state_dict"]["head.size_range"]
     torch.save(content, path)
     head = load_checkpoint(path).build_vision().eval().head
     visual, lesions = torch.randn(1, 9, LLM_WIDTH), torch.rand(1, 3, DESCRIPTORS)
     learnt = head(visual, lesions).lesion_size
     torch.testing.assert_close(learnt, torch.ones(1, 3))
-    head.set_sizes(head.size_weights)
+    head.set_sizes(head.size_weights, head.size_range)
     assert not head(visual, lesions).lesion_size.any()
 
 

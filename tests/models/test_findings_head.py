@@ -158,7 +158,7 @@ def test_a_lesion_has_the_size_of_its_kind(head: FindingsHead) -> None:
     assert head(visual(), lesions()).lesion_size.abs().max() == 0, "as measured, before sizes are fitted"
     weights = torch.zeros(2, DESCRIPTORS)
     weights[:, -1] = torch.tensor([math.log(2), -math.log(2)])
-    head.set_sizes(weights)
+    head.set_sizes(weights, head.size_range)
     for logits, factor in (
         ([9.0, -9.0, 0.0], 2.0),
         ([-9.0, 9.0, 0.0], 0.5),
@@ -169,6 +169,17 @@ def test_a_lesion_has_the_size_of_its_kind(head: FindingsHead) -> None:
         head.of_lesion.bias.data[:-1] = torch.tensor(logits)
         said = head.probabilities(head(visual(), lesions()))
         torch.testing.assert_close(said.lesion_size[:, :2], torch.full((B, 2), factor))
+
+
+def test_sizes_do_not_go_beyond_the_lesions_that_they_were_fitted_on(head: FindingsHead) -> None:
+    """Metal: a density of ten times the densest one's."""
+    head.of_lesion.bias.data.zero_()
+    weights, span = torch.zeros(2, DESCRIPTORS), head.size_range.clone()
+    weights[:, 4], span[:, 4] = 1.0, torch.tensor([-1.0, 0.5])
+    head.set_sizes(weights, span)
+    rows = torch.zeros(1, 3, DESCRIPTORS)
+    rows[..., -1], rows[0, :, 4] = 1.0, torch.tensor([0.25, 5.0, -9.0])
+    torch.testing.assert_close(head(visual()[:1], rows).lesion_size[0], torch.tensor([0.25, 0.5, -1.0]))
 
 
 def test_calibration_lowers_the_loss_and_keeps_the_order(head: FindingsHead) -> None:

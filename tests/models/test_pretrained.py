@@ -60,11 +60,10 @@ def test_the_folder_is_a_checkpoint_for_every_script(saved):
 def test_a_folder_from_before_sizes_were_fitted_is_read(saved, demo_reporter, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "older")
     weights = load_file(folder / "model.safetensors")
-    [key] = [name for name in weights if name.endswith("head.size_weights")]
-    del weights[key]
+    weights = {name: weight for name, weight in weights.items() if "head.size_" not in name}
     save_file(weights, folder / "model.safetensors")
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    del described["model_state_dict"]["head.size_weights"]
+    del described["model_state_dict"]["head.size_weights"], described["model_state_dict"]["head.size_range"]
     (folder / "config.json").write_text(json.dumps(described), encoding="utf-8")
     model = MedicalVLM.from_pretrained(folder, mamba_model=demo_reporter.model.lm.name)
     assert not model.vision.head.size_weights.any()

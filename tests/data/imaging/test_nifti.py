@@ -107,3 +107,18 @@ def test_real_lesion_mask_lies_on_its_scan(shared):
     assert (slices.min(), slices.max()) == (42, 50)
     # A mass in the left posterior lung: the larger half of both in-plane axes in LPS.
     assert columns.mean() > image.array.shape[2] / 2 and rows.mean() > image.array.shape[1] / 2
+
+
+def test_the_checksum_of_a_packed_file_is_compared(tmp_path):
+    """It is all that tells a flipped bit of the voxels; nibabel stops before it."""
+    path = tmp_path / "scan.nii.gz"
+    array = (
+        np.random.default_rng(0).integers(0, 9000, (40, 41, 42)).astype(np.int16)
+    )  # larger than what is read at once
+    nib.save(nib.Nifti1Image(array, np.diag([-1.0, -1, 1, 1])), path)
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 1
+    path.write_bytes(content)
+    nib.load(path).get_fdata()
+    with pytest.raises(InputError, match="image data cannot be read .*CRC"):
+        read_volume(path)
