@@ -22,6 +22,7 @@ from engine.cli import (
     find_checkpoint,
     hours_from_now,
     local_config,
+    run_main,
 )
 
 Capture = pytest.CaptureFixture[str]
@@ -84,3 +85,11 @@ def test_a_time_of_day_is_the_next_one_and_hours_start_now():
         expected = until if minutes > 0 else until + timedelta(days=1)
         assert clock_time(f"{until:%H:%M}") == expected.timestamp()
     assert hours_from_now("1.5") == pytest.approx(time.time() + 5400, abs=5)
+
+
+def test_a_file_where_a_folder_is_needed_is_one_line(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda: (tmp_path / "file" / "out").mkdir(parents=True))
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and str(tmp_path / "file") in printed and "name a folder" in printed

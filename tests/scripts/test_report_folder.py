@@ -270,3 +270,18 @@ def test_long_names_are_shortened_and_stay_different(tmp_path):
         case.fail("no")
         case.path.mkdir(parents=True)
     assert len({case.path for case in cases}) == len({case.failure for case in cases}) == 2
+
+
+def test_a_report_that_cannot_be_written_leaves_the_others_theirs(scans, load, whole, tmp_path, monkeypatch, capsys):
+    real = Reporter.write
+
+    def write(self, readings):
+        if any("test_0001" in str(reading.image) for reading in readings):
+            raise InputError("a size of 1916 mm, expected up to 500 mm")
+        return real(self, readings)
+
+    monkeypatch.setattr(Reporter, "write", write)
+    assert run(scans, tmp_path / "out", load, "--dicom") == report_folder.EXIT_UNUSABLE
+    assert "test_0001.nii.gz: a size of 1916 mm" in capsys.readouterr().out
+    written = {path.name for path in (tmp_path / "out" / "cases").iterdir()}
+    assert written == {path.name for path in (whole / "cases").iterdir()} - {"test_0001.nii.gz"}
