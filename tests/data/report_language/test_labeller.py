@@ -366,3 +366,8 @@ def test_headings_in_brackets_stand_anywhere_and_others_may_be_numbered() -> Non
         ("findings", "双肺清晰。"),
         ("impression", "未见异常。"),
     ]
+
+
+def test_what_was_taken_out_is_no_finding() -> None:
+    assert label_report("右肺结节术后改变。右肺上叶结节切除术后，术区未见异常。") == []
+    assert [m.finding for m in label_report("左肺癌术后复查，右肺上叶见结节。")] == ["nodule"]
