@@ -127,7 +127,7 @@ if hasattr(os, "register_at_fork"):
 
 def _over_threads(run: Callable[[int, int], T], tasks: int, portions: int = 1) -> list[T]:
     """Call run(low, high) on even ranges that cover range(tasks), so many for each thread, which takes one after the
-    other: a thread that another program holds up leaves its ranges to the others. Results in the order of the ranges."""
+    other: one that another program holds up leaves its ranges to the others. Results in the order of the ranges."""
     threads = min(torch.get_num_threads(), tasks)
     ranges = min(threads * portions, tasks)
     bounds = [tasks * i // max(1, ranges) for i in range(ranges + 1)]
