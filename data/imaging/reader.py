@@ -66,8 +66,8 @@ def scans_below(root: Path, without: Path | None = None) -> list[FoundScan]:
     """Every scan below ``root``, by name: files of the formats above, and each CT series of DICOM files.
 
     Hidden files and what lies below ``without`` are left out, and so are DICOM objects that are no volume (scouts,
-    secondary captures, reports). A folder whose DICOM files cannot be told apart is one scan with a problem, and so is
-    a series of several frames a file, or of another modality where there is no CT beside it.
+    secondary captures, reports). A folder whose DICOM files make no series is one scan with a problem, and so is a
+    series of several frames a file, or of another modality where there is no CT beside it.
     """
     found = []
     for here, folders, files in os.walk(root):

@@ -58,8 +58,8 @@ _HEADING = re.compile(
 # A line that goes on in the next one, and one that cannot be its continuation.
 _STOPS = "。；;!！?？.:："
 _OPEN = re.compile(
-    r"(?:[,，、及和或与的为约见在于径]|大小|伴有?|明显|未见|显示|考虑"
-    r"|\b(?:no|or|and|of|the|an?|with|without|in|for|to|is|are|at|by|on|from|measuring|evidence|than|seen|left|right))$",
+    r"(?:[,，、及和或与的为约见在于径]|大小|伴有?|[未无]见?明显|未见|显示|考虑"
+    r"|\b(?:no|or|and|of|the|an?|with|without|in|for|to|is|are|at|by|on|from|measuring|evidence|than))$",
     re.IGNORECASE,
 )
 _ITEM = re.compile(

@@ -123,12 +123,13 @@ def _of_reports(
     """What is to be known of the reports' text."""
     notes = []
     given = dict(cells)
-    if "answer" in roles and (joined := sum(row.answer != given[row.number][roles["answer"]].strip() for row in rows)):
+    lines = [(row.answer, given[row.number][roles["answer"]].strip()) for row in rows] if "answer" in roles else []
+    if joined := sum(len(now.splitlines()) < len(cell.splitlines()) for now, cell in lines):
         notes.append(f"{joined} report(s) are broken into lines inside sentences: their lines are joined")
-    if told := sum(any(part.name == HISTORY for part in split_sections(row.answer)) for row in rows):
+    if with_history := sum(any(part.name == HISTORY for part in split_sections(row.answer)) for row in rows):
         notes.append(
-            f"{told} report(s) have a history, an indication or a technique, which no image shows and the model would "
-            "learn to write; keep findings and impression alone"
+            f"{with_history} report(s) have a history, an indication or a technique, which no image shows and the "
+            "model would learn to write; keep findings and impression alone"
         )
     return notes
 

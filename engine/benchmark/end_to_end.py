@@ -97,16 +97,8 @@ def write_inputs(size: Size, root: Path) -> None:
 
 def run(size: Size, root: Path, flags: list[str]) -> dict[str, float]:
     """Seconds of each part of one call of the script; a process of its own, but at the size tiny."""
-    command = [
-        str(SCRIPT),
-        "--checkpoint",
-        str(root / "untrained.pt"),
-        "--allow_toy_model",
-        "--question",
-        QUESTION,
-        "--findings",
-        FINDINGS,
-    ]
+    command = [str(SCRIPT), "--checkpoint", str(root / "untrained.pt"), "--allow_toy_model"]
+    command += ["--question", QUESTION, "--findings", FINDINGS]
     command += ["--image", str(SHIPPED_DEMO / "data" / "images" / "val_0000.nii.gz"), "--max_new_tokens", str(NEW)]
     command += [str(root / flag) if flag == "int8" else flag for flag in flags]
     started, here = time.perf_counter(), size.name == "tiny"

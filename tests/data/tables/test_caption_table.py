@@ -163,6 +163,8 @@ LISTS = [
     "右肺上叶结节\n左侧胸腔积液",
     "Lungs: clear\nPleura: no effusion.",
     "右肺结节。\n\n结论：结节。",
+    "双肺纹理增多明显\n右肺上叶结节",
+    "Pleural effusion, left\nNodule, right upper lobe",
 ]
 
 
@@ -172,6 +174,11 @@ def test_lines_broken_inside_sentences_are_joined_and_lists_are_not(folder, text
     scan = scan_caption_table(table(folder, f'image_path,answer\na.nii.gz,"{quoted}"\n'))
     assert scan.rows[0].answer == joined
     assert any("lines are joined" in note for note in scan.notes) == (text != joined)
+
+
+def test_line_ends_of_windows_are_not_called_broken_lines(folder):
+    scan = scan_caption_table(table(folder, 'image_path,answer\na.nii.gz,"所见：双肺清晰。\r\n结论：正常。"\n'))
+    assert scan.rows[0].answer == "所见：双肺清晰。\n结论：正常。" and not scan.notes
 
 
 def test_a_history_is_said(folder):
