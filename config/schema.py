@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import os
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -234,7 +233,8 @@ def resolve_path(raw: str, base: Path, path_map: dict[str, str] | None = None) -
             if not (_inside(here, there) and _inside(unified, here)):
                 unified = here + unified[len(there) :]
             break
-    path = Path(os.path.expanduser(unified))  # noqa: PTH111  (pathlib's raises for a cell such as "~$scan.nii.gz")
+    # The user's own home alone: a cell such as "~$scan.nii.gz" is no home, though Windows would make one of it.
+    path = Path.home() / unified[2:] if unified == "~" or unified.startswith("~/") else Path(unified)
     has_drive = len(unified) > 1 and unified[1] == ":"  # of another machine, when this one is not Windows
     return path if path.is_absolute() or has_drive else (base / path).resolve()
 

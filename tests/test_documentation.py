@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,12 +53,11 @@ def read(name: str) -> str:
 
 @functools.cache
 def tracked() -> list[str]:
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=REPOSITORY, capture_output=True,
-        encoding="utf-8", check=False,
-    )  # fmt: skip
-    if listed.returncode == 0:
-        return listed.stdout.splitlines()
+    if shutil.which("git"):
+        command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=False)
+        if listed.returncode == 0:
+            return listed.stdout.splitlines()
     skipped = {".venv", "outputs", ".git"}
     files = (path.relative_to(REPOSITORY) for path in REPOSITORY.rglob("*") if path.is_file())
     return [path.as_posix() for path in files if not skipped & set(path.parts)]
@@ -320,6 +320,8 @@ def test_no_folder_has_more_than_16_python_files_and_imports_run_one_way() -> No
 def shown(default: object) -> str:
     if default is None:
         return "—"
+    if isinstance(default, Path):
+        default = default.as_posix()
     return f"`{str(default).lower() if isinstance(default, bool) else default}`"
 
 

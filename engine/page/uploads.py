@@ -127,9 +127,9 @@ def check_size(shape: tuple[int, ...]) -> None:
 
 def in_users_words(line: str, folder: Path, names: dict[str, str], scan: str) -> str:
     """An error's line without paths of this machine: stored files have the names that the user knows."""
-    for path in sorted((p for p in folder.rglob("*")), key=lambda p: -len(str(p))):
-        line = line.replace(str(path), names.get(path.name, scan))
-    line = line.replace(str(folder), scan)
+    for path in (*sorted(folder.rglob("*"), key=lambda p: -len(str(p))), folder):
+        for written in (str(path), path.as_posix()):  # nibabel writes slashes on Windows too
+            line = line.replace(written, names.get(path.name, scan))
     for stored, name in names.items():
         line = line.replace(stored, name)
     return " ".join(line.split())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import get_args
 
@@ -285,10 +284,9 @@ def test_drive_of_another_machine_is_not_put_under_the_repository():
     assert resolve_path(r"E:\ct\a.nii.gz", REPOSITORY).as_posix().lower() == "e:/ct/a.nii.gz"
 
 
-def test_language_model_is_a_hub_name_or_a_folder(tmp_path):
-    (tmp_path / "mamba").mkdir()
-    folder = str(tmp_path / "mamba")
-    relative = Path(os.path.relpath(folder, REPOSITORY)).as_posix()
+def test_language_model_is_a_hub_name_or_a_folder():
+    relative = "assets/mamba_general"
+    folder = str(REPOSITORY / relative)
     names = {"state-spaces/mamba-2.8b-hf": "state-spaces/mamba-2.8b-hf", folder: folder, relative: folder}
     for name, found in names.items():
         assert build_config({"mamba_model": name}, "test").mamba_model == found

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 import config.schema
 from config.errors import InputError
@@ -59,7 +59,7 @@ def test_the_folder_is_a_checkpoint_for_every_script(saved):
 
 def test_a_folder_from_before_sizes_were_fitted_is_read(saved, demo_reporter, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "older")
-    weights = load_file(folder / "model.safetensors")
+    weights = load((folder / "model.safetensors").read_bytes())
     weights = {name: weight for name, weight in weights.items() if "head.size_" not in name}
     save_file(weights, folder / "model.safetensors")
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -102,9 +102,9 @@ def test_a_folder_that_is_no_model_is_one_line(saved, tmp_path, demo_reporter):
     described = json.loads((copy / "config.json").read_text(encoding="utf-8"))
     (copy / "config.json").write_text(json.dumps({**described, "version": 99}), encoding="utf-8")
     shutil.copy(saved / "model.safetensors", copy)
-    for load in (load_checkpoint, MedicalVLM.from_pretrained):
+    for read in (load_checkpoint, MedicalVLM.from_pretrained):
         with pytest.raises(InputError, match="format version 99, this program knows 3: update"):
-            load(copy)
+            read(copy)
     with pytest.raises(InputError, match="neither a folder nor a repository"):
         MedicalVLM.from_pretrained("nobody/nothing", local_files_only=True)
     with pytest.raises(InputError, match="only a model of a checkpoint can be saved"):

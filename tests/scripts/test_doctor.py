@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import os
 import re
 import sys
 import threading
@@ -134,10 +135,13 @@ def test_a_full_disk_never_has_a_line_that_deletes_what_was_trained(config, tmp_
     found = {line.text: line.remedy for line in doctor.configuration_lines(config) if line.what == "disk"}
     [of_cache] = [remedy for text, remedy in found.items() if "cache" in text]
     [of_output] = [remedy for text, remedy in found.items() if text.endswith("out: little")]
-    assert of_cache == f'rm -r "{tmp_path / "cache"}"' and of_output.endswith(str(config)), "the cache is made again"
+    removal = "Remove-Item -Recurse" if os.name == "nt" else "rm -r"
+    assert of_cache == f'{removal} "{tmp_path / "cache"}"' and of_output.endswith(str(config)), (
+        "the cache is made again"
+    )
     inside = config.read_text(encoding="utf-8").replace((tmp_path / "cache").as_posix(), tmp_path.as_posix())
     config.write_text(inside, encoding="utf-8")
-    assert "rm -r" not in lines(config)["disk"].remedy, "the cache holds the output"
+    assert removal not in lines(config)["disk"].remedy, "the cache holds the output"
 
 
 def test_a_drive_that_is_not_there_is_one_line(config, monkeypatch):

@@ -65,7 +65,7 @@ def test_runs_the_grid_once_and_reports_it(night: Night, monkeypatch: Patch, cap
         assert load_config(night.folder(name) / "overnight_config.yaml") == load_config(night.config)
 
     line = night.summary.split("go on with Stage 2:\n")[1].split("\n")[0]
-    monkeypatch.setattr(sys, "argv", shlex.split(line)[1:])
+    monkeypatch.setattr(sys, "argv", shlex.split(line.replace("\\", "/"))[1:])
     assert sys.argv[0] == "train_vlm.py"
     stage2 = train_vlm.parse_args()
     assert stage2.vision_checkpoint == night.out / BEST and stage2.config == night.config
@@ -142,7 +142,7 @@ def test_stage_2_starts_from_the_best_stage_1_and_ends_in_a_report_card(
     assert (night.out / "overnight_stage2_leaderboard.csv").is_file() and not (night.out / BEST).exists()
     summary = (night.out / "overnight_stage2_best_summary.txt").read_text(encoding="utf-8")
     assert "Overnight search of Stage 2" in summary and "best batch_size: 4" in summary
-    check = shlex.split(summary.split("write a report:\n")[1].split("\n")[0])
+    check = shlex.split(summary.split("write a report:\n")[1].split("\n")[0].replace("\\", "/"))
     assert parse(check[1:]).checkpoint == best
     run = (night.folder(NAMES[1]) / "train.log").read_text(encoding="utf-8").split("\n")[0]
     assert f"--vision_checkpoint {night.out / 'vision_bridge_best_val.pt'}" in run and run.endswith("--lora_rank 4")

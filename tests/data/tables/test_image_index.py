@@ -55,4 +55,4 @@ def test_slices_without_a_suffix_are_a_series_and_other_files_are_none(tmp_path)
 
 @pytest.mark.parametrize("cell", ["~$scan.nii.gz", "~nosuchuser/scan.nii.gz", "a\0b.nii.gz"])
 def test_what_is_no_path_is_a_path_that_is_not_there(tmp_path, cell):
-    assert ImageIndex(tmp_path).path(cell).parent.name in (tmp_path.name, "~nosuchuser")
+    assert tmp_path in ImageIndex(tmp_path).path(cell).parents

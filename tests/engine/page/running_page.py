@@ -112,7 +112,7 @@ class Page:
         return np.asarray(nib.Nifti1Image.from_bytes(content).dataobj).transpose(2, 1, 0)
 
     def close(self) -> None:
-        self.process.send_signal(signal.SIGINT)
+        self.process.terminate() if os.name == "nt" else self.process.send_signal(signal.SIGINT)
         self.process.wait(timeout=30)
 
 

@@ -170,9 +170,10 @@ def test_a_line_has_the_users_names_and_no_path(tmp_path: Path) -> None:
     folder = tmp_path / "case" / "upload"
     folder.mkdir(parents=True)
     (folder / "000001.dcm").touch()
-    line = f"{folder / '000001.dcm'}: pixels cannot be read\n(in {folder}); copy 000001.dcm again"
+    nibabel_writes = (folder / "000001.dcm").as_posix()  # with slashes on Windows too
+    line = f"{folder / '000001.dcm'}: pixels cannot be read\n(in {folder}): {nibabel_writes}; copy 000001.dcm again"
     assert in_users_words(line, tmp_path / "case", {"000001.dcm": "IM7"}, "study") == (
-        "IM7: pixels cannot be read (in study); copy IM7 again"
+        "IM7: pixels cannot be read (in study): IM7; copy IM7 again"
     )
 
 
