@@ -45,7 +45,8 @@ def end_to_end(report: Report) -> None:
     """Seconds of each part: weights of the size's own dtype, int8 ones made anew, and kept int8 ones."""
     kind = str(report.size.dtype).removeprefix("torch.").replace("bfloat16", "bf16")
     flags = {kind: [], "int8": ["--llm_int8"], "kept int8": ["--save_int8", "int8"]}
-    with tempfile.TemporaryDirectory() as folder:
+    # Where a run was in this process, its int8 weights may still be mapped, and Windows removes no such file.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         root = Path(folder)
         write_inputs(report.size, root)
         run(report.size, root, flags["kept int8"])  # writes them

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -104,7 +105,7 @@ def run(context: Context, command: Sequence[str], out: Path, interrupt_at: Path 
                     interrupt(child)
                     break
                 time.sleep(0.02)
-            code = child.wait(timeout=max(0.0, context.left()))
+            code = child.wait(timeout=min(max(0.0, context.left()), threading.TIMEOUT_MAX))  # Windows takes no more
         except subprocess.TimeoutExpired as error:
             raise OutOfTime(f"out of time, {command[0]} stopped in the middle") from error
         finally:

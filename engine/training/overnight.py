@@ -11,6 +11,7 @@ unfinished point. :meth:`Night.objective` therefore waits for any process here t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -86,8 +87,12 @@ def read_result(folder: Path, stage: StageRuns) -> dict[str, Any]:
 
 def training_processes(folder: Path) -> list[psutil.Process]:
     """The processes of this machine that train into ``folder``."""
-    processes = [(process, process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
-    return [process for process, line in processes if ("--output_dir", str(folder)) in itertools.pairwise(line)]
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # one that has ended, or of the system or another user
+            if ("--output_dir", str(folder)) in itertools.pairwise(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def train(command: list[str], log: Path, stop: Callable[[], bool] = lambda: False) -> int:
