@@ -84,7 +84,7 @@ class Reader:
 
     def windows(self, size: int) -> Iterator[list[Mapping[str, Any]]]:
         """The epoch's batches, ``size`` at a time; the last window may be shorter."""
-        self.waited, begun = 0.0, time.perf_counter()
+        self.waited, begun = 0.0, None
         batches = iter(self.loader)
         while True:
             asked = time.perf_counter()
@@ -99,7 +99,11 @@ class Reader:
                 saved = "the state is saved" if self.save else "the last saved state is whole"
                 raise InputError(f"{line}; {saved}, the same command goes on from there") from error
             now = time.perf_counter()
-            self.waited, self.total = self.waited + now - asked, now - begun
+            if begun is None:  # the first window takes the workers' start too: a minute on Windows
+                begun = now
+            else:
+                self.waited += now - asked
+            self.total = now - begun
             if not window:
                 return
             yield window

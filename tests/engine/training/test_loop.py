@@ -26,8 +26,9 @@ from config.schema import build_config
 from data.medical_vlm_dataset import Draw
 from engine.cli import Interrupted
 from engine.run import EpochBatches, set_seeds
+from engine.training import guards
 from engine.training.diagnostics import TokenStatistics
-from engine.training.guards import Alarms
+from engine.training.guards import Alarms, Reader
 from engine.training.loop import Stage, train
 from engine.training.optimization import build_optimizer, build_schedule, optimizer_step
 
@@ -287,6 +288,23 @@ def test_a_loader_that_breaks_ends_in_one_line_with_the_state_saved(tmp_path):
     history = resumed.train()
     straight = Run(tmp_path / "straight")
     assert straight.train() == history and run.seen + resumed.seen == straight.seen
+
+
+@pytest.mark.parametrize(("start", "batch", "warns"), [(60, 1, False), (0, 25, True), (60, 25, True)])
+def test_the_start_of_the_workers_is_no_slow_disk(monkeypatch, start, batch, warns):
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(guards, "time", clock)
+
+    def loader():
+        clock.now += start
+        for number in range(3):
+            clock.now += batch
+            yield number
+
+    reader = Reader(loader(), save=None)
+    for _ in reader.windows(1):
+        clock.now += 10  # a step
+    assert ("waiting for data" in reader.slow(2)) == warns
 
 
 def test_alarms():
