@@ -139,8 +139,8 @@ def test_a_peak_is_what_the_call_had_at_its_highest() -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         large, small = pool.submit(measure_large_then_small).result()
     assert large == pytest.approx(96 * MIB, rel=0.2)
-    # Not that of the call before. Larger than the freed memory that glibc's allocator may keep (32 MiB); that of Windows
-    # may keep all, which is why a suite measures each call in a new process.
+    # Not that of the call before. Larger than the freed memory that glibc's allocator may keep (32 MiB). Windows' may
+    # keep all: a suite measures each call in a new process.
     assert os.name == "nt" or small == pytest.approx(48 * MIB, rel=0.3)
 
 
