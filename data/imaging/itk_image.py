@@ -6,8 +6,10 @@ here, so that a header that promises more than the file holds is refused before 
 
 from __future__ import annotations
 
+import locale
 import math
 import re
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,8 @@ def _open(path: Path) -> tuple[ImageHeader, Any]:
     if not _METAIMAGE_TYPE.fullmatch(kind := fields.get("elementtype", "met_char")):
         raise InputError(f"{path}: voxels are of type '{kind}', expected integers or floats in HU")
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    if sys.platform == "win32":  # SimpleITK hands UTF-8 to fopen, which opens nothing Chinese in another code page
+        locale.setlocale(locale.LC_CTYPE, ".UTF8")
     reader = SimpleITK.ImageFileReader()
     reader.SetImageIO("NrrdImageIO" if key == "sizes" else "MetaImageIO")
     reader.SetFileName(str(path))

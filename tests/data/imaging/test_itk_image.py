@@ -30,6 +30,17 @@ def test_mhd_is_read_with_the_voxel_file_that_it_names(tmp_path, packed, suffix)
         read_header(path)
 
 
+@pytest.mark.parametrize("name", ["scan.mha", "scan.mhd", "scan.nrrd"])
+def test_a_scan_in_a_chinese_folder(tmp_path, name):
+    """On Windows SimpleITK itself opens no such file."""
+    write_itk(tmp_path / name, marked())
+    folder = tmp_path / "报告 影像"
+    folder.mkdir()
+    for path in tmp_path.glob("scan.*"):
+        path.rename(folder / path.name)
+    assert np.array_equal(read_volume(folder / name).array, marked())
+
+
 @pytest.mark.parametrize("name", ["scan.mha", "scan.mhd"])
 def test_damaged_packed_voxels_are_refused(tmp_path, name):
     """SimpleITK prints a warning and gives whatever lies in memory."""
