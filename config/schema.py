@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,6 +140,7 @@ class Config:
 REMOVED = {"bridge_mixer": "vim", "bridge_pool": "after", "cmi_kind": "text_ssm", "roi_scales": 1}
 FIELDS: dict[str, dataclasses.Field] = {f.name: f for f in dataclasses.fields(Config)}
 _TYPES = get_type_hints(Config)
+_POWER_OF_TEN = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def keys_with_role(role: str) -> list[str]:
@@ -191,7 +193,8 @@ def load_config(path: str | Path | None = None, **overrides: Any) -> Config:
         raise InputError(f"{path}: {first_line(error)}: put values such as 2024-13-45 in quotes") from error
     values = {} if values is None else values
     if not isinstance(values, dict):
-        raise InputError(f"{path}: expected 'key: value' lines, found a {type(values).__name__}")
+        hint = "; '：' is no colon to YAML, type ':' and a blank" if "：" in str(values) else ""
+        raise InputError(f"{path}: expected 'key: value' lines, found a {type(values).__name__}{hint}")
     given = {key: value for key, value in overrides.items() if value is not None}
     return build_config({**values, **given}, origin=str(path))
 
@@ -255,6 +258,8 @@ def _checked(key: str, value: Any, origin: str) -> Any:
     expected = _TYPES[key]
     if value is False and "off" in get_args(expected):
         value = "off"  # which YAML 1.1 reads as false
+    if isinstance(value, str) and float in (expected, *get_args(expected)) and re.fullmatch(_POWER_OF_TEN, value):
+        value = float(value)  # which YAML 1.1 reads as text
     if not _matches(value, expected):
         raise InputError(f"{origin}: '{key}' is {value!r}, expected {_describe(expected)}")
     if isinstance(value, str) and any(character < " " for character in value.strip()):

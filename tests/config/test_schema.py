@@ -135,6 +135,7 @@ WRONG_FILES = {
     "not valid YAML": ["slices: [1\n", "a: b: c\n", "slices: 1\n  roi_side: 2\n", "x: \x07\n", "a: 1\n---\nb: 2"]
     + ["[a, b]: 1\n", "? {a: 1}\n: 2\n", "{{slices}}: 1\n"],  # collections as keys
     "expected 'key: value' lines": ["- a\n- b\n", "just text\n", "3\n"],
+    "found a str; '：' is no colon": ["slices：1\n"],
     "'slices' stands twice (line 3)": ["slices: 1\nroi_side: 7\nslices: 3\n"],
     "'d:/' stands twice": ["path_map:\n  d:/: /mnt/d/\n  d:/: /mnt/e/\n"],
 }
@@ -193,6 +194,11 @@ def test_wide_spaces_and_chinese_in_paths_are_no_control_characters(tmp_path):
 
 
 # ---------------------------------------------------------------- overrides and values
+
+
+@pytest.mark.parametrize(("written", "value"), [("1e-1", 0.1), ("2.5E-2", 0.025), ("+1e0", 1.0)])
+def test_a_power_of_ten_is_a_number_although_yaml_reads_text(tmp_path, written, value):
+    assert load_config(config_file(tmp_path, f"augment_noise: {written}")).augment_noise == value
 
 
 def test_overrides_win_unless_they_are_none(tmp_path):
