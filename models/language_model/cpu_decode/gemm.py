@@ -8,8 +8,9 @@ span of columns is so short that no sum overflows; the spans are added in float3
 Bfloat16: weights are widened in registers. For up to :data:`MOST_ROWS` rows that is faster than widening a block in
 memory for PyTorch's product.
 
-Tiles of 3 rows of W and 4 rows of x fill the 16 vector registers of AVX2. The rows of x of a tile stay in the
-first-level cache while a group of rows of W passes, which stays in the second-level cache while all of x passes.
+Tiles of 3 rows of W and 4 rows of x fill the 16 vector registers of AVX2, of 6 and 4 those of AVX-512. The rows of x of
+a tile stay in the first-level cache while a group of rows of W passes, which stays in the second-level cache while all
+of x passes.
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ from models.selective_scan.kernels_numba import FLOAT, digest_of, sum_lanes, tar
 
 GROUP = 48  # rows of W in one item of work
 SPAN = 2560  # columns: 2560 / 16 · 2 · 32767 · 127 < 2**31
-LANES = 8  # 32-bit numbers in a vector of AVX2
+WIDE = gemv.WIDE and gemv.HAS_PAIRS
+LANES = 16 if WIDE else 8  # 32-bit numbers in a vector
 PAIR = 2 * LANES  # 16-bit ones
 STEP = 2 * PAIR  # columns at a time
-W_ROWS, X_ROWS = (0, 0, 0), (0, 0, 0, 0)
+W_ROWS, X_ROWS = (0,) * (6 if WIDE else 3), (0, 0, 0, 0)
 LAST_ROW = (0,)
 FEWEST_ROWS = {torch.int8: gemv.MOST_ROWS[torch.int8] + 1, torch.bfloat16: 3}
 MOST_ROWS = 128  # of bfloat16
@@ -54,8 +56,7 @@ _SHORTS, _BYTES = ir.VectorType(ir.IntType(16), PAIR), ir.VectorType(ir.IntType(
 _HALVES = ir.VectorType(ir.IntType(16), LANES)
 
 HAS_INT8 = target_features().get("avx2", False)
-# With AVX-512 vectors are twice as long as the tiles here take them to be.
-HAS_BFLOAT16 = HAS_INT8 and not gemv.WIDE
+HAS_BFLOAT16 = HAS_INT8 and not gemv.WIDE  # measured with AVX2 alone
 
 
 def applies(x: Tensor, weight: Tensor) -> bool:
@@ -126,20 +127,20 @@ def tile(typing_context, W, row, x, x_row, out, at, first, last, rows, batch):
 
 
 def _weights(builder: ir.IRBuilder, pointer: ir.Value, exact: bool) -> ir.Value:
-    """The next 16 int8 as int16, or the next 8 bfloat16 as float32."""
+    """The next PAIR int8 as int16, or the next LANES bfloat16 as float32."""
     if exact:
         return builder.sext(load(builder, pointer, _BYTES, 1), _SHORTS)
     words = builder.zext(load(builder, pointer, _HALVES, 1), _INTS)
     return builder.bitcast(builder.shl(words, ir.Constant(_INTS, [16] * LANES)), _VECTOR)
 
 
-def _compiled(sources: int) -> Callable[..., None]:
-    """``sources`` is a part of the kernel for numba's cache alone."""
+def _compiled(sources: int, lanes: int) -> Callable[..., None]:
+    """``sources`` and ``lanes`` are parts of the kernel for numba's cache alone."""
 
     @njit(nogil=True, cache=True)
     def product_kernel(W, scale, x, out, counters, threads):
         """out (B, O) = x (B, I) · Wᵀ · scale, B a multiple of len(X_ROWS); every thread of the group calls it."""
-        sources  # noqa: B018
+        sources, lanes  # noqa: B018
         rows, columns = W.shape
         batch, whole = x.shape[0], columns // STEP * STEP
         part = np.empty((batch, GROUP), np.float32)
@@ -167,4 +168,4 @@ def _compiled(sources: int) -> Callable[..., None]:
     return product_kernel
 
 
-product_kernel = _compiled(digest_of(gemv.__file__))
+product_kernel = _compiled(digest_of(gemv.__file__), LANES)

@@ -81,7 +81,7 @@ def test_cached_kernels_know_the_files_that_they_are_made_of(tmp_path: Path) -> 
     own, used = digest_of(), digest_of(gemv.__file__)
     kernels = {gemv.product_kernel: own, gemm.product_kernel: used, mamba_step.block_kernel: used}
     for kernel, digest in kernels.items():
-        assert [cell.cell_contents for cell in kernel.py_func.__closure__] == [digest]
+        assert digest in [cell.cell_contents for cell in kernel.py_func.__closure__]
     changed = tmp_path / "gemv.py"
     changed.write_bytes(Path(gemv.__file__).read_bytes() + b" ")
     assert len({own, used, digest_of(str(changed))}) == 3

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +16,19 @@ from models.language_model.cpu_decode import FrozenLinear, frozen_linear, gemm, 
 from models.language_model.quantisation import Int8Linear
 
 pytestmark = pytest.mark.skipif(not gemm.HAS_INT8, reason="needs AVX2")
+
+
+@pytest.fixture(scope="module", autouse=True, params=["AVX2", "AVX-512"])
+def tiles(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The module as it is with vectors of either length."""
+    lanes = {"AVX2": 8, "AVX-512": 16}[request.param]
+    if lanes > gemm.LANES:
+        pytest.skip("needs AVX-512")
+    with mock.patch.object(gemv, "WIDE", lanes == 16):
+        importlib.reload(gemm)
+        assert lanes == gemm.LANES
+        yield
+    importlib.reload(gemm)
 
 
 @pytest.fixture
