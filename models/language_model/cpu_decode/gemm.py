@@ -42,10 +42,10 @@ from models.language_model.cpu_decode.gemv import (
 from models.selective_scan.kernels_numba import FLOAT, digest_of, sum_lanes, target_features
 
 GROUP = 48  # rows of W in one item of work
-SPAN = 2560  # columns: 2560 / 16 · 2 · 32767 · 127 < 2**31
 WIDE = gemv.WIDE and gemv.HAS_PAIRS
 LANES = 16 if WIDE else 8  # 32-bit numbers in a vector
 PAIR = 2 * LANES  # 16-bit ones
+SPAN = 160 * PAIR  # columns: 160 · 2 · 32767 · 127 < 2**31
 STEP = 2 * PAIR  # columns at a time
 W_ROWS, X_ROWS = (0,) * (6 if WIDE else 3), (0, 0, 0, 0)
 LAST_ROW = (0,)
