@@ -47,7 +47,7 @@ class Results:
 
     def add(self, line: Line) -> None:
         before = sum(seconds for number, seconds in self.seconds.items() if number != line.check)
-        self.seconds[line.check] = round(time.time() - self.started - before, 1)
+        self.seconds[line.check] = max(0.0, round(time.time() - self.started - before, 1))
         self.lines.append(line)
         print(line, flush=True)
         self.write()
