@@ -21,10 +21,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from config.schema import load_config, write_config
 from engine import cli
+from engine.chain import SHIPPED_ADAPTERS
 from engine.training import overnight
+from models.language_model.adapter_file import read_adapters
+from models.language_model.prefix_state import PrefixIdentity, PrefixState
+from models.pretrained import read_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="imitates Windows by /proc and POSIX signals")
@@ -85,6 +90,18 @@ def test_the_imitation_refuses_what_windows_refuses(exclusive, tmp_path):
     first.replace(second)
     second.unlink()
     assert len(exclusive) >= 6
+
+
+def test_what_was_read_can_be_replaced_while_it_is_in_use(exclusive, demo_reporter, tmp_path):
+    """Adapters, an image state and a saved model; safetensors maps its files into memory."""
+    adapters = Path(shutil.copy(SHIPPED_ADAPTERS, tmp_path))
+    state = PrefixState(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 1)
+    state.save(tmp_path / "state.safetensors", PrefixIdentity())
+    demo_reporter.model.save_pretrained(tmp_path / "model")
+    used = [read_adapters(adapters), PrefixState.load(tmp_path / "state.safetensors"), read_folder(tmp_path / "model")]
+    for path in (adapters, tmp_path / "state.safetensors", tmp_path / "model" / "model.safetensors"):
+        Path(shutil.copy(path, tmp_path / "new")).replace(path)
+    assert len(used) == 3 and len(exclusive) >= 3
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,8 @@ def read_adapters(path: Path) -> AdapterFile:
     try:
         with safe_open(path, framework="pt") as file:
             head = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies: what is mapped into memory Windows lets nobody replace, Stage 0 at its end included.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{KEY}: {path} is not a readable adapter file ({first_line(error)}): {_REMEDY}") from error
     if head.get("format") != FORMAT or head["digest"] != tensor_digest(tensors):

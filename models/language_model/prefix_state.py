@@ -152,7 +152,7 @@ class PrefixState:
         try:
             with safe_open(path, framework="pt") as file:
                 head = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not mapped)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path} is not a readable image state (truncated or damaged): {error}") from error
         if head.get("format") != FORMAT:
