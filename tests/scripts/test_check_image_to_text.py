@@ -283,15 +283,18 @@ def test_the_gpu_cap_leaves_room_for_slices_and_roi(keys, wanted, cap, tokens, r
 
 
 def test_the_vision_part_is_freed_before_the_language_model_is_loaded(check, monkeypatch):
-    load, alive = MambaLM.load, []
+    def parts() -> set[int]:
+        return {id(part) for part in gc.get_objects() if type(part) in (VisionBridge, SegmentationUNet)}
+
+    load, alive, before = MambaLM.load, [], parts()  # other tests'
 
     def count_and_load(*given: object, **named: object) -> MambaLM:
-        alive.append([part for part in gc.get_objects() if type(part) in (VisionBridge, SegmentationUNet)])
+        alive.append(parts() - before)
         return load(*given, **named)
 
     monkeypatch.setattr(MambaLM, "load", count_and_load)
     check(checkpoint="lesion")
-    assert alive == [[]]
+    assert alive == [set()]
 
 
 def test_another_language_model_of_the_same_width_is_noted_and_of_another_refused(desk, check, tmp_path):
