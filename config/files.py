@@ -1,4 +1,4 @@
-"""Atomic writing: a file has its old content or its new one, whatever interrupts the writer. And torch's pickles."""
+"""Atomic writing: a file has its old content or its new one, whatever interrupts the writer. And files of tensors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -64,6 +68,17 @@ def keep_previous(path: Path) -> Path:
     kept = previous(path)
     replace(path, kept)
     return kept
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors, copied: safetensors maps its file into memory, and Windows replaces no file that is mapped.
+
+    Raises SafetensorError or OSError: damaged, or cannot be read.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
 
 
 def pickle_contains(path: Path, text: str) -> bool:

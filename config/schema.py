@@ -237,7 +237,8 @@ def resolve_path(raw: str, base: Path, path_map: dict[str, str] | None = None) -
                 unified = here + unified[len(there) :]
             break
     # The user's own home alone: a cell such as "~$scan.nii.gz" is no home, though Windows would make one of it.
-    path = Path.home() / unified[2:] if unified == "~" or unified.startswith("~/") else Path(unified)
+    path = Path(unified)
+    path = path.expanduser() if path.parts[:1] == ("~",) else path
     has_drive = len(unified) > 1 and unified[1] == ":"  # of another machine, when this one is not Windows
     return path if path.is_absolute() or has_drive else (base / path).resolve()
 

@@ -22,11 +22,11 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from config.errors import InputError, first_line
-from config.files import atomic_path, write_text
+from config.files import atomic_path, read_safetensors, write_text
 from config.schema import FIELDS, REMOVED, Config, build_config
 from models.findings_head import DESCRIPTORS
 from models.language_model.mamba_lm import MambaLM
@@ -202,7 +202,7 @@ def read_folder(folder: Path, mamba_model: str | None = None) -> dict[str, Any]:
     """
     try:
         described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load((folder / WEIGHTS).read_bytes())  # not mapped: Windows replaces no file that is
+        _, tensors = read_safetensors(folder / WEIGHTS)
         content = _join(described, tensors)
         values = content["config"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

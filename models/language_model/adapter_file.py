@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 from transformers import MambaForCausalLM
 
 from config.errors import InputError, first_line
-from config.files import atomic_path
+from config.files import atomic_path, read_safetensors
 from models.language_model.lora import merge
 
 KEY = "language_model_adapters"  # of the configuration
@@ -74,10 +74,8 @@ def read_adapters(path: Path) -> AdapterFile:
     if not path.is_file():
         raise InputError(f"{KEY}: file not found: {path}; {_REMEDY}, or leave the key empty")
     try:
-        with safe_open(path, framework="pt") as file:
-            head = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-            # Copies: what is mapped into memory Windows lets nobody replace, Stage 0 at its end included.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        metadata, tensors = read_safetensors(path)
+        head = {name: json.loads(value) for name, value in metadata.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{KEY}: {path} is not a readable adapter file ({first_line(error)}): {_REMEDY}") from error
     if head.get("format") != FORMAT or head["digest"] != tensor_digest(tensors):

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from config.errors import InputError
-from config.files import atomic_path
+from config.files import atomic_path, read_safetensors
 from models.language_model.identity import LMIdentity
 from models.language_model.mamba_lm import MambaLM
 
@@ -150,9 +150,7 @@ class PrefixState:
         if not path.is_file():
             raise InputError(f"image state not found: {path}; --save_prefix writes one")
         try:
-            with safe_open(path, framework="pt") as file:
-                head = file.metadata() or {}
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not mapped)
+            head, tensors = read_safetensors(path)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path} is not a readable image state (truncated or damaged): {error}") from error
         if head.get("format") != FORMAT:

@@ -8,7 +8,6 @@ import os
 import runpy
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,7 +50,8 @@ def test_a_suite_writes_numbers_and_a_figure(suite: str, tmp_path: Path, monkeyp
     found = json.loads((tmp_path / "a b" / f"{suite}.json").read_text(encoding="utf-8"))
     assert found["suite"] == suite and found["size"] == "tiny"
     assert found["machine"]["processor"] and found["machine"]["torch_threads"] >= 1
-    assert found["versions"]["torch"] == metadata.version("torch")
+    known = found["versions"]["torch"]
+    assert known == torch.__version__ or (os.name == "nt" and f"{known}+cpu" == torch.__version__)  # PyPI's for Windows
     for one in found["times"]:
         assert one["runs"] == len(one["seconds"]) > 0
         assert one["fastest"] > 0 or one["name"].endswith("first token")  # which the script prints in hundredths

@@ -89,7 +89,7 @@ def test_nifti_1_and_2_single_and_pair_both_byte_orders(tmp_path, image_class, p
 def test_a_pair_in_other_capitals_is_found(tmp_path):
     nib.save(nib.Nifti1Pair(marked().transpose(2, 1, 0), np.diag([-1.5, -2, 3, 1])), tmp_path / "scan.hdr")
     (tmp_path / "scan.img").rename(tmp_path / "scan.IMG")
-    assert files_of(tmp_path / "scan.hdr")[1].name.lower() == "scan.img"  # Windows finds it under either name
+    assert files_of(tmp_path / "scan.hdr")[1].samefile(tmp_path / "scan.IMG")  # Windows finds it under either name
 
 
 def test_headers_of_the_reference_files_say_what_the_manifest_says(shared):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -56,9 +55,7 @@ def test_the_report_is_whole_after_each_line(tmp_path: Path, capsys: pytest.Capt
     results.add(Line(3, "numbers", FAIL, "a | b\nc", detail="Traceback"))
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| pass | copy | 3000 GB/s | ≥ 2600 / 1400 GB/s |" in text and "| fail | numbers | a / b c |" in text
-    assert re.search(r"^## 3 numbers of the kernels \(\d+ s\)$", text, re.MULTILINE) and text.rstrip().endswith(
-        "Traceback\n```"
-    )
+    assert "## 3 numbers of the kernels (0 s)" in text and text.rstrip().endswith("Traceback\n```")
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["fail"] == 1
     assert not list(tmp_path.glob(".part*"))
     assert "[ 1] pass    copy: 3000 GB/s  (expected ≥ 2600 / 1400 GB/s, H100 / RTX 5090)" in capsys.readouterr().out
