@@ -6,8 +6,8 @@ release the interpreter lock); unlike numba's own threading layers these may be 
 once and after a fork. Each range of tasks sums dB and dC into buffers of its own, so there are no races and
 results repeat exactly for a given ``torch.get_num_threads()``.
 
-Everything is computed in float32; half-precision inputs are converted on the way in. Backward keeps the
-inputs and the state at each chunk's start (1/CHUNK of B·L·E·N).
+Everything is computed in float32. The kernels read and write bfloat16 as it lies in memory; other kinds, and what is of
+several, are converted before. Backward keeps the inputs and the state at each chunk's start (1/CHUNK of B·L·E·N).
 """
 
 from __future__ import annotations
@@ -36,18 +36,20 @@ def forward(inputs: ScanInputs, softplus: bool, reverse: bool, keep: bool) -> tu
     u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
     batch, channels, length = u.shape
     tasks = batch * -(-channels // LANES)
-    y = _output_like(u)
+    kind = _kind(u, delta, z)
+    y = _output_like(u, kind)
     last = torch.empty(batch, channels, A.shape[1])
     first = torch.zeros_like(last) if initial_state is None else initial_state
     entries = torch.empty(tasks if keep else 0, -(-length // CHUNK), A.shape[1], LANES)
     arguments = (
-        _array(u), _array(delta), _array(A), _walk(B, reverse), _walk(C, reverse), _vector(D, channels),
-        _array(u if z is None else z), _vector(delta_bias, channels), y.numpy(), _array(first), last.numpy(),
-        entries.numpy(),
+        _array(u, kind), _array(delta, kind), _array(A), _walk(B, reverse), _walk(C, reverse), _vector(D, channels),
+        _array(u if z is None else z, kind), _vector(delta_bias, channels), _array(y, kind), _array(first),
+        last.numpy(), entries.numpy(),
     )  # fmt: skip
+    kernel = forward_kernel(arguments[0].dtype.type)
 
     def run(low: int, high: int) -> None:
-        forward_kernel(*arguments, low, high, z is not None, softplus, reverse, keep)
+        kernel(*arguments, low, high, z is not None, softplus, reverse, keep)
 
     _over_threads(run, tasks, PORTIONS)
     return y.to(u.dtype), last, entries
@@ -66,23 +68,25 @@ def backward(
     u, delta, A, B, C, D, z, delta_bias, _ = inputs
     batch, channels, length = u.shape
     blocks = -(-channels // LANES)
-    grad_u, grad_delta = _output_like(u), _output_like(delta)
-    grad_z = grad_u if z is None else _output_like(z)  # never written where absent
+    kind = _kind(u, delta, z, grad_y)
+    grad_u, grad_delta = _output_like(u, kind), _output_like(delta, kind)
+    grad_z = grad_u if z is None else _output_like(z, kind)  # never written where absent
     grad_A, carry = torch.empty(2, batch, channels, A.shape[1])  # per sample, summed below
     grad_D, grad_bias = torch.empty(2, batch, channels)
     carry.copy_(torch.zeros(()) if grad_last is None else grad_last)
     grad_y = torch.zeros(()).expand(u.shape) if grad_y is None else grad_y
     arguments = (
-        _array(u), _array(delta), _array(A), _walk(B, reverse), _walk(C, reverse), _vector(D, channels),
-        _array(u if z is None else z), _vector(delta_bias, channels), _array(grad_y), carry.numpy(),
-        entries.numpy(), grad_u.numpy(), grad_delta.numpy(), grad_A.numpy(), grad_D.numpy(),
-        grad_z.numpy(), grad_bias.numpy(),
+        _array(u, kind), _array(delta, kind), _array(A), _walk(B, reverse), _walk(C, reverse), _vector(D, channels),
+        _array(u if z is None else z, kind), _vector(delta_bias, channels), _array(grad_y, kind), carry.numpy(),
+        entries.numpy(), _array(grad_u, kind), _array(grad_delta, kind), grad_A.numpy(), grad_D.numpy(),
+        _array(grad_z, kind), grad_bias.numpy(),
     )  # fmt: skip
+    kernel = backward_kernel(arguments[0].dtype.type)
 
     def run(low: int, high: int) -> tuple[slice, Array, Array]:
         samples = slice(low // blocks, (high - 1) // blocks + 1)
         sums = np.zeros((2, samples.stop - samples.start, *B.shape[1:]), np.float32)
-        backward_kernel(*arguments, *sums, low, high, z is not None, softplus, reverse)
+        kernel(*arguments, *sums, low, high, z is not None, softplus, reverse)
         return samples, *sums
 
     grad_B, grad_C = np.zeros((2, *B.shape), np.float32)
@@ -96,13 +100,20 @@ def backward(
 scan = differentiable(forward, backward)
 
 
-def _output_like(tensor: Tensor) -> Tensor:
-    """Float32, with the strides of ``tensor`` where those are dense, so that no transposition is undone."""
-    return torch.empty_like(tensor, dtype=torch.float32)
+def _kind(*tensors: Tensor | None) -> torch.dtype:
+    """In which the kernels read activations: bfloat16 where all are."""
+    return torch.bfloat16 if all(t is None or t.dtype is torch.bfloat16 for t in tensors) else torch.float32
 
 
-def _array(tensor: Tensor) -> Array:
-    return tensor.detach().float().numpy()
+def _output_like(tensor: Tensor, kind: torch.dtype) -> Tensor:
+    """With the strides of ``tensor`` where those are dense, so that no transposition is undone."""
+    return torch.empty_like(tensor, dtype=kind)
+
+
+def _array(tensor: Tensor, kind: torch.dtype = torch.float32) -> Array:
+    """The numbers in ``kind``; bfloat16, which numpy lacks, as uint16."""
+    tensor = tensor.detach().to(kind)
+    return tensor.view(torch.uint16).numpy() if kind is torch.bfloat16 else tensor.numpy()
 
 
 def _vector(tensor: Tensor | None, channels: int) -> Array:

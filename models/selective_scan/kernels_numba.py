@@ -14,6 +14,7 @@ elsewhere that uses them, or those of another file, closes over the :func:`diges
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import operator
 from collections.abc import Callable
@@ -36,6 +37,7 @@ ONE, ZERO = np.float32(1.0), np.float32(0.0)
 
 FLOAT, INT = ir.FloatType(), ir.IntType(32)
 VECTOR, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
+HALVES = ir.VectorType(ir.IntType(16), LANES)
 CONTRACT = ("contract",)
 
 # (2**f - 1) / f on [-1/2, 1/2], highest power first, interpolated at Chebyshev nodes; error of 2**f 5e-9.
@@ -47,6 +49,7 @@ _EXP2 = (
     0.24022650760568132,
     0.6931471880262287,
 )
+_SHIFT = 1.5 * 2**23 + 127
 # 2 artanh(s) / s as a polynomial in s**2 on [0, 1/9], made alike; relative error of log1p 4e-9.
 _LOG1P = (0.28157778313522575, 0.2796515775679465, 0.4002459522981895, 0.6666632164140144, 2.000000007681758)
 
@@ -96,6 +99,18 @@ def _row(context: Any, builder: ir.IRBuilder, array_type: types.Array, array: ir
     return builder.bitcast(builder.gep(data, [offset]), VECTOR.as_pointer())
 
 
+def _channels(
+    context: Any, builder: ir.IRBuilder, array_type: types.Array, array: ir.Value, channel: ir.Value, token: ir.Value
+) -> ir.Value:
+    """Pointer to array[channel, token], array (E, L)."""
+    struct = cgutils.create_struct_proxy(array_type)(context, builder, value=array)
+    shape, strides = (cgutils.unpack_tuple(builder, part, 2) for part in (struct.shape, struct.strides))
+    place = cgutils.get_item_pointer2(
+        context, builder, struct.data, shape, strides, array_type.layout, [channel, token], wraparound=False
+    )
+    return builder.bitcast(place, (VECTOR if array_type.dtype == types.float32 else HALVES).as_pointer())
+
+
 @intrinsic
 def load(typing_context, tile, row):
     """tile[row], tile (rows, LANES) contiguous float32."""
@@ -115,6 +130,69 @@ def store(typing_context, tile, row, value):
         return context.get_dummy_value()
 
     return types.void(tile, types.intp, lanes), codegen
+
+
+@intrinsic
+def load_channels(typing_context, source, channel, token):
+    """source[channel : channel + LANES, token] in float32; source (E, L), its channels neighbours in memory."""
+
+    def codegen(context, builder, signature, args):
+        place = _channels(context, builder, signature.args[0], *args)
+        if source.dtype == types.float32:
+            return builder.load(place, align=4)
+        words = builder.zext(builder.load(place, align=2), INTS)
+        return builder.bitcast(builder.shl(words, ir.Constant(INTS, [16] * LANES)), VECTOR)
+
+    return lanes(source, types.intp, types.intp), codegen
+
+
+@intrinsic
+def store_channels(typing_context, target, channel, token, value):
+    """target[channel : channel + LANES, token] = value, as in :func:`load_channels`; rounded as by :func:`narrow`."""
+
+    def codegen(context, builder, signature, args):
+        place, value = _channels(context, builder, signature.args[0], *args[:3]), args[3]
+        if target.dtype == types.float32:
+            builder.store(value, place, align=4)
+        else:
+            bits, half = builder.bitcast(value, INTS), ir.Constant(INTS, [16] * LANES)
+            odd = builder.and_(builder.lshr(bits, half), ir.Constant(INTS, [1] * LANES))
+            even = builder.add(builder.add(bits, ir.Constant(INTS, [0x7FFF] * LANES)), odd)
+            is_nan, nan = builder.fcmp_unordered("uno", value, value), ir.Constant(INTS, [0x7FC0] * LANES)
+            rounded = builder.select(is_nan, nan, builder.lshr(even, half))
+            builder.store(builder.trunc(rounded, HALVES), place, align=2)
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, types.intp, lanes), codegen
+
+
+def widen(value):
+    """One number of an array as float32; bfloat16 lies there as uint16."""
+
+
+@overload(widen)
+def _widen(value):
+    if value == types.uint16:
+        return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
+    return lambda value: np.float32(value)
+
+
+def narrow(like, value):
+    """A float32 as an element of ``like``: itself, or rounded to bfloat16 as PyTorch does."""
+
+
+@overload(narrow)
+def _narrow(like, value):
+    if like.dtype == types.float32:
+        return lambda like, value: value
+
+    def rounded(like, value):
+        if np.isnan(value):
+            return np.uint16(0x7FC0)
+        bits = np.float32(value).view(np.uint32)
+        return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+    return rounded
 
 
 @intrinsic
@@ -146,26 +224,21 @@ def total(typing_context, value):
 
 @intrinsic
 def exp2(typing_context, value):
-    """2**value, relative error 1e-7; 0 below -126 and infinity above 127.5."""
+    """2**value, relative error 1e-7; 0 below -126.5 and infinity above 127.5."""
 
     def codegen(context, builder, signature, args):
         (x,) = args
-        low, high = _constant(-126.0), _constant(127.5)
-        too_low = builder.fcmp_ordered("<", x, low)
-        too_high = builder.fcmp_ordered(">", x, high)
-        clamped = builder.select(too_high, _constant(127.0), builder.select(too_low, low, x))
-        # Nearest integer, at most 127: the largest exponent there is.
-        whole = _call(builder, "floor", builder.fadd(clamped, _constant(0.5)))
-        whole = builder.select(builder.fcmp_ordered(">", whole, _constant(127.0)), _constant(127.0), whole)
-        f = builder.fsub(clamped, whole)
+        for symbol, bound in ((">", 128.0), ("<", -127.0)):
+            x = builder.select(builder.fcmp_ordered(symbol, x, _constant(bound)), _constant(bound), x)
+        # The sum has no room for a fraction: its last bits are the nearest whole number with an exponent's bias. Of the
+        # power, a biased exponent of 0 means 0, one of 255 infinity.
+        shifted = builder.fadd(x, _constant(_SHIFT))
+        f = builder.fsub(x, builder.fsub(shifted, _constant(_SHIFT)))
         p = _constant(_EXP2[0])
         for coefficient in (*_EXP2[1:], 1.0):
             p = _call(builder, "fmuladd", p, f, _constant(coefficient))
-        bits = builder.add(builder.fptosi(whole, INTS), ir.Constant(INTS, [127] * LANES))
-        power = builder.bitcast(builder.shl(bits, ir.Constant(INTS, [23] * LANES)), VECTOR)
-        y = builder.fmul(p, power)
-        y = builder.select(too_low, _constant(0.0), y)
-        return builder.select(too_high, _constant(float("inf")), y)
+        exponent = builder.shl(builder.bitcast(shifted, INTS), ir.Constant(INTS, [23] * LANES))
+        return builder.fmul(p, builder.bitcast(exponent, VECTOR))
 
     return lanes(lanes), codegen
 
@@ -223,28 +296,50 @@ def sigmoid(x):
 
 F1, F2, F3 = "float32[:]", "float32[:,:]", "float32[:,:,:]"
 C3, C4 = "float32[:,:,::1]", "float32[:,:,:,::1]"
+X3 = "{activations}[:,:,:]"  # what has a value for each channel and token
 NUMBERS = "i8,i8,b1,b1,b1"
+
+
+def _for_activations(signature: str) -> Callable[[Callable[..., None]], Callable[[type[np.generic]], Callable]]:
+    """Make a kernel a function from the activations' kind, float32 or uint16 (bfloat16), to the compiled kernel."""
+
+    def make(kernel: Callable[..., None]) -> Callable[[type[np.generic]], Callable]:
+        def compiled(kind: type[np.generic]) -> Callable:
+            return njit(signature.format(activations=kind.__name__), nogil=True, cache=True)(kernel)
+
+        return functools.cache(compiled)
+
+    return make
 
 
 @njit
 def _load_tile(tile, source, e0, width, t0, steps, reverse):
     """tile[step, lane] = source[e0 + lane, token], steps in the order of the walk; zero in spare lanes."""
     first, direction = (source.shape[1] - 1 - t0, -1) if reverse else (t0, 1)
+    if width == LANES and source.strides[0] == source.itemsize:
+        # Lane by lane, a token's channels would be read LANES times, from places that evict each other from the cache.
+        for i in range(steps):
+            store(tile, i, load_channels(source, e0, first + direction * i))
+        return
     if width < LANES:
         tile[:] = ZERO
     for lane in range(width):
         row = source[e0 + lane]
         for i in range(steps):
-            tile[i, lane] = row[np.uint64(first + direction * i)]
+            tile[i, lane] = widen(row[np.uint64(first + direction * i)])
 
 
 @njit
 def _store_tile(target, tile, e0, width, t0, steps, reverse):
     first, direction = (target.shape[1] - 1 - t0, -1) if reverse else (t0, 1)
+    if width == LANES and target.strides[0] == target.itemsize:
+        for i in range(steps):
+            store_channels(target, e0, first + direction * i, load(tile, i))
+        return
     for lane in range(width):
         row = target[e0 + lane]
         for i in range(steps):
-            row[np.uint64(first + direction * i)] = tile[i, lane]
+            row[np.uint64(first + direction * i)] = narrow(row, tile[i, lane])
 
 
 @njit
@@ -267,10 +362,7 @@ def _load_block(block, D, bias, A, e0, width):
             block[2 + n, lane] = A[e0 + lane, n]
 
 
-@njit(
-    f"void({F3},{F3},{F2},{C3},{C3},{F1},{F3},{F1},{F3},{F3},{C3},{C4},{NUMBERS},b1)",
-    nogil=True, cache=True,
-)  # fmt: skip
+@_for_activations(f"void({X3},{X3},{F2},{C3},{C3},{F1},{X3},{F1},{X3},{F3},{C3},{C4},{NUMBERS},b1)")
 def forward_kernel(
     u, delta, A, B, C, D, z, bias, y, first, last, entries, low, high, has_z, has_softplus, reverse, keep
 ):
@@ -319,11 +411,9 @@ def forward_kernel(
             last[sample, e0 + lane] = h[:, lane]
 
 
-@njit(
-    f"void({F3},{F3},{F2},{C3},{C3},{F1},{F3},{F1},{F3},{C3},{C4},"
-    f"{F3},{F3},{C3},{F2},{F3},{F2},{C3},{C3},{NUMBERS})",
-    nogil=True, cache=True,
-)  # fmt: skip
+@_for_activations(
+    f"void({X3},{X3},{F2},{C3},{C3},{F1},{X3},{F1},{X3},{C3},{C4},{X3},{X3},{C3},{F2},{X3},{F2},{C3},{C3},{NUMBERS})"
+)
 def backward_kernel(
     u, delta, A, B, C, D, z, bias, grad_y, carry, entries,
     grad_u, grad_delta, grad_A, grad_D, grad_z, grad_bias, grad_B, grad_C, low, high, has_z, has_softplus,

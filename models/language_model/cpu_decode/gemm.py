@@ -36,10 +36,9 @@ from models.language_model.cpu_decode.gemv import (
     portion,
     rounded,
     vector,
-    widen,
     work,
 )
-from models.selective_scan.kernels_numba import FLOAT, digest_of, sum_lanes, target_features
+from models.selective_scan.kernels_numba import FLOAT, digest_of, sum_lanes, target_features, widen
 
 GROUP = 48  # rows of W in one item of work
 WIDE = gemv.WIDE and gemv.HAS_PAIRS

@@ -34,7 +34,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from models.selective_scan.kernels_numba import CONTRACT, FLOAT, INT, digest_of, sum_lanes, target_features
+from models.selective_scan.kernels_numba import CONTRACT, FLOAT, INT, digest_of, sum_lanes, target_features, widen
 
 Array = np.ndarray
 
@@ -194,35 +194,6 @@ def work(counters, phase, items, count):
 def portion(items, threads):
     """How many items a thread takes at a time."""
     return max(1, items // (threads * TAKES))
-
-
-def widen(value):
-    """One weight as float32."""
-
-
-@overload(widen)
-def _widen(value):
-    if value == types.uint16:
-        return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
-    return lambda value: np.float32(value)
-
-
-def narrow(like, value):
-    """A float32 as an element of ``like``: itself, or rounded to bfloat16 as PyTorch does."""
-
-
-@overload(narrow)
-def _narrow(like, value):
-    if like.dtype == types.float32:
-        return lambda like, value: value
-
-    def rounded(like, value):
-        if np.isnan(value):
-            return np.uint16(0x7FC0)
-        bits = np.float32(value).view(np.uint32)
-        return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-
-    return rounded
 
 
 @njit(cache=True)

@@ -35,14 +35,24 @@ from models.language_model.cpu_decode.gemv import (
     Array,
     array,
     meeting,
-    narrow,
     portion,
     rows_product,
     vector,
-    widen,
     work,
 )
-from models.selective_scan.kernels_numba import LANES, digest_of, exp2, load, sigmoid, softplus, splat, store, total
+from models.selective_scan.kernels_numba import (
+    LANES,
+    digest_of,
+    exp2,
+    load,
+    narrow,
+    sigmoid,
+    softplus,
+    splat,
+    store,
+    total,
+    widen,
+)
 
 MOST_ROWS = 4
 PHASES = 4

@@ -213,10 +213,39 @@ def test_empty_sequence_returns_the_initial_state(backend: str) -> None:
     assert torch.equal(last, inputs["initial_state"])
 
 
-def test_nan_is_not_swallowed(backend: str) -> None:
-    inputs = make_inputs(1, 20, 4, 80)
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.mT.contiguous().mT
+
+
+def beside_another(tensor: Tensor) -> Tensor:
+    """Channels last, of rows twice as long, as one half of a projection is."""
+    return torch.stack([tensor.mT, torch.full_like(tensor.mT, torch.nan)], -2)[..., 0, :].mT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [channels_last, beside_another])
+def test_every_layout_gives_the_same(backend: str, layout: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    """50 channels: three whole vectors of the numba kernels, and two channels beside."""
+    inputs = make_inputs(2, 50, 4, 70, dtype)
+    laid = {name: layout(value) if name in ("u", "delta", "z") else value for name, value in inputs.items()}
+    assert laid["u"].stride(1) == 1 and torch.equal(laid["u"], inputs["u"])
+    for options in ({"delta_softplus": True}, {"delta_softplus": True, "reverse": True}):
+        random = torch.Generator().manual_seed(1)
+        grad_y, grad_last = (torch.randn(2, 50, n, generator=random) for n in (70, 4))
+        grad_y = grad_y.to(dtype)
+        expected = results(through_function, inputs, grad_y, grad_last, **options)
+        actual = results(through_function, laid, layout(grad_y), grad_last, **options)
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.clone, channels_last])
+def test_nan_is_not_swallowed(backend: str, layout: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    inputs = make_inputs(1, 20, 4, 80, dtype)
     inputs["u"][0, 3, 40] = torch.nan
     inputs["A"][7, 2] = torch.nan
+    inputs |= {name: layout(inputs[name]) for name in ("u", "delta", "z")}
     y = run_scan(**inputs, delta_softplus=True)
     bad = y.isnan()[0]
     assert bad[3, 40:].all() and bad[7].all()
@@ -283,6 +312,28 @@ def test_threads_and_concurrent_callers_agree(backend: str) -> None:
     for one in together:
         for key in ("y", "last", "grad u", "grad A", "grad B", "grad C"):
             torch.testing.assert_close(one[key], alone[key], rtol=1e-5, atol=1e-4, msg=key)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="a numba kernel")
+def test_powers_of_two_in_vectors() -> None:
+    numba = pytest.importorskip("numba")
+    from models.selective_scan import kernels_numba
+
+    @numba.njit
+    def kernel(tiles):
+        for row in range(len(tiles)):
+            kernels_numba.store(tiles, row, kernels_numba.exp2(kernels_numba.load(tiles, row)))
+
+    special = np.array([np.nan, np.inf, -np.inf, 1e30, -1e30, 128, -127, 0, -0.0, 1, 127, -126, 0.5, -0.5, 1.5, -1.5])
+    exponents = np.concatenate([np.linspace(-135, 135, 2**14), special]).astype(np.float32).reshape(-1, 16)
+    actual = exponents.copy()
+    kernel(actual)
+    with np.errstate(over="ignore"):
+        exact = np.exp2(exponents.astype(np.float64))
+    assert np.array_equal(np.isnan(actual), np.isnan(exponents))
+    inside = (exponents >= -126) & (exponents <= 127.5)
+    assert np.abs(actual[inside] / exact[inside] - 1).max() < 2e-7
+    assert (actual[exponents < -126.5] == 0).all() and np.isinf(actual[exponents > 127.5]).all()
 
 
 FORK_SCRIPT = """
