@@ -53,7 +53,7 @@ def read_table(path: Path) -> Table:
     if suffix == ".xls":
         raise InputError(f"{path}: the old .xls format is not read; save it as .xlsx or as 'CSV UTF-8' in Excel")
     if suffix in (".xlsx", ".xlsm"):
-        return _table(path, _read_workbook(path), [])
+        return _table(path, *_read_workbook(path))
     text, notes = decode(path)
     if suffix in (".json", ".jsonl"):
         return _read_records(path, text, notes)
@@ -105,8 +105,9 @@ def _read_csv(path: Path, text: str) -> pd.DataFrame:
         raise InputError(f"{path} is not a readable CSV at row {row}: {reason}; {_QUOTING}") from warning
 
 
-def _read_workbook(path: Path) -> pd.DataFrame:
-    """Cells of the only sheet that has any. Raises InputError for several, or a file that is no workbook."""
+def _read_workbook(path: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Cells of the only sheet that has any, and a note of merged ones. Raises InputError for several sheets, or a file
+    that is no workbook."""
     import pandas as pd
 
     try:
@@ -115,18 +116,29 @@ def _read_workbook(path: Path) -> pd.DataFrame:
         if megabytes > _MAX_MEGABYTES:
             words = f"unpacks to {megabytes} MB, more than a table of reports"
             raise InputError(f"{path}: {words}; save it as CSV UTF-8")
-        workbook = pd.read_excel(path, sheet_name=None, engine="openpyxl", **_AS_TEXT)
+        with pd.ExcelFile(path, engine="openpyxl", engine_kwargs={"read_only": False}) as workbook:
+            found = workbook.parse(sheet_name=None, **_AS_TEXT)
+            merged = {name: list(workbook.book[name].merged_cells.ranges) for name in found if not found[name].empty}
     except InputError:
         raise
     except Exception as error:  # openpyxl raises whatever damaged XML leads to
         detail = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path} is not a readable workbook ({detail}); save it again, or as 'CSV UTF-8'") from error
-    sheets = {name: frame for name, frame in workbook.items() if not frame.empty}
-    if len(sheets) > 1:
-        words = f"{len(sheets)} sheets have cells ({', '.join(sheets)})"
+    if len(merged) > 1:
+        words = f"{len(merged)} sheets have cells ({', '.join(merged)})"
         raise InputError(f"{path}: {words}; keep one, or save it as CSV UTF-8")
+    if not merged:
+        return pd.DataFrame(), []
+    ((name, ranges),) = merged.items()
     # Excel's errors (#N/A) are NaN; '_x000D_' is how it stores a carriage return.
-    return next(iter(sheets.values()), pd.DataFrame()).fillna("").replace("_x000[dD]_\n?", "\n", regex=True)
+    cells = found[name].fillna("").replace("_x000[dD]_\n?", "\n", regex=True)
+    filled = 0
+    for area in ranges:  # the text is in the first of them alone: the others' patient would be unknown
+        first, column, last = area.min_row - 1, area.min_col - 1, min(area.max_row, len(cells)) - 1
+        if 0 < first < last and column < cells.shape[1] and cells.iat[first, column]:  # below the header
+            cells.iloc[first + 1 : last + 1, column] = cells.iat[first, column]
+            filled += last - first
+    return cells, [f"merged cells: {filled} below the first take its text"] if filled else []
 
 
 def _table(path: Path, cells: pd.DataFrame, notes: list[str]) -> Table:

@@ -122,6 +122,32 @@ def test_workbook(tmp_path):
     ]
 
 
+def test_merged_cells_of_a_workbook_are_filled_downwards(tmp_path):
+    """A patient with two series, as people merge cells; the header and what lies beyond the table stay."""
+    rows = [
+        ["image", "患者", "报告"],
+        ["a", "P1", "甲"],
+        ["b", None, "乙"],
+        ["c", "P2", "丙"],
+        ["d"],
+        ["e", "P3", "丁"],
+    ]
+    path = workbook(tmp_path, {"Sheet1": rows})
+    book = openpyxl.load_workbook(path)
+    for area in ("B2:B3", "B4:B5", "C4:C5", "A1:A2", "B9:B12", "H2:I4"):
+        book.active.merge_cells(area)
+    book.save(path)
+    table = read_table(path)
+    assert [list(cells.values())[1:] for _, cells in table.rows] == [
+        ["P1", "甲"],
+        ["P1", "乙"],
+        ["P2", "丙"],
+        ["P2", "丙"],
+        ["P3", "丁"],
+    ]
+    assert table.notes == ["merged cells: 3 below the first take its text"]
+
+
 def test_workbooks_that_are_refused(tmp_path):
     header = ["image_path", "answer"]
     assert "2 sheets have cells (a, b)" in refusal(workbook(tmp_path, {"a": [header], "b": [header]}))
