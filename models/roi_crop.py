@@ -3,8 +3,8 @@
     centre   features (B, C, H, W) → (B, C, r, r), and the (row, column) of its upper left corner in H × W
     lesion   features (B, C, H, W), roi (B, 4) → (B, C, r, r), sampled between the features, at a fixed scale
 
-The corner crops the positional embeddings of the full grid alike. Where H − r is odd, the crop lies one feature up and
-to the left of the exact centre.
+The corner crops the positional embeddings of the full grid alike. Where H − r is odd, the crop lies half a feature up
+and to the left of the exact centre.
 """
 
 from __future__ import annotations

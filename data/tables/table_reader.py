@@ -108,6 +108,7 @@ def _read_csv(path: Path, text: str) -> pd.DataFrame:
 def _read_workbook(path: Path) -> tuple[pd.DataFrame, list[str]]:
     """Cells of the only sheet that has any, and a note of merged ones. Raises InputError for several sheets, or a file
     that is no workbook."""
+    import openpyxl
     import pandas as pd
 
     try:
@@ -116,28 +117,29 @@ def _read_workbook(path: Path) -> tuple[pd.DataFrame, list[str]]:
         if megabytes > _MAX_MEGABYTES:
             words = f"unpacks to {megabytes} MB, more than a table of reports"
             raise InputError(f"{path}: {words}; save it as CSV UTF-8")
-        with pd.ExcelFile(path, engine="openpyxl", engine_kwargs={"read_only": False}) as workbook:
-            found = workbook.parse(sheet_name=None, **_AS_TEXT)
-            merged = {name: list(workbook.book[name].merged_cells.ranges) for name in found if not found[name].empty}
+        workbook = pd.read_excel(path, sheet_name=None, engine="openpyxl", **_AS_TEXT)
+        # Only a workbook read as a whole names its merged cells. Pandas reads another row by row: with a stray cell far
+        # away it would walk through millions of empty ones of the whole.
+        whole = openpyxl.load_workbook(path)
+        sheets = {name: cells for name, cells in workbook.items() if not cells.empty}
+        merged = [area for name in sheets for area in whole[name].merged_cells.ranges]
     except InputError:
         raise
     except Exception as error:  # openpyxl raises whatever damaged XML leads to
         detail = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path} is not a readable workbook ({detail}); save it again, or as 'CSV UTF-8'") from error
-    if len(merged) > 1:
-        words = f"{len(merged)} sheets have cells ({', '.join(merged)})"
+    if len(sheets) > 1:
+        words = f"{len(sheets)} sheets have cells ({', '.join(sheets)})"
         raise InputError(f"{path}: {words}; keep one, or save it as CSV UTF-8")
-    if not merged:
-        return pd.DataFrame(), []
-    ((name, ranges),) = merged.items()
     # Excel's errors (#N/A) are NaN; '_x000D_' is how it stores a carriage return.
-    cells = found[name].fillna("").replace("_x000[dD]_\n?", "\n", regex=True)
-    filled = 0
-    for area in ranges:  # the text is in the first of them alone: the others' patient would be unknown
-        first, column, last = area.min_row - 1, area.min_col - 1, min(area.max_row, len(cells)) - 1
-        if 0 < first < last and column < cells.shape[1] and cells.iat[first, column]:  # below the header
-            cells.iloc[first + 1 : last + 1, column] = cells.iat[first, column]
-            filled += last - first
+    cells = next(iter(sheets.values()), pd.DataFrame()).fillna("").replace("_x000[dD]_\n?", "\n", regex=True)
+    used, filled = (cells != "").any(axis=1), 0
+    for area in merged:  # the text is in the first of them alone: the others' patient would be unknown
+        column, first = area.min_col - 1, area.min_row - 1
+        rows = [row for row in range(first + 1, min(area.max_row, len(cells))) if used[row]]
+        if first > 0 and rows and column < cells.shape[1] and cells.iat[first, column]:  # first > 0: below the header
+            cells.iloc[rows, column] = cells.iat[first, column]
+            filled += len(rows)
     return cells, [f"merged cells: {filled} below the first take its text"] if filled else []
 
 

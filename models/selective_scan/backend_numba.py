@@ -6,8 +6,9 @@ release the interpreter lock); unlike numba's own threading layers these may be 
 once and after a fork. Each range of tasks sums dB and dC into buffers of its own, so there are no races and
 results repeat exactly for a given ``torch.get_num_threads()``.
 
-Everything is computed in float32. The kernels read and write bfloat16 as it lies in memory; other kinds, and what is of
-several, are converted before. Backward keeps the inputs and the state at each chunk's start (1/CHUNK of B·L·E·N).
+Everything is computed in float32. The kernels read and write bfloat16 as it lies in memory; float16, and activations
+of several dtypes, are converted to float32 first. Backward keeps the inputs and the state at each chunk's start
+(1/CHUNK of B·L·E·N).
 """
 
 from __future__ import annotations
@@ -25,10 +26,16 @@ from torch import Tensor
 
 from models.selective_scan import ScanInputs, differentiable
 from models.selective_scan.kernels_numba import CHUNK, LANES, backward_kernel, forward_kernel
+from models.selective_scan.selftest import attempt
 
 Array = np.ndarray
 T = TypeVar("T")
 PORTIONS = 8  # for each thread of a forward pass: 7 to 11 % faster than one
+
+
+def check(device_type: str) -> None:
+    """Raise ``BackendUnavailable`` where numba does not compile, such as without a folder for its cache."""
+    attempt(lambda: forward_kernel(np.float32), device_type)
 
 
 def forward(inputs: ScanInputs, softplus: bool, reverse: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ import hashlib
 import operator
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -104,10 +105,7 @@ def _channels(
 ) -> ir.Value:
     """Pointer to array[channel, token], array (E, L)."""
     struct = cgutils.create_struct_proxy(array_type)(context, builder, value=array)
-    shape, strides = (cgutils.unpack_tuple(builder, part, 2) for part in (struct.shape, struct.strides))
-    place = cgutils.get_item_pointer2(
-        context, builder, struct.data, shape, strides, array_type.layout, [channel, token], wraparound=False
-    )
+    place = cgutils.get_item_pointer(context, builder, array_type, struct, [channel, token])
     return builder.bitcast(place, (VECTOR if array_type.dtype == types.float32 else HALVES).as_pointer())
 
 
@@ -140,8 +138,7 @@ def load_channels(typing_context, source, channel, token):
         place = _channels(context, builder, signature.args[0], *args)
         if source.dtype == types.float32:
             return builder.load(place, align=4)
-        words = builder.zext(builder.load(place, align=2), INTS)
-        return builder.bitcast(builder.shl(words, ir.Constant(INTS, [16] * LANES)), VECTOR)
+        return widened(builder, builder.load(place, align=2))
 
     return lanes(source, types.intp, types.intp), codegen
 
@@ -204,6 +201,13 @@ def splat(typing_context, value):
         return builder.shuffle_vector(first, ir.Constant(VECTOR, ir.Undefined), ir.Constant(INTS, [0] * LANES))
 
     return lanes(types.float32), codegen
+
+
+def widened(builder: ir.IRBuilder, halves: ir.Value) -> ir.Value:
+    """A vector of bfloat16, as 16-bit integers, in float32."""
+    count = halves.type.count
+    words = builder.zext(halves, ir.VectorType(INT, count))
+    return builder.bitcast(builder.shl(words, ir.Constant(words.type, [16] * count)), ir.VectorType(FLOAT, count))
 
 
 def sum_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
@@ -277,7 +281,7 @@ for _name in ("add", "sub", "mul", "truediv"):
 def softplus(x):
     """log(1 + e**x) = max(x, 0) + log1p(e**-|x|); above 20 the second term is below float32's resolution."""
     positive = positive_part(x)
-    w = exp2((x - positive - positive) * splat(LOG2E))
+    w = exp2((positive + positive_part(splat(ZERO) - x)) * splat(-LOG2E))
     s = w / (w + splat(np.float32(2.0)))
     v = s * s
     p = splat(np.float32(_LOG1P[0]))
@@ -304,10 +308,14 @@ def _for_activations(signature: str) -> Callable[[Callable[..., None]], Callable
     """Make a kernel a function from the activations' kind, float32 or uint16 (bfloat16), to the compiled kernel."""
 
     def make(kernel: Callable[..., None]) -> Callable[[type[np.generic]], Callable]:
+        @functools.cache
         def compiled(kind: type[np.generic]) -> Callable:
-            return njit(signature.format(activations=kind.__name__), nogil=True, cache=True)(kernel)
+            # Under a name of its own: two processes that compile two kinds at once would mix them up in numba's cache.
+            own = FunctionType(kernel.__code__, kernel.__globals__)
+            own.__qualname__ = f"{kernel.__name__}_{kind.__name__}"
+            return njit(signature.format(activations=kind.__name__), nogil=True, cache=True)(own)
 
-        return functools.cache(compiled)
+        return compiled
 
     return make
 
@@ -492,7 +500,8 @@ def backward_kernel(
                 store(sums, 1, load(sums, 1) + slope)
                 store(d_step, i, slope)
                 store(d_drive, i, load(d_drive, i) * load(step, i) + load(dy, i) * skip)
-                store(gate, i, load(gate, i) * load(out, i))
+                if has_z:
+                    store(gate, i, load(gate, i) * load(out, i))
             _store_tile(grad_delta[sample], d_step, e0, width, t0, steps, reverse)
             _store_tile(grad_u[sample], d_drive, e0, width, t0, steps, reverse)
             if has_z:

@@ -17,7 +17,7 @@ from models.language_model.cpu_decode.frozen_linear import (
 
 try:
     from models.language_model.cpu_decode.mamba_step import step
-except ImportError:  # numba is missing; frozen_linear has logged it
+except (ImportError, RuntimeError):  # numba is missing; frozen_linear has logged it
 
     def step(*_: object) -> None:
         """Without numba a block computes every token itself."""

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 try:
     from models.language_model.cpu_decode import gemm
     from models.language_model.cpu_decode.gemv import few_rows, product
-except ImportError as error:  # numba has no build for every platform
+except (ImportError, RuntimeError) as error:  # numba has no build for every platform, or no folder for its cache
     logging.getLogger(__name__).warning("decoding uses PyTorch's matrix products: numba does not import (%s)", error)
 
     gemm = None

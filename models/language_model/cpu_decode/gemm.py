@@ -38,7 +38,7 @@ from models.language_model.cpu_decode.gemv import (
     vector,
     work,
 )
-from models.selective_scan.kernels_numba import FLOAT, digest_of, sum_lanes, target_features, widen
+from models.selective_scan.kernels_numba import FLOAT, digest_of, sum_lanes, target_features, widen, widened
 
 GROUP = 48  # rows of W in one item of work
 WIDE = gemv.WIDE and gemv.HAS_PAIRS
@@ -129,8 +129,7 @@ def _weights(builder: ir.IRBuilder, pointer: ir.Value, exact: bool) -> ir.Value:
     """The next PAIR int8 as int16, or the next LANES bfloat16 as float32."""
     if exact:
         return builder.sext(load(builder, pointer, _BYTES, 1), _SHORTS)
-    words = builder.zext(load(builder, pointer, _HALVES, 1), _INTS)
-    return builder.bitcast(builder.shl(words, ir.Constant(_INTS, [16] * LANES)), _VECTOR)
+    return widened(builder, load(builder, pointer, _HALVES, 1))
 
 
 def _compiled(sources: int, lanes: int) -> Callable[..., None]:

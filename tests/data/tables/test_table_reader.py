@@ -132,9 +132,10 @@ def test_merged_cells_of_a_workbook_are_filled_downwards(tmp_path):
         ["d"],
         ["e", "P3", "丁"],
     ]
+    rows += [[], ["f", "P4", "戊"], []]  # P3 reaches into a blank row, and P4's record is two rows high
     path = workbook(tmp_path, {"Sheet1": rows})
     book = openpyxl.load_workbook(path)
-    for area in ("B2:B3", "B4:B5", "C4:C5", "A1:A2", "B9:B12", "H2:I4"):
+    for area in ("B2:B3", "B4:B5", "C4:C5", "A1:A2", "B6:B7", "A8:A9", "B8:B9", "C8:C9", "H2:I4"):
         book.active.merge_cells(area)
     book.save(path)
     table = read_table(path)
@@ -144,8 +145,17 @@ def test_merged_cells_of_a_workbook_are_filled_downwards(tmp_path):
         ["P2", "丙"],
         ["P2", "丙"],
         ["P3", "丁"],
+        ["P4", "戊"],
     ]
     assert table.notes == ["merged cells: 3 below the first take its text"]
+
+
+def test_a_formatted_cell_far_away_costs_nothing(tmp_path):
+    path = workbook(tmp_path, {"Sheet1": [["image", "报告"], ["a", "甲"]]})
+    book = openpyxl.load_workbook(path)
+    book.active["XFD1048576"].font = openpyxl.styles.Font(bold=True)
+    book.save(path)
+    assert read_table(path).rows == [(2, {"image": "a", "报告": "甲"})]
 
 
 def test_workbooks_that_are_refused(tmp_path):

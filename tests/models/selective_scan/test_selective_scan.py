@@ -252,6 +252,15 @@ def test_nan_is_not_swallowed(backend: str, layout: Callable[[Tensor], Tensor], 
     assert not bad[3, :40].any() and not bad[torch.tensor([i for i in range(20) if i not in (3, 7)])].any()
 
 
+def test_an_infinite_step_reaches_its_own_channel_alone(backend: str) -> None:
+    inputs = make_inputs(1, 20, 4, 40)
+    inputs["u"], inputs["B"] = inputs["u"].abs(), inputs["B"].abs()  # so that no sum is inf - inf
+    inputs["C"], inputs["delta"][0, 3, 25] = inputs["C"].abs(), torch.inf
+    y = run_scan(**inputs | {"z": torch.ones_like(inputs["u"])}, delta_softplus=True)[0]
+    assert torch.isposinf(y[3, 25]) and y[3, :25].isfinite().all()
+    assert y[torch.arange(20) != 3].isfinite().all()
+
+
 def test_reverse_equals_flipping(backend: str) -> None:
     inputs = make_inputs(2, 20, 5, 70)
     flipped = {k: v.flip(-1) if k in ("u", "delta", "B", "C", "z") else v for k, v in inputs.items()}
