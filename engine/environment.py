@@ -17,6 +17,7 @@ VENV = REPOSITORY / ".venv"
 REQUIREMENTS = REPOSITORY / "requirements.txt"
 STAMP = VENV / "installed-requirements.txt"  # hash of the requirements that the environment holds
 CUDA_BUILD = "cu130"  # of torch, for Windows; it runs on every card since Turing, the RTX 5090 included
+DRIVER = 580  # of NVIDIA, the first for CUDA 13
 
 
 def python_of(venv: Path) -> Path:

@@ -226,9 +226,9 @@ def train(
         for step in bar:
             with accelerator.autocast():
                 loss = writer.loss(source.batch(step / args.steps, args.batch_size), source.language)
-            value = require_finite(loss, step, args.lr)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(adapters.parameters(), 1.0)
+            value = require_finite(loss, step, args.lr)  # waits for a GPU, which has all of the step to do by now
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()

@@ -105,7 +105,7 @@ from engine.reporting import (
     encode_questions,
     run_config,
 )
-from engine.run import best_device
+from engine.run import best_device, limit_gpu_memory
 from models.language_model.decoding import INCOMPLETE, CharacterStream, Decoding, FirstTokenClock, StopRule, Varied
 from models.language_model.identity import lm_identity
 from models.language_model.mamba_lm import MambaLM
@@ -217,6 +217,7 @@ def load_prefix(
     args: argparse.Namespace, checkpoint: Checkpoint, config: Config
 ) -> tuple[Reading, PrefixState, PrefixIdentity]:
     """The state of --prefix, checked against the checkpoint, the size of the language model, and --image."""
+    limit_gpu_memory(config.gpu_memory_fraction)
     state, identity = PrefixState.load(args.prefix)
     image = file_digest(args.image).hex() if args.image else ""
     size = lm_size(lm_identity(config.mamba_model))

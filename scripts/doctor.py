@@ -27,7 +27,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, not scripts/
 
 import config  # refuses an old Python; the packages of requirements.txt may be missing here
-from engine.environment import cuda_torch
+from engine.environment import DRIVER, cuda_torch
 
 REPOSITORY = Path(config.__file__).resolve().parents[1]
 SECONDS = 4.5  # after which a check is no longer waited for
@@ -102,6 +102,9 @@ def gpu_lines() -> Iterator[Line]:
             free, total = torch.cuda.mem_get_info(index)
             name = torch.cuda.get_device_name(index)
             yield Line("GPU", f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, {build}")
+    elif shutil.which("nvidia-smi") and torch.version.cuda:
+        old = f"{build} cannot use NVIDIA's driver: CUDA {torch.version.cuda} needs {DRIVER} or newer"
+        yield Line("GPU", old, "nvidia-smi  (it shows the driver's version; newer ones: nvidia.com/drivers)")
     elif shutil.which("nvidia-smi"):
         cuda = " ".join(["pip install", *cuda_torch()])
         yield Line("GPU", f"there is an NVIDIA driver, and {build} cannot use it", cuda)

@@ -47,7 +47,8 @@ def use(context: Context, out: Path, yaml: Path) -> Iterator[Line]:
     words = ["scripts/evaluate_reports.py", "--config", str(yaml), *checkpoint, *table, *card, *options]
     yield finished(context, "evaluate_reports.py with maps", words, out)
     written = sorted(path.name for path in (out / "card").rglob("*") if path.is_file())
-    yield context.verdict("its report card", "report_card.json" in written, f"{len(written)} files")
+    whole = "report_card.json" in written and any(name.endswith(".nii.gz") for name in written)
+    yield context.verdict("its report card, and maps", whole, f"{len(written)} files")
     image = next((out / "data" / "images").glob("test_*.nii.gz"))
     device = ["--llm_device", "auto" if context.cuda else "cpu"]
     words = ["scripts/check_image_to_text.py", "--config", str(yaml), *checkpoint, "--image", str(image), *device]

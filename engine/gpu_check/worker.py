@@ -50,10 +50,12 @@ class Worker:
         end = min(deadline, time.time() + check.limit)
         self.connection.send((number, end, end == deadline, check))
         self.usable = False
-        while self.connection.poll(max(0.0, end + GRACE - time.time())):
+        while True:
             try:
+                if not self.connection.poll(max(0.0, end + GRACE - time.time())):
+                    break
                 found = self.connection.recv()
-            except EOFError:
+            except (EOFError, OSError):  # BrokenPipeError, where Windows looks into the pipe of a process that ended
                 self.process.join()
                 message = f"its process ended with status {self.process.exitcode}"
                 yield Line(number, check.title, FAIL, message)

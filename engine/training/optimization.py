@@ -135,7 +135,7 @@ def optimizer_step(
     """
     norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
     shared = sum_of_all(torch.stack([loss, loss.new_tensor(float(stop))]))
-    mean, stops, length = torch.cat([shared, norm.detach().to(shared)[None]]).tolist()  # the step's one wait
+    mean, stops, length = torch.cat([shared, norm.detach().to(shared)[None]]).tolist()  # waits for a GPU
     scaler = accelerator.scaler
     # A gradient scaler looks for itself, and lowers its scale; below 1 it is not the scale that overflows.
     finite = math.isfinite(mean) and (math.isfinite(length) or (scaler is not None and scaler.get_scale() >= 1))

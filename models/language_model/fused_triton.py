@@ -10,16 +10,53 @@ that are trained, are in ``hf_patch``.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from models.selective_scan.backend_triton import _on
+from models.selective_scan.selftest import TOLERANCE, expect_close
 
 # Convolution: tokens at a time, times in a program, channels. Four warps: 16 bytes of bfloat16 a thread and token.
 ROWS, REPEATS, BLOCK, WARPS = 4, 8, 256, 4
 _STRIDES = ["length"]
+
+
+def check(device_type: str) -> None:
+    """Raise ``BackendUnavailable`` unless the kernels give the right numbers and gradients on this device."""
+    random, E, L = torch.Generator().manual_seed(0), BLOCK + 3, ROWS * REPEATS + 3
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random).bfloat16()  # so that every dtype starts from the same numbers
+
+    x, before, weight, bias, grad = normal(2, L, E), normal(2, 3, E), normal(E, 4), normal(E), normal(2, L, E)
+    for dtype, tolerance in TOLERANCE.items():
+
+        def convolved(x: Tensor, dtype: torch.dtype = dtype) -> Tensor:
+            return ConvSiLU.apply(x.to(dtype), *(t.to(x.device, dtype) for t in (weight, bias, before)))
+
+        def exactly_convolved(x: Tensor) -> Tensor:
+            inputs, taps = torch.cat([before.double(), x], 1).mT, weight.double()[:, None]
+            return F.silu(F.conv1d(inputs, taps, bias.double(), groups=E)).mT
+
+        def normed(x: Tensor, dtype: torch.dtype = dtype) -> Tensor:
+            return sum(NormAndResidual.apply(x, bias.to(x.device, dtype), 1e-5, dtype, torch.float32))
+
+        def exactly_normed(x: Tensor) -> Tensor:
+            return F.rms_norm(x, (E,), bias.double(), 1e-5) + x
+
+        for name, ours, exact in (("convolution", convolved, exactly_convolved), ("norm", normed, exactly_normed)):
+            with torch.enable_grad():
+                leaves = x.to(device_type, torch.float32).requires_grad_(), x.double().requires_grad_()
+                found, expected = ours(leaves[0]), exact(leaves[1])
+                gradients = [
+                    torch.autograd.grad(y, leaf, grad.to(y))[0]
+                    for y, leaf in zip((found, expected), leaves, strict=True)
+                ]
+            expect_close(name, found, expected, tolerance, device_type)
+            expect_close(f"the gradient of the {name}", *gradients, tolerance, device_type)
 
 
 @triton.jit

@@ -13,6 +13,8 @@ again in the backward pass (Chen et al., "Training Deep Nets with Sublinear Memo
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -27,7 +29,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.models.mamba.modeling_mamba import MambaBlock, MambaMixer, MambaModel, MambaOutput, MambaRMSNorm
 
 from models.language_model import cpu_decode, gpu_decode
-from models.selective_scan import selective_scan, selective_state_update, triton_serves
+from models.selective_scan import BackendUnavailable, selective_scan, selective_state_update, triton_serves
+from models.selective_scan.selftest import attempt
+
+logger = logging.getLogger(__name__)
 
 # Tokens read at a time. On a CPU matrix products of a few hundred are as fast as they get; a GPU wants more, and the
 # fewer launches the better.
@@ -142,10 +147,12 @@ class BlockMemory:
             recompute_blocks(self._model, count)
 
     def rows_that_fit(self, length: int, most: int) -> int:
-        """How many rows of ``length`` tokens a backward pass can take, 1 to ``most``, all blocks computed again."""
+        """How many rows of ``length`` tokens a backward pass can take, 1 to ``most``; all blocks computed again where
+        that is automatic."""
         if self._model.device.type != "cuda":
             return most
-        of_a_token = self._blocks * 4 * self._model.config.hidden_size + TRANSIENT * self.kept
+        again = self._blocks if self._automatic else sum(block.recompute for block in self._model.backbone.layers)
+        of_a_token = again * 4 * self._model.config.hidden_size + (self._blocks - again + TRANSIENT) * self.kept
         return max(1, min(most, self._room() // (length * of_a_token)))
 
     @property
@@ -249,7 +256,20 @@ def _norm_forward(self: MambaRMSNorm, hidden_states: Tensor) -> Tensor:
 def _fused(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether the Triton kernels serve: they give no gradients of weights."""
     trained = torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in weights)
-    return not trained and x.numel() > 0 and triton_serves(x.device, x.dtype)
+    return not trained and x.numel() > 0 and triton_serves(x.device, x.dtype) and _kernels_agree(x.device.type)
+
+
+@functools.cache
+def _kernels_agree(device_type: str) -> bool:
+    """Whether the kernels pass their self-test on this device; tried once, the log says why not."""
+    from models.language_model.fused_triton import check
+
+    try:
+        attempt(lambda: check(device_type), device_type)
+    except BackendUnavailable as reason:
+        logger.warning("convolution and norm by PyTorch's operations: %s", reason)
+        return False
+    return True
 
 
 def _mixer_forward(

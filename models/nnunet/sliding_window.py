@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -41,7 +42,18 @@ def tile_weight(patch: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.maximum(weight, weight[weight > 0].min())).float()
 
 
+@contextmanager
+def _one_size() -> Iterator[None]:
+    """cuDNN looks for the fastest algorithms: every tile has the same size."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 @torch.inference_mode()
+@_one_size()
 def sliding_window(network: Callable[[Tensor], Tensor], images: Tensor, patch: Sequence[int]) -> Tensor:
     """Logits (B, classes, *space), float32, of images (B, C, *space); ``space`` has as many axes as ``patch``.
 

@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.chain import SHIPPED_LANGUAGE_MODEL, SHIPPED_NNUNET
 from scripts import doctor
@@ -153,3 +154,18 @@ def test_a_drive_that_is_not_there_is_one_line(config, monkeypatch):
 def test_a_path_is_no_name_of_the_hub():
     [line] = doctor.hub_lines("d:/models/mamba-2.8b-hf")
     assert "has no config.json with weights" in line.text and "huggingface" not in line.text
+
+
+@pytest.mark.parametrize(
+    ("cuda", "text", "remedy"),
+    [("13.0", "CUDA 13.0 needs 580 or newer", "nvidia-smi"), (None, "cannot use it", "pip install torch==")],
+)
+def test_a_card_that_torch_cannot_use(
+    cuda: str | None, text: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old driver, or a torch for the CPU alone: another torch would not help the one, nor a driver the other."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    (line,) = doctor.gpu_lines()
+    assert text in line.text and line.remedy.startswith(remedy)

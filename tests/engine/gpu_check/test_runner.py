@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -45,6 +47,16 @@ def test_a_check_that_raises_gives_a_failed_line_with_its_message(tmp_path: Path
 def test_waiting_in_vain_is_no_fault_at_the_end_of_the_session(shared: bool, status: str, tmp_path: Path) -> None:
     context = Context(CPU, tmp_path, number=10, shared=shared)
     assert [line.status for line in lines_of(Check("scripts", waits_in_vain), context)] == [PASS, status]
+
+
+def test_the_pipe_of_a_process_that_ended_may_break(tmp_path: Path) -> None:
+    """On Windows already the look into it does."""
+    one = object.__new__(worker.Worker)
+    one.connection, one.process = Mock(), Mock(exitcode=-9)
+    one.connection.poll.side_effect = [True, BrokenPipeError(109, "The pipe has been ended")]
+    one.connection.recv.return_value = Line(1, "copy", PASS)
+    lines = list(one.lines(1, Check("ending", good), time.time() + 60))
+    assert [line.status for line in lines] == [PASS, FAIL] and "ended with status -9" in lines[1].measured
 
 
 def test_the_report_is_whole_after_each_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

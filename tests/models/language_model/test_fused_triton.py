@@ -124,6 +124,23 @@ def test_a_model_with_them_equals_one_without(monkeypatch: pytest.MonkeyPatch) -
 
 
 @interpreted
+@pytest.mark.parametrize("wrong", [None, "ConvSiLU", "NormAndResidual"])
+def test_kernels_that_err_are_not_used(
+    forced: None, wrong: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hf_patch._kernels_agree.cache_clear()
+    if wrong:
+        kind = getattr(fused_triton, wrong)
+        backward = staticmethod(lambda ctx, *grads: kind.backward(ctx, *(-grad for grad in grads)))
+        monkeypatch.setattr(fused_triton, wrong, type(wrong, (kind,), {"backward": backward}))
+    try:
+        assert hf_patch._fused(torch.ones(1, 2, 3)) is (wrong is None)
+        assert ("wrong numbers: the gradient of the" in caplog.text) is (wrong is not None)
+    finally:
+        hf_patch._kernels_agree.cache_clear()
+
+
+@interpreted
 def test_trained_weights_take_the_plain_way(forced: None) -> None:
     """The kernels give them no gradient."""
     x, weight = torch.randn(1, 4, 6), torch.randn(6, 4, requires_grad=True)

@@ -236,6 +236,10 @@ def test_attribution_takes_as_many_rows_as_fit(lm: MambaLM, monkeypatch: pytest.
     for room, rows in ((0, 1), (row - 1, 1), (3 * row, 3), (99 * row, 8)):
         monkeypatch.setattr(hf_patch, "free_bytes", lambda _, margin, room=room: room + logits)
         assert memory.rows_that_fit(1000, 8) == rows
+    lm.checkpointing(False)  # every block keeps what its backward pass needs
+    kept = 1000 * (memory._blocks + hf_patch.TRANSIENT) * memory.kept
+    monkeypatch.setattr(hf_patch, "free_bytes", lambda _, margin: 3 * kept + logits)
+    assert memory.rows_that_fit(1000, 8) == 3 < 3 * kept // row
 
 
 @pytest.mark.parametrize("name", ("cuda", "cuda:0"))
