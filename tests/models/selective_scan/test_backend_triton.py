@@ -30,24 +30,27 @@ from tests.models.triton_kernels import Recorder, compiled  # noqa: E402
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 # The interpreter is not thread-safe; the others do not ask the backend.
-LEFT_OUT = "thread or fork or gradcheck or without or gpu or preference or announced or unknown or refused"
+LEFT_OUT = "thread or fork or gradcheck or without or gpu or preference or announced or unknown or refused or layout"
+FAST = "mixed or reverse or nan or infinite or single or empty or autocast"  # seconds; gradients and segments included
 
 pytestmark = pytest.mark.skipif(backend_triton.INTERPRETED, reason="TRITON_INTERPRET is set for this process")
 
 
-@pytest.mark.minutes
-def test_numbers_in_the_interpreter() -> None:
+@pytest.mark.parametrize(
+    ("chosen", "least"), [(FAST, 10), pytest.param(f"not ({LEFT_OUT})", 15, marks=pytest.mark.minutes)]
+)
+def test_numbers_in_the_interpreter(chosen: str, least: int) -> None:
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH")))),
     }
     command = [sys.executable, "-m", "pytest", "-p", "fast_triton_interpreter", "-p", "no:cacheprovider"]
-    command += [str(HERE / "test_selective_scan.py"), "-k", f"not ({LEFT_OUT})"]
+    command += [str(HERE / "test_selective_scan.py"), "-k", chosen]
     run = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT, env=environment)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     passed = int(re.search(r"(\d+) passed", run.stdout)[1])
-    assert passed >= 15, run.stdout[-2000:]
+    assert passed >= least, run.stdout[-2000:]
 
 
 KERNELS = ("forward_kernel", "adjoint_kernel", "tile_kernel", "update_kernel")
