@@ -46,7 +46,7 @@ def check(device_type: str) -> None:
         raise BackendUnavailable("it runs on the CPU only in Triton's interpreter (TRITON_INTERPRET=1, for tests)")
     if device_type != "cpu" and INTERPRETED:
         raise BackendUnavailable("TRITON_INTERPRET is set, which is for tests on the CPU")
-    check_scan(scan, device_type, channels=TILE_BLOCK + 3, length=2 * LEAST * CHUNK + 3)
+    check_scan(scan, device_type, channels=TILE_BLOCK + 3, length=2 * LEAST * CHUNK + 3, states=WARP_STATES)
     attempt(lambda: _check_update(device_type), device_type)
 
 
