@@ -28,6 +28,9 @@ STATE = 16  # N
 Model = MambaLM | PreTrainedModel
 
 
+IN_THE_MODEL = "ours, channels last, bfloat16"
+
+
 def scans(report: Report) -> list[str]:
     """The candidates of the scan that are installed; mambapy is reported if missing."""
     if is_mambapy_available():
@@ -110,8 +113,10 @@ def our_model(size: Size, weights: PreTrainedModel) -> MambaLM:
 
 
 def scan_call(who: str, size: Size, tokens: int, device: torch.device, training: bool) -> Callable[[], Any]:
-    """The scan of ``who`` (transformers': every state in memory, a loop over L), with its backward pass if training."""
-    scan = selective_scan if who == "ours" else partial(mamba_selective_scan, use_mambapy=who == "mambapy")
+    """The scan of ``who`` (transformers': every state in memory, a loop over L), with its backward pass if training.
+    :data:`IN_THE_MODEL` is ours as the language model calls it."""
+    own = who in ("ours", IN_THE_MODEL)
+    scan = selective_scan if own else partial(mamba_selective_scan, use_mambapy=who == "mambapy")
     torch.manual_seed(0)
     E = 2 * size.width
     u, delta, z, above = torch.randn(4, 1, E, tokens, device=device)
@@ -119,7 +124,9 @@ def scan_call(who: str, size: Size, tokens: int, device: torch.device, training:
     A = -torch.arange(1.0, STATE + 1, device=device).repeat(E, 1)
     D, bias = torch.randn(2, E, device=device)
     bias -= 4  # steps of about 0.02, as a trained model has them
-    u, delta, A, B, C, D, z, bias = inputs = [x.clone().requires_grad_() for x in (u, delta, A, B, C, D, z, bias)]
+    if who == IN_THE_MODEL:
+        u, delta, z, above = (x.bfloat16().mT.contiguous().mT for x in (u, delta, z, above))
+    u, delta, A, B, C, D, z, bias = inputs = [x.detach().requires_grad_() for x in (u, delta, A, B, C, D, z, bias)]
 
     def call() -> Any:
         with torch.set_grad_enabled(training):

@@ -52,7 +52,8 @@ THREADS = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLO
 
 
 def scan(report: Report) -> None:
-    """The selective scan alone in float32: times, agreement, peak memory, fractions of the machine's limits."""
+    """The selective scan alone in float32: times, agreement, peak memory, fractions of the machine's limits. Ours also
+    as the language model calls it."""
     size, device = report.size, report.device
     E, L, short = 2 * size.width, size.scan_tokens, size.short
     names = models.scans(report)
@@ -62,6 +63,8 @@ def scan(report: Report) -> None:
         report.add("values", f"largest difference of y to {who} (L {short})", difference)
     rows = {f"forward {who}": ("scan", who, L) for who in names}
     rows |= {f"forward+backward {who}": ("scan_training", who, L) for who in names if who != "transformers"}
+    rows |= {f"{way} {models.IN_THE_MODEL}": (kind, models.IN_THE_MODEL, L) for way, kind in
+             (("forward", "scan"), ("forward+backward", "scan_training"))}  # fmt: skip
     rows |= {f"forward+backward {who} L {short}": ("scan_training", who, short) for who in names[:2]}
     calls = {name: CALLS[kind](who, size, n, device) for name, (kind, who, n) in rows.items()}
     block, cached = (torch.rand(n, device=device) for n in (size.block // 4, 1 << 18))  # the second lies in caches
@@ -72,7 +75,7 @@ def scan(report: Report) -> None:
     seconds = report.time(calls, limits, ROUNDS)
     needed = L * E * (STATE + 2)  # a decay per state; a softplus and a gate per token and channel
     fastest = needed / report.best_rate(["exponentials: torch.exp"])
-    report.add("shares", "forward scan, of its exponentials alone", fastest / seconds["forward ours"])
+    report.add("shares", "forward scan, of its exponentials by torch.exp alone", fastest / seconds["forward ours"])
     long = {name: (kind, who, size, n, device, 0) for name, (kind, who, n) in rows.items() if n == L}
     peaks = {name: report.peak(name, models.call_peak, *arguments) for name, arguments in long.items()}
     scan_ratios(report, seconds, peaks)

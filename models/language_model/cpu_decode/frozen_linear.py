@@ -6,8 +6,8 @@ Being an ``nn.Linear``, it is found by adapters (which wrap it) and by quantisat
 
 A CPU without bfloat16 instructions emulates bfloat16 products, several times slower than float32 ones. There a block of
 the frozen weights at a time is widened to float32, multiplied in float32 and dropped: forward, where no compiled
-product (``gemm.py``) is faster, and backward to the inputs. No second copy of the model exists. The reference is
-``F.linear`` in float32, rounded once.
+product (``gemm.py``) is faster, and backward to the inputs. Int8 weights are widened alike, to bfloat16 where the CPU
+multiplies that. No second copy of the model exists. The reference is ``F.linear`` in float32.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ except (ImportError, RuntimeError) as error:  # numba has no build for every pla
 
 # Weights widened at a time: on a CPU 5 MB in float32, which stay in the shared cache; a GPU is occupied by more.
 BLOCK = {"cpu": 5 << 18, "other": 1 << 24}
+# Of bfloat16 that meet int8 weights. More are faster by PyTorch's product with widened weights, where the CPU has one.
+INT8_ROWS = 48
 # Instructions that multiply these dtypes themselves, by torch's names.
 _NATIVE = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 
@@ -95,8 +97,11 @@ def freeze_linear_layers(model: nn.Module) -> None:
 
 def several_rows(x: Tensor, weight: Tensor) -> bool:
     """Whether there is a compiled product for x (R, I), faster than a GEMV and than PyTorch."""
-    emulated = weight.dtype is torch.int8 or product_dtype(x.dtype, x.device) is not x.dtype
-    return gemm is not None and emulated and gemm.applies(x, weight)
+    if weight.dtype is torch.int8:
+        ours = x.dtype is not torch.bfloat16 or not is_native(x.dtype) or len(x) <= INT8_ROWS
+    else:
+        ours = product_dtype(x.dtype, x.device) is not x.dtype
+    return gemm is not None and ours and gemm.applies(x, weight)
 
 
 def many_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -122,9 +127,12 @@ class WidenedProduct(torch.autograd.Function):
             return (wide if bias is None else wide.add_(bias)).to(x.dtype)
         kind = product_dtype(x.dtype, x.device)
         inputs, out = x.to(kind), x.new_empty(len(x), len(weight))
+        # Bfloat16 holds int8 as it is, and its sums do not overflow: they are scaled, fewer numbers than the weights.
+        late = scale is not None and kind is torch.bfloat16
         for rows in spans(*weight.shape, x.device):
-            part = widen(weight[rows], None if scale is None else scale[rows], kind)
-            out[:, rows] = F.linear(inputs, part, None if bias is None else bias[rows].to(kind))
+            part = F.linear(inputs, widen(weight[rows], None if scale is None or late else scale[rows], kind))
+            part = part * scale[rows] if late else part
+            out[:, rows] = part if bias is None else part + bias[rows]
         return out
 
     @staticmethod

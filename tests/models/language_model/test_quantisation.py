@@ -113,6 +113,22 @@ def test_outputs_equal_the_dequantised_reference(dtype: torch.dtype, shape: tupl
         torch.testing.assert_close(actual[..., 5].float(), plain.bias[5].expand(shape[:-1]), rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.skipif(frozen_linear.gemm is None or not frozen_linear.gemm.HAS_INT8, reason="no compiled int8 product")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("native", [True, False])
+def test_many_rows_are_widened_where_the_cpu_multiplies_bfloat16(
+    native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, product = [], frozen_linear.gemm.product
+    monkeypatch.setattr(frozen_linear, "is_native", lambda _: native)
+    monkeypatch.setattr(frozen_linear.gemm, "product", lambda *given: compiled.append(len(given[0])) or product(*given))
+    narrow, most = Int8Linear.of(layer()), frozen_linear.INT8_ROWS
+    for rows in (most, most + 1):
+        x = torch.randn(rows, 50).to(dtype)
+        torch.testing.assert_close(narrow(x).float(), reference(narrow, x), rtol=2e-2, atol=2e-2)
+    assert compiled == ([most] if native and dtype is torch.bfloat16 else [most, most + 1])
+
+
 @pytest.mark.usefixtures("kernels", "small_blocks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 50), (2, 30, 50)])
