@@ -47,7 +47,8 @@ def check_scan(
 def attempt(test: Callable[[], None], device_type: str) -> None:
     """Run ``test``; whatever it raises becomes ``BackendUnavailable``."""
     try:
-        test()
+        with torch.inference_mode(False):  # in which a caller may be, and where nothing has gradients
+            test()
     except BackendUnavailable:
         raise
     except Exception as error:  # noqa: BLE001 (compilers, drivers and extensions raise exceptions of any type)

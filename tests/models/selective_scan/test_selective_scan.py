@@ -24,9 +24,10 @@ from torch import Tensor
 
 from config.errors import InputError
 from models import selective_scan
-from models.selective_scan import ScanInputs, backend_torch, selective_state_update
+from models.selective_scan import BackendUnavailable, ScanInputs, backend_torch, selective_state_update
 from models.selective_scan import selective_scan as run_scan
 from models.selective_scan.backend_reference import scan as reference_scan
+from models.selective_scan.selftest import check_scan
 
 NAMES = ScanInputs._fields
 GOLDEN_NAMES = NAMES[:-1]
@@ -308,6 +309,13 @@ def test_autocast_does_not_reach_inside(backend: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = run_scan(**inputs, delta_softplus=True)
     assert torch.equal(actual, expected)
+
+
+@torch.inference_mode()
+def test_the_self_test_has_gradients_wherever_it_is_run() -> None:
+    check_scan(backend_torch.scan, "cpu", channels=5, length=9)
+    with pytest.raises(BackendUnavailable, match="wrong numbers"):
+        check_scan(lambda *given: tuple(2 * t for t in backend_torch.scan(*given)), "cpu", channels=5, length=9)
 
 
 def test_threads_and_concurrent_callers_agree(backend: str) -> None:
