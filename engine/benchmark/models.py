@@ -28,7 +28,7 @@ STATE = 16  # N
 Model = MambaLM | PreTrainedModel
 
 
-IN_THE_MODEL = "ours, channels last, bfloat16"
+IN_THE_MODEL = "ours in the model"  # channels last, bfloat16
 
 
 def scans(report: Report) -> list[str]:
