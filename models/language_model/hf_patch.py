@@ -52,6 +52,7 @@ def use_our_scan(model: MambaForCausalLM) -> None:
             module.recompute, module.step_plan = False, None
             module.forward = MethodType(_block_forward, module)
         elif isinstance(module, MambaModel):
+            module.step_plan = None
             module.forward = MethodType(_backbone_forward, module)
             module.norm_f.forward = MethodType(_norm_forward, module.norm_f)
 
@@ -198,6 +199,11 @@ def _backbone_forward(
         mask = options["attention_mask"] = None  # two products per layer less
     all_states = options.get("output_hidden_states") or self.config.output_hidden_states
     as_tuple = options.get("return_dict") is False
+    single = given is not None and given.shape[1] == 1 and given.device.type == "cpu" and not gpu_decode.INTERPRETED
+    if single and cache is not None and not (all_states or as_tuple):
+        embeds = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if (stepped := cpu_decode.step(self, embeds, cache, mask)) is not None:
+            return MambaOutput(last_hidden_state=self.norm_f(stepped), cache_params=cache)
     if (
         given is None
         or torch.is_grad_enabled()
@@ -220,8 +226,7 @@ def _block_forward(
     attention_mask: Tensor | None = None,
     **_: object,
 ) -> Tensor:
-    compiled = cpu_decode if hidden_states.device.type == "cpu" and not gpu_decode.INTERPRETED else gpu_decode
-    if (stepped := compiled.step(self, hidden_states, cache_params, attention_mask)) is not None:
+    if (stepped := gpu_decode.step(self, hidden_states, cache_params, attention_mask)) is not None:
         return stepped
     if self.recompute and torch.is_grad_enabled() and cache_params is None:
         return checkpoint(_whole_block, self, hidden_states, None, attention_mask, use_reentrant=False)

@@ -1,7 +1,7 @@
 """Products with frozen weights, and single-token decoding, on a CPU. The language model imports from here alone.
 
 ``freeze_linear_layers`` gives a model linear layers that send few rows of activations to a compiled GEMV, and for many
-widen their weights a block at a time where the CPU emulates their dtype. ``step`` advances a whole block by one token.
+widen their weights a block at a time where the CPU emulates their dtype. ``step`` advances all blocks by one token.
 Where they do not apply, or numba does not import, PyTorch computes the same.
 """
 

@@ -1,6 +1,6 @@
-"""One token through one block of Hugging Face's Mamba on a CPU, compiled as a whole: norm, mixer, residual.
+"""One token through all blocks of Hugging Face's Mamba on a CPU, compiled as a whole: norm, mixer, residual of each.
 
-    hidden [B, 1, D] → hidden [B, 1, D]; the cache's convolution inputs and recurrent state change in place
+    hidden [B, 1, D] → hidden [B, 1, D]; the cache's convolution inputs and recurrent states change in place
 
 Letters: B rows, D width, E inner width, N state, K taps of the convolution, R rank of Δ. Four phases, each a product
 with frozen weights and what can be done with its rows at once; in between, the threads wait for each other:
@@ -10,9 +10,10 @@ with frozen weights and what can be done with its rows at once; in between, the 
     2  dt_proj rows      → Δ: state update, + D·x, · SiLU(z) → y
     3  out_proj rows     → + residual
 
-A kernel call per phase would cost as much as reading the weights of a small layer. Values between the phases are
-float32. The reference is the block itself (``hf_patch``, ``MambaBlock.forward``). It computes what is not a frozen
-layer in float32, bfloat16 or our int8: adapters, other quantisations, float16, another device.
+A kernel call per phase would cost as much as reading the weights of a small layer, one per block a seventh of a token
+of Mamba-2.8B in int8. So the kernel has the first block's arrays, and the addresses of the others'. Values between the
+phases are float32. The reference is the blocks themselves (``hf_patch``, ``MambaBlock.forward``). They compute where
+any holds what is not a frozen layer in float32, bfloat16 or our int8: adapters, other quantisations, float16, hooks.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numba import njit
+from numba import njit, typeof, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.models.mamba.modeling_mamba import MambaBlock
+from transformers.models.mamba.modeling_mamba import MambaBlock, MambaModel
 
 from models.language_model.cpu_decode import gemv
 from models.language_model.cpu_decode.frozen_linear import FrozenLinear, has_hooks
@@ -218,35 +221,89 @@ def _write_out(ys, out_proj, hidden, out, counters, threads, part, batch):
                 out[b, d] = hidden[b, d] + (part[b, d - first] + bias[d])
 
 
+@njit
+def _advance_block(
+    hidden,
+    norm,
+    in_proj,
+    conv,
+    x_proj,
+    dt_proj,
+    ssm,
+    out_proj,
+    window,
+    state,
+    shared,
+    BC,
+    out,
+    counters,
+    threads,
+    batch,
+):
+    """out (B, D) = hidden + mixer(norm(hidden)); every thread of the group calls it with the same arguments.
+
+    norm: weight (D,), epsilon. in_proj, x_proj, dt_proj, out_proj: W, scale, bias. conv: taps (E, K), bias (E,).
+    ssm: decay = -e**A_log · log2(e) (E, N padded to vectors), D (E,). window (B', E, K) and state (B', E, N) of the
+    B' ≤ B real rows change in place. shared: scratch of the kinds that meet the weights: what normed (B, D)
+    is like, inner (B, E), low_rank (B, R), ys (B, E); then gate (B, E) float32. BC: zeros (2, B, N padded).
+    """
+    like, inner, low_rank, ys, gate = shared
+    weight, epsilon = norm
+    normed, part = np.empty_like(like), np.zeros((len(batch), ITEM), np.float32)
+    _normalise(hidden, weight, epsilon, normed)  # in every thread: quicker than waiting for one
+    _read_in(normed, in_proj, conv, window, inner, gate, counters, threads, part, batch)
+    _select(inner, x_proj, low_rank, BC[0], BC[1], state.shape[2], counters, threads, part, batch)
+    _scan_step(low_rank, dt_proj, inner, state, ssm, BC, gate, ys, counters, threads, part, batch)
+    _write_out(ys, out_proj, hidden, out, counters, threads, part, batch)
+
+
+@intrinsic
+def _at(typing_context, array, address):
+    """An array like ``array`` that lies at ``address``."""
+
+    def codegen(context, builder, signature, args):
+        proxy = cgutils.create_struct_proxy(signature.args[0])
+        other = proxy(context, builder, value=args[0])
+        other.data = builder.inttoptr(args[1], other.data.type)
+        other.meminfo = cgutils.get_null_value(other.meminfo.type)  # whoever calls the kernel keeps it alive
+        other.parent = cgutils.get_null_value(other.parent.type)
+        return other._getvalue()
+
+    return array(array, types.int64), codegen
+
+
+@njit
+def _layer_at(layer, places):
+    """A linear layer's W, scale and bias at three addresses."""
+    W, scale, bias = layer
+    return _at(W, places[0]), _at(scale, places[1]), _at(bias, places[2])
+
+
 def _compiled(sources: int) -> Callable[..., None]:
     """``sources`` is a part of the kernel for numba's cache alone."""
 
     @njit(nogil=True, cache=True)
-    def block_kernel(
-        hidden, norm, in_proj, conv, x_proj, dt_proj, ssm, out_proj, window, state, shared, BC, out, counters, threads,
-        batch,
-    ):  # fmt: skip
-        """out (B, D) = hidden + mixer(norm(hidden)); every thread of the group calls it with the same arguments.
+    def model_kernel(hidden, weights, places, shared, BC, counters, threads, batch):
+        """hidden (2, B, D): the first is advanced by the first block to the second, that by the next to the first, …
 
-        norm: weight (D,), epsilon. in_proj, x_proj, dt_proj, out_proj: W, scale, bias. conv: taps (E, K), bias (E,).
-        ssm: decay = -e**A_log · log2(e) (E, N padded to vectors), D (E,). window (B', E, K) and state (B', E, N) of the
-        B' ≤ B real rows change in place. shared: scratch of the kinds that meet the weights: what normed (B, D)
-        is like, inner (B, E), low_rank (B, R), ys (B, E); then gate (B, E) float32. BC: zeros (2, B, N padded).
+        weights: of the first block, in the order of :func:`_advance_block`, its window and its state last. places
+        (blocks, arrays): where each block has them. counters: of each block.
         """
         sources  # noqa: B018
-        like, inner, low_rank, ys, gate = shared
-        weight, epsilon = norm
-        normed, part = np.empty_like(like), np.zeros((len(batch), ITEM), np.float32)
-        _normalise(hidden, weight, epsilon, normed)  # in every thread: quicker than waiting for one
-        _read_in(normed, in_proj, conv, window, inner, gate, counters, threads, part, batch)
-        _select(inner, x_proj, low_rank, BC[0], BC[1], state.shape[2], counters, threads, part, batch)
-        _scan_step(low_rank, dt_proj, inner, state, ssm, BC, gate, ys, counters, threads, part, batch)
-        _write_out(ys, out_proj, hidden, out, counters, threads, part, batch)
+        norm, in_proj, conv, x_proj, dt_proj, ssm, out_proj, window, state = weights
+        for n in range(len(places)):
+            p = places[n]
+            _advance_block(
+                hidden[n % 2], (_at(norm[0], p[0]), norm[1]), _layer_at(in_proj, p[1:]),
+                (_at(conv[0], p[4]), _at(conv[1], p[5])), _layer_at(x_proj, p[6:]), _layer_at(dt_proj, p[9:]),
+                (_at(ssm[0], p[12]), _at(ssm[1], p[13])), _layer_at(out_proj, p[14:]), _at(window, p[17]),
+                _at(state, p[18]), shared, BC, hidden[(n + 1) % 2], counters[n], threads, batch,
+            )  # fmt: skip
 
-    return block_kernel
+    return model_kernel
 
 
-block_kernel = _compiled(digest_of(gemv.__file__))
+model_kernel = _compiled(digest_of(gemv.__file__))
 
 
 @dataclass(frozen=True)
@@ -310,8 +367,45 @@ def _layers(mixer: nn.Module) -> tuple[nn.Module, ...]:
     return held["in_proj"], held["x_proj"], held["dt_proj"], held["out_proj"]
 
 
-def step(block: MambaBlock, hidden: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor | None:
-    """One token per row, (B, 1, D) → (B, 1, D); None, and nothing changed, where the block has to do it itself.
+@dataclass(frozen=True)
+class ModelPlan:
+    """The blocks' plans, the states of a cache, and the arrays of both as the kernel takes them."""
+
+    blocks: tuple[StepPlan, ...]
+    states: tuple[Tensor, ...]  # of each block the window and the state
+    weights: tuple[object, ...]  # of the first block, and its states
+    places: Array  # (blocks, arrays): addresses
+
+    @classmethod
+    def of(cls, blocks: tuple[StepPlan, ...], states: tuple[Tensor, ...]) -> ModelPlan | None:
+        """None for blocks that are not alike."""
+        arrays = [array(state) for state in states]
+        pairs = zip(arrays[::2], arrays[1::2], strict=True)
+        all_weights = [(*plan.weights, *pair) for plan, pair in zip(blocks, pairs, strict=True)]
+        flat = [_arrays(weights) for weights in all_weights]
+        kinds = {(str(typeof(weights)), weights[0][1], *(a.shape for a in own))
+                 for weights, own in zip(all_weights, flat, strict=True)}  # fmt: skip
+        places = np.array([[one.ctypes.data for one in own] for own in flat])
+        return cls(blocks, states, all_weights[0], places) if len(kinds) == 1 else None
+
+    def holds(self, blocks: tuple[StepPlan, ...], states: tuple[Tensor, ...]) -> bool:
+        same = all(a is b for a, b in zip(self.blocks + self.states, blocks + states, strict=True))
+        return same and all(t.data_ptr() == p for t, p in zip(states, self.places[:, -2:].flat, strict=True))
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+
+def _arrays(nested: object) -> list[Array]:
+    """The arrays of nested tuples, in order."""
+    if isinstance(nested, tuple):
+        return [array for part in nested for array in _arrays(part)]
+    return [nested] if isinstance(nested, np.ndarray) else []
+
+
+def step(model: MambaModel, hidden: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor | None:
+    """One token per row through all blocks, (B, 1, D) → (B, 1, D); None, and nothing changed, where the blocks have to
+    do it themselves.
 
     That is: no state to go on from, more than :data:`MOST_ROWS` rows, a mask, gradients, or layers of another kind.
     """
@@ -319,36 +413,53 @@ def step(block: MambaBlock, hidden: Tensor, cache: Cache | None, mask: Tensor | 
         return None
     if hidden.device.type != "cpu" or torch.is_grad_enabled():
         return None
-    mixer = block.mixer
-    window, state = cache.get_conv_state(mixer.layer_idx), cache.get_recurrent_state(mixer.layer_idx)
-    if window is None or state is None or window.shape[0] != hidden.shape[0] or has_hooks(mixer):
+    plan = _model_plan(model, hidden, cache)
+    return None if plan is None else _run_blocks(plan, hidden)
+
+
+def _model_plan(model: MambaModel, hidden: Tensor, cache: Cache) -> ModelPlan | None:
+    states: list[Tensor] = []
+    for block in model.layers:
+        layer = block.mixer.layer_idx
+        window, state = cache.get_conv_state(layer), cache.get_recurrent_state(layer)
+        if window is None or state is None or window.shape[0] != hidden.shape[0]:
+            return None
+        if has_hooks(block) or has_hooks(block.mixer) or not (block.residual_in_fp32 or hidden.dtype is torch.float32):
+            return None
+        if window.dtype not in (torch.float32, torch.bfloat16) or state.dtype is not torch.float32:
+            return None
+        if not (window.is_contiguous() and state.is_contiguous()):
+            return None
+        states += [window, state]
+    blocks = [_plan(block) for block in model.layers]
+    if None in blocks:
         return None
-    kinds = window.dtype in (torch.float32, torch.bfloat16) and state.dtype is torch.float32
-    plan = _plan(block, mixer) if kinds and window.is_contiguous() and state.is_contiguous() else None
-    return None if plan is None else _run_block(block, plan, hidden, window, state)
+    plan: ModelPlan | None = model.step_plan
+    if plan is None or not plan.holds(tuple(blocks), tuple(states)):
+        plan = model.step_plan = ModelPlan.of(tuple(blocks), tuple(states))
+    return plan
 
 
-def _plan(block: MambaBlock, mixer: nn.Module) -> StepPlan | None:
+def _plan(block: MambaBlock) -> StepPlan | None:
     plan: StepPlan | None = block.step_plan
-    if plan is None or not plan.holds(mixer):
-        ready = all(isinstance(layer, FrozenLinear) and layer.is_ready() for layer in _layers(mixer))
+    if plan is None or not plan.holds(block.mixer):
+        ready = all(isinstance(layer, FrozenLinear) and layer.is_ready() for layer in _layers(block.mixer))
         plan = block.step_plan = StepPlan.of(block) if ready else None
     return plan
 
 
-def _run_block(block: MambaBlock, plan: StepPlan, hidden: Tensor, window: Tensor, state: Tensor) -> Tensor:
-    B, E, N = state.shape
+def _run_blocks(plan: ModelPlan, hidden: Tensor) -> Tensor:
     inputs = gemv.padded_rows(hidden[:, 0].float()).numpy()
-    rows = len(inputs)
-    out = np.empty((B, inputs.shape[1]), np.float32)
+    B, rows, projections = len(hidden), len(inputs), plan.blocks[0].projections
+    E, N = plan.states[1].shape[1:]
+    both = np.stack([inputs, inputs])
     # Spare rows are computed like the others: they must start as numbers.
-    shared = (*(np.zeros((rows, W.shape[1]), W.dtype if W.itemsize > 1 else np.float32) for W in plan.projections),
+    shared = (*(np.zeros((rows, W.shape[1]), W.dtype if W.itemsize > 1 else np.float32) for W in projections),
               np.empty((rows, E), np.float32))  # fmt: skip
     BC = np.zeros((2, rows, -(-N // LANES) * LANES), np.float32)
-    threads = gemv.threads_for(sum(weight.nbytes for weight in plan.projections))
+    threads = gemv.threads_for(sum(weight.nbytes for weight in projections))
+    counters = np.stack([gemv.counters(PHASES)] * len(plan.blocks))
     gemv.together(
-        threads, block_kernel, inputs, *plan.weights, array(window), array(state), shared, BC, out,
-        gemv.counters(PHASES), threads, (0,) * rows,
+        threads, model_kernel, both, plan.weights, plan.places, shared, BC, counters, threads, (0,) * rows
     )  # fmt: skip
-    dtype = torch.float32 if block.residual_in_fp32 else hidden.dtype
-    return torch.from_numpy(out)[:, None].to(dtype)
+    return torch.from_numpy(both[len(plan.blocks) % 2, :B])[:, None]
