@@ -131,7 +131,7 @@ def token_seconds(model: models.Model, embeds: Tensor, count: int) -> list[float
 
 
 def layer_by_layer(call: Callable[[], list[float]]) -> list[float]:
-    """``call`` without the kernel that advances a whole block by one token: each layer's product has its own."""
+    """``call`` without the kernel that advances all blocks by one token: each layer's product has its own."""
     with mock.patch.object(cpu_decode, "step", lambda *_: None):
         return call()
 

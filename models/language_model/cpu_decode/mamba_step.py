@@ -385,7 +385,7 @@ class ModelPlan:
         flat = [_arrays(weights) for weights in all_weights]
         kinds = {(str(typeof(weights)), weights[0][1], *(a.shape for a in own))
                  for weights, own in zip(all_weights, flat, strict=True)}  # fmt: skip
-        places = np.array([[one.ctypes.data for one in own] for own in flat])
+        places = np.array([[one.ctypes.data for one in own] for own in flat], np.int64)
         return cls(blocks, states, all_weights[0], places) if len(kinds) == 1 else None
 
     def holds(self, blocks: tuple[StepPlan, ...], states: tuple[Tensor, ...]) -> bool:
