@@ -283,7 +283,7 @@ def _compiled(sources: int) -> Callable[..., None]:
     """``sources`` is a part of the kernel for numba's cache alone."""
 
     @njit(nogil=True, cache=True)
-    def model_kernel(hidden, weights, places, shared, BC, counters, threads, batch):
+    def model_kernel(weights, places, hidden, shared, BC, counters, threads, batch):
         """hidden (2, B, D): the first is advanced by the first block to the second, that by the next to the first, …
 
         weights: of the first block, in the order of :func:`_advance_block`, its window and its state last. places
@@ -392,6 +392,10 @@ class ModelPlan:
         same = all(a is b for a, b in zip(self.blocks + self.states, blocks + states, strict=True))
         return same and all(t.data_ptr() == p for t, p in zip(states, self.places[:, -2:].flat, strict=True))
 
+    def run(self, *arguments: object) -> None:
+        """The kernel. A thread that comes late, when the blocks are done, still holds what it reads."""
+        model_kernel(self.weights, self.places, *arguments)
+
     def __deepcopy__(self, memo: dict) -> None:
         return None
 
@@ -459,7 +463,5 @@ def _run_blocks(plan: ModelPlan, hidden: Tensor) -> Tensor:
     BC = np.zeros((2, rows, -(-N // LANES) * LANES), np.float32)
     threads = gemv.threads_for(sum(weight.nbytes for weight in projections))
     counters = np.stack([gemv.counters(PHASES)] * len(plan.blocks))
-    gemv.together(
-        threads, model_kernel, both, plan.weights, plan.places, shared, BC, counters, threads, (0,) * rows
-    )  # fmt: skip
+    gemv.together(threads, plan.run, both, shared, BC, counters, threads, (0,) * rows)
     return torch.from_numpy(both[len(plan.blocks) % 2, :B])[:, None]
