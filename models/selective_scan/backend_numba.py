@@ -117,10 +117,14 @@ def _output_like(tensor: Tensor, kind: torch.dtype) -> Tensor:
     return torch.empty_like(tensor, dtype=kind)
 
 
+def array(tensor: Tensor) -> Array:
+    """The tensor's memory; bfloat16, which numpy lacks, as uint16."""
+    tensor = tensor.detach()
+    return tensor.view(torch.uint16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()
+
+
 def _array(tensor: Tensor, kind: torch.dtype = torch.float32) -> Array:
-    """The numbers in ``kind``; bfloat16, which numpy lacks, as uint16."""
-    tensor = tensor.detach().to(kind)
-    return tensor.view(torch.uint16).numpy() if kind is torch.bfloat16 else tensor.numpy()
+    return array(tensor.to(kind))
 
 
 def _vector(tensor: Tensor | None, channels: int) -> Array:

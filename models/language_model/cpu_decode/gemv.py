@@ -34,6 +34,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+from models.selective_scan.backend_numba import array
 from models.selective_scan.kernels_numba import CONTRACT, FLOAT, INT, digest_of, sum_lanes, target_features, widen
 
 Array = np.ndarray
@@ -311,12 +312,6 @@ def padded_rows(x: Tensor) -> Tensor:
     """(B, I), contiguous, with B a size that is compiled: 1, 2, 4 or 8."""
     rows = 1 << (len(x) - 1).bit_length()
     return torch.nn.functional.pad(x, (0, 0, 0, rows - len(x))) if rows > len(x) else x.contiguous()
-
-
-def array(tensor: Tensor) -> Array:
-    """The tensor's memory; bfloat16, which numpy lacks, as uint16."""
-    tensor = tensor.detach()
-    return tensor.view(torch.uint16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()
 
 
 def vector(tensor: Tensor | None, length: int, default: float) -> Array:

@@ -223,23 +223,9 @@ def _write_out(ys, out_proj, hidden, out, counters, threads, part, batch):
 
 @njit
 def _advance_block(
-    hidden,
-    norm,
-    in_proj,
-    conv,
-    x_proj,
-    dt_proj,
-    ssm,
-    out_proj,
-    window,
-    state,
-    shared,
-    BC,
-    out,
-    counters,
-    threads,
+    hidden, norm, in_proj, conv, x_proj, dt_proj, ssm, out_proj, window, state, shared, BC, out, counters, threads,
     batch,
-):
+):  # fmt: skip
     """out (B, D) = hidden + mixer(norm(hidden)); every thread of the group calls it with the same arguments.
 
     norm: weight (D,), epsilon. in_proj, x_proj, dt_proj, out_proj: W, scale, bias. conv: taps (E, K), bias (E,).
